@@ -1,0 +1,267 @@
+"""The command line: `edkm COMMAND ...`.
+
+Each command is one `_add_NAME(subparsers)`, which describes it, and one `_run_NAME(args)`, which does it and
+returns the exit code. torch and transformers are imported inside the latter, so that `edkm --help` answers
+at once.
+
+Exit codes: 0 done; 1 an error of the user's making, one line on stderr (`--debug` shows the traceback); 2
+wrong usage; 130 interrupted.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ._version import __version__
+
+_MODEL = "a checkpoint directory (ordinary or packed by edkm), a .gguf file, or a hub id"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: the arguments after the program's name; None means those of the process.
+
+    Raises:
+        SystemExit: from argparse: 0 after `--help` or `--version`, 2 for wrong usage.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("edkm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"edkm: error: {message}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edkm",
+        description="Compress language models while they are fine-tuned: weights become indices into "
+        "small tables.",
+        epilog="edkm COMMAND --help describes a command, with an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"edkm {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_eval, _add_generate, _add_inspect, _add_unpack):
+        add(subparsers)
+    return parser
+
+
+def _command(
+    subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], *, text: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a command: `text` is its description (the first line also its line in `edkm --help`)."""
+    parser = subparsers.add_parser(
+        name,
+        help=text.splitlines()[0],
+        description=text,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # SUPPRESS: without it the default here would overwrite a --debug given before the command.
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_eval(subparsers: Any) -> None:
+    parser = _command(
+        subparsers,
+        "eval",
+        _run_eval,
+        text="Perplexity of a text under a model.\n\n"
+        "Windows of --window tokens start every --stride tokens; each token is scored once, in the\n"
+        "first window that has it; a window's first token is not scored where it has no\n"
+        "context. float32, no autocast.",
+        example="edkm eval ./packed --text heldout.txt --max-windows 32",
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--text", required=True, metavar="FILE", type=Path, help="UTF-8 text to score")
+    parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window (512)")
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="tokens between starts of windows (the window)"
+    )
+    parser.add_argument("--max-windows", type=int, metavar="N", help="use the first N windows (all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run_eval(args: argparse.Namespace) -> int:
+    # The text first: a misspelt file should not cost the minute of loading a model.
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.text}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    from .evaluate import perplexity
+    from .models import load_model
+
+    model, tokenizer = load_model(args.model)
+    result = perplexity(
+        model, tokenizer, text, window=args.window, stride=args.stride, max_windows=args.max_windows
+    )
+    if args.json:
+        _print_json({"model": args.model, "text": str(args.text), **vars(result)})
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} (nll {result.nll:.6f} nats per token; {result.tokens:,} "
+            f"tokens in {result.windows} windows of {result.window}, stride {result.stride})"
+        )
+    if not math.isfinite(result.perplexity):
+        print(
+            "edkm: warning: the perplexity is not finite: the model is broken or overflows", file=sys.stderr
+        )
+    return 0
+
+
+def _add_generate(subparsers: Any) -> None:
+    parser = _command(
+        subparsers,
+        "generate",
+        _run_generate,
+        text="Answer a prompt with a model.\n\n"
+        "The prompt is written with the model's chat template, if it has one; --raw continues it as it "
+        "stands.",
+        example='edkm generate ./packed "What is a Python decorator?" --max-new-tokens 60',
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("prompt", metavar="PROMPT", help="what to answer, or with --raw to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="at most N tokens (100)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    parser.add_argument("--raw", action="store_true", help="do not use the chat template")
+
+
+def _run_generate(args: argparse.Namespace) -> int:
+    from .evaluate import generate
+    from .models import load_model
+
+    model, tokenizer = load_model(args.model)
+    text = generate(
+        model,
+        tokenizer,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        chat=False if args.raw else None,
+    )
+    print(text)
+    return 0
+
+
+def _add_inspect(subparsers: Any) -> None:
+    parser = _command(
+        subparsers,
+        "inspect",
+        _run_inspect,
+        text="What is stored in a packed directory: each tensor's bits, tables, bytes and clustering error.",
+        example="edkm inspect ./packed",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a directory packed by edkm")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    from .compressed import checkpoint
+
+    summary = checkpoint.summary(args.directory)
+    if args.json:
+        _print_json(summary)
+    else:
+        print(_summary_table(summary))
+    return 0
+
+
+def _summary_table(summary: dict[str, Any]) -> str:
+    """The dictionary of `checkpoint.summary` as aligned columns, one line a tensor, totals last."""
+    rows = [("tensor", "shape", "bits", "dim", "tables", "bytes", "bits/weight", "error")]
+    for row in summary["tensors"]:
+        shape = "x".join(map(str, row["shape"]))
+        counts = [f"{row[key]:,}" for key in ("bits", "dim", "luts", "stored_bytes")]
+        rows.append((row["name"], shape, *counts, f"{row['bits_per_weight']:.3f}", f"{row['error']:.3e}"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        lines.append("  ".join(cells))
+    size, plain = summary["file_bytes"], summary["bytes_in_16_bits"]
+    ratio = f", {plain / size:.2f} times smaller than in 16 bits ({plain:,})" if size else ""
+    lines += [
+        "",
+        f"clustered  {len(summary['tensors']):,} tensors; linear layers "
+        f"{_bits(summary['clustered_bits_per_weight'])}",
+        f"dense      {summary['dense_tensors']:,} tensors, {summary['dense_weights']:,} weights",
+        f"total      {summary['weights']:,} weights, {size:,} bytes, "
+        f"{_bits(summary['bits_per_weight'])}{ratio}",
+    ]
+    return "\n".join(lines)
+
+
+def _bits(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f} bits per weight"
+
+
+def _add_unpack(subparsers: Any) -> None:
+    parser = _command(
+        subparsers,
+        "unpack",
+        _run_unpack,
+        text="Write a packed model as an ordinary checkpoint, for programs that do not know edkm.\n\n"
+        "The weights are exactly those of the packed model, one float each.",
+        example="edkm unpack ./packed --out ./dense",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a directory packed by edkm")
+    parser.add_argument("--out", required=True, metavar="DENSE", type=Path, help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="write into DENSE even if it is not empty")
+
+
+def _run_unpack(args: argparse.Namespace) -> int:
+    if args.out.resolve() == args.directory.resolve():
+        raise ValueError(f"--out {args.out} is the packed directory itself; name another")
+    check_output(args.out, overwrite=args.overwrite)
+    from .compressed import hf
+
+    hf.unpack(args.directory, args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def check_output(directory: Path, *, overwrite: bool) -> None:
+    """Refuse a directory whose files a command would write over.
+
+    Raises:
+        ValueError: `directory` is a file, or holds something and `overwrite` is False.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: is a file, expected a directory to write; name another")
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise ValueError(f"{directory}: is not empty; name another directory or add --overwrite")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    """JSON has no inf and nan; they are written as strings, so that they are neither hidden nor invalid."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

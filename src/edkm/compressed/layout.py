@@ -1,0 +1,180 @@
+"""What `quantization_config` says: how each clustered tensor is cut and stored. No tensor data is read here.
+
+Everything a file claims is checked here, by the rules of docs/format.md, before memory is reserved for it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from edkm.compressed.packing import packed_bytes
+from edkm.compressed.shards import FormatError, Stored, read_json
+from edkm.core.assign import LUT_DTYPE, Frozen
+
+QUANT_METHOD = "edkm"
+FORMAT_VERSION = 1
+LUT_SUFFIX = "_lut"
+_CONFIG_KEYS = {"quant_method", "format_version", "settings", "tensors"}
+
+
+class Entry(NamedTuple):
+    """One clustered tensor: the fields of its object in `quantization_config`, in their order there."""
+
+    bits: int
+    shape: tuple[int, ...]
+    dim: int
+    luts: int
+    error: float
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Shape of the indices: a row of them stands for `dim` rows of the weight."""
+        return self.shape[0] // self.dim, math.prod(self.shape[1:])
+
+    @property
+    def packed_bytes(self) -> int:
+        return packed_bytes(math.prod(self.grid), self.bits)
+
+    def to_json(self) -> dict[str, Any]:
+        return self._asdict() | {"shape": list(self.shape)}
+
+
+def entry_of(name: str, frozen: Frozen) -> Entry:
+    """The entry of a tensor about to be written; raises FormatError if its parts do not fit together."""
+    if frozen.lut.dtype != LUT_DTYPE or frozen.lut.dim() != 3:
+        raise FormatError(
+            f"{name}: lut must be float16 [g, k, d], got {_say(frozen.lut)}. Use core.assign.round_lut."
+        )
+    groups, _, dim = frozen.lut.shape
+    entry = Entry(frozen.bits, tuple(frozen.shape), dim, groups, float(frozen.error))
+    _check_entry(name, entry)
+    if frozen.indices.dtype != torch.uint8 or tuple(frozen.indices.shape) != entry.grid:
+        raise FormatError(
+            f"{name}: indices must be uint8 {list(entry.grid)} for shape {list(entry.shape)} and dim {dim}, "
+            f"got {_say(frozen.indices)}. Freeze the tensor again."
+        )
+    check_values(name, frozen)
+    return entry
+
+
+def quantization_config(directory: Path) -> dict[str, Any]:
+    """`config.json`'s `quantization_config`, known to be ours and of a version that we read."""
+    path = directory / "config.json"
+    config = read_json(path).get("quantization_config")
+    if not isinstance(config, dict):
+        raise FormatError(
+            f"{path}: has no quantization_config. This is an ordinary model: load it with transformers."
+        )
+    method, version = config.get("quant_method"), config.get("format_version")
+    if method != QUANT_METHOD:
+        raise FormatError(
+            f"{path}: quant_method must be '{QUANT_METHOD}', got {method!r}. Load it with transformers."
+        )
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}. Use a newer edkm."
+        )
+    _check_keys(f"{path}: quantization_config", config, _CONFIG_KEYS)
+    for key in ("settings", "tensors"):
+        if not isinstance(config[key], dict):
+            raise FormatError(f"{path}: quantization_config.{key} must be an object. Fetch the file again.")
+    return config
+
+
+def entries(directory: Path) -> dict[str, Entry]:
+    """The checked entries of `config.json`."""
+    found = {}
+    for name, fields in quantization_config(directory)["tensors"].items():
+        if not isinstance(fields, dict):
+            raise FormatError(
+                f"config.json: {name}: must be an object, got {fields!r}. Fetch the file again."
+            )
+        _check_keys(f"config.json: {name}", fields, set(Entry._fields))
+        shape = fields["shape"]
+        if not isinstance(shape, list):
+            raise FormatError(
+                f"config.json: {name}: shape must be a list, got {shape!r}. Fetch the file again."
+            )
+        values: dict[str, Any] = fields | {"shape": tuple(shape)}
+        found[name] = Entry(**values)
+        _check_entry(f"config.json: {name}", found[name])
+    return found
+
+
+def check_stored(directory: Path, name: str, entry: Entry, stored: dict[str, Stored]) -> None:
+    """Compares an entry with the headers of the files; raises FormatError."""
+    lut_name = name + LUT_SUFFIX
+    for wanted in (name, lut_name):
+        if wanted not in stored:
+            raise FormatError(
+                f"{directory}: {wanted}: is in config.json but in no file. Fetch the whole checkpoint."
+            )
+    packed, lut = stored[name], stored[lut_name]
+    if packed.file != lut.file:
+        raise FormatError(
+            f"{directory}: {lut_name}: must lie in {packed.file}, is in {lut.file}. Save the model again."
+        )
+    if packed.dtype != torch.uint8 or packed.shape != (entry.packed_bytes,):
+        raise FormatError(
+            f"{packed.file}: {name}: must be uint8 [{entry.packed_bytes}] for {entry.bits} bits and shape "
+            f"{list(entry.shape)}, got {_say(packed)}. Fetch config.json and the file again."
+        )
+    k_range = range((1 << entry.bits - 1) + 1, (1 << entry.bits) + 1)
+    fits = (
+        len(lut.shape) == 3
+        and lut.shape[0] == entry.luts
+        and lut.shape[2] == entry.dim
+        and lut.shape[1] in k_range
+    )
+    if lut.dtype != LUT_DTYPE or not fits:
+        raise FormatError(
+            f"{lut.file}: {lut_name}: must be float16 [{entry.luts}, {k_range[0]} to {k_range[-1]}, "
+            f"{entry.dim}], got {_say(lut)}. Fetch config.json and the file again."
+        )
+
+
+def check_values(name: str, frozen: Frozen) -> None:
+    """Raises FormatError for an index beyond its table or a centroid that is not finite."""
+    k = frozen.lut.shape[1]
+    if k < 256 and (largest := int(frozen.indices.max())) >= k:
+        raise FormatError(f"{name}: indices must be below {k}, got {largest}. Save the model again.")
+    if not frozen.lut.isfinite().all():
+        raise FormatError(
+            f"{name}: every centroid must be finite. Look for NaN in the weight before it was frozen."
+        )
+
+
+def _check_entry(name: str, entry: Entry) -> None:
+    bits, shape, dim, luts, error = entry
+    # `type`, not isinstance: JSON's true is no number.
+    if type(bits) is not int or not 1 <= bits <= 8:
+        raise FormatError(f"{name}: bits must be 1 to 8, got {bits!r}. A table has 2 to 256 centroids.")
+    if not shape or not all(type(length) is int and length > 0 for length in shape):
+        raise FormatError(
+            f"{name}: shape must be a list of positive numbers, got {list(shape)}. Save the model again."
+        )
+    if any(type(count) is not int or count < 1 for count in (dim, luts)) or shape[0] % (dim * luts):
+        raise FormatError(
+            f"{name}: dim * luts must divide the {shape[0]} rows, got dim {dim!r} and luts {luts!r}. "
+            "Choose others, or leave the tensor out of the clustering."
+        )
+    if type(error) not in (int, float) or not 0 <= error <= sys.float_info.max:
+        raise FormatError(
+            f"{name}: error must be a finite number from 0, got {error!r}. Look for NaN in the weight."
+        )
+
+
+def _check_keys(name: str, fields: dict[str, Any], known: set[str]) -> None:
+    if odd := known - fields.keys():
+        raise FormatError(f"{name}: lacks {', '.join(sorted(odd))}. Fetch the file again.")
+    if odd := fields.keys() - known:
+        raise FormatError(f"{name}: has unknown fields {', '.join(sorted(odd))}. Use a newer edkm.")
+
+
+def _say(tensor: torch.Tensor | Stored) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")

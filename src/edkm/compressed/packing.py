@@ -1,0 +1,141 @@
+"""Indices as a stream of bits: index i of `bits` bits occupies bits [i * bits, (i + 1) * bits) of the stream.
+
+Bit b of the stream is bit b % 8 of byte b // 8, counted from the least significant; indices are taken in
+row-major order, and the bits after the last index, up to the end of its byte, are zero. docs/format.md has a
+worked example.
+
+After lcm(8, bits) bits an index starts on a byte again, so both directions work on a matrix with one such
+period per row. Which byte and which shift column i of it needs is known beforehand: every step is one shift
+of one byte column.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Indices handled at once: bounds what lives besides input and output, and keeps it in cache. A multiple of 8,
+# so that every block starts on a byte.
+_BLOCK = 1 << 20
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` indices of `bits` bits take: `ceil(count * bits / 8)`."""
+    return (count * bits + 7) // 8
+
+
+def pack_indices(indices: Tensor, bits: int) -> Tensor:
+    """Packs indices, in row-major order, into a stream of bits.
+
+    Args:
+        indices: uint8, any shape, every value below `2**bits`.
+        bits: width of one index, 1 to 8.
+
+    Returns:
+        uint8 `[ceil(n * bits / 8)]` on the device of `indices`, n being the number of indices.
+
+    Raises:
+        ValueError: `bits` is not 1 to 8, the dtype is not uint8, or an index needs more than `bits` bits.
+
+    Cost:
+        Two passes over the indices. Besides input and output at most 3 MiB live, unless `indices` is not
+        contiguous: then a contiguous copy as well.
+    """
+    _check_bits(bits)
+    if indices.dtype != torch.uint8:
+        raise ValueError(f"indices must be uint8, got {indices.dtype}. Convert them with .to(torch.uint8).")
+    flat = indices.contiguous().view(-1)
+    if flat.numel() and (largest := int(flat.max())) >= 1 << bits:
+        raise ValueError(
+            f"index {largest} does not fit into {bits} bits. Use {largest.bit_length()} or more."
+        )
+    packed = flat.new_empty(packed_bytes(flat.numel(), bits))
+    period, width = _period(bits)
+    for start in range(0, flat.numel(), _BLOCK):
+        block = flat[start : start + _BLOCK]
+        size = packed_bytes(block.numel(), bits)
+        if block.numel() % period:
+            padded = block.new_zeros(math.ceil(block.numel() / period) * period)
+            padded[: block.numel()] = block
+            block = padded
+        rows = block.view(-1, period)  # [m, period]
+        out = rows.new_zeros(rows.shape[0], width)  # [m, width]
+        for column in range(period):
+            byte, shift = divmod(column * bits, 8)
+            # A shift of uint8 drops what leaves the byte at the top; the next byte takes exactly that.
+            out[:, byte] |= rows[:, column] << shift
+            if shift + bits > 8:
+                out[:, byte + 1] |= rows[:, column] >> (8 - shift)
+        first = start * bits // 8
+        packed[first : first + size] = out.view(-1)[:size]
+    return packed
+
+
+def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Reads `count` indices back from the stream that `pack_indices` wrote.
+
+    Args:
+        packed: uint8 `[ceil(count * bits / 8)]`.
+        bits: width of one index, 1 to 8.
+        count: how many indices the stream holds.
+
+    Returns:
+        uint8 `[count]` on the device of `packed`.
+
+    Raises:
+        ValueError: `bits` is not 1 to 8, `count` is negative, dtype or length do not match, or a padding bit
+            after the last index is not zero (the stream was written with another width or count, or damaged).
+
+    Cost:
+        One pass over the stream. Besides input and output at most 3 MiB live.
+    """
+    _check_bits(bits)
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}.")
+    expected = packed_bytes(count, bits)
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (expected,):
+        raise ValueError(
+            f"{count} indices of {bits} bits are uint8 [{expected}], got {packed.dtype} "
+            f"{list(packed.shape)}. Give the width and count that the stream was packed with."
+        )
+    used = count * bits % 8
+    if used and int(packed[-1]) >> used:
+        raise ValueError(
+            f"the {8 - used} padding bits after index {count - 1} must be zero, got byte {int(packed[-1])}. "
+            "Give the width and count that the stream was packed with, or fetch the file again."
+        )
+    packed = packed.contiguous()
+    indices = packed.new_empty(count)
+    period, width = _period(bits)
+    mask = (1 << bits) - 1
+    for start in range(0, count, _BLOCK):
+        size = min(_BLOCK, count - start)
+        first = start * bits // 8
+        block = packed[first : first + packed_bytes(size, bits)]
+        if block.numel() % width:
+            padded = block.new_zeros(math.ceil(block.numel() / width) * width)
+            padded[: block.numel()] = block
+            block = padded
+        rows = block.view(-1, width)  # [m, width]
+        out = rows.new_empty(rows.shape[0], period)  # [m, period]
+        for column in range(period):
+            byte, shift = divmod(column * bits, 8)
+            value = rows[:, byte] >> shift
+            if shift + bits > 8:
+                value |= rows[:, byte + 1] << (8 - shift)
+            out[:, column] = value & mask
+        indices[start : start + size] = out.view(-1)[:size]
+    return indices
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """Indices, and bytes, after which an index starts on a byte again."""
+    shared = math.gcd(8, bits)
+    return 8 // shared, bits // shared
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be 1 to 8, got {bits}.")

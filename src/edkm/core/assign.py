@@ -1,0 +1,118 @@
+"""Hard assignment: what inference uses and what a packed file holds.
+
+After training every weight takes its nearest centroid. The tables are stored in 16 bits, so the nearest centroid is looked
+for among the values *as stored*: evaluation, freezing and the packed file then agree to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LUT_DTYPE = torch.float16
+_BLOCK_WEIGHTS = 1 << 20
+
+
+class Frozen(NamedTuple):
+    """One clustered tensor, ready to be packed.
+
+    Attributes:
+        indices: `[rows // d, cols]` uint8, the centroid that each vector of `d` consecutive rows takes.
+        lut: `[g, k, d]` float16; consecutive rows are split evenly over the `g` tables.
+        shape: shape of the weight in its module (`rows = shape[0]`, `cols` the product of the rest).
+        error: `sum (w - w_hat)^2 / sum w^2` against the weight that was frozen.
+    """
+
+    indices: Tensor
+    lut: Tensor
+    shape: tuple[int, ...]
+    error: float
+
+    @property
+    def bits(self) -> int:
+        return (self.lut.shape[1] - 1).bit_length()
+
+
+def round_lut(centroids: Tensor) -> Tensor:
+    """Centroids as a packed file stores them: float16, ascending within each table when `d = 1`.
+
+    Args:
+        centroids: `[g, k, d]`, any float dtype.
+
+    Returns:
+        `[g, k, d]` float16.
+
+    Raises:
+        ValueError: a centroid does not fit float16 (|value| > 65,504).
+
+    Cost:
+        Nothing that depends on the weight.
+    """
+    lut = centroids.detach().to(LUT_DTYPE)
+    if not lut.isfinite().all():
+        largest = centroids.abs().max().item()
+        raise ValueError(
+            f"centroids: tables are stored in float16 (at most 65504), got a centroid of magnitude {largest:.6g}. "
+            "Rescale the weight or leave it out of the clustering (skip)."
+        )
+    return lut.sort(dim=1).values if lut.shape[2] == 1 else lut
+
+
+def assign(weight: Tensor, lut: Tensor) -> Tensor:
+    """Index of the nearest centroid of every weight (of every vector of `d` rows); ties take the lower index.
+
+    Args:
+        weight: `[rows, cols]`, any float dtype.
+        lut: `[g, k, d]`; with `d = 1` ascending within each table, as `round_lut` returns it.
+
+    Returns:
+        `[rows // d, cols]` uint8.
+
+    Cost:
+        One pass over the weight; transient memory is bounded by a block.
+    """
+    groups, k, d = lut.shape
+    cols = weight.shape[1]
+    vectors = weight.shape[0] // (groups * d)  # rows of vectors in a group
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    table = lut.to(dtype)
+    grouped = weight.detach().view(groups, vectors, d, cols)
+    indices = torch.empty(groups, vectors, cols, dtype=torch.uint8, device=weight.device)
+    # Vectors need a [k, ...] map of distances, scalars only a binary search between midpoints.
+    step = max(1, _BLOCK_WEIGHTS // (cols * d * (k if d > 1 else 1)))
+    for g in range(groups):
+        for start in range(0, vectors, step):
+            block = grouped[g, start : start + step].to(dtype)  # [v, d, cols]
+            if d == 1:
+                midpoints = (table[g, 1:, 0] + table[g, :-1, 0]) / 2
+                nearest = torch.bucketize(block.squeeze(1), midpoints, out_int32=True)
+            else:
+                nearest = (block.unsqueeze(1) - table[g].view(1, k, d, 1)).square().sum(2).argmin(1)  # [v, cols]
+            indices[g, start : start + step] = nearest.to(torch.uint8)
+    return indices.view(groups * vectors, cols)
+
+
+def lookup(indices: Tensor, lut: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight that indices and tables stand for.
+
+    Args:
+        indices: `[rows // d, cols]` uint8.
+        lut: `[g, k, d]`.
+        dtype: of the result.
+
+    Returns:
+        `[rows, cols]`.
+
+    Cost:
+        One gather; transient memory 8 bytes an index at most.
+    """
+    groups, k, d = lut.shape
+    rows, cols = indices.shape
+    keys = indices.to(torch.int32).view(groups, -1)
+    keys += k * torch.arange(groups, dtype=torch.int32, device=keys.device).unsqueeze(1)
+    if d == 1:
+        return lut.to(dtype).reshape(-1).index_select(0, keys.view(-1)).view(rows, cols)
+    vectors = lut.to(dtype).reshape(groups * k, d).index_select(0, keys.view(-1))  # [rows * cols, d]
+    return vectors.view(rows, cols, d).transpose(1, 2).reshape(rows * d, cols)

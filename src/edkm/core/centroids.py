@@ -1,0 +1,227 @@
+"""Where clustering starts: importance-weighted k-means, and the temperature that goes with it.
+
+Scalars (`d = 1`) are clustered on the histogram of their 16-bit values. One-dimensional k-means is a shortest path: boundaries
+between clusters are chosen by dynamic programming on up to `BINS_PER_CENTROID * k` bins, finest where centroids will be dense
+(equal shares of density^(1/3), the optimal density of centroids at high resolution, Panter & Dite 1951), and refined by Lloyd's
+iterations on all values with prefix sums. Vectors take k-means++ and Lloyd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edkm.core import unique
+from edkm.core.assign import assign, lookup
+from edkm.core.op import check_shapes
+from edkm.core.reference import compute_dtype, group_importance, group_vectors
+
+# Search for boundaries: places looked at around each, how far away in lengths of the neighbouring cluster, rounds at most.
+_STEPS = 25
+_REACH = (1.0, 0.3, 0.0)
+_ROUNDS = 20
+_VECTOR_STEPS = 20
+_VECTOR_SAMPLE = 1 << 16
+_VECTOR_BLOCK = 1 << 22
+
+
+def initial_centroids(
+    weight: Tensor,
+    bits: int,
+    *,
+    dim: int = 1,
+    rows_per_lut: int | None = None,
+    importance: Tensor | None = None,
+) -> Tensor:
+    """Start centroids of every table of a weight, by importance-weighted k-means. Deterministic.
+
+    Args:
+        weight: `[rows, cols]`, any float dtype; scalars wider than 16 bits are clustered by their bfloat16 rounding.
+        bits: of an index, 1 to 8; a table has `2**bits` centroids.
+        dim: consecutive rows that one index stands for.
+        rows_per_lut: rows that share a table; None for one table.
+        importance: None, or non-negative and broadcastable to `weight`.
+
+    Returns:
+        `[g, 2**bits, dim]` float32 (float64 for a float64 weight); ascending within a table when `dim = 1`. Tables with fewer
+        distinct values than centroids repeat some.
+
+    Raises:
+        ValueError: rows that do not divide, too few weights, bits out of range, non-finite weights.
+
+    Cost:
+        Two to four passes over the weight; memory bounded by blocks and tables of distinct values, never `O(n k)`.
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits: an index has 1 to 8 bits, got {bits}.")
+    rows = weight.shape[0] if weight.ndim else 0
+    per_lut = rows if rows_per_lut is None else rows_per_lut
+    if per_lut < 1 or rows % per_lut:
+        raise ValueError(
+            f"weight: {rows} rows do not divide into tables of {per_lut} rows ({list(weight.shape)}). "
+            "Choose a rows_per_lut that divides the rows, or skip the tensor."
+        )
+    groups, k = rows // per_lut, 2**bits
+    dtype = compute_dtype(weight.dtype)
+    check_shapes(weight, torch.empty(groups, k, dim, dtype=dtype, device="meta"), importance)
+    weight = weight.detach()
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"weight: NaN or infinite values ({weight.dtype} {list(weight.shape)}). Clustering needs finite values.")
+    if dim > 1:
+        return _vector_centroids(weight, groups, k, dim, importance).to(dtype)
+    centroids = torch.empty(groups, k, 1, dtype=dtype, device=weight.device)
+    s = unique.grouped(importance, weight, groups)
+    for of, points in unique.tables(weight.double(), groups, _key_dtype(weight)):
+        mass, count = points.sums([None if s is None else s[of], None])
+        values, mass, count = points.values.flatten(1), mass.flatten(1), count.flatten(1)  # [g, m]
+        # A group without any importance is clustered by density.
+        mass = torch.where(mass.sum(1, keepdim=True) > 0, mass, count)
+        centroids[of, :, 0] = _kmeans_1d(values, mass, k).to(dtype)
+    return centroids
+
+
+def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None, softness: float) -> Tensor:
+    """`tau = 2 softness D` per table, `D` the importance-weighted mean squared distance to the nearest centroid.
+
+    An absolute temperature means nothing across layers whose weights differ in scale; softness is the ratio of the softmax's
+    variance to the quantisation error, so that 0.5 blurs a weight by about as much as rounding moves it.
+
+    Args:
+        weight: `[rows, cols]`. centroids: `[g, k, d]` as `initial_centroids` returns them. softness: > 0.
+
+    Returns:
+        `[g]`, dtype of the centroids, positive even where every weight sits on a centroid.
+    """
+    groups, _, d = centroids.shape
+    dtype = centroids.dtype
+    error = (weight.detach().to(dtype) - lookup(assign(weight, centroids), centroids, dtype)).square_()
+    s = group_importance(importance, weight.shape, groups, d)
+    square = group_vectors(error, groups, d).sum(1)  # [g, vectors, cols]
+    if s is None:
+        distortion = square.mean((1, 2))
+    else:
+        total = s.to(dtype).sum((1, 2))
+        weighted = (square * s.to(dtype)).sum((1, 2)) / torch.where(total > 0, total, 1)
+        distortion = torch.where(total > 0, weighted, square.mean((1, 2)))
+    scale = centroids.abs().amax((1, 2)).square() * torch.finfo(dtype).eps
+    return (2 * softness * distortion).maximum(scale).clamp_min(torch.finfo(dtype).tiny * 1e6)
+
+
+def _key_dtype(weight: Tensor) -> torch.dtype:
+    return weight.dtype if weight.dtype.itemsize == 2 else torch.bfloat16
+
+
+def _prefix(values: Tensor) -> Tensor:
+    """`[g, m]` -> `[g, m + 1]` sums of everything before."""
+    return torch.nn.functional.pad(values.cumsum(1), (1, 0))
+
+
+def _kmeans_1d(values: Tensor, mass: Tensor, k: int) -> Tensor:
+    """Centroids `[g, k]` ascending, of ascending values `[g, m]` with mass `[g, m]`, all float64."""
+    offset = (values * mass).sum(1, keepdim=True) / mass.sum(1, keepdim=True)
+    values = values - offset
+    prefixes = torch.stack([_prefix(mass), _prefix(mass * values), _prefix(mass * values**2)])  # [3, g, m + 1]
+    edges = _quantiles(values, mass, k)
+    for _ in range(_ROUNDS):
+        before = edges
+        for reach in _REACH:
+            edges = _improve(prefixes, edges, reach)
+        if torch.equal(edges, before):
+            break
+    return _means(values, prefixes, edges) + offset
+
+
+def _quantiles(values: Tensor, mass: Tensor, k: int) -> Tensor:
+    """Boundaries `[g, k + 1]` (positions in `values`) that share density^(1/3) evenly."""
+    groups, m = values.shape
+    gaps = values.diff(dim=1)
+    width = torch.nn.functional.pad(gaps, (0, 1)) + torch.nn.functional.pad(gaps, (1, 0))
+    share = _prefix((mass * width**2).pow(1 / 3))
+    targets = share[:, -1:] * torch.linspace(0, 1, k + 1, dtype=values.dtype, device=values.device)
+    edges = torch.searchsorted(share, targets).clamp_(max=m)
+    edges[:, 0], edges[:, -1] = 0, m
+    return edges
+
+
+def _improve(prefixes: Tensor, edges: Tensor, reach: float) -> Tensor:
+    """Move all inner boundaries at once to their best places near by: dynamic programming over `STEPS` places each.
+
+    Places lie up to `reach` of the neighbouring cluster's length away, closer ones more densely.
+    """
+    groups, k = edges.shape[0], edges.shape[1] - 1
+    steps = torch.linspace(-1, 1, _STEPS, dtype=torch.float64, device=edges.device)
+    steps = steps.abs().square() * steps.sign()
+    length = edges.diff(dim=1).double() * reach
+    side = torch.where(steps.view(1, 1, -1) < 0, length[:, :-1].unsqueeze(2), length[:, 1:].unsqueeze(2))
+    # At least one place per step, so that short clusters are searched position by position.
+    away = torch.maximum(steps.abs() * side, torch.linspace(-1, 1, _STEPS, device=edges.device).abs() * (_STEPS // 2)).round()
+    places = (edges[:, 1:-1].unsqueeze(2) + (away * steps.sign()).long()).clamp(0, int(edges[0, -1]))  # [g, k - 1, STEPS]
+    first, last = torch.zeros_like(places[:, :1, :1]), torch.full_like(places[:, :1, :1], int(edges[0, -1]))
+    columns = [first[:, 0], *places.unbind(1), last[:, 0]]  # k + 1 times [g, 1 or STEPS]
+    at = [[p.gather(1, column) for p in prefixes] for column in columns]
+    best, came_from = edges.new_zeros(groups, 1, dtype=torch.float64), []
+    for j in range(1, k + 1):
+        w, wx, wxx = (after.unsqueeze(1) - before.unsqueeze(2) for before, after in zip(at[j - 1], at[j], strict=True))
+        cost = (wxx - wx.square() / torch.where(w > 0, w, 1)).clamp_min_(0)  # [g, from, to]
+        cost.masked_fill_(columns[j].unsqueeze(1) < columns[j - 1].unsqueeze(2), torch.inf)
+        best, origin = (best.unsqueeze(2) + cost).min(1)
+        came_from.append(origin)
+    choice = edges.new_zeros(groups, 1)
+    chosen = [last[:, 0]]
+    for j in range(k, 0, -1):
+        choice = came_from[j - 1].gather(1, choice)
+        chosen.append(columns[j - 1].gather(1, choice))
+    return torch.cat(chosen[::-1], 1)
+
+
+def _means(values: Tensor, prefixes: Tensor, edges: Tensor) -> Tensor:
+    """Centroids `[g, k]` of the segments; a segment without mass takes the value at its left end."""
+    mass = prefixes[0].gather(1, edges).diff(dim=1)
+    means = prefixes[1].gather(1, edges).diff(dim=1) / torch.where(mass > 0, mass, 1)
+    here = values.gather(1, edges[:, :-1].clamp(max=values.shape[1] - 1))
+    return torch.where(mass > 0, means, here).cummax(1).values
+
+
+def _vector_centroids(weight: Tensor, groups: int, k: int, d: int, importance: Tensor | None) -> Tensor:
+    """k-means++ on a sample and Lloyd on all vectors: `[g, k, d]`."""
+    dtype = compute_dtype(weight.dtype)
+    s = group_importance(importance, weight.shape, groups, d)
+    generator = torch.Generator().manual_seed(0)
+    tables = []
+    for g, grid in enumerate(group_vectors(weight, groups, d)):
+        vectors = grid.to(dtype).flatten(1).T.contiguous()  # [n, d]
+        mass = vectors.new_ones(len(vectors)) if s is None else s[g].to(dtype).flatten()
+        if float(mass.sum()) <= 0:
+            mass = torch.ones_like(mass)
+        sample = torch.randperm(len(vectors), generator=generator)[:_VECTOR_SAMPLE].to(weight.device)
+        centroids = _plus_plus(vectors[sample], mass[sample], k, generator)
+        for _ in range(_VECTOR_STEPS):
+            centroids = _lloyd_step(vectors, mass, centroids)
+        tables.append(centroids)
+    return torch.stack(tables)
+
+
+def _plus_plus(vectors: Tensor, mass: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii 2007): each next centroid drawn by its share of the error left."""
+    draws = torch.rand(k, generator=generator, dtype=torch.float64)
+    distance = vectors.new_full((len(vectors),), 1.0)
+    centroids = []
+    for draw in draws.tolist():
+        odds = (mass * distance).double().cumsum(0)
+        if float(odds[-1]) <= 0:  # every vector is a centroid already
+            odds = mass.double().cumsum(0)
+        pick = int(torch.searchsorted(odds, odds[-1] * draw, right=True).clamp(max=len(vectors) - 1))
+        centroids.append(vectors[pick])
+        away = (vectors - vectors[pick]).square().sum(1)
+        distance = away if len(centroids) == 1 else distance.minimum(away)
+    return torch.stack(centroids)
+
+
+def _lloyd_step(vectors: Tensor, mass: Tensor, centroids: Tensor) -> Tensor:
+    k, d = centroids.shape
+    total, weight = torch.zeros_like(centroids), centroids.new_zeros(k)
+    for part, m in zip(vectors.split(_VECTOR_BLOCK // k), mass.split(_VECTOR_BLOCK // k), strict=True):
+        nearest = torch.cdist(part, centroids, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+        total.index_add_(0, nearest, part * m.unsqueeze(1))
+        weight.index_add_(0, nearest, m)
+    return torch.where((weight > 0).unsqueeze(1), total / torch.where(weight > 0, weight, 1).unsqueeze(1), centroids)

@@ -1,0 +1,271 @@
+"""Blockwise differentiable k-means: the assignment A is made again wherever it is needed and never stored.
+
+Forward reads the weight once per iteration in blocks small enough for a cache. Backward reverses the iterations, again block
+by block, from nothing but the centroids of each iteration. With `gc = dL/dc'` of an iteration that led from `c` to `c'`:
+
+    den_j  = sum_i s_i A_ij            h_j = gc_j / den_j
+    dA_ij  = h_j . (w_i - c'_j)        dZ_ij = A_ij (dA_ij - sum_m A_im dA_im)         (dZ: of the logits)
+    P_i   += sum_j A_ij h_j - (2/tau) sum_j dZ_ij (w_i - c_j)                           per unit of importance
+    gc_prev_j = (2/tau) sum_i s_i dZ_ij (w_i - c_j)
+
+and the last iteration carries the output's own terms, with `v = dL/dout`:
+
+    gc_T  = sum_i A_ij v_i             dZ^out_ij = A_ij v_i . (c'_j - out_i)
+    D_i   = -(2/tau) sum_j dZ^out_ij (w_i - c_j)        and gc_prev gets dZ^out as well
+    dL/dw_i = D_i + s_i P_i
+
+Rows of dZ sum to zero, so that `sum_j dZ_ij (w_i - c_j) = -sum_j dZ_ij c_j`, which is a product of small matrices.
+
+`unique` calls `reverse` on tables of distinct values instead of weights; that is why it takes a multiplicity `m` (v is then
+per unit, D a derivative). Maps are laid out [g, k, n], long dimension last, so that every operation runs at vector width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edkm.core.reference import compute_dtype, group_importance, group_vectors, mass_floor
+
+
+class Block(NamedTuple):
+    groups: slice
+    rows: slice
+
+
+def map_entries(device: torch.device) -> int:
+    """Entries of A made at a time: 512 KiB in float32 stays in a CPU core's cache; a GPU wants long kernels."""
+    return 1 << 24 if device.type == "cuda" else 1 << 17
+
+
+def chunks(groups: int, rows: int, per_row: int, budget: int) -> list[list[Block]]:
+    """Cut groups of `rows` rows into blocks of at most `budget` entries, at least one row.
+
+    Each inner list covers its groups completely: several whole groups in one block, or one group in several.
+    """
+    if rows * per_row <= budget:
+        step = budget // (rows * per_row)
+        return [[Block(slice(g, min(g + step, groups)), slice(0, rows))] for g in range(0, groups, step)]
+    step = max(1, budget // per_row)
+    starts = range(0, rows, step)
+    return [[Block(slice(g, g + 1), slice(r, min(r + step, rows))) for r in starts] for g in range(groups)]
+
+
+def read(grid: Tensor, block: Block, round_to: torch.dtype | None, dtype: torch.dtype) -> Tensor:
+    """A block of `grid [g, d, rows, cols]` as `[g', d, n]`, rounded, in the compute dtype."""
+    part = grid[block.groups, :, block.rows]
+    return (part if round_to is None else part.to(round_to)).to(dtype).flatten(2)
+
+
+def read_importance(importance: Tensor | None, block: Block, dtype: torch.dtype) -> Tensor | None:
+    """A block of `importance [g, rows, cols]` as `[g', 1, n]`."""
+    return None if importance is None else importance[block.groups, block.rows].to(dtype).flatten(1).unsqueeze(1)
+
+
+def assignment(w: Tensor, c: Tensor, tau: Tensor) -> Tensor:
+    """`A [g, k, n]` of points `w [g, d, n]`, centroids `c [g, k, d]`, temperature `tau [g, 1, 1]`."""
+    a = (w[:, :1] - c[..., :1]).square_()
+    for e in range(1, w.shape[1]):
+        a += (w[:, e : e + 1] - c[..., e : e + 1]).square_()
+    a.sub_(a.amin(1, keepdim=True)).div_(-tau)
+    # Below eps^3 an entry is noise even to a centroid at `mass_floor`; left to underflow it would cost 50 times the rest.
+    a.clamp_min_(3 * math.log(torch.finfo(a.dtype).eps)).exp_()
+    return a.div_(a.sum(1, keepdim=True))
+
+
+def moments(weighted: Tensor, w: Tensor, about: Tensor | None = None) -> Tensor:
+    """`sum_i x_ij (w_i - about_j)`, `[g, k, d]`, of a map `x [g, k, n]`."""
+    parts = []
+    for e in range(w.shape[1]):
+        point = w[:, e : e + 1]
+        parts.append((weighted * (point if about is None else point - about[..., e : e + 1])).sum(-1))
+    return torch.stack(parts, -1)
+
+
+def advance(mass: Tensor, total: Tensor, centroids: Tensor) -> Tensor:
+    """The next centroids from `mass [g, k]` and `total [g, k, d]`."""
+    alive = mass > mass_floor(mass)
+    return torch.where(alive.unsqueeze(-1), total / torch.where(alive, mass, 1).unsqueeze(-1), centroids)
+
+
+class Reversal(NamedTuple):
+    """What one visit of a block adds to the gradient: `direct [g, d, n]` (last iteration only) and `path [g, d, n]`."""
+
+    block: Block
+    direct: Tensor | None
+    path: Tensor
+
+
+def _back_through_output(w: Tensor, a: Tensor, c: Tensor, c_next: Tensor, v: Tensor | None, m: Tensor | None, rate: Tensor):
+    """Output's own terms: `(D [g, d, n], its share of gc_prev [g, k, d])`. `v` None stands for ones (d = 1)."""
+    out = c_next.mT @ a  # [g, d, n]
+    pull = c_next[..., :1] - out[:, :1]  # [g, k, n]
+    if v is not None:
+        pull *= v[:, :1]
+    for e in range(1, w.shape[1]):
+        assert v is not None
+        pull += v[:, e : e + 1] * (c_next[..., e : e + 1] - out[:, e : e + 1])
+    dz = pull.mul_(a)
+    direct = rate * (c.mT @ dz)
+    return direct, rate * moments(dz if m is None else dz.mul_(m), w, c)
+
+
+def _back_through_update(w: Tensor, s: Tensor | None, a: Tensor, c: Tensor, c_next: Tensor, h: Tensor, rate: Tensor):
+    """The update's terms: `(P [g, d, n], gc_prev [g, k, d])`."""
+    da = (w[:, :1] - c_next[..., :1]).mul_(h[..., :1])
+    for e in range(1, w.shape[1]):
+        da += (w[:, e : e + 1] - c_next[..., e : e + 1]).mul_(h[..., e : e + 1])
+    dz = da.mul_(a)
+    dz.addcmul_(a, dz.sum(1, keepdim=True), value=-1)
+    path = h.mT @ a + rate * (c.mT @ dz)
+    return path, rate * moments(dz if s is None else dz.mul_(s), w, c)
+
+
+def reverse(
+    grid: Tensor,
+    importance: Tensor | None,
+    grad: Tensor | None,
+    multiplicity: Tensor | None,
+    trajectory: Tensor,
+    temperature: Tensor,
+    round_to: torch.dtype | None,
+) -> Iterator[Reversal]:
+    """Reverse all iterations over points `grid [g, d, rows, cols]`; see the module's text.
+
+    Args:
+        grad: `v`, like `grid`; None stands for ones.
+        multiplicity: `m [g, rows, cols]`, how much of `v` a point stands for; None stands for ones.
+
+    Yields:
+        Every block, once per iteration, with what to add to its gradient.
+    """
+    groups, _, rows, cols = grid.shape
+    k, dtype = trajectory.shape[2], trajectory.dtype
+    for chunk in chunks(groups, rows, cols * k, map_entries(grid.device)):
+        of = chunk[0].groups
+        tau = temperature[of].view(-1, 1, 1)
+        rate = 2 / tau
+        gc = torch.zeros_like(trajectory[0, of])
+        for t in range(trajectory.shape[0] - 1, 0, -1):
+            c, c_next = trajectory[t - 1, of], trajectory[t, of]
+            last = t == trajectory.shape[0] - 1
+            mass = torch.zeros_like(gc[..., 0])
+            a = gc
+            for block in chunk:
+                w, s = read(grid, block, round_to, dtype), read_importance(importance, block, dtype)
+                a = assignment(w, c, tau)
+                mass += (a if s is None else a * s).sum(-1)
+                if last:
+                    v = None if grad is None else read(grad, block, None, dtype)
+                    m = read_importance(multiplicity, block, dtype)
+                    pulled = v if m is None else m if v is None else v * m
+                    assert pulled is not None
+                    gc += moments(a, pulled)
+            alive = (mass > mass_floor(mass)).unsqueeze(-1)
+            h = torch.where(alive, gc / torch.where(alive, mass.unsqueeze(-1), 1), 0)
+            gc = torch.where(alive, 0, gc)
+            for block in chunk:
+                w, s = read(grid, block, round_to, dtype), read_importance(importance, block, dtype)
+                if len(chunk) > 1:
+                    a = assignment(w, c, tau)
+                direct = None
+                if last:
+                    v = None if grad is None else read(grad, block, None, dtype)
+                    m = read_importance(multiplicity, block, dtype)
+                    direct, share = _back_through_output(w, a, c, c_next, v, m, rate)
+                    gc = gc + share
+                path, share = _back_through_update(w, s, a, c, c_next, h, rate)
+                gc = gc + share
+                yield Reversal(block, direct, path)
+
+
+# The three functions that every backend has; op.py documents them.
+
+
+def solve(
+    weight: Tensor,
+    importance: Tensor | None,
+    centroids: Tensor,
+    temperature: Tensor,
+    iters: int,
+    round_to: torch.dtype | None,
+) -> Tensor:
+    groups, k, d = centroids.shape
+    grid = group_vectors(weight, groups, d)
+    return iterate(grid, group_importance(importance, weight.shape, groups, d), centroids, temperature, iters, round_to)
+
+
+def iterate(
+    grid: Tensor,
+    importance: Tensor | None,
+    centroids: Tensor,
+    temperature: Tensor,
+    iters: int,
+    round_to: torch.dtype | None,
+) -> Tensor:
+    """Trajectory `[iters + 1, g, k, d]` over points `grid [g, d, rows, cols]`."""
+    groups, _, rows, cols = grid.shape
+    dtype = centroids.dtype
+    trajectory = centroids.repeat(iters + 1, 1, 1, 1)
+    for chunk in chunks(groups, rows, cols * centroids.shape[1], map_entries(grid.device)):
+        of = chunk[0].groups
+        tau = temperature[of].view(-1, 1, 1)
+        for t in range(iters):
+            c = trajectory[t, of]
+            mass, total = torch.zeros_like(c[..., 0]), torch.zeros_like(c)
+            for block in chunk:
+                w, s = read(grid, block, round_to, dtype), read_importance(importance, block, dtype)
+                a = assignment(w, c, tau)
+                if s is not None:
+                    a *= s
+                mass += a.sum(-1)
+                total += moments(a, w)
+            trajectory[t + 1, of] = advance(mass, total, c)
+    return trajectory
+
+
+def decode(weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None) -> Tensor:
+    _, groups, _, d = trajectory.shape
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    spread(group_vectors(weight, groups, d), trajectory, temperature, round_to, group_vectors(out, groups, d))
+    return out
+
+
+def spread(
+    grid: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, out: Tensor
+) -> None:
+    """Write `sum_j A_ij c'_j` of the last iteration into `out`, shaped like `grid [g, d, rows, cols]`."""
+    groups, _, rows, cols = grid.shape
+    for chunk in chunks(groups, rows, cols * trajectory.shape[2], map_entries(grid.device)):
+        for block in chunk:
+            w = read(grid, block, round_to, trajectory.dtype)
+            a = assignment(w, trajectory[-2, block.groups], temperature[block.groups].view(-1, 1, 1))
+            part = out[block.groups, :, block.rows]
+            part.copy_((trajectory[-1, block.groups].mT @ a).view(part.shape))
+
+
+def adjoint(
+    grad: Tensor,
+    weight: Tensor,
+    importance: Tensor | None,
+    trajectory: Tensor,
+    temperature: Tensor,
+    round_to: torch.dtype | None,
+) -> Tensor:
+    _, groups, _, d = trajectory.shape
+    dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    into = group_vectors(dw, groups, d)
+    importance = group_importance(importance, weight.shape, groups, d)
+    pieces = reverse(
+        group_vectors(weight, groups, d), importance, group_vectors(grad, groups, d), None, trajectory, temperature, round_to
+    )
+    for block, direct, path in pieces:
+        s = read_importance(importance, block, compute_dtype(weight.dtype))
+        part = into[block.groups, :, block.rows]
+        piece = path if s is None else path * s
+        part += (piece if direct is None else piece + direct).view(part.shape)
+    return dw

@@ -1,0 +1,269 @@
+"""`edkm.cluster`: one function, three implementations, registered with torch.library.
+
+`reference` is plain PyTorch, differentiated by autograd. A backend that keeps nothing is a module with three functions, listed in
+`BACKENDS`:
+
+    solve(weight, importance, centroids, temperature, iters, round_to) -> trajectory [iters + 1, g, k, d]
+    decode(weight, trajectory, temperature, round_to) -> out, like weight
+    adjoint(grad, weight, importance, trajectory, temperature, round_to) -> dL/dweight, like weight
+
+`solve` runs the iterations and has no gradient; `decode` applies the last one. The gradient of the whole function, centroid path
+included, hangs on `decode`: it needs the live weight and the trajectory and nothing else, so that is all autograd keeps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edkm.core import fused, reference, unique
+from edkm.core.reference import compute_dtype
+
+BACKENDS = {"unique": unique, "fused": fused}
+
+# Measured on a CPU, forward and backward, in ns (benchmarks op): a point and centroid of the maps, a weight's way through a table.
+_NS_PER_MAP_ENTRY = 14.0
+_NS_PER_WEIGHT = 30.0
+_SAMPLE_WEIGHTS = 1 << 18
+
+
+class Clustered(NamedTuple):
+    """Result of `cluster`.
+
+    Attributes:
+        weight: `[rows, cols]`, dtype of the input, differentiable: the softly clustered weight.
+        centroids: `[g, k, d]`, detached: the centroids after the last iteration, the start of the next step.
+        iters: int64 scalar, iterations that were run (fewer than `max_iters` only with `tol`).
+    """
+
+    weight: Tensor
+    centroids: Tensor
+    iters: Tensor
+
+
+def cluster(
+    weight: Tensor,
+    centroids: Tensor,
+    *,
+    temperature: Tensor | float,
+    importance: Tensor | None = None,
+    max_iters: int = 3,
+    tol: float = 0.0,
+    round_to: torch.dtype | None = torch.bfloat16,
+    backend: str = "auto",
+) -> Clustered:
+    """Differentiable k-means: replace every weight by its soft centroid and improve the centroids on the way.
+
+    DKM (arXiv:2108.12659) with importance weights; `core/reference.py` states the equations. Gradients reach `weight` through the
+    assignment and through every centroid update.
+
+    Args:
+        weight: `[rows, cols]`, float32, bfloat16, float16 or float64.
+        centroids: `[g, k, d]` float32 (float64 with a float64 weight), where to start; gets no gradient. Consecutive rows are split
+            evenly over the `g` tables. `d > 1` clusters vectors of `d` consecutive values along the rows.
+        temperature: scalar or `[g]`, > 0, in squared weight units.
+        importance: None, or non-negative and broadcastable to `weight`; a vector takes the mean over its values.
+        max_iters: iterations, at least 1.
+        tol: stop after the iteration in which no centroid moved by more than this (weight units).
+        round_to: 16-bit dtype that a wider weight is rounded to first, straight-through, whatever the backend; None keeps full
+            width, which rules `unique` out.
+        backend: `reference`, `unique`, `fused`, or `auto` (see `choose_backend`).
+
+    Returns:
+        `Clustered(weight, centroids, iters)`.
+
+    Raises:
+        ValueError: shapes that do not divide, more centroids than weights, non-finite weights, a temperature that is not
+            positive, negative importance, an unknown or impossible backend.
+
+    Cost:
+        Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids. Passes over the weight: `unique` 3
+        forward and 3 backward; `fused` `max_iters + 1` forward, `max_iters` to `2 max_iters` backward. `reference` keeps
+        `O(max_iters n k)`.
+    """
+    check_shapes(weight, centroids, importance, max_iters)
+    tau = torch.as_tensor(temperature, dtype=centroids.dtype, device=weight.device).expand(centroids.shape[0])
+    trajectory, iters = solve(weight.detach(), importance, centroids.detach(), tau, max_iters, tol, round_to, backend)
+    if backend == "reference":
+        steps = max_iters if tol == 0 else int(iters)
+        out, _ = reference.cluster(weight, importance, centroids.detach(), tau, steps, _rounding(weight, round_to))
+    else:
+        out = decode(weight, importance, trajectory, iters, tau, round_to, backend)
+    return Clustered(out, trajectory[-1], iters)
+
+
+def choose_backend(weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None) -> tuple[str, str]:
+    """What `auto` takes for a weight `[rows, cols]`, and why.
+
+    Counts the distinct 16-bit values in a sample of the first group and compares the map entries that `unique` and `fused` would
+    compute, plus what a table costs per weight.
+
+    Returns:
+        `(backend, reason)`.
+    """
+    if d > 1:
+        return "fused", f"vectors of {d} values"
+    key = weight.dtype if weight.dtype.itemsize == 2 else round_to
+    if key is None or key.itemsize != 2:
+        return "fused", "weights wider than 16 bits"
+    n = weight.numel() // groups
+    sample = weight.detach().reshape(-1)[: min(n, _SAMPLE_WEIGHTS)].to(key).view(torch.int16)
+    distinct = int((torch.bincount(sample.int() + unique.KEYS // 2) > 0).sum())
+    tables, maps = distinct * k * _NS_PER_MAP_ENTRY + n * _NS_PER_WEIGHT, n * k * _NS_PER_MAP_ENTRY
+    name = "unique" if tables < maps else "fused"
+    return name, f"{distinct} distinct values among {n} weights of a group, {k} centroids"
+
+
+def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, max_iters: int = 1) -> None:
+    """Refuse what cannot be clustered, by shape and dtype alone."""
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: clustering takes a floating-point matrix [rows, cols], got {weight.dtype} {list(weight.shape)}. "
+            "Flatten a convolution's weight to [out, in * kernel]."
+        )
+    if centroids.ndim != 3 or centroids.dtype != compute_dtype(weight.dtype):
+        raise ValueError(
+            f"centroids: expected {compute_dtype(weight.dtype)} [g, k, d] for a {weight.dtype} weight, got "
+            f"{centroids.dtype} {list(centroids.shape)}. edkm.initial_centroids makes them."
+        )
+    groups, k, d = centroids.shape
+    rows, cols = weight.shape
+    if groups == 0 or d == 0 or rows == 0 or rows % (groups * d):
+        raise ValueError(
+            f"weight: {rows} rows do not divide into {groups} tables of vectors of {d} rows ({list(weight.shape)}). "
+            "Choose rows_per_lut and dim that divide the rows, or skip the tensor."
+        )
+    n = rows * cols // (groups * d)
+    if k > n:
+        raise ValueError(
+            f"weight: {k} centroids need at least {k} weights, got {n} in each of {groups} groups ({list(weight.shape)}). "
+            "Use fewer bits or more rows per table, or skip the tensor."
+        )
+    if max_iters < 1:
+        raise ValueError(f"max_iters: at least one iteration is needed, got {max_iters}.")
+    if importance is not None:
+        try:
+            importance.expand(weight.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"importance: {list(importance.shape)} does not broadcast to the weight {list(weight.shape)}. "
+                "[1, cols] weighs the columns."
+            ) from None
+
+
+def _check_values(weight: Tensor, importance: Tensor | None, temperature: Tensor, trajectory: Tensor) -> None:
+    """Say which input made the centroids non-finite or the problem ill-posed."""
+    if not bool((temperature > 0).all()):
+        raise ValueError(f"temperature: must be positive, got {temperature.min().item():.6g}. It is in squared weight units.")
+    if importance is not None and not bool(((importance >= 0) & importance.isfinite()).all()):
+        raise ValueError("importance: must be finite and not negative. Mean squared inputs and squared gradients are.")
+    if not bool(trajectory.isfinite().all()):
+        bad = int((~weight.isfinite()).sum())
+        what = f"{bad} of {weight.numel()} weights are NaN or infinite" if bad else "centroids or weights overflow"
+        raise ValueError(
+            f"weight: {what} ({weight.dtype} {list(weight.shape)}). Clustering needs finite values; was the learning rate too high, or "
+            "is the range too wide for round_to?"
+        )
+
+
+def _rounding(weight: Tensor, round_to: torch.dtype | None) -> torch.dtype | None:
+    return round_to if weight.dtype.itemsize > 2 else None
+
+
+def _backend(name: str, weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None):
+    if name == "auto":
+        name = choose_backend(weight, groups, k, d, round_to)[0]
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is not one of reference, {', '.join(BACKENDS)}, auto.")
+    if name == "unique" and (d > 1 or (weight.dtype.itemsize > 2 and (round_to is None or round_to.itemsize > 2))):
+        raise ValueError(
+            f"backend: unique needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={round_to}. "
+            "Use fused, or round_to=torch.bfloat16."
+        )
+    return BACKENDS[name]
+
+
+@torch.library.custom_op("edkm::solve", mutates_args=())
+def solve(
+    weight: Tensor,
+    importance: Tensor | None,
+    centroids: Tensor,
+    temperature: Tensor,
+    max_iters: int,
+    tol: float,
+    round_to: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`(trajectory [max_iters + 1, g, k, d], iters)`; entries after `iters` repeat the last. No gradient."""
+    problem = (weight, importance, centroids, temperature, max_iters, _rounding(weight, round_to))
+    if backend == "reference":
+        trajectory = reference.cluster(*problem)[1]
+    else:
+        trajectory = _backend(backend, weight, *centroids.shape, round_to).solve(*problem)
+    _check_values(weight, importance, temperature, trajectory)
+    moved = (trajectory[1:] - trajectory[:-1]).abs().amax((1, 2, 3))  # [max_iters]
+    still = (moved <= tol).nonzero()
+    iters = int(still[0]) + 1 if tol > 0 and len(still) else max_iters
+    trajectory[iters:] = trajectory[iters].clone()
+    return trajectory, torch.tensor(iters)
+
+
+@solve.register_fake
+def _(weight, importance, centroids, temperature, max_iters, tol, round_to, backend):
+    return centroids.new_empty(max_iters + 1, *centroids.shape), torch.empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("edkm::decode", mutates_args=())
+def decode(
+    weight: Tensor,
+    importance: Tensor | None,
+    trajectory: Tensor,
+    iters: Tensor,
+    temperature: Tensor,
+    round_to: torch.dtype | None,
+    backend: str,
+) -> Tensor:
+    """The soft weight for a trajectory of `solve`; its gradient is that of `solve` and `decode` together."""
+    module = _backend(backend, weight, *trajectory.shape[1:], round_to)
+    return module.decode(weight, trajectory[: int(iters) + 1], temperature, _rounding(weight, round_to))
+
+
+@decode.register_fake
+def _(weight, importance, trajectory, iters, temperature, round_to, backend):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("edkm::adjoint", mutates_args=())
+def adjoint(
+    grad: Tensor,
+    weight: Tensor,
+    importance: Tensor | None,
+    trajectory: Tensor,
+    iters: Tensor,
+    temperature: Tensor,
+    round_to: torch.dtype | None,
+    backend: str,
+) -> Tensor:
+    """`dL/dweight` from `dL/dout`."""
+    module = _backend(backend, weight, *trajectory.shape[1:], round_to)
+    path = trajectory[: int(iters) + 1]
+    return module.adjoint(grad, weight, importance, path, temperature, _rounding(weight, round_to))
+
+
+@adjoint.register_fake
+def _(grad, weight, importance, trajectory, iters, temperature, round_to, backend):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    weight, importance, trajectory, iters, temperature, ctx.round_to, ctx.backend = inputs
+    ctx.save_for_backward(weight, importance, trajectory, iters, temperature)
+
+
+def _backward(ctx, grad: Tensor):
+    return adjoint(grad, *ctx.saved_tensors, ctx.round_to, ctx.backend), None, None, None, None, None, None
+
+
+decode.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,91 @@
+"""Differentiable k-means in plain PyTorch: the specification.
+
+DKM (arXiv:2108.12659, section 3.2) with importance weights. A weight is `g` groups of `n` vectors of `d` values, each group
+with its own table of `k` centroids; `s_i` is the importance of vector `i`, `tau` the temperature of its group:
+
+    A_ij  = softmax_j(-|w_i - c_j|^2 / tau)              assignment ("attention map" in the papers)
+    c'_j  = sum_i s_i A_ij w_i / sum_i s_i A_ij          update, repeated T times
+    out_i = sum_j A_ij c'_j                              A of the last iteration, centroids after it
+
+Every other backend computes this function, and the tests hold it to these lines. It keeps T maps of [n, k] for backward, which
+is the problem that this library exists to remove.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Clustering runs in float32, or in float64 for a float64 weight."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def group_vectors(weight: Tensor, groups: int, d: int) -> Tensor:
+    """`[rows, cols]` seen as `[g, d, vectors, cols]`: a vector is `d` consecutive values along the rows."""
+    return weight.unflatten(0, (groups, -1, d)).transpose(1, 2)
+
+
+def group_importance(importance: Tensor | None, shape: torch.Size, groups: int, d: int) -> Tensor | None:
+    """Importance of every vector, `[g, vectors, cols]` (an expanded view when `d = 1`): the mean over its `d` values."""
+    if importance is None:
+        return None
+    grouped = group_vectors(importance.expand(shape), groups, d)
+    return grouped.squeeze(1) if d == 1 else grouped.mean(1)
+
+
+def mass_floor(mass: Tensor) -> Tensor:
+    """The mass at or below which a centroid counts as having received none and stays where it was.
+
+    Relative to the group's total: a ratio of two sums near underflow is noise, and a backend may then leave out whatever
+    cannot matter.
+    """
+    return torch.finfo(mass.dtype).eps ** 2 * mass.sum(-1, keepdim=True)
+
+
+def soft_assignment(vectors: Tensor, centroids: Tensor, temperature: Tensor) -> Tensor:
+    """`A [g, n, k]` from vectors `[g, n, d]`, centroids `[g, k, d]` and temperature `[g]`."""
+    distance = (vectors.unsqueeze(2) - centroids.unsqueeze(1)).square().sum(-1)  # [g, n, k]
+    # Softmax does not see a constant; without it a small temperature would overflow.
+    distance = distance - distance.detach().amin(-1, keepdim=True)
+    return torch.softmax(-distance / temperature.view(-1, 1, 1), dim=-1)
+
+
+def update(vectors: Tensor, importance: Tensor, centroids: Tensor, assignment: Tensor) -> Tensor:
+    """Centroids `[g, k, d]` as means weighted by importance `[g, n]` times assignment `[g, n, k]`."""
+    weighted = importance.unsqueeze(-1) * assignment  # [g, n, k]
+    mass = weighted.sum(1)  # [g, k]
+    alive = mass > mass_floor(mass)
+    means = (weighted.transpose(1, 2) @ vectors) / torch.where(alive, mass, 1).unsqueeze(-1)
+    return torch.where(alive.unsqueeze(-1), means, centroids)
+
+
+def iterate(vectors: Tensor, importance: Tensor, centroids: Tensor, temperature: Tensor, iters: int):
+    """`(out [g, n, d], trajectory [iters + 1, g, k, d])`: the three equations, differentiable."""
+    trajectory = [centroids]
+    assignment = vectors.new_empty(0)
+    for _ in range(iters):
+        assignment = soft_assignment(vectors, trajectory[-1], temperature)
+        trajectory.append(update(vectors, importance, trajectory[-1], assignment))
+    return assignment @ trajectory[-1], torch.stack(trajectory)
+
+
+def cluster(
+    weight: Tensor,
+    importance: Tensor | None,
+    centroids: Tensor,
+    temperature: Tensor,
+    iters: int,
+    round_to: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """`(out like weight, trajectory [iters + 1, g, k, d])`, differentiable in `weight` by plain autograd."""
+    groups, _, d = centroids.shape
+    if round_to is not None:
+        weight = weight + (weight.to(round_to).to(weight.dtype) - weight).detach()
+    vectors = group_vectors(weight.to(compute_dtype(weight.dtype)), groups, d).movedim(1, -1).flatten(1, 2)  # [g, n, d]
+    grouped = group_importance(importance, weight.shape, groups, d)
+    weights = torch.ones_like(vectors[..., 0]) if grouped is None else grouped.to(vectors.dtype).flatten(1)  # [g, n]
+    out, trajectory = iterate(vectors, weights, centroids, temperature, iters)
+    out = out.unflatten(1, (-1, weight.shape[1])).transpose(2, 3).reshape(weight.shape)
+    return out.to(weight.dtype), trajectory

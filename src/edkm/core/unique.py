@@ -1,0 +1,205 @@
+"""Differentiable k-means over distinct values: exact, and cheaper the larger the groups.
+
+With `d = 1` and 16-bit weights a group holds at most 65,536 distinct values (layers of real models: 2,000 to 6,000). Assignment,
+centroid updates and output are functions of the value alone, so they are computed on a table of distinct values `u_q` with
+summed importance `S_q`, and gathered. The bit pattern of a weight is its index: the index list costs no memory.
+
+The gradient is exact too. Of `g = dL/dout` it needs the sums `G_q` over equal values; then, with D and P from `fused.reverse` run
+on the table,
+
+    dL/dw_i = g_i D_q(i) + s_i P_q(i)
+
+Groups of rows have a table each. Groups are worked through in chunks, weights in blocks
+of rows, so that next to the result only blocks and tables exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edkm.core import fused
+from edkm.core.fused import Block, chunks
+from edkm.core.reference import compute_dtype
+
+KEYS = 1 << 16
+# Weights handled at a time, and weights whose tables exist at a time.
+BLOCK_WEIGHTS = 1 << 18
+CHUNK_WEIGHTS = 1 << 21
+# Columns that a table is folded into, so that `fused` can cut it into blocks of rows.
+FOLD = 256
+
+
+@cache
+def _values(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`(values [65536] float64 by key, keys of the finite ones in ascending order of value)`. Key: bit pattern + 32768."""
+    bits = torch.arange(-KEYS // 2, KEYS // 2, dtype=torch.int16, device=device)
+    values = bits.view(dtype).double()
+    order = values.argsort(stable=True)
+    return values, order[values[order].isfinite()]
+
+
+def _bits(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys of a block of weights, int32, same shape."""
+    return rows.to(dtype).contiguous().view(torch.int16).to(torch.int32).add_(KEYS // 2)
+
+
+class Points(NamedTuple):
+    """Distinct values of a chunk of groups.
+
+    A table has a row per group and a column per distinct value of the chunk, ascending; a value that a group lacks has no mass there
+    and does no harm. A weight's *cell* is its place in a row of `width` cells: its value's rank, or with a single group simply its key,
+    which saves a gather.
+    """
+
+    rows: Tensor  # [g, rows, cols] the weights themselves, a view
+    dtype: torch.dtype  # 16-bit type that keys them
+    keys: Tensor  # [u] int64 keys of the distinct values, ascending by value
+    rank: Tensor | None  # [65536] int32 key -> rank; None with a single group
+    values: Tensor  # [g, u / 256, 256] the values, padded with the largest
+
+    @property
+    def width(self) -> int:
+        return KEYS if self.rank is None else len(self.keys)
+
+    def blocks(self) -> list[Block]:
+        groups, rows, cols = self.rows.shape
+        return [block for chunk in chunks(groups, rows, cols, BLOCK_WEIGHTS) for block in chunk]
+
+    def cells(self, block: Block) -> Tensor:
+        """Cells of a block's weights, counted from the block's first group: `[n]` int32."""
+        bits = _bits(self.rows[block.groups, block.rows], self.dtype).flatten(1)
+        if self.rank is None:
+            return bits.view(-1)
+        cells = self.rank.index_select(0, bits.view(-1)).view_as(bits)
+        offsets = torch.arange(0, len(cells) * self.width, self.width, dtype=torch.int32, device=cells.device)
+        return cells.add_(offsets.unsqueeze(1)).view(-1)
+
+    def sums(self, terms: list[Tensor | None]) -> list[Tensor]:
+        """Tables of the sums over equal values of each `[g, rows, cols]` term (None: of ones)."""
+        totals = [self.values.new_zeros(len(self.rows), self.width) for _ in terms]
+        for block in self.blocks():
+            cells = self.cells(block)
+            for total, term in zip(totals, terms, strict=True):
+                part = None if term is None else term[block.groups, block.rows].to(total.dtype).reshape(-1)
+                into = total[block.groups]
+                into += torch.bincount(cells, part, minlength=into.numel()).view_as(into)
+        if self.rank is None:
+            totals = [total[:, self.keys] for total in totals]
+        return [_fold(total, 0.0) for total in totals]
+
+    def spread(self, tables: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[Block, list[Tensor]]]:
+        """Each table's entry for every weight, a block at a time: `[g', rows', cols]`."""
+        by_cell = [table.flatten(1)[:, : len(self.keys)].to(dtype) for table in tables]
+        if self.rank is None:
+            by_cell = [table.new_zeros(1, KEYS).index_copy_(1, self.keys, table) for table in by_cell]
+        for block in self.blocks():
+            cells = self.cells(block)
+            shape = self.rows[block.groups, block.rows].shape
+            yield block, [table[block.groups].reshape(-1).index_select(0, cells).view(shape) for table in by_cell]
+
+
+def find_points(rows: Tensor, dtype: torch.dtype, compute: torch.dtype) -> Points:
+    """Find the distinct values of `rows [g, rows, cols]`."""
+    groups, device = rows.shape[0], rows.device
+    values, finite = _values(dtype, device)
+    seen = torch.zeros(KEYS, dtype=torch.bool, device=device)
+    for chunk in chunks(*rows.shape, BLOCK_WEIGHTS):
+        for block in chunk:
+            seen |= torch.bincount(_bits(rows[block.groups, block.rows], dtype).view(-1), minlength=KEYS) > 0
+    keys = finite[seen[finite]]
+    if len(keys) < int(seen.sum()):
+        raise ValueError("weight: NaN or infinite values")  # op.py says more
+    rank = None
+    if groups > 1:
+        rank = torch.zeros(KEYS, dtype=torch.int32, device=device)
+        rank[keys] = torch.arange(len(keys), dtype=torch.int32, device=device)
+    table = values[keys].to(compute).expand(groups, -1)
+    return Points(rows, dtype, keys, rank, _fold(table, table[0, -1].item()))
+
+
+def _fold(table: Tensor, padding: float) -> Tensor:
+    """`[g, u]` -> `[g, ceil(u / 256), 256]`."""
+    short = -table.shape[1] % FOLD
+    return torch.nn.functional.pad(table, (0, short), value=padding).view(len(table), -1, FOLD)
+
+
+def tables(
+    weight: Tensor, groups: int, round_to: torch.dtype | None
+) -> Iterator[tuple[slice, Points]]:
+    """The groups with their tables, a chunk at a time."""
+    rows = weight.detach().view(groups, -1, weight.shape[1])
+    dtype = weight.dtype if weight.dtype.itemsize == 2 else round_to
+    assert dtype is not None
+    step = max(1, CHUNK_WEIGHTS // rows[0].numel())
+    for start in range(0, groups, step):
+        of = slice(start, min(start + step, groups))
+        yield of, find_points(rows[of], dtype, compute_dtype(weight.dtype))
+
+
+def grouped(importance: Tensor | None, weight: Tensor, groups: int) -> Tensor | None:
+    return None if importance is None else importance.expand(weight.shape).unflatten(0, (groups, -1))
+
+
+# The three functions that every backend has; op.py documents them.
+
+
+def solve(
+    weight: Tensor,
+    importance: Tensor | None,
+    centroids: Tensor,
+    temperature: Tensor,
+    iters: int,
+    round_to: torch.dtype | None,
+) -> Tensor:
+    groups = centroids.shape[0]
+    s = grouped(importance, weight, groups)
+    trajectory = centroids.new_empty(iters + 1, *centroids.shape)
+    for of, points in tables(weight, groups, round_to):
+        (total,) = points.sums([None if s is None else s[of]])
+        trajectory[:, of] = fused.iterate(points.values.unsqueeze(1), total, centroids[of], temperature[of], iters, None)
+    return trajectory
+
+
+def decode(weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None) -> Tensor:
+    groups = trajectory.shape[1]
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for of, points in tables(weight, groups, round_to):
+        soft = torch.empty_like(points.values)
+        fused.spread(points.values.unsqueeze(1), trajectory[:, of], temperature[of], None, soft.unsqueeze(1))
+        into = out.view(groups, -1, weight.shape[1])[of]
+        for block, (piece,) in points.spread([soft], weight.dtype):
+            into[block.groups, block.rows] = piece
+    return out
+
+
+def adjoint(
+    grad: Tensor,
+    weight: Tensor,
+    importance: Tensor | None,
+    trajectory: Tensor,
+    temperature: Tensor,
+    round_to: torch.dtype | None,
+) -> Tensor:
+    groups = trajectory.shape[1]
+    s = grouped(importance, weight, groups)
+    g = grad.contiguous().view(groups, -1, weight.shape[1])
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for of, points in tables(weight, groups, round_to):
+        total, pull = points.sums([None if s is None else s[of], g[of]])
+        direct, path = torch.zeros_like(points.values), torch.zeros_like(points.values)
+        pieces = fused.reverse(points.values.unsqueeze(1), total, None, pull, trajectory[:, of], temperature[of], None)
+        for block, own, shared in pieces:
+            part = path[block.groups, block.rows]
+            part += shared.view(part.shape)
+            if own is not None:
+                direct[block.groups, block.rows] = own.view(part.shape)
+        into = dw.view(groups, -1, weight.shape[1])[of]
+        for block, (d, p) in points.spread([direct, path], direct.dtype):
+            piece = d.mul_(g[of][block.groups, block.rows])
+            into[block.groups, block.rows] = piece.add_(p if s is None else p.mul_(s[of][block.groups, block.rows]))
+    return dw

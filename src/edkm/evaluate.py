@@ -1,0 +1,217 @@
+"""Perplexity of a text, and generation: what a model is worth after compression.
+
+Convention of `perplexity`, since numbers of different conventions cannot be compared:
+
+- The text is tokenised once, as a whole, without special tokens.
+- Windows of `window` tokens start at token 0, `stride`, 2 `stride`, ...; only whole windows count, so up to
+  `stride` - 1 tokens at the end are not used. A text shorter than one window is one shorter window.
+- A token is scored in the first window that has it, given the tokens before it in that window, and never
+  again. The first token of the text is not scored; with `stride == window`, nor is the first token of any
+  window: it has no context there.
+- The result is exp(mean negative log-likelihood of the scored tokens). The model runs in its own dtype,
+  without autocast; the log-likelihood is computed from its logits in float32 and summed in float64.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be done as asked; the message names the rule and the remedy."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The perplexity of a text; `inf` or `nan` if that is what the model gave.
+
+    Attributes:
+        perplexity: exp(nll); inf if that is beyond a float.
+        nll: mean negative log-likelihood per scored token, in nats.
+        tokens: tokens scored.
+        windows: windows run.
+        window: tokens per window: as asked for, or fewer for a text shorter than one window.
+        stride: tokens from the start of one window to the next.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    window: int
+    stride: int
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int = 512,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+) -> Perplexity:
+    """Perplexity of `text` under a causal language model, by the convention at the top of this file.
+
+    Every module's `training` flag is left as it was found; no gradient is kept.
+
+    Args:
+        model: a causal language model of transformers; it stays on its device.
+        tokenizer: its tokenizer.
+        text: what to score.
+        window: tokens per window, from 2 to the model's longest context.
+        stride: tokens from one window to the next, 1 to `window`; None means `window`.
+        max_windows: use the first so many windows; None means all.
+        batch_size: windows per forward pass. Changes speed and memory only.
+
+    Raises:
+        EvaluationError: a number out of range, or a text of fewer than 2 tokens.
+
+    Cost:
+        Memory for logits: batch_size * window * vocabulary values, twice over in float32.
+    """
+    stride = window if stride is None else stride
+    _check_numbers(model, window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
+    # verbose=False: the text is longer than the model's context, and that is what the windows are for.
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)  # int64 [tokens]
+    if ids.numel() < 2:
+        raise EvaluationError(
+            f"the text has {ids.numel()} token(s), perplexity needs at least 2: one to predict "
+            "another. Give more."
+        )
+    window = min(window, ids.numel())
+    windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
+    total, scored = 0.0, 0
+    with _evaluating(model), _no_autocast(model) as device:
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size].to(device)  # [batch, window]
+            logits = model(input_ids=batch, use_cache=False).logits  # [batch, window, vocabulary]
+            for row, tokens in enumerate(batch):
+                first = 1 if start + row == 0 else max(1, window - stride)
+                total += _negative_log_likelihood(logits[row, first - 1 : -1], tokens[first:])
+                scored += window - first
+    nll = total / scored
+    return Perplexity(
+        perplexity=_exp(nll), nll=nll, tokens=scored, windows=len(windows), window=window, stride=stride
+    )
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    chat: bool | None = None,
+) -> str:
+    """Continue a prompt; the text returned is the continuation alone, without special tokens.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        prompt: the text to continue, or, with `chat`, the user's message to answer.
+        max_new_tokens: at most so many tokens; fewer if the model ends its text.
+        temperature: 0 takes the likeliest token each time; above 0 samples, from torch's global generator.
+        chat: whether to write the prompt with the chat template; None means if the tokenizer has one.
+
+    Raises:
+        EvaluationError: `chat=True` without a chat template, an empty prompt, or a number out of range.
+    """
+    if max_new_tokens < 1:
+        raise EvaluationError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise EvaluationError(f"temperature={temperature}: must be 0 (greedy) or a positive number.")
+    ids = _prompt_ids(tokenizer, prompt, chat=chat)  # int64 [1, tokens]
+    from transformers import GenerationConfig
+
+    stored = getattr(model, "generation_config", None)
+    end = tokenizer.eos_token_id if stored is None or stored.eos_token_id is None else stored.eos_token_id
+    first_end = end[0] if isinstance(end, list) else end
+    # A configuration of our own: the model's may ask for sampling, or for a length of its own.
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else 1.0,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end,
+    )
+    with _evaluating(model), _no_autocast(model) as device:
+        ids = ids.to(device)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None) -> Tensor:
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise EvaluationError("chat=True: this tokenizer has no chat template. Use chat=False.")
+    if has_template and chat is not False:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    else:
+        ids = tokenizer(prompt).input_ids
+    if not ids:
+        raise EvaluationError("the prompt is empty: there is nothing to continue. Give at least one word.")
+    return torch.tensor([ids])  # int64 [1, tokens]
+
+
+def _check_numbers(model: Any, *, window: int, stride: int, max_windows: int | None, batch_size: int) -> None:
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if window < 2:
+        raise EvaluationError(f"window={window}: must be at least 2, one token to predict another.")
+    if longest is not None and window > longest:
+        raise EvaluationError(
+            f"window={window}: the model's context is {longest} tokens. Use a shorter window."
+        )
+    if not 1 <= stride <= window:
+        raise EvaluationError(f"stride={stride}: must be 1 to window ({window}), or tokens would be skipped.")
+    if max_windows is not None and max_windows < 1:
+        raise EvaluationError(f"max_windows={max_windows}: must be at least 1, or left out to use all.")
+    if batch_size < 1:
+        raise EvaluationError(f"batch_size={batch_size}: must be at least 1.")
+
+
+def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
+    """Sum over tokens, in nats; logits [tokens, vocabulary] of any float dtype, targets int64 [tokens]."""
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")  # float32 [tokens]
+    return losses.double().sum().item()
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the while; each module's flag is put back, since a model may be frozen in part."""
+    found = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # Not inference_mode: tensors made there could not be used for training later (a cached table, say).
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in found:
+            module.training = training
+
+
+@contextmanager
+def _no_autocast(model: nn.Module) -> Iterator[torch.device]:
+    """Yield the model's device, with autocast off there."""
+    # A packed model may have no parameters at all, only buffers.
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    with torch.autocast(device.type, enabled=False):
+        yield device

@@ -1,0 +1,104 @@
+"""A model and a tokenizer small enough to make in the test: nothing is downloaded."""
+
+import pytest
+import torch
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+VOCABULARY = 300
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>", "<|start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog and the other dog"] * 4, trainer
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """Byte-level BPE of at most 300 tokens, no chat template; encodes any text and decodes it unchanged."""
+    return _tokenizer()
+
+
+@pytest.fixture
+def chat_tokenizer():
+    """The same tokenizer with a chat template of the usual kind."""
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_model():
+    """A random LLaMA, always the same: 2 layers, hidden size 64, tied embeddings, float32, context of 256."""
+    return _model()
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory):
+    """An ordinary checkpoint of `tiny_model` with `chat_tokenizer`. Shared: do not write there."""
+    directory = tmp_path_factory.mktemp("tiny")
+    _model().save_pretrained(directory)
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def packed_dir(tmp_path_factory):
+    """The same packed: the feed-forward weights at 3 bits, one table each, untrained. Do not write there."""
+    from edkm.compressed import hf
+    from edkm.core.assign import Frozen, assign, round_lut
+
+    model, frozen, dense = _model(), {}, {}
+    for name, weight in model.named_parameters():
+        weight = weight.detach()
+        if ".mlp." in name:
+            lut = round_lut(weight.flatten().quantile(torch.linspace(0.03, 0.97, 8)).view(1, 8, 1))
+            frozen[name] = Frozen(assign(weight, lut), lut, tuple(weight.shape), 0.0125)
+        else:
+            dense[name] = weight
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    directory = tmp_path_factory.mktemp("packed")
+    hf.save_pretrained(directory, frozen, dense, {}, model.config, tokenizer)
+    return directory

@@ -1,0 +1,428 @@
+"""The packed checkpoint: what is read is what was written, and whatever else is refused in one line."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from edkm.compressed import checkpoint, shards
+from edkm.compressed.checkpoint import FormatError, dequantize, iterate, read, summary, write
+from edkm.core.assign import Frozen
+
+NAME = "layers.0.proj.weight"
+DOCS = Path(__file__).parents[1] / "docs" / "format.md"
+
+
+def frozen(shape: tuple[int, ...], bits: int, luts: int = 1, dim: int = 1, k: int | None = None) -> Frozen:
+    generator = torch.Generator().manual_seed(sum(shape) + bits)
+    k = k or 2**bits
+    cols = int(np.prod(shape[1:]))
+    indices = torch.randint(0, k, (shape[0] // dim, cols), dtype=torch.uint8, generator=generator)
+    lut = torch.randn(luts, k, dim, generator=generator).sort(1).values.half()
+    return Frozen(indices, lut, shape, 0.25)
+
+
+def save(directory: Path, tensors: dict[str, Frozen], dense: dict[str, torch.Tensor], **config: Any) -> Path:
+    packed = write(directory, tensors, dense, {"bits": 3})
+    (directory / "config.json").write_text(json.dumps({"quantization_config": packed | config}))
+    return directory
+
+
+def dense_tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "norm.weight": torch.randn(5).bfloat16(),
+        "head.bias": torch.randn(3, 2),
+        "steps": torch.tensor(7),
+        "mask": torch.tensor([True, False, True]),
+        "empty": torch.zeros(0, 4),
+        "half.weight": torch.randn(3, 3).half().t(),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tensors = {NAME: frozen((6, 7), 3, luts=2), "layers.1.proj.weight": frozen((8, 3, 2), 4, dim=2)}
+    return save(tmp_path / "model", tensors, dense_tensors())
+
+
+def edit_config(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Rewrites the file, with checksums that are right for the changed tensors."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    crc = {name: shards._checksum(shards._as_bytes(tensor)) for name, tensor in tensors.items()}
+    save_file(tensors, path, {"format": "pt", "edkm": json.dumps({"crc32": crc})})
+
+
+def refuses(directory: Path, message: str) -> None:
+    with pytest.raises(FormatError, match=message) as caught:
+        read(directory)
+    assert "\n" not in str(caught.value)
+
+
+@st.composite
+def clustered(draw: st.DrawFn) -> Frozen:
+    bits, luts, dim = draw(st.integers(1, 8)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    rest = draw(st.lists(st.integers(1, 5), max_size=2))
+    k = draw(st.integers(2 ** (bits - 1) + 1, 2**bits))
+    return frozen((luts * dim * draw(st.integers(1, 4)), *rest), bits, luts, dim, k)
+
+
+@given(tensor=clustered())
+@settings(deadline=None, max_examples=60)
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, tensor: Frozen):
+    directory = save(tmp_path_factory.mktemp("model"), {NAME: tensor}, {})
+    packed = read(directory)
+    assert packed.dense == {} and packed.frozen.keys() == {NAME}
+    got = packed.frozen[NAME]
+    assert torch.equal(got.indices, tensor.indices) and torch.equal(got.lut, tensor.lut)
+    assert (got.shape, got.error, got.bits) == (tensor.shape, tensor.error, tensor.bits)
+    assert torch.equal(dequantize(got), dequantize(tensor))
+    assert dequantize(got).shape == tensor.shape
+
+
+def test_dense_tensors_and_settings_come_back(saved: Path):
+    packed = read(saved)
+    expected = dense_tensors()
+    assert packed.dense.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert packed.dense[name].dtype == tensor.dtype
+        assert torch.equal(packed.dense[name], tensor)
+    assert packed.quantization_config["settings"] == {"bits": 3}
+    assert [name for name, _ in iterate(saved)] == sorted([*expected, *packed.frozen])
+
+
+def test_dequantize_by_hand():
+    lut = torch.tensor([[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0], [6.0, 7.0]]]).half()  # [2, 2, 2]
+    tensor = Frozen(torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8), lut, (4, 2), 0.0)
+    assert dequantize(tensor).tolist() == [[0, 2], [1, 3], [6, 4], [7, 5]]
+    assert dequantize(tensor, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_files_are_plain_safetensors_and_reproducible(saved: Path, tmp_path: Path):
+    with safe_open(saved / "model.safetensors", framework="pt") as handle:
+        assert handle.get_tensor(NAME).dtype == torch.uint8
+        assert handle.get_tensor(NAME).shape == (16,)  # 42 indices of 3 bits
+        assert handle.get_tensor(NAME + "_lut").shape == (2, 8, 1)
+        assert handle.metadata()["format"] == "pt"
+    packed = read(saved)
+    again = save(tmp_path / "again", packed.frozen, packed.dense)
+    assert (again / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in again.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_several_files(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    before = read(saved)
+    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 50)
+    save(saved, before.frozen, before.dense)
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2 and not (saved / "model.safetensors").exists()
+    assert index["weight_map"][NAME] == index["weight_map"][NAME + "_lut"]
+    assert {path.name for path in saved.glob("*.safetensors")} == files
+    after = read(saved)
+    assert all(torch.equal(after.frozen[name].indices, t.indices) for name, t in before.frozen.items())
+    assert all(torch.equal(after.dense[name], t) for name, t in before.dense.items())
+    assert summary(saved)["weights"] == 42 + 48 + 5 + 6 + 1 + 3 + 0 + 9
+    monkeypatch.undo()
+    save(saved, before.frozen, before.dense)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(shards.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write(saved, {NAME: frozen((4, 4), 2)}, {}, {})
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_tensors_survive_the_file(saved: Path):
+    packed = read(saved)
+    copies = {name: tensor.clone() for name, tensor in packed.dense.items()}
+    path = saved / "model.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert all(torch.equal(packed.dense[name], tensor) for name, tensor in copies.items())
+
+
+def test_summary_counts(saved: Path):
+    result = summary(saved)
+    first = result["tensors"][0]
+    assert (first["name"], first["bits"], first["luts"], first["shape"]) == (NAME, 3, 2, [6, 7])
+    assert first["stored_bytes"] == 16 + 2 * 8 * 2
+    assert first["bits_per_weight"] == pytest.approx(8 * 48 / 42)
+    assert result["file_bytes"] == (saved / "model.safetensors").stat().st_size
+    assert result["dense_weights"] == 24 and result["dense_tensors"] == 6
+    assert result["bytes_in_16_bits"] == 2 * result["weights"] == 2 * (42 + 48 + 24)
+    assert result["bits_per_weight"] == pytest.approx(8 * result["file_bytes"] / result["weights"])
+    # 24 indices of 4 bits and 16 centroids of two values
+    assert result["clustered_bits_per_weight"] == pytest.approx(8 * (48 + 12 + 64) / (42 + 48))
+    json.dumps(result, allow_nan=False)
+
+
+def test_summary_keeps_embeddings_apart_and_reads_no_data(tmp_path: Path):
+    tensors = {NAME: frozen((4, 8), 2), "model.embed_tokens.weight": frozen((16, 8), 8)}
+    directory = save(tmp_path, tensors, {})
+    path = directory / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(bytes(data[:start]) + bytes(len(data) - start))
+    result = summary(directory)
+    assert [row["embedding"] for row in result["tensors"]] == [False, True]
+    assert result["clustered_bits_per_weight"] == 8 * (8 + 8) / 32
+    refuses(directory, "do not have their checksum")
+
+
+@pytest.mark.parametrize("limit", [5_000_000_000, 60])
+def test_reader_of_the_format_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int):
+    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", limit)
+    tensors = {f"layers.{bits}.weight": frozen((12, 5), bits, luts=2, dim=3) for bits in range(1, 9)}
+    tensors |= {"fused.weight": frozen((4, 3, 2), 3), "bias": frozen((6,), 2, k=3)}
+    directory = save(tmp_path, tensors, {"norm.weight": torch.ones(3, dtype=torch.bfloat16)})
+    code = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[-1]
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    weights = scope["read_clustered"](directory)
+    assert weights.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert np.array_equal(weights[name], dequantize(tensor, torch.float16).numpy())
+
+
+def test_fields_of_the_format_page(saved: Path):
+    config = read(saved).quantization_config
+    text = DOCS.read_text()
+    example = json.loads(re.findall(r"```json\n(.*?)```", text, re.DOTALL)[0])
+    assert example.keys() == config.keys()
+    assert next(iter(example["tensors"].values())).keys() == config["tensors"][NAME].keys()
+    fields = {*config, *config["tensors"][NAME]}
+    assert fields <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(quant_method="gptq"), "quant_method must be 'edkm', got 'gptq'"),
+        (lambda c: c.update(format_version=2), "format_version must be 1, got 2. Use a newer edkm"),
+        (lambda c: c.update(format_version=True), "format_version must be 1, got True"),
+        (lambda c: c.pop("settings"), "quantization_config: lacks settings"),
+        (lambda c: c.update(scales=1), "unknown fields scales. Use a newer edkm"),
+        (lambda c: c.update(tensors=[]), "tensors must be an object"),
+        (lambda c: c["tensors"].update({NAME: 3}), f"{NAME}: must be an object, got 3"),
+        (lambda c: c["tensors"][NAME].update(zero=1), f"{NAME}: has unknown fields zero"),
+        (lambda c: c["tensors"][NAME].pop("dim"), f"{NAME}: lacks dim"),
+        (lambda c: c["tensors"][NAME].update(bits=9), "bits must be 1 to 8, got 9"),
+        (lambda c: c["tensors"][NAME].update(bits="3"), "bits must be 1 to 8, got '3'"),
+        (lambda c: c["tensors"][NAME].update(bits=4), r"must be uint8 \[21\] for 4 bits"),
+        (lambda c: c["tensors"][NAME].update(shape=7), "shape must be a list, got 7"),
+        (lambda c: c["tensors"][NAME].update(shape=[]), "list of positive numbers"),
+        (lambda c: c["tensors"][NAME].update(shape=[6, -7]), "list of positive numbers"),
+        (lambda c: c["tensors"][NAME].update(shape=[6, 2**60]), "must be uint8"),
+        (lambda c: c["tensors"][NAME].update(dim=5), "must divide the 6 rows, got dim 5"),
+        (lambda c: c["tensors"][NAME].update(luts=0), "must divide the 6 rows, got dim 1 and luts 0"),
+        (lambda c: c["tensors"][NAME].update(luts=3), r"must be float16 \[3, 5 to 8, 1\]"),
+        (lambda c: c["tensors"][NAME].update(error=-1.0), "error must be a finite number from 0"),
+        (lambda c: c["tensors"][NAME].update(error=10**400), "error must be a finite number from 0"),
+        (lambda c: c["tensors"].update(ghost=c["tensors"][NAME]), "ghost: is in config.json but in no file"),
+    ],
+)
+def test_config_refused(saved: Path, change: Callable[[dict[str, Any]], Any], message: str):
+    edit_config(saved, change)
+    refuses(saved, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a JSON file"),
+        ("[" * 100_000, "not a JSON file"),
+        ('{"a": NaN}', "NaN is not JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        ("{}", "has no quantization_config. This is an ordinary model"),
+    ],
+)
+def test_config_file_refused(saved: Path, text: str, message: str):
+    (saved / "config.json").write_text(text)
+    refuses(saved, message)
+
+
+def test_missing_files_refused(saved: Path, tmp_path: Path):
+    (saved / "model.safetensors").rename(tmp_path / "elsewhere")
+    refuses(saved, "model.safetensors: no such file")
+    (saved / "config.json").unlink()
+    refuses(saved, "config.json: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(NAME + "_lut"), f"{NAME}_lut: is in config.json but in no file"),
+        (lambda t: t.update({NAME: t[NAME].int()}), r"must be uint8 \[16\].*got int32 \[16\]"),
+        (lambda t: t.update({NAME: t[NAME][:-1].clone()}), r"got uint8 \[15\]"),
+        (lambda t: t.update({NAME: t[NAME].view(4, 4)}), r"got uint8 \[4, 4\]"),
+        (lambda t: t[NAME][-1:].fill_(128), "2 padding bits after index 41 must be zero"),
+        (lambda t: t.update({NAME + "_lut": t[NAME + "_lut"].float()}), r"must be float16.*got float32"),
+        (lambda t: t.update({NAME + "_lut": t[NAME + "_lut"].view(2, 8)}), r"got float16 \[2, 8\]"),
+        (
+            lambda t: t.update({NAME + "_lut": t[NAME + "_lut"][:, :4].clone()}),
+            r"5 to 8, 1\], got .* \[2, 4, 1\]",
+        ),
+        (
+            lambda t: t.update({NAME + "_lut": t[NAME + "_lut"][:, :5].clone()}),
+            "indices must be below 5, got 7",
+        ),
+        (lambda t: t[NAME + "_lut"][0, 0].fill_(torch.nan), "every centroid must be finite"),
+        (lambda t: t[NAME + "_lut"][1, 7].fill_(torch.inf), "every centroid must be finite"),
+    ],
+)
+def test_stored_tensors_refused(saved: Path, change: Callable[[dict[str, torch.Tensor]], Any], message: str):
+    edit_weights(saved, change)
+    refuses(saved, message)
+
+
+def test_checksums_must_be_there_and_match_the_names(saved: Path):
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    for metadata in (None, {"edkm": "{"}, {"edkm": "[]"}, {"edkm": '{"crc32": {"a": 1}}'}):
+        save_file(tensors, path, metadata)
+        refuses(saved, "has no edkm checksums")
+    save_file(tensors, path, {"edkm": '{"crc32": {}}'})
+    refuses(saved, "has no tensor or no checksum")
+    save_file(tensors, path, {"edkm": json.dumps({"crc32": dict.fromkeys([*tensors, "more"], "00000000")})})
+    refuses(saved, "more has no tensor or no checksum")
+
+
+def same(a: checkpoint.Packed, b: checkpoint.Packed) -> bool:
+    def parts(packed: checkpoint.Packed) -> dict[str, torch.Tensor]:
+        flat = {f"{name} {field}": t for name, f in packed.frozen.items() for field, t in zip("il", f[:2])}
+        # A tensor without values has no bytes that a checksum could cover.
+        return flat | {name: t for name, t in packed.dense.items() if t.numel()}
+
+    x, y = parts(a), parts(b)
+    return x.keys() == y.keys() and all(x[n].dtype == y[n].dtype and torch.equal(x[n], y[n]) for n in x)
+
+
+def test_every_flipped_bit_and_every_truncation_is_refused(saved: Path):
+    before = read(saved)
+    assert same(before, read(saved))
+    path = saved / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    accepted = 0
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        if position >= start:
+            refuses(saved, "bytes do not have their checksum")
+            continue
+        # In the header some bits mean nothing to us ("format", the case of a hexadecimal digit, spaces).
+        try:
+            assert same(before, read(saved))
+            accepted += 1
+        except FormatError:
+            pass
+    assert accepted < 40
+    for length in [0, 7, 8, start - 1, start, len(data) - 1]:
+        path.write_bytes(data[:length])
+        refuses(saved, "not a whole safetensors file")
+    path.write_bytes(data + b"\0")
+    refuses(saved, "not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../model.safetensors",
+        "/a.safetensors",
+        "a\\b.safetensors",
+        "c:a.safetensors",
+        ".safetensors",
+        "a.bin",
+        3,
+    ],
+)
+def test_index_cannot_leave_the_directory(saved: Path, file: Any):
+    (saved / "model.safetensors").rename(saved.parent / "model.safetensors")
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: file}}))
+    refuses(saved, "must lie in a plain")
+
+
+def test_index_must_agree_with_the_files(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    packed = read(saved)
+    single = (saved / "model.safetensors").read_bytes()
+    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 50)
+    save(saved, packed.frozen, packed.dense)
+    path = saved / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    path.write_text("{}")
+    refuses(saved, "weight_map must be an object")
+    for change in ({"ghost": index["weight_map"][NAME]}, {"norm.weight": index["weight_map"][NAME]}):
+        path.write_text(json.dumps({"weight_map": index["weight_map"] | change}))
+        refuses(saved, "lists other tensors for this file")
+    path.write_text(json.dumps(index))
+    (saved / "model.safetensors").write_bytes(single)
+    refuses(saved, "holds both")
+
+
+def test_table_must_lie_beside_its_indices(saved: Path):
+    tensors = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    parts = {"a": {NAME + "_lut": tensors.pop(NAME + "_lut")}, "b": tensors}
+    for file, part in parts.items():
+        crc = {name: shards._checksum(shards._as_bytes(tensor)) for name, tensor in part.items()}
+        save_file(part, saved / f"{file}.safetensors", {"edkm": json.dumps({"crc32": crc})})
+    weight_map = {name: f"{file}.safetensors" for file, part in parts.items() for name in part}
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refuses(saved, f"{NAME}_lut: must lie in b.safetensors, is in a.safetensors")
+
+
+def test_write_refuses(tmp_path: Path):
+    good = frozen((6, 7), 3)
+    weight = torch.ones(2, 2)
+    cases: list[tuple[dict[str, Frozen], dict[str, torch.Tensor], str]] = [
+        ({NAME: good._replace(lut=good.lut.float())}, {}, "lut must be float16"),
+        ({NAME: good._replace(shape=(7, 6))}, {}, r"indices must be uint8 \[7, 6\]"),
+        ({NAME: good._replace(indices=good.indices.int())}, {}, "indices must be uint8"),
+        ({NAME: good._replace(lut=good.lut.repeat(4, 1, 1))}, {}, "must divide the 6 rows"),
+        ({NAME: good._replace(lut=good.lut[:, :1])}, {}, "bits must be 1 to 8, got 0"),
+        ({NAME: good._replace(lut=good.lut[:, :6])}, {}, "indices must be below 6, got 7"),
+        ({NAME: good._replace(lut=good.lut * torch.inf)}, {}, "every centroid must be finite"),
+        ({NAME: good._replace(error=float("nan"))}, {}, "error must be a finite number"),
+        ({NAME: good}, {NAME: weight}, "the name is taken"),
+        ({NAME: good}, {NAME + "_lut": weight}, "the name is taken"),
+        ({}, {"__metadata__": weight}, "the name is taken"),
+        ({}, {"a": weight, "b": weight}, "b: is the same memory as a"),
+    ]
+    for tensors, dense, message in cases:
+        with pytest.raises(FormatError, match=message):
+            write(tmp_path, tensors, dense, {})
+    with pytest.raises(ValueError, match=r"a: torch.complex64 cannot be stored"):
+        write(tmp_path, {}, {"a": torch.zeros(2, dtype=torch.complex64)}, {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(tmp_path, {NAME: good}, {}, {"softness": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_format_error_is_a_value_error():
+    assert issubclass(checkpoint.FormatError, ValueError)

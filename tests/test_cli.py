@@ -1,0 +1,273 @@
+"""The command line: what it prints, its exit codes, and how little it imports to say so."""
+
+import json
+import shlex
+import subprocess
+import sys
+import types
+
+import pytest
+
+from edkm import cli
+from edkm.evaluate import Perplexity, generate, perplexity
+from edkm.models import load_model
+
+COMMANDS = ["eval", "generate", "inspect", "unpack"]
+TEXT = "the quick brown fox jumps over the lazy dog. " * 12
+
+SUMMARY = {
+    "tensors": [
+        {
+            "name": "model.embed_tokens.weight",
+            "shape": [300, 64],
+            "bits": 8,
+            "dim": 1,
+            "luts": 1,
+            "error": 1.25e-7,
+            "stored_bytes": 19712,
+            "bits_per_weight": 8.213,
+        },
+        {
+            "name": "model.layers.0.mlp.up_proj.weight",
+            "shape": [128, 64],
+            "bits": 3,
+            "dim": 1,
+            "luts": 8,
+            "error": 0.0015,
+            "stored_bytes": 3200,
+            "bits_per_weight": 3.125,
+        },
+    ],
+    "dense_tensors": 5,
+    "dense_weights": 320,
+    "weights": 27712,
+    "file_bytes": 25000,
+    "bits_per_weight": 7.217,
+    "clustered_bits_per_weight": 3.125,
+    "bytes_in_16_bits": 55424,
+}
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Put a stand-in in the place of a module of edkm.compressed."""
+
+    def put(name, **functions):
+        module = types.SimpleNamespace(**functions)
+        monkeypatch.setitem(sys.modules, f"edkm.compressed.{name}", module)
+        monkeypatch.setattr(f"edkm.compressed.{name}", module, raising=False)
+
+    return put
+
+
+def test_eval_prints_the_perplexity(tiny_dir, text_file, capsys):
+    model, tokenizer = load_model(tiny_dir)
+    expected = perplexity(model, tokenizer, TEXT, window=16, stride=8, max_windows=3)
+    options = ["--window", "16", "--stride", "8", "--max-windows", "3"]
+    assert cli.main(["eval", str(tiny_dir), "--text", str(text_file), *options]) == 0
+    out = capsys.readouterr().out
+    assert out == (
+        f"perplexity {expected.perplexity:.4f} (nll {expected.nll:.6f} nats per token; 31 tokens in 3 "
+        "windows of 16, stride 8)\n"
+    )
+    assert cli.main(["eval", str(tiny_dir), "--text", str(text_file), *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "model": str(tiny_dir),
+        "text": str(text_file),
+        **vars(expected),
+    }
+
+
+def test_eval_says_that_a_perplexity_is_not_finite(tiny_dir, text_file, capsys, monkeypatch):
+    broken = Perplexity(float("inf"), float("nan"), 3, 1, 4, 4)
+    monkeypatch.setattr("edkm.evaluate.perplexity", lambda *args, **options: broken)
+    assert cli.main(["eval", str(tiny_dir), "--text", str(text_file), "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out, parse_constant=pytest.fail)
+    assert (result["perplexity"], result["nll"]) == ("inf", "nan")
+    assert "edkm: warning: the perplexity is not finite" in captured.err
+
+
+def test_generate_prints_the_answer(tiny_dir, capsys):
+    model, tokenizer = load_model(tiny_dir)
+    for raw in (False, True):
+        expected = generate(model, tokenizer, "the dog", max_new_tokens=8, chat=not raw)
+        options = ["--max-new-tokens", "8", *(["--raw"] if raw else [])]
+        assert cli.main(["generate", str(tiny_dir), "the dog", *options]) == 0
+        assert capsys.readouterr().out == expected + "\n"
+
+
+def test_generate_passes_the_temperature_on(tiny_dir, capsys):
+    assert cli.main(["generate", str(tiny_dir), "the dog", "--temperature", "-1"]) == 1
+    assert capsys.readouterr().err.startswith("edkm: error: temperature=-1.0")
+
+
+def test_inspect_prints_an_aligned_table_with_totals_last(stub, capsys):
+    stub("checkpoint", summary=lambda directory: SUMMARY)
+    assert cli.main(["inspect", "packed"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["tensor", "shape", "bits", "dim", "tables", "bytes", "bits/weight", "error"],
+        ["model.embed_tokens.weight", "300x64", "8", "1", "1", "19,712", "8.213", "1.250e-07"],
+        ["model.layers.0.mlp.up_proj.weight", "128x64", "3", "1", "8", "3,200", "3.125", "1.500e-03"],
+    ]
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert lines[3:] == [
+        "",
+        "clustered  2 tensors; linear layers 3.125 bits per weight",
+        "dense      5 tensors, 320 weights",
+        "total      27,712 weights, 25,000 bytes, 7.217 bits per weight, 2.22 times smaller than in 16 "
+        "bits (55,424)",
+    ]
+
+
+def test_a_packed_model_is_inspected_unpacked_and_evaluated(packed_dir, tmp_path, text_file, capsys):
+    assert cli.main(["inspect", str(packed_dir)]) == 0
+    table = capsys.readouterr().out
+    assert table.count(".mlp.") == 6
+    assert " 3.016  1.250e-02\n" in table
+    assert cli.main(["unpack", str(packed_dir), "--out", str(tmp_path / "dense")]) == 0
+    capsys.readouterr()
+    results = []
+    for directory in (packed_dir, tmp_path / "dense"):
+        assert cli.main(["eval", str(directory), "--text", str(text_file), "--window", "16", "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out)["nll"])
+    assert results[0] == results[1]
+
+
+def test_inspect_json_is_the_summary(stub, capsys):
+    stub("checkpoint", summary=lambda directory: SUMMARY)
+    assert cli.main(["inspect", "packed", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == SUMMARY
+
+
+def test_inspect_of_a_checkpoint_without_tensors(stub, capsys):
+    empty = dict.fromkeys(SUMMARY, 0) | {
+        "tensors": [],
+        "bits_per_weight": None,
+        "clustered_bits_per_weight": None,
+    }
+    stub("checkpoint", summary=lambda directory: empty)
+    assert cli.main(["inspect", "packed"]) == 0
+    assert capsys.readouterr().out.endswith("total      0 weights, 0 bytes, none\n")
+
+
+def test_unpack_refuses_to_write_over_files(stub, tmp_path, capsys):
+    done = []
+    stub("hf", unpack=lambda directory, out: done.append((directory, out)))
+    packed, out = tmp_path / "packed", tmp_path / "out"
+    command = ["unpack", str(packed), "--out", str(out)]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    out.mkdir()
+    assert cli.main(command) == 0
+    (out / "model.safetensors").write_text("")
+    assert cli.main(command) == 1
+    assert "is not empty; name another directory or add --overwrite" in capsys.readouterr().err
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert done == [(packed, out)] * 3
+
+
+def test_unpack_refuses_a_file_and_the_packed_directory_itself(stub, tmp_path, capsys):
+    stub("hf", unpack=lambda directory, out: pytest.fail("must not be called"))
+    (tmp_path / "file").write_text("")
+    assert cli.main(["unpack", str(tmp_path), "--out", str(tmp_path / "file"), "--overwrite"]) == 1
+    assert "is a file, expected a directory" in capsys.readouterr().err
+    assert cli.main(["unpack", str(tmp_path), "--out", f"{tmp_path}/.", "--overwrite"]) == 1
+    assert "is the packed directory itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\n  lines"), "edkm: error: two lines"),
+        (FileNotFoundError(2, "No such file", "a.txt"), "edkm: error: [Errno 2] No such file: 'a.txt'"),
+        (ValueError(), "edkm: error: ValueError"),
+    ],
+)
+def test_errors_of_the_user_are_one_line(stub, capsys, error, line):
+    def fail(directory):
+        raise error
+
+    stub("checkpoint", summary=fail)
+    assert cli.main(["inspect", "packed"]) == 1
+    assert capsys.readouterr() == ("", line + "\n")
+    for command in (["--debug", "inspect", "packed"], ["inspect", "packed", "--debug"]):
+        with pytest.raises(type(error)):
+            cli.main(command)
+
+
+def test_interruption_and_our_own_mistakes(stub, capsys):
+    def interrupt(directory):
+        raise KeyboardInterrupt
+
+    stub("checkpoint", summary=interrupt)
+    assert cli.main(["inspect", "packed"]) == 130
+    assert capsys.readouterr().err == "edkm: interrupted\n"
+    stub("checkpoint", summary=lambda directory: {})
+    with pytest.raises(KeyError):
+        cli.main(["inspect", "packed"])
+
+
+def test_text_that_cannot_be_read_is_reported_before_the_model_is_loaded(tmp_path, capsys):
+    assert cli.main(["eval", "no/such/model", "--text", str(tmp_path / "none.txt")]) == 1
+    assert "none.txt" in capsys.readouterr().err
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 noir")
+    assert cli.main(["eval", "no/such/model", "--text", str(tmp_path / "latin.txt")]) == 1
+    assert "latin.txt: is not UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["nonesuch"], ["eval", "model"], ["unpack", "packed"]])
+def test_wrong_usage(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert "usage: edkm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"example:\n  edkm {command} " in out
+    # The example is one that the parser takes.
+    example = out.split("example:\n  edkm ")[1].strip()
+    assert cli._parser().parse_args(shlex.split(example)).run
+
+
+def test_the_process_itself(tmp_path):
+    def run(*argv):
+        return subprocess.run(
+            [sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+
+    done = run("-m", "edkm", "inspect", "nowhere")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("edkm: error: ")
+    assert done.stderr.count("\n") == 1
+    code = "import sys; from edkm.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    done = run("-c", code + "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))")
+    assert done.returncode == 0
+    assert all(f"\n    {command}" in done.stdout for command in COMMANDS)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_reader_that_stops_reading_is_no_error(tmp_path):
+    code = (
+        "import sys, types\nfrom edkm import cli\n"
+        "sys.modules['edkm.compressed'] = package = types.ModuleType('edkm.compressed')\n"
+        "def summary(directory):\n    raise BrokenPipeError\n"
+        "package.checkpoint = types.SimpleNamespace(summary=summary)\n"
+        "sys.exit(cli.main(['inspect', 'packed']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

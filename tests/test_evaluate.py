@@ -1,0 +1,179 @@
+"""Perplexity against a loop that scores one token at a time; generation against the model's own logits."""
+
+import math
+
+import pytest
+import torch
+
+from edkm.evaluate import EvaluationError, generate, perplexity
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the other dog saw it. " * 4
+
+
+def scored_one_by_one(model, ids, *, window, stride, max_windows=None):
+    """The convention, spelled out: a token counts in the first window that has it, if not at its start."""
+    losses, seen, windows = [], set(), 0
+    start = 0
+    while start + window <= len(ids) and (max_windows is None or windows < max_windows):
+        for position in range(start, start + window):
+            if position not in seen and position > start:
+                with torch.no_grad():
+                    logits = model(torch.tensor([ids[start:position]])).logits[0, -1].double()
+                losses.append(-torch.log_softmax(logits, dim=0)[ids[position]].item())
+            seen.add(position)
+        windows += 1
+        start += stride
+    return sum(losses) / len(losses), len(losses), windows
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "max_windows", "batch_size"),
+    [(16, None, None, 1), (16, 16, 3, 2), (16, 5, 4, 3), (32, 1, 3, 1), (2, None, 6, 4), (2, 1, 6, 1)],
+)
+def test_perplexity_is_that_of_scoring_one_by_one(
+    tiny_model, tiny_tokenizer, window, stride, max_windows, batch_size
+):
+    ids = tiny_tokenizer(TEXT).input_ids
+    expected = scored_one_by_one(
+        tiny_model, ids, window=window, stride=stride or window, max_windows=max_windows
+    )
+    result = perplexity(
+        tiny_model,
+        tiny_tokenizer,
+        TEXT,
+        window=window,
+        stride=stride,
+        max_windows=max_windows,
+        batch_size=batch_size,
+    )
+    assert result.nll == pytest.approx(expected[0], rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(expected[0]), rel=1e-5)
+    assert (result.tokens, result.windows) == expected[1:]
+    assert (result.window, result.stride) == (window, stride or window)
+
+
+def test_a_text_shorter_than_a_window_is_one_shorter_window(tiny_model, tiny_tokenizer):
+    ids = tiny_tokenizer("the lazy dog").input_ids
+    result = perplexity(tiny_model, tiny_tokenizer, "the lazy dog", window=100)
+    assert (result.windows, result.window, result.tokens) == (1, len(ids), len(ids) - 1)
+    expected, _, _ = scored_one_by_one(tiny_model, ids, window=len(ids), stride=len(ids))
+    assert result.nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_flags_and_gradients_are_left_alone(tiny_model, tiny_tokenizer):
+    tiny_model.train()
+    tiny_model.model.layers[1].eval()
+    found = [module.training for module in tiny_model.modules()]
+    perplexity(tiny_model, tiny_tokenizer, TEXT, window=16, max_windows=1)
+    generate(tiny_model, tiny_tokenizer, "the", max_new_tokens=2)
+    assert [module.training for module in tiny_model.modules()] == found
+    assert {True, False} == set(found)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in tiny_model.parameters())
+
+
+def test_flags_are_put_back_when_the_model_fails(tiny_model, tiny_tokenizer):
+    tiny_model.train()
+    tiny_model.lm_head.forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        perplexity(tiny_model, tiny_tokenizer, TEXT, window=16)
+    assert all(module.training for module in tiny_model.modules())
+
+
+def test_autocast_around_it_changes_nothing(tiny_model, tiny_tokenizer):
+    plain = perplexity(tiny_model, tiny_tokenizer, TEXT, window=16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = perplexity(tiny_model, tiny_tokenizer, TEXT, window=16)
+    assert inside == plain
+
+
+def test_a_16_bit_model_is_scored_in_float32(tiny_model, tiny_tokenizer):
+    ids = tiny_tokenizer(TEXT).input_ids[:16]
+    model = tiny_model.to(torch.bfloat16)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1].double()
+    expected = -torch.log_softmax(logits, dim=1)[torch.arange(15), ids[1:]].mean().item()
+    result = perplexity(model, tiny_tokenizer, TEXT, window=16, max_windows=1)
+    assert result.nll == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "shown"), [(float("nan"), math.isnan), (1e6, math.isinf)])
+def test_what_is_not_finite_is_not_hidden(tiny_model, tiny_tokenizer, scale, shown):
+    norm = tiny_model.model.norm.weight
+    norm.data.mul_(scale)
+    assert shown(perplexity(tiny_model, tiny_tokenizer, TEXT, window=16).perplexity)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"window": 1}, "window=1: must be at least 2"),
+        ({"window": 257}, "window=257: the model's context is 256 tokens"),
+        ({"window": 16, "stride": 17}, r"stride=17: must be 1 to window \(16\)"),
+        ({"window": 16, "stride": 0}, "stride=0"),
+        ({"window": 16, "max_windows": 0}, "max_windows=0"),
+        ({"window": 16, "batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_numbers_out_of_range(tiny_model, tiny_tokenizer, changed, message):
+    with pytest.raises(EvaluationError, match=message):
+        perplexity(tiny_model, tiny_tokenizer, TEXT, **changed)
+
+
+def test_a_text_of_one_token(tiny_model, tiny_tokenizer):
+    with pytest.raises(EvaluationError, match=r"the text has 1 token\(s\)"):
+        perplexity(tiny_model, tiny_tokenizer, "the", window=8)
+
+
+def greedy(model, ids, steps):
+    for _ in range(steps):
+        with torch.no_grad():
+            ids = [*ids, model(torch.tensor([ids])).logits[0, -1].argmax().item()]
+        if ids[-1] == 0:
+            break
+    return ids
+
+
+def test_greedy_generation_takes_the_likeliest_token(tiny_model, tiny_tokenizer):
+    ids = tiny_tokenizer("the quick brown").input_ids
+    expected = greedy(tiny_model, ids, 6)[len(ids) :]
+    # What the model's own file says about generation must not change a greedy answer.
+    tiny_model.generation_config.do_sample = True
+    tiny_model.generation_config.temperature = 5.0
+    tiny_model.generation_config.max_length = 3
+    text = generate(tiny_model, tiny_tokenizer, "the quick brown", max_new_tokens=6)
+    assert text == tiny_tokenizer.decode(expected, skip_special_tokens=True)
+    assert text
+
+
+def test_chat_template_is_used_when_there_is_one(tiny_model, chat_tokenizer, monkeypatch):
+    asked = []
+    original = tiny_model.generate
+    monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: asked.append(ids) or original(ids, **kw))
+    generate(tiny_model, chat_tokenizer, "the dog", max_new_tokens=1)
+    generate(tiny_model, chat_tokenizer, "the dog", max_new_tokens=1, chat=False)
+    written = [chat_tokenizer.decode(ids[0]) for ids in asked]
+    assert written == ["<|start|>user\nthe dog<|end|>\n<|start|>assistant\n", "the dog"]
+
+
+def test_sampling_follows_torchs_generator(tiny_model, tiny_tokenizer):
+    def sample(seed):
+        torch.manual_seed(seed)
+        return generate(tiny_model, tiny_tokenizer, "the", max_new_tokens=12, temperature=3.0)
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changed", "message"),
+    [
+        ("the", {"chat": True}, "no chat template"),
+        ("", {}, "the prompt is empty"),
+        ("the", {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ("the", {"temperature": -1.0}, "temperature=-1.0"),
+        ("the", {"temperature": math.nan}, "temperature=nan"),
+    ],
+)
+def test_generation_errors(tiny_model, tiny_tokenizer, prompt, changed, message):
+    with pytest.raises(EvaluationError, match=message):
+        generate(tiny_model, tiny_tokenizer, prompt, **changed)

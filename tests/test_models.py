@@ -1,0 +1,212 @@
+"""Loading models from every place, and one line of explanation where it cannot be done."""
+
+import json
+import re
+import shutil
+import types
+
+import pytest
+import torch
+
+from edkm.models import ModelError, _forget_quantization, load_model
+
+
+def edit_config(source, target, **changes):
+    """A copy of a checkpoint with other values in its config.json."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_directory(tiny_dir, tiny_model, dtype):
+    model, tokenizer = load_model(tiny_dir, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    expected = tiny_model.to(dtype).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert not model.training
+    assert "<|start|>" in tokenizer.chat_template
+
+
+def test_no_bars_while_loading_and_as_before_after(tiny_dir, capfd):
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    load_model(str(tiny_dir))
+    assert capfd.readouterr() == ("", "")
+    assert (logging.is_progress_bar_enabled(), are_progress_bars_disabled()) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_directory(packed_dir, tiny_model, dtype):
+    model, tokenizer = load_model(packed_dir, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert "<|start|>" in tokenizer.chat_template
+    assert not model.training
+    clustered = model.model.layers[1].mlp.up_proj.weight
+    assert len(clustered.unique()) == 8
+    assert not torch.equal(clustered, tiny_model.model.layers[1].mlp.up_proj.weight.to(dtype))
+    assert torch.equal(model.lm_head.weight, tiny_model.lm_head.weight.to(dtype))
+
+
+def test_a_packed_directory_without_tokenizer(packed_dir, tmp_path):
+    directory = tmp_path / "packed"
+    shutil.copytree(packed_dir, directory, ignore=shutil.ignore_patterns("token*", "*.jinja"))
+    with pytest.raises(
+        ModelError, match=r"packed: its tokenizer cannot be loaded: .* Save the tokenizer there"
+    ):
+        load_model(directory)
+
+
+def test_damaged_weights(tiny_dir, tmp_path):
+    directory = edit_config(tiny_dir, tmp_path / "damaged")
+    (directory / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(
+        ModelError, match=r"damaged: the checkpoint cannot be loaded: .*Save model and tokenizer"
+    ):
+        load_model(directory)
+
+
+def test_a_gguf_file(tmp_path, tiny_model, capfd):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model)
+    capfd.readouterr()
+    model, tokenizer = load_model(path)
+    assert capfd.readouterr() == ("", "")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, tiny_model(ids).logits, atol=1e-5)
+    assert tokenizer.chat_template == "{{ messages }}"
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    again, _ = load_model(tmp_path / "dense", torch.bfloat16)
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def write_gguf(path, model):
+    """`tiny_model` as llama.cpp would store it, in float32, with a vocabulary of bytes."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["t", "1", "t1", *(f"<{i}>" for i in range(3, config.vocab_size))])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges(["t 1"])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_chat_template("{{ messages }}")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = permute(tensor, config, "q_proj" in name)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy().copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def permute(weight, config, query):
+    """llama.cpp interleaves the two halves of a rotary head; transformers undoes it."""
+    heads = config.num_attention_heads if query else config.num_key_value_heads
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def test_every_trace_of_quantization_is_removed():
+    config = types.SimpleNamespace(quantization_config={})
+    model = types.SimpleNamespace(config=config, hf_quantizer=1, quantization_method=2, is_quantized=True)
+    _forget_quantization(model)
+    assert vars(model) == {"config": config, "is_quantized": False}
+    assert vars(config) == {}
+
+
+def test_missing_paths_and_other_files(tmp_path):
+    for source in (tmp_path / "none", tmp_path / "none.gguf"):
+        with pytest.raises(ModelError, match=rf"{re.escape(str(source))}: no such file.*Check the path"):
+            load_model(source)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"weights\.bin: is a file, but only \.gguf files are read"):
+        load_model(tmp_path / "weights.bin")
+
+
+def test_directory_without_config(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json; .* Check that the model was saved there"):
+        load_model(tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"Name the file: .*a\.gguf"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_config_that_is_no_json_object(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json: is not a JSON object"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"), [("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration")]
+)
+def test_other_kinds_of_model(tmp_path, model_type, architecture):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": model_type, "architectures": [architecture]})
+    )
+    with pytest.raises(ModelError, match=rf"{architecture} is not a causal language model"):
+        load_model(tmp_path)
+
+
+def test_unknown_architecture(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*nonesuch"):
+        load_model(tmp_path)
+
+
+def test_missing_weights_are_never_made_up(tiny_dir, tmp_path):
+    directory = edit_config(tiny_dir, tmp_path / "deeper", num_hidden_layers=3)
+    with pytest.raises(
+        ModelError, match=r"9 weights of LlamaForCausalLM are not .* first model\.layers\.2\."
+    ):
+        load_model(directory)
+
+
+def test_broken_gguf(tmp_path):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"not a model")
+    with pytest.raises(ModelError, match=r"broken\.gguf: cannot be read as a GGUF"):
+        load_model(path)
+
+
+def test_hub_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"nobody/nothing: is no local path, .*Check the spelling") as caught:
+        load_model("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["transformers", "gguf"])
+def test_packages_that_are_not_installed(tmp_path, monkeypatch, package):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name)
+    )
+    (tmp_path / "a.gguf").write_bytes(b"")
+    with pytest.raises(ModelError, match=rf"{package} is needed .* pip install 'edkm\[hf\]'"):
+        load_model(tmp_path / "a.gguf")

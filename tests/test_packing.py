@@ -1,0 +1,83 @@
+"""The bit layout: exact for every width and count, and nothing but the written stream is read back."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edkm.compressed import packing
+from edkm.compressed.packing import pack_indices, packed_bytes, unpack_indices
+
+
+def plain_bits(indices: list[int], bits: int) -> list[int]:
+    """The layout as docs/format.md words it, one bit at a time."""
+    out = [0] * ((len(indices) * bits + 7) // 8)
+    for i, index in enumerate(indices):
+        for position in range(bits):
+            b = i * bits + position
+            out[b // 8] |= (index >> position & 1) << b % 8
+    return out
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[list[int], int]:
+    bits = draw(st.integers(1, 8))
+    return draw(st.lists(st.integers(0, 2**bits - 1), max_size=70)), bits
+
+
+@given(streams())
+@settings(deadline=None)
+def test_layout_and_round_trip(stream: tuple[list[int], int]):
+    indices, bits = stream
+    packed = pack_indices(torch.tensor(indices, dtype=torch.uint8), bits)
+    assert packed.tolist() == plain_bits(indices, bits)
+    assert packed.numel() == packed_bytes(len(indices), bits)
+    assert unpack_indices(packed, bits, len(indices)).tolist() == indices
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [63, 64, 65, 128, 200])
+def test_blocks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch, bits: int, count: int):
+    monkeypatch.setattr(packing, "_BLOCK", 64)
+    indices = torch.arange(count).mul(37).remainder(2**bits).to(torch.uint8)
+    packed = pack_indices(indices, bits)
+    assert packed.tolist() == plain_bits(indices.tolist(), bits)
+    assert torch.equal(unpack_indices(packed, bits, count), indices)
+
+
+def test_example_of_the_format_page():
+    packed = pack_indices(torch.arange(8, dtype=torch.uint8), 3)
+    assert bytes(packed.tolist()).hex(" ") == "88 c6 fa"
+
+
+def test_row_major_whatever_the_strides():
+    grid = torch.arange(12, dtype=torch.uint8).view(3, 4)
+    assert torch.equal(unpack_indices(pack_indices(grid.t(), 4), 4, 12).view(4, 3), grid.t())
+
+
+def test_packing_refuses():
+    with pytest.raises(ValueError, match=r"index 8 does not fit into 3 bits\. Use 4"):
+        pack_indices(torch.tensor([1, 8], dtype=torch.uint8), 3)
+    with pytest.raises(ValueError, match=r"must be uint8, got torch.int64"):
+        pack_indices(torch.tensor([1]), 3)
+    for bits in (0, 9):
+        with pytest.raises(ValueError, match=f"bits must be 1 to 8, got {bits}"):
+            pack_indices(torch.zeros(1, dtype=torch.uint8), bits)
+        with pytest.raises(ValueError, match=f"bits must be 1 to 8, got {bits}"):
+            unpack_indices(torch.zeros(1, dtype=torch.uint8), bits, 1)
+
+
+def test_unpacking_refuses():
+    packed = pack_indices(torch.tensor([7, 7, 7], dtype=torch.uint8), 3)  # 9 bits
+    for count in (2, 6):
+        with pytest.raises(ValueError, match=rf"{count} indices of 3 bits are uint8 \[\d\], got torch.uint8"):
+            unpack_indices(packed, 3, count)
+    with pytest.raises(ValueError, match=r"got torch.int32"):
+        unpack_indices(packed.int(), 3, 3)
+    with pytest.raises(ValueError, match="must not be negative"):
+        unpack_indices(packed, 3, -1)
+    for bit in range(1, 8):
+        damaged = packed.clone()
+        damaged[-1] |= 1 << bit
+        with pytest.raises(ValueError, match="7 padding bits after index 2 must be zero"):
+            unpack_indices(damaged, 3, 3)
