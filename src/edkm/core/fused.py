@@ -38,8 +38,8 @@ class Block(NamedTuple):
 
 
 def map_entries(device: torch.device) -> int:
-    """Entries of A made at a time: 512 KiB in float32 stays in a CPU core's cache; a GPU wants long kernels."""
-    return 1 << 24 if device.type == "cuda" else 1 << 17
+    """Entries of A made at a time: 2 MiB in float32 stays in a CPU cache; a GPU wants long kernels."""
+    return 1 << 24 if device.type == "cuda" else 1 << 19
 
 
 def chunks(groups: int, rows: int, per_row: int, budget: int) -> list[list[Block]]:
@@ -66,23 +66,53 @@ def read_importance(importance: Tensor | None, block: Block, dtype: torch.dtype)
     return None if importance is None else importance[block.groups, block.rows].to(dtype).flatten(1).unsqueeze(1)
 
 
-def assignment(w: Tensor, c: Tensor, tau: Tensor) -> Tensor:
-    """`A [g, k, n]` of points `w [g, d, n]`, centroids `c [g, k, d]`, temperature `tau [g, 1, 1]`."""
-    a = (w[:, :1] - c[..., :1]).square_()
+class Maps:
+    """Three buffers for maps [g, k, n], allocated once: fresh ones every time cost more in page faults than the arithmetic."""
+
+    def __init__(self, like: Tensor, cut: list[list[Block]], per_row: int) -> None:
+        sizes = [_length(b.groups) * _length(b.rows) * per_row for chunk in cut for b in chunk]
+        self.buffers = like.new_empty(3, max(sizes))
+
+    def shaped(self, w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Views for a block of points `w [g, d, n]`."""
+        groups, _, n = w.shape
+        a, x, y = (buffer[: groups * k * n].view(groups, k, n) for buffer in self.buffers)
+        return a, x, y
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
+
+
+def _plan(grid: Tensor, centroids: Tensor) -> tuple[list[list[Block]], Maps]:
+    """Blocks of `grid [g, d, rows, cols]` and buffers for their maps."""
+    groups, _, rows, cols = grid.shape
+    per_row = cols * centroids.shape[1]
+    cut = chunks(groups, rows, per_row, map_entries(grid.device))
+    return cut, Maps(centroids, cut, per_row)
+
+
+def assignment(w: Tensor, c: Tensor, tau: Tensor, a: Tensor, spare: Tensor) -> Tensor:
+    """`A [g, k, n]`, made in `a`, of points `w [g, d, n]`, centroids `c [g, k, d]`, temperature `tau [g, 1, 1]`."""
+    torch.sub(w[:, :1], c[..., :1], out=a).square_()
     for e in range(1, w.shape[1]):
-        a += (w[:, e : e + 1] - c[..., e : e + 1]).square_()
+        a += torch.sub(w[:, e : e + 1], c[..., e : e + 1], out=spare).square_()
     a.sub_(a.amin(1, keepdim=True)).div_(-tau)
     # Below eps^3 an entry is noise even to a centroid at `mass_floor`; left to underflow it would cost 50 times the rest.
     a.clamp_min_(3 * math.log(torch.finfo(a.dtype).eps)).exp_()
     return a.div_(a.sum(1, keepdim=True))
 
 
-def moments(weighted: Tensor, w: Tensor, about: Tensor | None = None) -> Tensor:
-    """`sum_i x_ij (w_i - about_j)`, `[g, k, d]`, of a map `x [g, k, n]`."""
+def moments(x: Tensor, w: Tensor, about: Tensor | None, spare: Tensor) -> Tensor:
+    """`sum_i x_ij (w_i - about_j)`, `[g, k, d]`, of a map `x [g, k, n]`; `about` None stands for zero."""
     parts = []
     for e in range(w.shape[1]):
         point = w[:, e : e + 1]
-        parts.append((weighted * (point if about is None else point - about[..., e : e + 1])).sum(-1))
+        if about is None:
+            torch.mul(x, point, out=spare)
+        else:
+            torch.sub(point, about[..., e : e + 1], out=spare).mul_(x)
+        parts.append(spare.sum(-1))
     return torch.stack(parts, -1)
 
 
@@ -100,29 +130,34 @@ class Reversal(NamedTuple):
     path: Tensor
 
 
-def _back_through_output(w: Tensor, a: Tensor, c: Tensor, c_next: Tensor, v: Tensor | None, m: Tensor | None, rate: Tensor):
+def _back_through_output(
+    w: Tensor, maps: tuple[Tensor, Tensor, Tensor], c: Tensor, c_next: Tensor, v: Tensor | None, m: Tensor | None, rate: Tensor
+) -> tuple[Tensor, Tensor]:
     """Output's own terms: `(D [g, d, n], its share of gc_prev [g, k, d])`. `v` None stands for ones (d = 1)."""
+    a, dz, spare = maps
     out = c_next.mT @ a  # [g, d, n]
-    pull = c_next[..., :1] - out[:, :1]  # [g, k, n]
+    torch.sub(c_next[..., :1], out[:, :1], out=dz)
     if v is not None:
-        pull *= v[:, :1]
-    for e in range(1, w.shape[1]):
-        assert v is not None
-        pull += v[:, e : e + 1] * (c_next[..., e : e + 1] - out[:, e : e + 1])
-    dz = pull.mul_(a)
+        dz *= v[:, :1]
+        for e in range(1, w.shape[1]):
+            dz += torch.sub(c_next[..., e : e + 1], out[:, e : e + 1], out=spare).mul_(v[:, e : e + 1])
+    dz *= a
     direct = rate * (c.mT @ dz)
-    return direct, rate * moments(dz if m is None else dz.mul_(m), w, c)
+    return direct, rate * moments(dz if m is None else dz.mul_(m), w, c, spare)
 
 
-def _back_through_update(w: Tensor, s: Tensor | None, a: Tensor, c: Tensor, c_next: Tensor, h: Tensor, rate: Tensor):
-    """The update's terms: `(P [g, d, n], gc_prev [g, k, d])`."""
-    da = (w[:, :1] - c_next[..., :1]).mul_(h[..., :1])
+def _back_through_update(
+    w: Tensor, s: Tensor | None, maps: tuple[Tensor, Tensor, Tensor], c: Tensor, c_next: Tensor, h: Tensor, rate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The update's terms: `(P [g, d, n], its share of gc_prev [g, k, d])`."""
+    a, dz, spare = maps
+    torch.sub(w[:, :1], c_next[..., :1], out=dz).mul_(h[..., :1])
     for e in range(1, w.shape[1]):
-        da += (w[:, e : e + 1] - c_next[..., e : e + 1]).mul_(h[..., e : e + 1])
-    dz = da.mul_(a)
+        dz += torch.sub(w[:, e : e + 1], c_next[..., e : e + 1], out=spare).mul_(h[..., e : e + 1])
+    dz *= a
     dz.addcmul_(a, dz.sum(1, keepdim=True), value=-1)
     path = h.mT @ a + rate * (c.mT @ dz)
-    return path, rate * moments(dz if s is None else dz.mul_(s), w, c)
+    return path, rate * moments(dz if s is None else dz.mul_(s), w, c, spare)
 
 
 def reverse(
@@ -143,44 +178,45 @@ def reverse(
     Yields:
         Every block, once per iteration, with what to add to its gradient.
     """
-    groups, _, rows, cols = grid.shape
     k, dtype = trajectory.shape[2], trajectory.dtype
-    for chunk in chunks(groups, rows, cols * k, map_entries(grid.device)):
+    cut, buffers = _plan(grid, trajectory[0])
+    for chunk in cut:
         of = chunk[0].groups
         tau = temperature[of].view(-1, 1, 1)
-        rate = 2 / tau
         gc = torch.zeros_like(trajectory[0, of])
-        for t in range(trajectory.shape[0] - 1, 0, -1):
-            c, c_next = trajectory[t - 1, of], trajectory[t, of]
-            last = t == trajectory.shape[0] - 1
+        for t in range(len(trajectory) - 1, 0, -1):
+            c, c_next, last = trajectory[t - 1, of], trajectory[t, of], t == len(trajectory) - 1
             mass = torch.zeros_like(gc[..., 0])
-            a = gc
             for block in chunk:
                 w, s = read(grid, block, round_to, dtype), read_importance(importance, block, dtype)
-                a = assignment(w, c, tau)
-                mass += (a if s is None else a * s).sum(-1)
+                a, x, _ = buffers.shaped(w, k)
+                assignment(w, c, tau, a, x)
+                mass += (a if s is None else torch.mul(a, s, out=x)).sum(-1)
                 if last:
-                    v = None if grad is None else read(grad, block, None, dtype)
-                    m = read_importance(multiplicity, block, dtype)
-                    pulled = v if m is None else m if v is None else v * m
-                    assert pulled is not None
-                    gc += moments(a, pulled)
+                    v, m = _read_pull(grad, multiplicity, block, dtype)
+                    pull = v if m is None else m if v is None else v * m
+                    assert pull is not None
+                    gc += moments(a, pull, None, x)
             alive = (mass > mass_floor(mass)).unsqueeze(-1)
             h = torch.where(alive, gc / torch.where(alive, mass.unsqueeze(-1), 1), 0)
             gc = torch.where(alive, 0, gc)
             for block in chunk:
                 w, s = read(grid, block, round_to, dtype), read_importance(importance, block, dtype)
-                if len(chunk) > 1:
-                    a = assignment(w, c, tau)
+                maps = buffers.shaped(w, k)
+                if len(chunk) > 1:  # else A is still there
+                    assignment(w, c, tau, *maps[:2])
                 direct = None
                 if last:
-                    v = None if grad is None else read(grad, block, None, dtype)
-                    m = read_importance(multiplicity, block, dtype)
-                    direct, share = _back_through_output(w, a, c, c_next, v, m, rate)
-                    gc = gc + share
-                path, share = _back_through_update(w, s, a, c, c_next, h, rate)
-                gc = gc + share
+                    direct, share = _back_through_output(w, maps, c, c_next, *_read_pull(grad, multiplicity, block, dtype), 2 / tau)
+                    gc += share
+                path, share = _back_through_update(w, s, maps, c, c_next, h, 2 / tau)
+                gc += share
                 yield Reversal(block, direct, path)
+
+
+def _read_pull(grad: Tensor | None, multiplicity: Tensor | None, block: Block, dtype: torch.dtype):
+    v = None if grad is None else read(grad, block, None, dtype)
+    return v, read_importance(multiplicity, block, dtype)
 
 
 # The three functions that every backend has; op.py documents them.
@@ -208,10 +244,10 @@ def iterate(
     round_to: torch.dtype | None,
 ) -> Tensor:
     """Trajectory `[iters + 1, g, k, d]` over points `grid [g, d, rows, cols]`."""
-    groups, _, rows, cols = grid.shape
-    dtype = centroids.dtype
+    k, dtype = centroids.shape[1], centroids.dtype
     trajectory = centroids.repeat(iters + 1, 1, 1, 1)
-    for chunk in chunks(groups, rows, cols * centroids.shape[1], map_entries(grid.device)):
+    cut, buffers = _plan(grid, centroids)
+    for chunk in cut:
         of = chunk[0].groups
         tau = temperature[of].view(-1, 1, 1)
         for t in range(iters):
@@ -219,11 +255,12 @@ def iterate(
             mass, total = torch.zeros_like(c[..., 0]), torch.zeros_like(c)
             for block in chunk:
                 w, s = read(grid, block, round_to, dtype), read_importance(importance, block, dtype)
-                a = assignment(w, c, tau)
+                a, x, _ = buffers.shaped(w, k)
+                assignment(w, c, tau, a, x)
                 if s is not None:
                     a *= s
                 mass += a.sum(-1)
-                total += moments(a, w)
+                total += moments(a, w, None, x)
             trajectory[t + 1, of] = advance(mass, total, c)
     return trajectory
 
@@ -239,11 +276,12 @@ def spread(
     grid: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, out: Tensor
 ) -> None:
     """Write `sum_j A_ij c'_j` of the last iteration into `out`, shaped like `grid [g, d, rows, cols]`."""
-    groups, _, rows, cols = grid.shape
-    for chunk in chunks(groups, rows, cols * trajectory.shape[2], map_entries(grid.device)):
+    cut, buffers = _plan(grid, trajectory[0])
+    for chunk in cut:
         for block in chunk:
             w = read(grid, block, round_to, trajectory.dtype)
-            a = assignment(w, trajectory[-2, block.groups], temperature[block.groups].view(-1, 1, 1))
+            a, x, _ = buffers.shaped(w, trajectory.shape[2])
+            assignment(w, trajectory[-2, block.groups], temperature[block.groups].view(-1, 1, 1), a, x)
             part = out[block.groups, :, block.rows]
             part.copy_((trajectory[-1, block.groups].mT @ a).view(part.shape))
 
