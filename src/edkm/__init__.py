@@ -1,0 +1,44 @@
+"""edkm: compress language models while they are fine-tuned, by weight clustering."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from edkm._version import __version__
+
+if TYPE_CHECKING:
+    from edkm.config import ClusterConfig
+    from edkm.core.centroids import initial_centroids
+    from edkm.core.op import choose_backend, cluster
+    from edkm.train.calibrate import calibrate
+    from edkm.train.layer import soft_weights
+    from edkm.train.prepare import freeze, prepare
+
+# Imported when first used, so that `edkm --help` does not wait for torch.
+_HOME = {
+    "ClusterConfig": "edkm.config",
+    "calibrate": "edkm.train.calibrate",
+    "choose_backend": "edkm.core.op",
+    "cluster": "edkm.core.op",
+    "freeze": "edkm.train.prepare",
+    "initial_centroids": "edkm.core.centroids",
+    "prepare": "edkm.train.prepare",
+    "soft_weights": "edkm.train.layer",
+}
+
+__all__ = [
+    "ClusterConfig",
+    "__version__",
+    "calibrate",
+    "choose_backend",
+    "cluster",
+    "freeze",
+    "initial_centroids",
+    "prepare",
+    "soft_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'edkm' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

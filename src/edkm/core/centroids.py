@@ -1,9 +1,9 @@
 """Where clustering starts: importance-weighted k-means, and the temperature that goes with it.
 
-Scalars (`d = 1`) are clustered on the histogram of their 16-bit values. One-dimensional k-means is a shortest path: boundaries
-between clusters are chosen by dynamic programming on up to `BINS_PER_CENTROID * k` bins, finest where centroids will be dense
-(equal shares of density^(1/3), the optimal density of centroids at high resolution, Panter & Dite 1951), and refined by Lloyd's
-iterations on all values with prefix sums. Vectors take k-means++ and Lloyd.
+Scalars (`d = 1`) are clustered on the histogram of their 16-bit values. One-dimensional clusters are segments of the sorted
+values, and prefix sums give the error of any segment at once. Boundaries start where they share density^(1/3) evenly, the optimal
+density of centroids at high resolution (Panter & Dite 1951); then all of them move together, by dynamic programming over places
+near each, until none moves. That found the optimum in nearly every case tried (docs/log.md). Vectors take k-means++ and Lloyd.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from edkm.core import unique
 from edkm.core.assign import assign, lookup
 from edkm.core.op import check_shapes
-from edkm.core.reference import compute_dtype, group_importance, group_vectors
+from edkm.core.reference import NOT_FINITE, compute_dtype, group_importance, group_vectors
 
 # Search for boundaries: places looked at around each, how far away in lengths of the neighbouring cluster, rounds at most.
 _STEPS = 25
@@ -66,13 +66,13 @@ def initial_centroids(
     check_shapes(weight, torch.empty(groups, k, dim, dtype=dtype, device="meta"), importance)
     weight = weight.detach()
     if not bool(weight.isfinite().all()):
-        raise ValueError(f"weight: NaN or infinite values ({weight.dtype} {list(weight.shape)}). Clustering needs finite values.")
+        raise ValueError(NOT_FINITE)
     if dim > 1:
         return _vector_centroids(weight, groups, k, dim, importance).to(dtype)
     centroids = torch.empty(groups, k, 1, dtype=dtype, device=weight.device)
     s = unique.grouped(importance, weight, groups)
-    for of, points in unique.tables(weight.double(), groups, _key_dtype(weight)):
-        mass, count = points.sums([None if s is None else s[of], None])
+    for of, rows, key in unique.pieces(weight, groups, torch.bfloat16):
+        points, (mass, count) = unique.find_points_and_sums(rows, key, torch.float64, [None if s is None else s[of], None])
         values, mass, count = points.values.flatten(1), mass.flatten(1), count.flatten(1)  # [g, m]
         # A group without any importance is clustered by density.
         mass = torch.where(mass.sum(1, keepdim=True) > 0, mass, count)
@@ -105,10 +105,6 @@ def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None
         distortion = torch.where(total > 0, weighted, square.mean((1, 2)))
     scale = centroids.abs().amax((1, 2)).square() * torch.finfo(dtype).eps
     return (2 * softness * distortion).maximum(scale).clamp_min(torch.finfo(dtype).tiny * 1e6)
-
-
-def _key_dtype(weight: Tensor) -> torch.dtype:
-    return weight.dtype if weight.dtype.itemsize == 2 else torch.bfloat16
 
 
 def _prefix(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from edkm.core import fused, reference, unique
-from edkm.core.reference import compute_dtype
+from edkm.core.reference import NOT_FINITE, compute_dtype
 
 BACKENDS = {"unique": unique, "fused": fused}
 
@@ -153,19 +153,14 @@ def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, m
             ) from None
 
 
-def _check_values(weight: Tensor, importance: Tensor | None, temperature: Tensor, trajectory: Tensor) -> None:
+def _check_values(importance: Tensor | None, temperature: Tensor, trajectory: Tensor) -> None:
     """Say which input made the centroids non-finite or the problem ill-posed."""
     if not bool((temperature > 0).all()):
         raise ValueError(f"temperature: must be positive, got {temperature.min().item():.6g}. It is in squared weight units.")
     if importance is not None and not bool(((importance >= 0) & importance.isfinite()).all()):
         raise ValueError("importance: must be finite and not negative. Mean squared inputs and squared gradients are.")
     if not bool(trajectory.isfinite().all()):
-        bad = int((~weight.isfinite()).sum())
-        what = f"{bad} of {weight.numel()} weights are NaN or infinite" if bad else "centroids or weights overflow"
-        raise ValueError(
-            f"weight: {what} ({weight.dtype} {list(weight.shape)}). Clustering needs finite values; was the learning rate too high, or "
-            "is the range too wide for round_to?"
-        )
+        raise ValueError(NOT_FINITE)
 
 
 def _rounding(weight: Tensor, round_to: torch.dtype | None) -> torch.dtype | None:
@@ -202,7 +197,7 @@ def solve(
         trajectory = reference.cluster(*problem)[1]
     else:
         trajectory = _backend(backend, weight, *centroids.shape, round_to).solve(*problem)
-    _check_values(weight, importance, temperature, trajectory)
+    _check_values(importance, temperature, trajectory)
     moved = (trajectory[1:] - trajectory[:-1]).abs().amax((1, 2, 3))  # [max_iters]
     still = (moved <= tol).nonzero()
     iters = int(still[0]) + 1 if tol > 0 and len(still) else max_iters

@@ -17,6 +17,12 @@ import torch
 from torch import Tensor
 
 
+NOT_FINITE = (
+    "weight: NaN or infinite values, or values beyond the range of round_to. Clustering needs finite weights; was the learning rate "
+    "too high?"
+)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Clustering runs in float32, or in float64 for a float64 weight."""
     return torch.float64 if dtype == torch.float64 else torch.float32

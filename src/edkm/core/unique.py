@@ -24,7 +24,7 @@ from torch import Tensor
 
 from edkm.core import fused
 from edkm.core.fused import Block, chunks
-from edkm.core.reference import compute_dtype
+from edkm.core.reference import NOT_FINITE
 
 KEYS = 1 << 16
 # Weights handled at a time, and weights whose tables exist at a time.
@@ -79,8 +79,8 @@ class Points(NamedTuple):
         offsets = torch.arange(0, len(cells) * self.width, self.width, dtype=torch.int32, device=cells.device)
         return cells.add_(offsets.unsqueeze(1)).view(-1)
 
-    def sums(self, terms: list[Tensor | None]) -> list[Tensor]:
-        """Tables of the sums over equal values of each `[g, rows, cols]` term (None: of ones)."""
+    def totals(self, terms: list[Tensor | None]) -> list[Tensor]:
+        """Sums over the weights of each cell, `[g, width]`, of each `[g, rows, cols]` term (None: of ones)."""
         totals = [self.values.new_zeros(len(self.rows), self.width) for _ in terms]
         for block in self.blocks():
             cells = self.cells(block)
@@ -88,9 +88,11 @@ class Points(NamedTuple):
                 part = None if term is None else term[block.groups, block.rows].to(total.dtype).reshape(-1)
                 into = total[block.groups]
                 into += torch.bincount(cells, part, minlength=into.numel()).view_as(into)
-        if self.rank is None:
-            totals = [total[:, self.keys] for total in totals]
-        return [_fold(total, 0.0) for total in totals]
+        return totals
+
+    def table(self, total: Tensor) -> Tensor:
+        """`[g, width]` -> `[g, u / 256, 256]`, in the order of `values`."""
+        return _fold(total if self.rank is not None else total[:, self.keys], 0.0)
 
     def spread(self, tables: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[Block, list[Tensor]]]:
         """Each table's entry for every weight, a block at a time: `[g', rows', cols]`."""
@@ -103,22 +105,62 @@ class Points(NamedTuple):
             yield block, [table[block.groups].reshape(-1).index_select(0, cells).view(shape) for table in by_cell]
 
 
-def find_points(rows: Tensor, dtype: torch.dtype, compute: torch.dtype) -> Points:
-    """Find the distinct values of `rows [g, rows, cols]`."""
-    groups, device = rows.shape[0], rows.device
-    values, finite = _values(dtype, device)
-    seen = torch.zeros(KEYS, dtype=torch.bool, device=device)
+def find_points(rows: Tensor, dtype: torch.dtype, compute: torch.dtype, entries: int = 0) -> Points:
+    """The distinct values of `rows [g, rows, cols]`.
+
+    With a single group of more weights than `entries` it is not worth finding out which of all 16-bit values occur.
+    """
+    _, finite = _values(dtype, rows.device)
+    if len(rows) == 1 and 0 < entries < rows.numel():
+        return _points(rows, dtype, finite, compute)
+    seen = torch.zeros(KEYS, dtype=torch.bool, device=rows.device)
     for chunk in chunks(*rows.shape, BLOCK_WEIGHTS):
         for block in chunk:
             seen |= torch.bincount(_bits(rows[block.groups, block.rows], dtype).view(-1), minlength=KEYS) > 0
+    return _points(rows, dtype, _occurring(seen, finite), compute)
+
+
+def _occurring(seen: Tensor, finite: Tensor) -> Tensor:
+    """Keys that occur, ascending by value."""
     keys = finite[seen[finite]]
     if len(keys) < int(seen.sum()):
-        raise ValueError("weight: NaN or infinite values")  # op.py says more
+        raise ValueError(NOT_FINITE)
+    return keys
+
+
+def find_points_and_sums(
+    rows: Tensor, dtype: torch.dtype, compute: torch.dtype, terms: list[Tensor | None]
+) -> tuple[Points, list[Tensor]]:
+    """The distinct values and a table of the sums of each term; the first term is the importance (None: ones).
+
+    With a single group one visit gives both: values that occur are those with importance, unless that can be zero.
+    """
+    if len(rows) > 1:
+        points = find_points(rows, dtype, compute)
+        return points, [points.table(total) for total in points.totals(terms)]
+    _, finite = _values(dtype, rows.device)
+    everywhere = terms[0] is None or bool((_without_expansion(terms[0]) > 0).all())
+    bare = _points(rows, dtype, finite[:1], compute)
+    totals = bare.totals(terms if everywhere else [*terms, None])
+    seen = totals[0 if everywhere else -1][0] > 0
+    points = _points(rows, dtype, _occurring(seen, finite), compute)
+    return points, [points.table(total) for total in totals[: len(terms)]]
+
+
+def _without_expansion(x: Tensor) -> Tensor:
+    """One copy of what `expand` repeats."""
+    for axis, stride in enumerate(x.stride()):
+        if stride == 0:
+            x = x.narrow(axis, 0, 1)
+    return x
+
+
+def _points(rows: Tensor, dtype: torch.dtype, keys: Tensor, compute: torch.dtype) -> Points:
     rank = None
-    if groups > 1:
-        rank = torch.zeros(KEYS, dtype=torch.int32, device=device)
-        rank[keys] = torch.arange(len(keys), dtype=torch.int32, device=device)
-    table = values[keys].to(compute).expand(groups, -1)
+    if len(rows) > 1:
+        rank = torch.zeros(KEYS, dtype=torch.int32, device=rows.device)
+        rank[keys] = torch.arange(len(keys), dtype=torch.int32, device=rows.device)
+    table = _values(dtype, rows.device)[0][keys].to(compute).expand(len(rows), -1)
     return Points(rows, dtype, keys, rank, _fold(table, table[0, -1].item()))
 
 
@@ -128,17 +170,15 @@ def _fold(table: Tensor, padding: float) -> Tensor:
     return torch.nn.functional.pad(table, (0, short), value=padding).view(len(table), -1, FOLD)
 
 
-def tables(
-    weight: Tensor, groups: int, round_to: torch.dtype | None
-) -> Iterator[tuple[slice, Points]]:
-    """The groups with their tables, a chunk at a time."""
+def pieces(weight: Tensor, groups: int, round_to: torch.dtype | None) -> Iterator[tuple[slice, Tensor, torch.dtype]]:
+    """`(groups, their rows [g', rows, cols], the 16-bit dtype that keys them)`, a chunk at a time."""
     rows = weight.detach().view(groups, -1, weight.shape[1])
-    dtype = weight.dtype if weight.dtype.itemsize == 2 else round_to
-    assert dtype is not None
+    key = weight.dtype if weight.dtype.itemsize == 2 else round_to
+    assert key is not None
     step = max(1, CHUNK_WEIGHTS // rows[0].numel())
     for start in range(0, groups, step):
         of = slice(start, min(start + step, groups))
-        yield of, find_points(rows[of], dtype, compute_dtype(weight.dtype))
+        yield of, rows[of], key
 
 
 def grouped(importance: Tensor | None, weight: Tensor, groups: int) -> Tensor | None:
@@ -159,16 +199,18 @@ def solve(
     groups = centroids.shape[0]
     s = grouped(importance, weight, groups)
     trajectory = centroids.new_empty(iters + 1, *centroids.shape)
-    for of, points in tables(weight, groups, round_to):
-        (total,) = points.sums([None if s is None else s[of]])
-        trajectory[:, of] = fused.iterate(points.values.unsqueeze(1), total, centroids[of], temperature[of], iters, None)
+    for of, rows, key in pieces(weight, groups, round_to):
+        points, (mass,) = find_points_and_sums(rows, key, centroids.dtype, [None if s is None else s[of]])
+        trajectory[:, of] = fused.iterate(points.values.unsqueeze(1), mass, centroids[of], temperature[of], iters, None)
     return trajectory
 
 
 def decode(weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None) -> Tensor:
     groups = trajectory.shape[1]
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for of, points in tables(weight, groups, round_to):
+    for of, rows, key in pieces(weight, groups, round_to):
+        # A table entry costs about half as much per centroid as looking for a weight's value.
+        points = find_points(rows, key, trajectory.dtype, entries=KEYS * trajectory.shape[2] // 2)
         soft = torch.empty_like(points.values)
         fused.spread(points.values.unsqueeze(1), trajectory[:, of], temperature[of], None, soft.unsqueeze(1))
         into = out.view(groups, -1, weight.shape[1])[of]
@@ -189,11 +231,11 @@ def adjoint(
     s = grouped(importance, weight, groups)
     g = grad.contiguous().view(groups, -1, weight.shape[1])
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for of, points in tables(weight, groups, round_to):
-        total, pull = points.sums([None if s is None else s[of], g[of]])
+    for of, rows, key in pieces(weight, groups, round_to):
+        points, (mass, pull) = find_points_and_sums(rows, key, trajectory.dtype, [None if s is None else s[of], g[of]])
         direct, path = torch.zeros_like(points.values), torch.zeros_like(points.values)
-        pieces = fused.reverse(points.values.unsqueeze(1), total, None, pull, trajectory[:, of], temperature[of], None)
-        for block, own, shared in pieces:
+        steps = fused.reverse(points.values.unsqueeze(1), mass, None, pull, trajectory[:, of], temperature[of], None)
+        for block, own, shared in steps:
             part = path[block.groups, block.rows]
             part += shared.view(part.shape)
             if own is not None:

@@ -1,0 +1,105 @@
+"""The mathematical choices of a clustering, in one frozen dataclass. Speed and memory choices are arguments elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+# What may differ from tensor to tensor.
+PER_TENSOR = ("bits", "dim", "rows_per_lut", "softness")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """How weights are clustered.
+
+    Attributes:
+        bits: of an index, 1 to 8; a table has `2**bits` centroids.
+        dim: consecutive rows that one index stands for; `bits / dim` bits a weight.
+        rows_per_lut: rows that share a table; 0 for one table per tensor.
+        softness: temperature in units of the quantisation error (`tau = 2 softness D`); 0 trains straight through the hard assignment.
+        anneal: factor on the temperature at the end of training, reached geometrically; 1 keeps it.
+        anneal_steps: optimizer steps until then; 0 for never (`edkm compress` puts in its number of steps).
+        max_iters: k-means iterations per optimizer step.
+        embedding_bits: of embeddings (one table each, `dim` 1) and of linear layers tied to them; 0 leaves them alone.
+        skip: name patterns (`*`, `?`) of weights left alone.
+        overrides: name pattern -> other values of `bits`, `dim`, `rows_per_lut`, `softness`; the first match counts.
+
+    Raises:
+        ValueError: a value out of range, an unknown field in `overrides`.
+    """
+
+    bits: int = 3
+    dim: int = 1
+    rows_per_lut: int = 16
+    softness: float = 0.5
+    anneal: float = 0.1
+    anneal_steps: int = 0
+    max_iters: int = 3
+    embedding_bits: int = 8
+    skip: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.skip, str):
+            raise ValueError(f"skip: a tuple of patterns, got the string {self.skip!r}. Write ({self.skip!r},).")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "overrides", {k: dict(v) for k, v in self.overrides.items()})
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            integer = isinstance(getattr(type(self), name), int)
+            if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or not low <= value <= high:
+                kind = "an integer" if integer else "a number"
+                raise ValueError(f"{name}: {kind} from {low} to {high}, got {value!r}.")
+        for pattern, values in self.overrides.items():
+            unknown = set(values) - set(PER_TENSOR)
+            if unknown:
+                raise ValueError(
+                    f"overrides[{pattern!r}]: {', '.join(sorted(unknown))} cannot differ by tensor. Only {', '.join(PER_TENSOR)} can; "
+                    "to leave a tensor alone use skip."
+                )
+            try:
+                dataclasses.replace(self, overrides={}, **values)
+            except ValueError as error:
+                raise ValueError(f"overrides[{pattern!r}]: {error}") from None
+
+    def for_tensor(self, name: str) -> ClusterConfig | None:
+        """The settings of one weight, overrides applied; None if it is skipped."""
+        if any(fnmatchcase(name, pattern) for pattern in self.skip):
+            return None
+        for pattern, values in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                return dataclasses.replace(self, overrides={}, **values)
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types; `from_json` reads it back to an equal config."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ClusterConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: an unknown field or a value out of range.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"config: unknown field {', '.join(sorted(unknown))}. Was it written by a newer edkm?")
+        return cls(**values)
+
+
+_RANGES = {
+    "bits": (1, 8),
+    "dim": (1, 64),
+    "rows_per_lut": (0, 1 << 30),
+    "softness": (0.0, 100.0),
+    "anneal": (1e-6, 1.0),
+    "anneal_steps": (0, 1 << 40),
+    "max_iters": (1, 1000),
+    "embedding_bits": (0, 8),
+}

@@ -1,0 +1,91 @@
+"""Importance of weights from data: the mean squared input of every column.
+
+Rounding a weight `w_ij` by `e` changes its output by `e x_j`; summed over data that is `e^2 E[x_j^2]`. Plain k-means sees only how
+dense the weights lie and throws away the rare large ones that matter (docs/log.md has the figures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """Mean squared input of every column of every linear and convolution weight, in one forward pass over `batches`.
+
+    Args:
+        model: any module; run in `eval()` without gradients, and left in the mode it was in.
+        batches: each a mapping (keyword arguments), a tuple or list (positional arguments) or one tensor.
+
+    Returns:
+        Parameter name -> `[1, cols]` float32 on the CPU, `cols` as in `weight.flatten(1)`. Weights that no batch reached are absent.
+
+    Raises:
+        ValueError: no batches, or an input that is not finite (with the module's name).
+
+    Cost:
+        One forward pass; a float64 vector per layer.
+    """
+    totals: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    hooks = []
+    training = {name: module.training for name, module in model.named_modules()}
+
+    def watch(name: str):
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            square, count = _mean_square(module, args[0])
+            if not bool(square.isfinite().all()):
+                raise ValueError(f"{name}: its input is NaN or infinite. Calibrate in float32, or check the data.")
+            totals[name] = totals.get(name, 0) + square
+            counts[name] = counts.get(name, 0) + count
+
+        return hook
+
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+                hooks.append(module.register_forward_pre_hook(watch(f"{name}.weight".lstrip("."))))
+        model.eval()
+        ran = 0
+        with torch.no_grad():
+            for batch in batches:
+                _call(model, batch)
+                ran += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, module in model.named_modules():
+            module.training = training[name]
+    if not ran:
+        raise ValueError("batches: calibration needs at least one batch.")
+    return {name: (totals[name] / counts[name]).float().unsqueeze(0).cpu() for name in totals}
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def _mean_square(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """`(sum of squares per column of weight.flatten(1), number of inputs)`, float64."""
+    if isinstance(module, nn.Linear):
+        rows = x.detach().flatten(0, -2)
+        return rows.double().square().sum(0), len(rows)
+    assert isinstance(module, CONVOLUTIONS)
+    # Every kernel position sees nearly every pixel: one number per input channel, averaged over the convolution's groups.
+    x = x.detach().double().square()
+    spatial = len(module.kernel_size)
+    batched = x if x.ndim == spatial + 2 else x.unsqueeze(0)
+    per_channel = batched.sum((0, *range(2, 2 + spatial)))
+    per_group = per_channel.view(module.groups, -1).mean(0)
+    kernel = module.weight[0, 0].numel()
+    return per_group.repeat_interleave(kernel), batched.numel() // batched.shape[1]

@@ -1,0 +1,294 @@
+"""Clustered layers: the weight stays the trained parameter, what multiplies the input is its clustered form.
+
+`F.linear(x, clustered)` would keep the clustered weight for backward, a second copy of the model. `_Linear` keeps `x`, the live
+parameter and the centroids of each iteration, and decodes the weight again in backward. The centroids depend on the weight
+alone, so they are found once per optimizer step, whatever the number of micro-batches or recomputations.
+
+Layers do not differentiate the clustering. They use `Clustering.live(weight)`, which stands for the clustered weight in the graph,
+and hand back the gradient of the clustered weight; autograd sums it over all uses (tied layers), and one node, `_Gate`, turns the
+sum into the gradient of the weight.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from edkm.config import ClusterConfig
+from edkm.core import op
+from edkm.core.assign import Frozen, assign, lookup, round_lut
+from edkm.core.centroids import initial_centroids, temperature_for
+from edkm.core.reference import compute_dtype
+
+# Softness 0 is the hard assignment: this fraction of the quantisation error leaves every weight on one centroid.
+_HARD = 1e-6
+
+
+class Clustering(nn.Module):
+    """State of one clustered weight. All of it is in buffers, so that a resumed run is the same run.
+
+    Buffers: `centroids [g, k, d]` float32 after the last step, `temperature [g]` at the start of training, `importance` or None,
+    `step` the number of steps taken.
+    """
+
+    centroids: Tensor
+    temperature: Tensor
+    importance: Tensor | None
+    step: Tensor
+
+    def __init__(self, weight: Tensor, config: ClusterConfig, importance: Tensor | None = None, backend: str = "auto") -> None:
+        super().__init__()
+        matrix = weight.detach().flatten(1)
+        if importance is not None:
+            importance = importance.to(matrix.device, compute_dtype(matrix.dtype))
+        centroids = initial_centroids(
+            matrix, config.bits, dim=config.dim, rows_per_lut=config.rows_per_lut or None, importance=importance
+        )
+        temperature = temperature_for(matrix, centroids, importance, config.softness or _HARD)
+        self.register_buffer("centroids", centroids)
+        self.register_buffer("temperature", temperature)
+        self.register_buffer("importance", importance)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=matrix.device))
+        self.config, self.backend = config, backend
+        self.soft_in_eval = False
+        self._key: tuple[Any, ...] | None = None
+        self._solution: tuple[Tensor, Tensor, Tensor] | None = None
+        self._live: Tensor | None = None
+        self._counted = False
+
+    def extra_repr(self) -> str:
+        groups, k, d = self.centroids.shape
+        return f"bits={(k - 1).bit_length()}, tables={groups}, dim={d}, softness={self.config.softness}"
+
+    def _apply(self, fn, recurse=True):
+        """Follow the model to a device, not to a narrower dtype: 16 bits would change the centroids."""
+        kept = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            setattr(self, name, before.to(getattr(self, name).device))
+        self.forget()
+        return self
+
+    def forget(self) -> None:
+        """Drop what was computed from the weight: it has changed."""
+        self._key = self._solution = self._live = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles find their own centroids."""
+        return {**self.__dict__, "_key": None, "_solution": None, "_live": None}
+
+    def current_temperature(self) -> Tensor:
+        """`[g]`, annealed to this step."""
+        if not self.config.anneal_steps:
+            return self.temperature
+        return self.temperature * self.config.anneal ** (int(self.step) / self.config.anneal_steps)
+
+    def solve(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(trajectory, iters, temperature)` for the weight as it is now; found once until the weight changes.
+
+        Training moves the state: the first use with gradients after each change of the weight stores the new centroids and counts a
+        step. Any other use leaves the state alone.
+        """
+        key = (weight.data_ptr(), weight._version, self.centroids._version)  # an alias has the weight's version
+        if self._key != key or self._solution is None:
+            dtype = compute_dtype(weight.dtype)
+            tau = self.current_temperature().to(dtype)
+            matrix, start = weight.detach().flatten(1), self.centroids.to(dtype)
+            trajectory, iters = op.solve(
+                matrix, self.importance, start, tau, self.config.max_iters, 0.0, torch.bfloat16, self.backend
+            )
+            self._key, self._solution, self._live, self._counted = key, (trajectory, iters, tau), None, False
+        if self.training and torch.is_grad_enabled() and not self._counted:
+            with torch.no_grad():
+                self.centroids.copy_(self._solution[0][-1])
+                self.step += 1
+            self._key = (*key[:2], self.centroids._version)
+            self._counted = True
+        return self._solution
+
+    def live(self, weight: Tensor) -> Tensor:
+        """An alias of the weight whose gradient, for autograd, is that of the clustered weight."""
+        solution = self.solve(weight)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return weight.detach()
+        if self._live is None:
+            self._live = _Gate.apply(weight, self, solution)
+        return self._live
+
+    def decode(self, weight: Tensor, solution: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The soft weight, like `weight`; no gradient."""
+        trajectory, iters, tau = solution
+        matrix = weight.detach().flatten(1)
+        return op.decode(matrix, self.importance, trajectory, iters, tau, torch.bfloat16, self.backend).view(weight.shape)
+
+    def backward(self, grad: Tensor, weight: Tensor, solution: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """`dL/dweight` from the gradient of the soft weight."""
+        if self.config.softness == 0:
+            return grad.to(weight.dtype)
+        trajectory, iters, tau = solution
+        matrix, problem = weight.detach().flatten(1), (self.importance, trajectory, iters, tau, torch.bfloat16, self.backend)
+        return op.adjoint(grad.reshape(matrix.shape), matrix, *problem).view(weight.shape)
+
+    def freeze(self, weight: Tensor) -> Frozen:
+        """Indices and tables of the weight as it is now; what `eval()` uses and what is packed."""
+        matrix = weight.detach().flatten(1)
+        lut = round_lut(self.centroids)
+        indices = assign(matrix, lut)
+        wide = matrix.to(compute_dtype(matrix.dtype))
+        error = (wide - lookup(indices, lut, wide.dtype)).square().sum() / wide.square().sum().clamp_min(torch.finfo(wide.dtype).tiny)
+        return Frozen(indices.cpu(), lut.cpu(), tuple(weight.shape), float(error))
+
+    def hard(self, weight: Tensor) -> Tensor:
+        """The weight with every value on its nearest centroid, like `weight`; no gradient."""
+        matrix = weight.detach().flatten(1)
+        lut = round_lut(self.centroids)
+        return lookup(assign(matrix, lut), lut, weight.dtype).view(weight.shape)
+
+    @property
+    def tables(self) -> int:
+        return self.centroids.shape[0]
+
+    @property
+    def is_soft(self) -> bool:
+        return self.training or self.soft_in_eval
+
+
+class _Gate(torch.autograd.Function):
+    """Identity on the weight; backward is the chain rule of the clustering. May run once per micro-batch, so it saves nothing."""
+
+    @staticmethod
+    def forward(ctx, weight, clustering, solution):
+        ctx.problem = weight, clustering, solution
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        weight, clustering, solution = ctx.problem
+        return clustering.backward(g, weight, solution), None, None
+
+
+class _Linear(torch.autograd.Function):
+    """`x @ clustered(weight).T + bias`, keeping no clustered weight."""
+
+    @staticmethod
+    def forward(ctx, x, live, bias, clustering):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        ctx.clustering, ctx.solution = clustering, clustering.solve(live)
+        ctx.save_for_backward(x, live, *ctx.solution)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        w = clustering.decode(live, ctx.solution).to(x.dtype)
+        return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, live, *solution = ctx.saved_tensors
+        dx = g = db = None
+        with torch.autocast(dy.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = dy @ ctx.clustering.decode(live, solution).to(dy.dtype)
+            if ctx.needs_input_grad[1]:
+                g = dy.flatten(0, -2).mT @ x.flatten(0, -2)
+            if ctx.needs_input_grad[2]:
+                db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        return dx, g, db, None
+
+
+class _Decode(torch.autograd.Function):
+    """The clustered weight itself, for layers that are not linear."""
+
+    @staticmethod
+    def forward(ctx, live, clustering):
+        return clustering.decode(live, clustering.solve(live))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g, None
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of `clustered(weight)`, keeping no clustered weight."""
+
+    @staticmethod
+    def forward(ctx, live, ids, clustering, padding_idx, by_frequency):
+        ctx.save_for_backward(ids)
+        ctx.options = live.shape[0], -1 if padding_idx is None else padding_idx, by_frequency
+        solution = clustering.solve(live)
+        if clustering.tables > 1:
+            return F.embedding(ids, clustering.decode(live, solution))
+        # With one table the rows that are looked up can be decoded alone.
+        return clustering.decode(live[ids.flatten()], solution).view(*ids.shape, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (ids,) = ctx.saved_tensors
+        return torch.ops.aten.embedding_dense_backward(dy, ids, *ctx.options), None, None, None, None
+
+
+class ClusteredLinear(nn.Linear):
+    """`nn.Linear` whose weight is clustered: softly in training, on its nearest centroids in evaluation.
+
+    Cost:
+        Keeps for backward what `nn.Linear` keeps, plus the centroids of each iteration.
+    """
+
+    clustering: Clustering
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.clustering.is_soft:
+            return F.linear(input, self.clustering.hard(self.weight), self.bias)
+        return _Linear.apply(input, self.clustering.live(self.weight), self.bias, self.clustering)
+
+
+class ClusteredEmbedding(nn.Embedding):
+    """`nn.Embedding` whose weight is clustered; see `ClusteredLinear`."""
+
+    clustering: Clustering
+
+    def forward(self, input: Tensor) -> Tensor:
+        clustering = self.clustering
+        if clustering.is_soft:
+            return _Embedding.apply(clustering.live(self.weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
+        if clustering.tables > 1:
+            return F.embedding(input, clustering.hard(self.weight))
+        return clustering.hard(self.weight[input.flatten()]).view(*input.shape, -1)
+
+
+class ClusteredWeight(nn.Module):
+    """Parametrization (`torch.nn.utils.parametrize`) for layers that read `self.weight`, such as convolutions.
+
+    Cost:
+        The layer keeps the clustered weight for backward as it would keep its own.
+    """
+
+    def __init__(self, clustering: Clustering) -> None:
+        super().__init__()
+        self.clustering = clustering
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.clustering.is_soft:
+            return self.clustering.hard(weight)
+        return _Decode.apply(self.clustering.live(weight), self.clustering)
+
+
+@contextmanager
+def soft_weights(model: nn.Module):
+    """Within the block, `eval()` uses the soft weights, without moving any state."""
+    found = [m for m in model.modules() if isinstance(m, Clustering)]
+    before = [m.soft_in_eval for m in found]
+    try:
+        for m in found:
+            m.soft_in_eval = True
+        yield model
+    finally:
+        for m, value in zip(found, before, strict=True):
+            m.soft_in_eval = value

@@ -1,0 +1,254 @@
+"""Put clustering into a model, and take the result out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from edkm.config import ClusterConfig
+from edkm.core.assign import Frozen
+from edkm.core.op import choose_backend
+from edkm.train.calibrate import CONVOLUTIONS
+from edkm.train.layer import ClusteredEmbedding, ClusteredLinear, ClusteredWeight, Clustering
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter in a report: `tables == 0` if it was left alone, and `note` says why (or which backend was chosen, and why)."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    tables: int
+    dim: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `prepare` did to every parameter."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def clustered(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if e.tables)
+
+    @property
+    def skipped(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if not e.tables)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size to expect of the packed weights: indices, float16 tables, and what was skipped in float32."""
+        total = 0
+        for e in self.entries:
+            n = torch.Size(e.shape).numel()
+            total += (n // e.dim * e.bits + 7) // 8 + e.tables * 2**e.bits * e.dim * 2 if e.tables else n * 4
+        return total
+
+    def __str__(self) -> str:
+        width = max(len(e.name) for e in self.entries)
+        lines = []
+        for e in self.entries:
+            what = f"{e.bits} bits, {e.tables} tables" + (f", dim {e.dim}" if e.dim > 1 else "") if e.tables else "skipped"
+            lines.append(f"{e.name:<{width}}  {'x'.join(map(str, e.shape)):<14}  {what:<20}  {e.note}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Target:
+    """A parameter and the modules that use it as their weight."""
+
+    names: list[str]
+    modules: list[nn.Module]
+    weight: nn.Parameter
+
+
+def prepare(
+    model: nn.Module,
+    config: ClusterConfig,
+    *,
+    importance: Mapping[str, Tensor] | None = None,
+    backend: str = "auto",
+) -> Report:
+    """Cluster a model's weights from now on, in place: linear layers, embeddings, and Conv1d/2d through a parametrization.
+
+    Parameters stay what they were, so optimizers and tied weights do too; a tied tensor is clustered once. All tables are made before
+    anything is changed: a refused tensor leaves the model as it was.
+
+    Args:
+        model: any module.
+        config: what to do; `config.for_tensor(name)` decides for each weight.
+        importance: parameter name -> non-negative, broadcastable to `weight.flatten(1)`, as `edkm.calibrate` returns it.
+        backend: for `edkm.cluster`.
+
+    Returns:
+        A report on every parameter: clustered, or skipped and why.
+
+    Raises:
+        ValueError: a tensor that cannot be clustered as asked (named), an unknown name in `importance`, a model that was prepared
+            already, or a model in which nothing is clustered.
+
+    Cost:
+        A few passes over each weight; in training as stated at `edkm.cluster`.
+    """
+    if any(isinstance(m, Clustering) for m in model.modules()):
+        raise ValueError("model: it is prepared already. Load it afresh to cluster it differently.")
+    targets = _targets(model)
+    importance = dict(importance or {})
+    unknown = set(importance) - {name for target in targets for name in target.names}
+    if unknown:
+        raise ValueError(f"importance: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
+    entries, plan = [], []
+    by_name = {target.names[0]: target for target in targets}
+    for name, parameter in model.named_parameters():
+        target = by_name.get(name)
+        settings, reason = _settings(config, name, parameter, target)
+        clustering = None
+        if settings is not None:
+            assert target is not None
+            weigh = next((importance[n] for n in target.names if n in importance), None)
+            clustering, reason = _clustering(name, parameter, settings, weigh, backend)
+            plan.append((target, clustering))
+        groups, k, d = (0, 1, 1) if clustering is None else clustering.centroids.shape
+        entries.append(Entry(name, tuple(parameter.shape), (k - 1).bit_length(), groups, d, reason))
+    if not plan:
+        reasons = "; ".join(sorted({e.note for e in entries}))
+        raise ValueError(f"model: no weight is clustered ({reasons or 'no parameters'}). Check skip and embedding_bits.")
+    for target, clustering in plan:
+        _install(target, clustering)
+    return Report(tuple(entries))
+
+
+def _targets(model: nn.Module) -> list[_Target]:
+    """Every parameter that is the weight of a module we know, with all its names and users."""
+    found: dict[int, _Target] = {}
+    for prefix, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or not isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS)):
+            continue
+        target = found.setdefault(id(weight), _Target([], [], weight))
+        target.names.append(f"{prefix}.weight".lstrip("."))
+        target.modules.append(module)
+    return list(found.values())
+
+
+def _settings(
+    config: ClusterConfig, name: str, parameter: Tensor, target: _Target | None
+) -> tuple[ClusterConfig | None, str]:
+    """The settings of a parameter, or None and why it is left alone."""
+    if target is None:
+        return None, "a vector" if parameter.ndim < 2 else "not the weight of a Linear, Embedding, Conv1d or Conv2d"
+    embedding = next((m for m in target.modules if isinstance(m, nn.Embedding)), None)
+    if embedding is not None:
+        if not config.embedding_bits:
+            return None, "an embedding, and embedding_bits is 0"
+        if embedding.max_norm is not None or embedding.sparse:
+            return None, "an embedding with max_norm or sparse gradients"
+        config = replace(config, bits=config.embedding_bits, rows_per_lut=0, dim=1)
+    if any(config.for_tensor(alias) is None for alias in target.names):
+        return None, "matches skip"
+    return config.for_tensor(name), ""
+
+
+def _clustering(
+    name: str, weight: Tensor, settings: ClusterConfig, importance: Tensor | None, backend: str
+) -> tuple[Clustering, str]:
+    try:
+        clustering = Clustering(weight, settings, importance, backend)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(f"{name}: {message.removeprefix('weight: ')}") from None
+    matrix = weight.detach().flatten(1)
+    chosen, why = (backend, "as asked")
+    if backend == "auto":
+        chosen, why = choose_backend(matrix, *clustering.centroids.shape, torch.bfloat16)
+    return clustering, f"{chosen}: {why}" + ("" if importance is not None else "; no importance")
+
+
+def _install(target: _Target, clustering: Clustering) -> None:
+    owner, *others = target.modules
+    for module in target.modules:
+        if type(module) is nn.Linear:
+            module.__class__ = ClusteredLinear
+        elif type(module) is nn.Embedding:
+            module.__class__ = ClusteredEmbedding
+        else:
+            parametrize.register_parametrization(module, "weight", ClusteredWeight(clustering), unsafe=True)
+            continue
+        if module is owner:
+            module.clustering = clustering
+        else:
+            # Tied: the owner has the state; a second registration would store it twice.
+            module.__dict__["clustering"] = clustering
+    _watch(target.weight, clustering)
+
+
+_users = WeakTensorKeyDictionary()
+
+
+def _watch(weight: Tensor, clustering: Clustering) -> None:
+    """Have optimizers tell the clustering that the weight changed: some write through `.data` or raw pointers, unseen by `_version`."""
+    if not _users:
+        register_optimizer_step_post_hook(_after_step)
+    _users[weight] = clustering
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in _users:
+                _users[parameter].forget()
+
+
+def freeze(model: nn.Module) -> dict[str, Frozen]:
+    """Indices and tables of every clustered weight, exactly those that the model uses in `eval()`.
+
+    Returns:
+        Parameter name (the first, if tied) -> `Frozen`, on the CPU.
+
+    Raises:
+        ValueError: the model was not prepared.
+
+    Cost:
+        One pass over each weight; one byte a weight for the result.
+    """
+    frozen = {name: clustering.freeze(weight) for name, weight, clustering in clusterings(model)}
+    if not frozen:
+        raise ValueError("model: nothing in it is clustered. Call edkm.prepare first.")
+    return frozen
+
+
+def clusterings(model: nn.Module) -> list[tuple[str, nn.Parameter, Clustering]]:
+    """`(name of the weight, the weight, its clustering)`, each once."""
+    found = []
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        if isinstance(module, (ClusteredLinear, ClusteredEmbedding)) and "clustering" in module._modules:
+            found.append((f"{dot}weight", module.weight, module.clustering))
+        elif parametrize.is_parametrized(module, "weight"):
+            chain = module.parametrizations["weight"]
+            for step in chain:
+                if isinstance(step, ClusteredWeight):
+                    found.append((f"{dot}weight", chain.original, step.clustering))
+    return found
+
+
+def unclustered(model: nn.Module) -> dict[str, Tensor]:
+    """The rest of a prepared model's state: everything that `freeze` does not hold, each tied tensor once."""
+    taken = {id(weight) for _, weight, _ in clusterings(model)}
+    inside = {id(b) for m in model.modules() if isinstance(m, Clustering) for b in m.buffers()}
+    rest = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in taken and id(tensor) not in inside:
+            taken.add(id(tensor))
+            rest[name] = tensor.detach()
+    return rest
