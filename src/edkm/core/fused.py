@@ -229,10 +229,11 @@ def solve(
     temperature: Tensor,
     iters: int,
     round_to: torch.dtype | None,
-) -> Tensor:
-    groups, k, d = centroids.shape
+) -> tuple[Tensor, None]:
+    groups, _, d = centroids.shape
     grid = group_vectors(weight, groups, d)
-    return iterate(grid, group_importance(importance, weight.shape, groups, d), centroids, temperature, iters, round_to)
+    s = group_importance(importance, weight.shape, groups, d)
+    return iterate(grid, s, centroids, temperature, iters, round_to), None
 
 
 def iterate(
@@ -265,7 +266,9 @@ def iterate(
     return trajectory
 
 
-def decode(weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None) -> Tensor:
+def decode(
+    weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, table: None = None
+) -> Tensor:
     _, groups, _, d = trajectory.shape
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     spread(group_vectors(weight, groups, d), trajectory, temperature, round_to, group_vectors(out, groups, d))
@@ -293,6 +296,7 @@ def adjoint(
     trajectory: Tensor,
     temperature: Tensor,
     round_to: torch.dtype | None,
+    table: None = None,
 ) -> Tensor:
     _, groups, _, d = trajectory.shape
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)

@@ -3,12 +3,13 @@
 `reference` is plain PyTorch, differentiated by autograd. A backend that keeps nothing is a module with three functions, listed in
 `BACKENDS`:
 
-    solve(weight, importance, centroids, temperature, iters, round_to) -> trajectory [iters + 1, g, k, d]
-    decode(weight, trajectory, temperature, round_to) -> out, like weight
-    adjoint(grad, weight, importance, trajectory, temperature, round_to) -> dL/dweight, like weight
+    solve(weight, importance, centroids, temperature, iters, round_to) -> (trajectory [iters + 1, g, k, d], table)
+    decode(weight, trajectory, temperature, round_to, table=None) -> out, like weight
+    adjoint(grad, weight, importance, trajectory, temperature, round_to, table=None) -> dL/dweight, like weight
 
 `solve` runs the iterations and has no gradient; `decode` applies the last one. The gradient of the whole function, centroid path
-included, hangs on `decode`: it needs the live weight and the trajectory and nothing else, so that is all autograd keeps.
+included, hangs on `decode`: it needs the live weight and the trajectory and nothing else, so that is all autograd keeps. `table` is a
+small aid that a backend may hand from one to the next (None does as well); layers use it within an optimizer step.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BACKENDS = {"unique": unique, "fused": fused}
 # Measured on a CPU, forward and backward, in ns (benchmarks op): a point and centroid of the maps, a weight's way through a table.
 _NS_PER_MAP_ENTRY = 14.0
 _NS_PER_WEIGHT = 30.0
-_SAMPLE_WEIGHTS = 1 << 18
+_SAMPLE_WEIGHTS = 1 << 16
 
 
 class Clustered(NamedTuple):
@@ -167,14 +168,64 @@ def _rounding(weight: Tensor, round_to: torch.dtype | None) -> torch.dtype | Non
     return round_to if weight.dtype.itemsize > 2 else None
 
 
-def _backend(name: str, weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None):
+class Solution(NamedTuple):
+    """A solved weight: all that `decode` and `adjoint` need beside it."""
+
+    trajectory: Tensor  # [iters + 1, g, k, d]
+    importance: Tensor | None
+    temperature: Tensor
+    round_to: torch.dtype | None
+    backend: str
+    table: Tensor | None = None
+
+    def decode(self, weight: Tensor) -> Tensor:
+        """The soft weight."""
+        module = _backend(self.backend, weight, self)
+        return module.decode(weight, self.trajectory, self.temperature, _rounding(weight, self.round_to), self.table)
+
+    def adjoint(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """`dL/dweight` from `dL/dout`."""
+        module = _backend(self.backend, weight, self)
+        problem = (self.importance, self.trajectory, self.temperature, _rounding(weight, self.round_to))
+        return module.adjoint(grad, weight, *problem, self.table)
+
+
+def find(
+    weight: Tensor,
+    importance: Tensor | None,
+    centroids: Tensor,
+    temperature: Tensor,
+    max_iters: int,
+    tol: float,
+    round_to: torch.dtype | None,
+    backend: str,
+) -> Solution:
+    """Run the iterations; arguments as for `cluster`, temperature `[g]`. No gradient."""
+    if backend == "auto":
+        backend = choose_backend(weight, *centroids.shape, round_to)[0]
+    problem = (weight, importance, centroids, temperature, max_iters, _rounding(weight, round_to))
+    if backend == "reference":
+        trajectory, table = reference.cluster(*problem)[1], None
+    else:
+        blank = Solution(centroids.unsqueeze(0), importance, temperature, round_to, backend)
+        trajectory, table = _backend(backend, weight, blank).solve(*problem)
+    _check_values(importance, temperature, trajectory)
+    moved = (trajectory[1:] - trajectory[:-1]).abs().amax((1, 2, 3))  # [max_iters]
+    still = (moved <= tol).nonzero()
+    iters = int(still[0]) + 1 if tol > 0 and len(still) else max_iters
+    return Solution(trajectory[: iters + 1], importance, temperature, round_to, backend, table)
+
+
+def _backend(name: str, weight: Tensor, solution: Solution):
+    d = solution.trajectory.shape[3]
     if name == "auto":
-        name = choose_backend(weight, groups, k, d, round_to)[0]
+        name = choose_backend(weight, *solution.trajectory.shape[1:], solution.round_to)[0]
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of reference, {', '.join(BACKENDS)}, auto.")
-    if name == "unique" and (d > 1 or (weight.dtype.itemsize > 2 and (round_to is None or round_to.itemsize > 2))):
+    wide = weight.dtype.itemsize > 2 and (solution.round_to is None or solution.round_to.itemsize > 2)
+    if name == "unique" and (d > 1 or wide):
         raise ValueError(
-            f"backend: unique needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={round_to}. "
+            f"backend: unique needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={solution.round_to}. "
             "Use fused, or round_to=torch.bfloat16."
         )
     return BACKENDS[name]
@@ -192,17 +243,10 @@ def solve(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`(trajectory [max_iters + 1, g, k, d], iters)`; entries after `iters` repeat the last. No gradient."""
-    problem = (weight, importance, centroids, temperature, max_iters, _rounding(weight, round_to))
-    if backend == "reference":
-        trajectory = reference.cluster(*problem)[1]
-    else:
-        trajectory = _backend(backend, weight, *centroids.shape, round_to).solve(*problem)
-    _check_values(importance, temperature, trajectory)
-    moved = (trajectory[1:] - trajectory[:-1]).abs().amax((1, 2, 3))  # [max_iters]
-    still = (moved <= tol).nonzero()
-    iters = int(still[0]) + 1 if tol > 0 and len(still) else max_iters
-    trajectory[iters:] = trajectory[iters].clone()
-    return trajectory, torch.tensor(iters)
+    path = find(weight, importance, centroids, temperature, max_iters, tol, round_to, backend).trajectory
+    trajectory = path[-1].repeat(max_iters + 1, 1, 1, 1)
+    trajectory[: len(path)] = path
+    return trajectory, torch.tensor(len(path) - 1)
 
 
 @solve.register_fake
@@ -221,8 +265,7 @@ def decode(
     backend: str,
 ) -> Tensor:
     """The soft weight for a trajectory of `solve`; its gradient is that of `solve` and `decode` together."""
-    module = _backend(backend, weight, *trajectory.shape[1:], round_to)
-    return module.decode(weight, trajectory[: int(iters) + 1], temperature, _rounding(weight, round_to))
+    return Solution(trajectory[: int(iters) + 1], importance, temperature, round_to, backend).decode(weight)
 
 
 @decode.register_fake
@@ -242,9 +285,7 @@ def adjoint(
     backend: str,
 ) -> Tensor:
     """`dL/dweight` from `dL/dout`."""
-    module = _backend(backend, weight, *trajectory.shape[1:], round_to)
-    path = trajectory[: int(iters) + 1]
-    return module.adjoint(grad, weight, importance, path, temperature, _rounding(weight, round_to))
+    return Solution(trajectory[: int(iters) + 1], importance, temperature, round_to, backend).adjoint(grad, weight)
 
 
 @adjoint.register_fake

@@ -94,15 +94,15 @@ class Points(NamedTuple):
         """`[g, width]` -> `[g, u / 256, 256]`, in the order of `values`."""
         return _fold(total if self.rank is not None else total[:, self.keys], 0.0)
 
-    def spread(self, tables: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[Block, list[Tensor]]]:
-        """Each table's entry for every weight, a block at a time: `[g', rows', cols]`."""
-        by_cell = [table.flatten(1)[:, : len(self.keys)].to(dtype) for table in tables]
-        if self.rank is None:
-            by_cell = [table.new_zeros(1, KEYS).index_copy_(1, self.keys, table) for table in by_cell]
-        for block in self.blocks():
-            cells = self.cells(block)
-            shape = self.rows[block.groups, block.rows].shape
-            yield block, [table[block.groups].reshape(-1).index_select(0, cells).view(shape) for table in by_cell]
+    def gather(self, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """A table's entries laid out for `look_up`."""
+        by_cell = table.flatten(1)[:, : len(self.keys)].to(dtype)
+        return by_cell if self.rank is not None else by_cell.new_zeros(1, KEYS).index_copy_(1, self.keys, by_cell)
+
+
+def look_up(by_cell: Tensor, cells: Tensor, block: Block, out: Tensor) -> Tensor:
+    """Write every weight's entry into the contiguous `out`."""
+    return torch.index_select(by_cell[block.groups].reshape(-1), 0, cells, out=out.view(-1))
 
 
 def find_points(rows: Tensor, dtype: torch.dtype, compute: torch.dtype, entries: int = 0) -> Points:
@@ -185,7 +185,21 @@ def grouped(importance: Tensor | None, weight: Tensor, groups: int) -> Tensor | 
     return None if importance is None else importance.expand(weight.shape).unflatten(0, (groups, -1))
 
 
-# The three functions that every backend has; op.py documents them.
+def remember(points: Points, mass: Tensor) -> Tensor | None:
+    """Values and mass `[2, u]` of a single group, from which `recall` restores its points without looking at the weights."""
+    return torch.stack([points.values.view(-1), mass.view(-1)]) if points.rank is None else None
+
+
+def recall(rows: Tensor, key: torch.dtype, table: Tensor) -> tuple[Points, Tensor]:
+    """`(points, mass)` as they were remembered."""
+    values, mass = table
+    keys = _bits(values, key).long()
+    count = len(keys) - int((keys == keys[-1]).sum()) + 1  # the last value is repeated as padding
+    shape = (1, -1, FOLD)
+    return Points(rows, key, keys[:count], None, values.view(shape)), mass.view(shape)
+
+
+# The three functions that every backend has; op.py documents them. `table` is what `remember` gave, or None.
 
 
 def solve(
@@ -195,27 +209,38 @@ def solve(
     temperature: Tensor,
     iters: int,
     round_to: torch.dtype | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     groups = centroids.shape[0]
     s = grouped(importance, weight, groups)
-    trajectory = centroids.new_empty(iters + 1, *centroids.shape)
+    trajectory, table = centroids.new_empty(iters + 1, *centroids.shape), None
     for of, rows, key in pieces(weight, groups, round_to):
         points, (mass,) = find_points_and_sums(rows, key, centroids.dtype, [None if s is None else s[of]])
         trajectory[:, of] = fused.iterate(points.values.unsqueeze(1), mass, centroids[of], temperature[of], iters, None)
-    return trajectory
+        table = remember(points, mass) if groups == 1 else None
+    return trajectory, table
 
 
-def decode(weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None) -> Tensor:
+def decode(
+    weight: Tensor,
+    trajectory: Tensor,
+    temperature: Tensor,
+    round_to: torch.dtype | None,
+    table: Tensor | None = None,
+) -> Tensor:
     groups = trajectory.shape[1]
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for of, rows, key in pieces(weight, groups, round_to):
-        # A table entry costs about half as much per centroid as looking for a weight's value.
-        points = find_points(rows, key, trajectory.dtype, entries=KEYS * trajectory.shape[2] // 2)
+        if table is not None:
+            points, _ = recall(rows, key, table)
+        else:
+            # A table entry costs about half as much per centroid as looking for a weight's value.
+            points = find_points(rows, key, trajectory.dtype, entries=KEYS * trajectory.shape[2] // 2)
         soft = torch.empty_like(points.values)
         fused.spread(points.values.unsqueeze(1), trajectory[:, of], temperature[of], None, soft.unsqueeze(1))
+        by_cell = points.gather(soft, weight.dtype)
         into = out.view(groups, -1, weight.shape[1])[of]
-        for block, (piece,) in points.spread([soft], weight.dtype):
-            into[block.groups, block.rows] = piece
+        for block in points.blocks():
+            look_up(by_cell, points.cells(block), block, into[block.groups, block.rows])
     return out
 
 
@@ -226,22 +251,39 @@ def adjoint(
     trajectory: Tensor,
     temperature: Tensor,
     round_to: torch.dtype | None,
+    table: Tensor | None = None,
 ) -> Tensor:
     groups = trajectory.shape[1]
     s = grouped(importance, weight, groups)
     g = grad.contiguous().view(groups, -1, weight.shape[1])
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for of, rows, key in pieces(weight, groups, round_to):
-        points, (mass, pull) = find_points_and_sums(rows, key, trajectory.dtype, [None if s is None else s[of], g[of]])
-        direct, path = torch.zeros_like(points.values), torch.zeros_like(points.values)
-        steps = fused.reverse(points.values.unsqueeze(1), mass, None, pull, trajectory[:, of], temperature[of], None)
-        for block, own, shared in steps:
-            part = path[block.groups, block.rows]
-            part += shared.view(part.shape)
-            if own is not None:
-                direct[block.groups, block.rows] = own.view(part.shape)
+        own, pulls = None if s is None else s[of], g[of]
+        if table is not None:
+            points, mass = recall(rows, key, table)
+            pull = points.table(points.totals([pulls])[0])
+        else:
+            points, (mass, pull) = find_points_and_sums(rows, key, trajectory.dtype, [own, pulls])
+        tables = _reverse(points, mass, pull, trajectory[:, of], temperature[of])
+        direct, path = (points.gather(t, trajectory.dtype) for t in tables)
         into = dw.view(groups, -1, weight.shape[1])[of]
-        for block, (d, p) in points.spread([direct, path], direct.dtype):
-            piece = d.mul_(g[of][block.groups, block.rows])
-            into[block.groups, block.rows] = piece.add_(p if s is None else p.mul_(s[of][block.groups, block.rows]))
+        for block in points.blocks():
+            cells, here = points.cells(block), into[block.groups, block.rows]
+            shared = look_up(path, cells, block, torch.empty_like(here, dtype=path.dtype)).view(here.shape)
+            if own is not None:
+                shared *= own[block.groups, block.rows]
+            total = look_up(direct, cells, block, torch.empty_like(shared)).view(here.shape)
+            torch.addcmul(shared, total, pulls[block.groups, block.rows].to(path.dtype), out=total)
+            here.copy_(total)
     return dw
+
+
+def _reverse(points: Points, mass: Tensor, pull: Tensor, trajectory: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables D and P of the module's text."""
+    direct, path = torch.zeros_like(points.values), torch.zeros_like(points.values)
+    for block, own, shared in fused.reverse(points.values.unsqueeze(1), mass, None, pull, trajectory, temperature, None):
+        part = path[block.groups, block.rows]
+        part += shared.view(part.shape)
+        if own is not None:
+            direct[block.groups, block.rows] = own.view(part.shape)
+    return direct, path

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from edkm.config import ClusterConfig
-from edkm.core import op
 from edkm.core.assign import Frozen, assign, lookup, round_lut
 from edkm.core.centroids import initial_centroids, temperature_for
+from edkm.core.op import Solution, find
 from edkm.core.reference import compute_dtype
 
 # Softness 0 is the hard assignment: this fraction of the quantisation error leaves every weight on one centroid.
@@ -57,7 +57,7 @@ class Clustering(nn.Module):
         self.config, self.backend = config, backend
         self.soft_in_eval = False
         self._key: tuple[Any, ...] | None = None
-        self._solution: tuple[Tensor, Tensor, Tensor] | None = None
+        self._solution: Solution | None = None
         self._live: Tensor | None = None
         self._counted = False
 
@@ -88,8 +88,8 @@ class Clustering(nn.Module):
             return self.temperature
         return self.temperature * self.config.anneal ** (int(self.step) / self.config.anneal_steps)
 
-    def solve(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(trajectory, iters, temperature)` for the weight as it is now; found once until the weight changes.
+    def solve(self, weight: Tensor) -> Solution:
+        """The centroids for the weight as it is now; found once until the weight changes.
 
         Training moves the state: the first use with gradients after each change of the weight stores the new centroids and counts a
         step. Any other use leaves the state alone.
@@ -99,13 +99,11 @@ class Clustering(nn.Module):
             dtype = compute_dtype(weight.dtype)
             tau = self.current_temperature().to(dtype)
             matrix, start = weight.detach().flatten(1), self.centroids.to(dtype)
-            trajectory, iters = op.solve(
-                matrix, self.importance, start, tau, self.config.max_iters, 0.0, torch.bfloat16, self.backend
-            )
-            self._key, self._solution, self._live, self._counted = key, (trajectory, iters, tau), None, False
+            solution = find(matrix, self.importance, start, tau, self.config.max_iters, 0.0, torch.bfloat16, self.backend)
+            self._key, self._solution, self._live, self._counted = key, solution, None, False
         if self.training and torch.is_grad_enabled() and not self._counted:
             with torch.no_grad():
-                self.centroids.copy_(self._solution[0][-1])
+                self.centroids.copy_(self._solution.trajectory[-1])
                 self.step += 1
             self._key = (*key[:2], self.centroids._version)
             self._counted = True
@@ -120,19 +118,16 @@ class Clustering(nn.Module):
             self._live = _Gate.apply(weight, self, solution)
         return self._live
 
-    def decode(self, weight: Tensor, solution: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def decode(self, weight: Tensor, solution: Solution) -> Tensor:
         """The soft weight, like `weight`; no gradient."""
-        trajectory, iters, tau = solution
-        matrix = weight.detach().flatten(1)
-        return op.decode(matrix, self.importance, trajectory, iters, tau, torch.bfloat16, self.backend).view(weight.shape)
+        return solution.decode(weight.detach().flatten(1)).view(weight.shape)
 
-    def backward(self, grad: Tensor, weight: Tensor, solution: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
         """`dL/dweight` from the gradient of the soft weight."""
         if self.config.softness == 0:
             return grad.to(weight.dtype)
-        trajectory, iters, tau = solution
-        matrix, problem = weight.detach().flatten(1), (self.importance, trajectory, iters, tau, torch.bfloat16, self.backend)
-        return op.adjoint(grad.reshape(matrix.shape), matrix, *problem).view(weight.shape)
+        matrix = weight.detach().flatten(1)
+        return solution.adjoint(grad.reshape(matrix.shape), matrix).view(weight.shape)
 
     def freeze(self, weight: Tensor) -> Frozen:
         """Indices and tables of the weight as it is now; what `eval()` uses and what is packed."""
@@ -181,7 +176,7 @@ class _Linear(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         ctx.clustering, ctx.solution = clustering, clustering.solve(live)
-        ctx.save_for_backward(x, live, *ctx.solution)
+        ctx.save_for_backward(x, live)
         ctx.bias_dtype = None if bias is None else bias.dtype
         w = clustering.decode(live, ctx.solution).to(x.dtype)
         return F.linear(x, w, None if bias is None else bias.to(x.dtype))
@@ -189,11 +184,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, live, *solution = ctx.saved_tensors
+        x, live = ctx.saved_tensors
         dx = g = db = None
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = dy @ ctx.clustering.decode(live, solution).to(dy.dtype)
+                dx = dy @ ctx.clustering.decode(live, ctx.solution).to(dy.dtype)
             if ctx.needs_input_grad[1]:
                 g = dy.flatten(0, -2).mT @ x.flatten(0, -2)
             if ctx.needs_input_grad[2]:
