@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from edkm import demo
+from edkm import demo_data as demo
 
 LONG = (
     "A paragraph that is long enough to tell one topic from another one, number {}, of this test's own text."

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .train.command import add_compress
 
 _MODEL = "a checkpoint directory (ordinary or packed by edkm), a .gguf file, or a hub id"
 
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"edkm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_compress(subparsers, _command)
     for add in (_add_eval, _add_generate, _add_inspect, _add_unpack):
         add(subparsers)
     return parser

@@ -118,7 +118,7 @@ def moments(x: Tensor, w: Tensor, about: Tensor | None, spare: Tensor) -> Tensor
 
 def advance(mass: Tensor, total: Tensor, centroids: Tensor) -> Tensor:
     """The next centroids from `mass [g, k]` and `total [g, k, d]`."""
-    alive = mass > mass_floor(mass)
+    alive = ~(mass <= mass_floor(mass))  # NaN lives on, to be reported
     return torch.where(alive.unsqueeze(-1), total / torch.where(alive, mass, 1).unsqueeze(-1), centroids)
 
 

@@ -85,7 +85,8 @@ def cluster(
         `O(max_iters n k)`.
     """
     check_shapes(weight, centroids, importance, max_iters)
-    tau = torch.as_tensor(temperature, dtype=centroids.dtype, device=weight.device).expand(centroids.shape[0])
+    tau = torch.as_tensor(temperature, dtype=centroids.dtype, device=weight.device).detach().expand(centroids.shape[0])
+    importance = None if importance is None else importance.detach()
     trajectory, iters = solve(weight.detach(), importance, centroids.detach(), tau, max_iters, tol, round_to, backend)
     if backend == "reference":
         steps = max_iters if tol == 0 else int(iters)

@@ -62,7 +62,7 @@ def update(vectors: Tensor, importance: Tensor, centroids: Tensor, assignment: T
     """Centroids `[g, k, d]` as means weighted by importance `[g, n]` times assignment `[g, n, k]`."""
     weighted = importance.unsqueeze(-1) * assignment  # [g, n, k]
     mass = weighted.sum(1)  # [g, k]
-    alive = mass > mass_floor(mass)
+    alive = ~(mass <= mass_floor(mass))  # NaN lives on, to be reported
     means = (weighted.transpose(1, 2) @ vectors) / torch.where(alive, mass, 1).unsqueeze(-1)
     return torch.where(alive.unsqueeze(-1), means, centroids)
 

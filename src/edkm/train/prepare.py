@@ -14,7 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen
-from edkm.core.op import choose_backend
+from edkm.core.op import check_shapes, choose_backend
+from edkm.core.reference import compute_dtype
 from edkm.train.calibrate import CONVOLUTIONS
 from edkm.train.layer import ClusteredEmbedding, ClusteredLinear, ClusteredWeight, Clustering
 
@@ -100,32 +101,66 @@ def prepare(
     Cost:
         A few passes over each weight; in training as stated at `edkm.cluster`.
     """
-    if any(isinstance(m, Clustering) for m in model.modules()):
-        raise ValueError("model: it is prepared already. Load it afresh to cluster it differently.")
     targets = _targets(model)
     importance = dict(importance or {})
     unknown = set(importance) - {name for target in targets for name in target.names}
     if unknown:
         raise ValueError(f"importance: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
-    entries, plan = [], []
-    by_name = {target.names[0]: target for target in targets}
-    for name, parameter in model.named_parameters():
-        target = by_name.get(name)
-        settings, reason = _settings(config, name, parameter, target)
-        clustering = None
-        if settings is not None:
-            assert target is not None
-            weigh = next((importance[n] for n in target.names if n in importance), None)
-            clustering, reason = _clustering(name, parameter, settings, weigh, backend)
-            plan.append((target, clustering))
-        groups, k, d = (0, 1, 1) if clustering is None else clustering.centroids.shape
-        entries.append(Entry(name, tuple(parameter.shape), (k - 1).bit_length(), groups, d, reason))
-    if not plan:
-        reasons = "; ".join(sorted({e.note for e in entries}))
-        raise ValueError(f"model: no weight is clustered ({reasons or 'no parameters'}). Check skip and embedding_bits.")
-    for target, clustering in plan:
+    entries, made = [], []
+    for name, parameter, target, settings, reason in _decisions(model, config, targets):
+        if settings is None:
+            entries.append(Entry(name, tuple(parameter.shape), 0, 0, 1, reason))
+            continue
+        assert target is not None
+        weigh = next((importance[n] for n in target.names if n in importance), None)
+        clustering, note = _clustering(name, parameter, settings, weigh, backend)
+        entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
+        made.append((target, clustering))
+    for target, clustering in made:
         _install(target, clustering)
     return Report(tuple(entries))
+
+
+def plan(model: nn.Module, config: ClusterConfig) -> Report:
+    """What `prepare` would do, without looking at a weight.
+
+    Raises:
+        ValueError: as `prepare`, as far as shapes can tell.
+    """
+    entries = []
+    for name, parameter, _, settings, reason in _decisions(model, config, _targets(model)):
+        shape = tuple(parameter.shape)
+        if settings is None:
+            entries.append(Entry(name, shape, 0, 0, 1, reason))
+            continue
+        per_lut = settings.rows_per_lut or shape[0]
+        matrix = parameter.detach().flatten(1)
+        tables = torch.empty(max(1, shape[0] // per_lut), 2**settings.bits, settings.dim, dtype=compute_dtype(matrix.dtype), device="meta")
+        try:
+            if shape[0] % per_lut:
+                raise ValueError(f"{shape[0]} rows do not divide into tables of {per_lut} rows. Choose another rows_per_lut or skip it.")
+            check_shapes(matrix, tables, None)
+        except ValueError as error:
+            raise ValueError(f"{name}: {str(error).removeprefix('weight: ')}") from None
+        entries.append(Entry(name, shape, settings.bits, len(tables), settings.dim, ""))
+    return Report(tuple(entries))
+
+
+def _decisions(
+    model: nn.Module, config: ClusterConfig, targets: list[_Target]
+) -> list[tuple[str, Tensor, _Target | None, ClusterConfig | None, str]]:
+    """For every parameter `(name, parameter, users, settings or None, why not)`; at least one has settings."""
+    if any(isinstance(m, Clustering) for m in model.modules()):
+        raise ValueError("model: it is prepared already. Load it afresh to cluster it differently.")
+    by_name = {target.names[0]: target for target in targets}
+    found = []
+    for name, parameter in model.named_parameters():
+        target = by_name.get(name)
+        found.append((name, parameter, target, *_settings(config, name, parameter, target)))
+    if all(settings is None for *_, settings, _ in found):
+        reasons = "; ".join(sorted({reason for *_, reason in found}))
+        raise ValueError(f"model: no weight is clustered ({reasons or 'no parameters'}). Check skip and embedding_bits.")
+    return found
 
 
 def _targets(model: nn.Module) -> list[_Target]:

@@ -1,0 +1,55 @@
+# Everything sets itself up: a virtual environment with pinned dependencies in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Peers for the benchmark have dependencies of their own.
+PEERS := .venv-peers
+
+.PHONY: help setup demo test check format bench bench-gpu clean
+
+help:
+	@echo "make demo       compress SmolLM2-135M to 3 bits while fine-tuning it, and print one table"
+	@echo "make test       run the tests"
+	@echo "make check      format, lint and types"
+	@echo "make bench      time and memory of the clustering, beside coremltools"
+	@echo "make bench-gpu  the same on CUDA, with the python3 that has torch"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hf,dev]"
+	@touch $@
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m edkm.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(PEERS)/.ready: constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt coremltools==9.0
+	@touch $@
+
+bench: $(READY) $(PEERS)/.ready
+	$(BIN)/python -m benchmarks op --peers $(PEERS)/bin/python --json benchmarks/results/op-cpu.json
+	$(BIN)/python -m benchmarks step --json benchmarks/results/step-cpu.json
+
+bench-gpu:
+	PYTHONPATH=src python3 -m benchmarks op --device cuda --json benchmarks/results/op-cuda.json
+
+clean:
+	rm -rf $(VENV) $(PEERS) out

@@ -1,0 +1,12 @@
+"""Dispatch to a benchmark by name."""
+
+import sys
+
+from benchmarks import op, step
+
+COMMANDS = {"op": op.main, "step": step.main}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        raise SystemExit(f"usage: python -m benchmarks {{{','.join(COMMANDS)}}} [--help]")
+    raise SystemExit(COMMANDS[sys.argv[1]](sys.argv[2:]))

@@ -1,0 +1,228 @@
+"""`edkm compress`: load, calibrate, prepare, train, freeze, write."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# torch and transformers are imported when a command runs: see cli.py.
+
+TEXT = """Fine-tune a model while clustering its weights, and write the packed model.
+
+MODEL is a checkpoint directory, a .gguf file or a hub id. FILE is instruction data in Alpaca form (JSON or
+JSONL with instruction, input, output; the loss is on the output) or plain text. Ctrl-C finishes the step and
+saves; the same command with --resume goes on to the same result."""
+
+CALIBRATION_BLOCKS = 8
+
+
+def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Describe the command; `command` is cli's way to add one."""
+    example = "edkm compress ./SmolLM2-135M --data train.json --out ./packed --bits 3 --steps 100"
+    parser = command(subparsers, "compress", run, text=TEXT, example=example)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or a hub id")
+    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training data")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the packed model")
+    what = parser.add_argument_group("clustering")
+    what.add_argument("--bits", type=int, default=3, metavar="N", help="bits of an index, 1 to 8 (3)")
+    what.add_argument("--dim", type=int, default=1, metavar="N", help="weights that share an index (1)")
+    what.add_argument("--rows-per-lut", type=int, default=16, metavar="N", help="rows that share a table; 0: one table a tensor (16)")
+    what.add_argument("--embedding-bits", type=int, default=8, metavar="N", help="bits of embeddings; 0 leaves them (8)")
+    what.add_argument("--softness", type=float, default=0.5, metavar="X", help="start temperature in units of the error (0.5)")
+    what.add_argument("--anneal", type=float, default=0.1, metavar="X", help="factor on the temperature at the end (0.1)")
+    what.add_argument("--iters", type=int, default=1, metavar="N", help="k-means iterations a step (1)")
+    what.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave weights of this name alone (repeatable)")
+    what.add_argument("--backend", default="auto", choices=("auto", "unique", "fused"), help="how to compute it (auto)")
+    how = parser.add_argument_group("training")
+    length = how.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help="optimizer steps; 0 clusters without training")
+    length.add_argument("--epochs", type=float, metavar="X", help="passes over the data (1)")
+    how.add_argument("--lr", type=float, default=3e-4, metavar="X", help="peak learning rate (3e-4)")
+    how.add_argument("--block-tokens", type=int, default=512, metavar="N", help="tokens of a training block (512)")
+    how.add_argument("--batch", type=int, default=2, metavar="N", help="blocks of a micro-batch (2)")
+    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (1)")
+    how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    how.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="autocast (auto: bf16 where it is fast)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data (0)")
+    how.add_argument("--save-every", type=int, default=0, metavar="N", help="steps between checkpoints (0: only on Ctrl-C)")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run in DIR stopped")
+    parser.add_argument("--overwrite", action="store_true", help="write into DIR even if it is not empty")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, the size to expect and the memory needed, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `edkm compress`; returns the exit code."""
+    from ..cli import check_output
+
+    _check_numbers(args)
+    work = args.out / "training"
+    if args.resume and not (work / "run.json").is_file():
+        raise ValueError(f"{args.out}: there is no interrupted run to resume. Start without --resume.")
+    if not args.resume and not args.dry_run:
+        if not args.overwrite and (work / "run.json").is_file():
+            raise ValueError(f"{args.out}: holds an interrupted run. Go on with --resume, or start again with --overwrite.")
+        check_output(args.out, overwrite=args.overwrite)
+    from ..config import ClusterConfig
+    from ..models import load_model
+    from .data import load_blocks
+
+    data_hash = hashlib.sha256(args.data.read_bytes()).hexdigest() if args.data.is_file() else ""
+    model, tokenizer = load_model(args.model)
+    blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens)
+    steps = _steps(args, len(blocks))
+    config = ClusterConfig(
+        bits=args.bits,
+        dim=args.dim,
+        rows_per_lut=args.rows_per_lut,
+        softness=args.softness,
+        anneal=args.anneal,
+        anneal_steps=steps,
+        max_iters=args.iters,
+        embedding_bits=args.embedding_bits,
+        skip=tuple(args.skip),
+    )
+    print(
+        f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
+        f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate} blocks"
+    )
+    if args.dry_run:
+        return _dry_run(model, config, args)
+    settings = _settings(args, steps)
+    identity = {**vars(settings), "config": config.to_json(), "data": data_hash, "block_tokens": args.block_tokens, "backend": args.backend}
+    return _compress(args, model, tokenizer, blocks, config, settings, identity)
+
+
+def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int:
+    from .prepare import prepare
+    from .trainer import check_same_run, remember_run, resolve_precision, train
+
+    work = args.out / "training"
+    if args.resume:
+        check_same_run(work, identity)
+    elif work.exists():
+        shutil.rmtree(work)
+    began = time.perf_counter()
+    importance = calibrate_on(model, blocks)
+    report = prepare(model, config, importance=importance, backend=args.backend)
+    print(f"clustered {len(report.clustered)} tensors, left {len(report.skipped)} alone ({time.perf_counter() - began:.0f} s)", flush=True)
+    for entry in report.skipped:
+        if len(entry.shape) > 1:
+            print(f"  {entry.name}: left alone, {entry.note}")
+    if settings.steps:
+        remember_run(work, identity)
+        print(f"training: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}", flush=True)
+        result = train(model, blocks, settings, work, resume=args.resume)
+        if result.interrupted:
+            print(f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on", file=sys.stderr)
+            return 130
+        print(f"trained {settings.steps} steps in {result.seconds:.0f} s; last loss {result.losses[-1][1]:.3f}")
+    write(args.out, model, tokenizer, config)
+    shutil.rmtree(work, ignore_errors=True)
+    from ..compressed.checkpoint import summary
+
+    totals = summary(args.out)
+    print(
+        f"wrote {args.out}: {totals['file_bytes'] / 1e6:.1f} MB, {totals['bits_per_weight']:.2f} bits per weight "
+        f"(16-bit model: {totals['bytes_in_16_bits'] / 1e6:.1f} MB)"
+    )
+    return 0
+
+
+def calibrate_on(model: Any, blocks: Any) -> dict[str, Any]:
+    """Importance from `CALIBRATION_BLOCKS` blocks spread over the training data."""
+    from .calibrate import calibrate
+
+    stride = max(1, len(blocks) // CALIBRATION_BLOCKS)
+    chosen = range(0, len(blocks), stride)[:CALIBRATION_BLOCKS]
+    device = next(model.parameters()).device
+    return calibrate(model, ({"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen))
+
+
+def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
+    """Freeze a prepared model and write the packed directory."""
+    from ..compressed import hf
+    from .prepare import freeze, unclustered
+
+    model.config.use_cache = True
+    hf.save_pretrained(
+        out,
+        freeze(model),
+        unclustered(model),
+        config.to_json(),
+        model.config,
+        tokenizer=tokenizer,
+        generation_config=getattr(model, "generation_config", None),
+    )
+
+
+def _dry_run(model: Any, config: Any, args: argparse.Namespace) -> int:
+    from .prepare import plan
+
+    report = plan(model, config)
+    print(report)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"packed weights: {report.packed_bytes / 1e6:.1f} MB to expect (16-bit model: {total * 2 / 1e6:.1f} MB)")
+    for name, size in memory(model, args).items():
+        print(f"{name:<30} {size / 2**30:8.2f} GiB")
+    return 0
+
+
+def memory(model: Any, args: argparse.Namespace) -> dict[str, float]:
+    """Bytes that training needs. Activations are an estimate for a decoder of transformers' usual shape."""
+    weights = sum(p.numel() for p in model.parameters())
+    config, tokens = model.config, args.batch * args.block_tokens
+    hidden = getattr(config, "hidden_size", 0)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    layers = getattr(config, "num_hidden_layers", 0)
+    layer = 4 * tokens * (14 * hidden + 5 * inner)
+    activations = layers * 4 * tokens * hidden + layer if args.gradient_checkpointing else layers * layer
+    parts = {
+        "weights": 4.0 * weights,
+        "gradients": 4.0 * weights,
+        "optimizer": 8.0 * weights,
+        "activations (estimate)": float(activations + 12 * tokens * getattr(config, "vocab_size", 0)),
+        # The largest weight is decoded and differentiated at a time; tables are small beside it.
+        "clustering (transient)": 12.0 * max(p.numel() for p in model.parameters()),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _steps(args: argparse.Namespace, blocks: int) -> int:
+    if args.steps is not None:
+        return args.steps
+    batches = math.ceil(blocks / args.batch)
+    return max(1, math.ceil(batches / args.accumulate * (1 if args.epochs is None else args.epochs)))
+
+
+def _settings(args: argparse.Namespace, steps: int):
+    from .trainer import TrainSettings
+
+    return TrainSettings(
+        steps=steps,
+        lr=args.lr,
+        batch=args.batch,
+        accumulate=args.accumulate,
+        checkpointing=args.gradient_checkpointing,
+        precision=args.precision,
+        seed=args.seed,
+        save_every=args.save_every,
+    )
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    at_least = {"steps": 0, "save_every": 0, "block_tokens": 2, "batch": 1, "accumulate": 1}
+    for name, low in at_least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')}: at least {low}, got {value}.")
+    for name in ("lr", "epochs"):
+        value = getattr(args, name)
+        if value is not None and not (0 < value < math.inf):
+            raise ValueError(f"--{name}: a positive number, got {value}.")

@@ -1,0 +1,476 @@
+"""`edkm.cluster`: every backend computes the reference, keeps nothing for it, and says what is wrong."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_measuring import peak_bytes, saved_bytes, saved_storages
+
+import edkm
+from edkm.core import fused, op, reference, unique
+
+KINDS = ("normal", "repeated", "equal", "zeros", "subnormal", "far")
+IMPORTANCE = ("none", "columns", "full", "zeros")
+
+
+def make(groups=1, d=1, vectors=6, cols=10, k=4, kind="normal", importance="none", dtype=torch.float64, seed=0):
+    """`(weight, centroids, temperature, importance, upstream gradient)`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows = groups * d * vectors
+    weight, centroids = normal(rows, cols), normal(groups, k, d)
+    temperature = 0.1 + torch.rand(groups, generator=generator, dtype=torch.float64)
+    if kind == "repeated":
+        weight = (weight * 2).round() / 2
+    elif kind == "equal":
+        weight = torch.full_like(weight, 0.3)
+    elif kind == "zeros":
+        weight = weight.sign() * 0.0 * (weight.abs() < 0.7) + weight * (weight.abs() > 1.4)
+    elif kind == "subnormal":
+        weight = torch.where(weight.abs() < 0.5, weight * 1e-39, weight * 6e-8)
+    elif kind == "far":
+        centroids[:, -1] = 1000.0
+    s = {
+        "none": None,
+        "columns": normal(1, cols).square(),
+        "full": normal(rows, cols).square(),
+        "zeros": normal(rows, cols).square() * (normal(rows, cols) > 0),
+    }[importance]
+    tensors = weight.to(dtype), centroids, temperature, s
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, centroids, temperature, s = (t if i == 0 or t is None else t.to(state) for i, t in enumerate(tensors))
+    return weight, centroids, temperature, s, normal(rows, cols).to(dtype)
+
+
+def run(problem, backend, round_to, max_iters=3, tol=0.0):
+    """`(out, centroids, weight gradient, iters)`."""
+    weight, centroids, temperature, importance, upstream = problem
+    weight = weight.detach().clone().requires_grad_()
+    result = edkm.cluster(
+        weight,
+        centroids,
+        temperature=temperature,
+        importance=importance,
+        max_iters=max_iters,
+        tol=tol,
+        round_to=round_to,
+        backend=backend,
+    )
+    (grad,) = torch.autograd.grad(result.weight, weight, upstream)
+    return result.weight.detach(), result.centroids, grad, int(result.iters)
+
+
+def assert_same(problem, backend, round_to, max_iters=3, tol=0.0):
+    """Equal to the reference: largest difference against the largest entry (of the gradient: or of the upstream one)."""
+    got, expected = (run(problem, b, round_to, max_iters, tol) for b in (backend, "reference"))
+    scales = [expected[0].abs().max(), expected[1].abs().max(), expected[2].abs().max().maximum(problem[4].abs().max())]
+    assert got[3] == expected[3]
+    for name, a, b, scale in zip(("out", "centroids", "gradient"), got, expected, scales):
+        assert a.isfinite().all(), name
+        error = ((a - b).abs().max() / scale).item() if scale > 0 else float((a - b).abs().max())
+        assert error <= 1e-10, f"{name} of {backend}: {error:.3g}"
+
+
+def tiny_blocks(monkeypatch, entries=40, block=24, chunk=50):
+    monkeypatch.setattr(fused, "map_entries", lambda device: entries)
+    monkeypatch.setattr(unique, "BLOCK_WEIGHTS", block)
+    monkeypatch.setattr(unique, "CHUNK_WEIGHTS", chunk)
+
+
+def backends(d, round_to):
+    return ["fused"] + (["unique"] if d == 1 and round_to is not None else [])
+
+
+# Identity with the reference.
+
+
+@pytest.mark.parametrize("round_to", [torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize("groups, d", [(1, 1), (3, 1), (1, 2), (3, 2), (2, 3)])
+def test_equals_reference(groups, d, importance, round_to):
+    problem = make(groups, d, importance=importance, seed=groups + 10 * d)
+    for backend in backends(d, round_to):
+        assert_same(problem, backend, round_to)
+
+
+@pytest.mark.parametrize("round_to", [torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups, d", [(1, 1), (3, 1), (2, 2)])
+def test_equals_reference_on_hard_values(groups, d, kind, round_to):
+    problem = make(groups, d, kind=kind, importance="full")
+    for backend in backends(d, round_to):
+        assert_same(problem, backend, round_to)
+
+
+@pytest.mark.parametrize("max_iters", [1, 2, 3, 4])
+@pytest.mark.parametrize("groups, d", [(1, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("importance", IMPORTANCE)
+def test_equals_reference_in_many_blocks(groups, d, importance, max_iters, monkeypatch):
+    tiny_blocks(monkeypatch)
+    problem = make(groups, d, vectors=7, cols=9, importance=importance, seed=3)
+    assert len(fused.chunks(groups, 7, 9 * 4, 40)[0]) > 1
+    for backend in backends(d, torch.bfloat16):
+        assert_same(problem, backend, torch.bfloat16, max_iters)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.integers(1, 5),
+    d=st.integers(1, 3),
+    vectors=st.integers(1, 6),
+    cols=st.integers(1, 17),
+    bits=st.integers(1, 4),
+    kind=st.sampled_from(KINDS),
+    importance=st.sampled_from(IMPORTANCE),
+    round_to=st.sampled_from([torch.bfloat16, torch.float16, None]),
+    max_iters=st.integers(1, 4),
+    budgets=st.tuples(st.integers(1, 400), st.integers(1, 200), st.integers(1, 200)),
+    seed=st.integers(0, 1000),
+)
+def test_equals_reference_on_any_shape(
+    groups, d, vectors, cols, bits, kind, importance, round_to, max_iters, budgets, seed
+):
+    k = min(2**bits, vectors * cols)
+    problem = make(groups, d, vectors, cols, k, kind, importance, seed=seed)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        tiny_blocks(monkeypatch, *budgets)
+        for backend in backends(d, round_to):
+            assert_same(problem, backend, round_to, max_iters)
+
+
+def test_equals_reference_where_centroids_are_hard():
+    weight, centroids, _, _, upstream = make(2, 1, vectors=8, cols=20, k=8)
+    for temperature in (1e-2, 1e-4, 1e-8):
+        problem = weight, centroids, torch.full((2,), temperature, dtype=torch.float64), None, upstream
+        for backend in ("fused", "unique"):
+            assert_same(problem, backend, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["fused", "unique"])
+def test_tolerance_stops_where_the_reference_stops(backend):
+    problem = make(2, 1, vectors=8, cols=12)
+    trajectory, _ = op.solve(*problem[:1], None, *problem[1:3], 8, 0.0, torch.bfloat16, "reference")
+    moves = trajectory.diff(dim=0).abs().amax((1, 2, 3))
+    assert moves[2] > moves[3] * 1.01 > moves[4]
+    tol = (moves[3] * 1.005).item()
+    assert run(problem, backend, torch.bfloat16, max_iters=8, tol=tol)[3] == 4
+    assert_same(problem, backend, torch.bfloat16, max_iters=8, tol=tol)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused", "unique"])
+def test_centroid_without_mass_stays_and_passes_its_gradient_on(backend):
+    weight, centroids, temperature, _, upstream = make(kind="far")
+    _, after, grad, _ = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
+    assert after[0, -1] == 1000.0
+    assert not torch.equal(after[0, :-1], centroids[0, :-1])
+    # The same problem without it.
+    fewer = run((weight, centroids[:, :-1], temperature, None, upstream), backend, torch.bfloat16)
+    assert torch.allclose(after[0, :-1], fewer[1][0], rtol=1e-12)
+    assert torch.allclose(grad, fewer[2], rtol=1e-10, atol=1e-13)
+
+
+def test_dead_centroid_hands_its_gradient_to_the_iteration_before():
+    # A centroid dies after the first iteration moved it: its share of the output's gradient must reach that iteration. With one
+    # weight at 1, centroids 0 and 1, and a tiny temperature everything is hard; d out / d w is then 1 through the update alone.
+    weight = torch.tensor([[1.0, 1.0, -1.0, -1.0]], dtype=torch.float64)
+    centroids = torch.tensor([[[-0.9], [0.9]]], dtype=torch.float64)
+    temperature = torch.full((1,), 1e-3, dtype=torch.float64)
+    upstream = torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    for backend in ("reference", "fused", "unique"):
+        grad = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)[2]
+        expected = torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
+        assert torch.allclose(grad, expected, rtol=0, atol=1e-12), backend
+
+
+@pytest.mark.parametrize("backend, round_to", [("reference", None), ("fused", None)])
+@pytest.mark.parametrize("groups, d, importance", [(1, 1, "none"), (2, 1, "full"), (2, 2, "columns")])
+def test_gradcheck(backend, round_to, groups, d, importance):
+    weight, centroids, temperature, s, _ = make(groups, d, 3, 4, 3, importance=importance, seed=5)
+
+    def soft(w):
+        options = {"temperature": temperature, "importance": s, "round_to": round_to, "backend": backend}
+        return edkm.cluster(w, centroids, **options).weight
+
+    assert torch.autograd.gradcheck(soft, weight.requires_grad_())
+
+
+# Rounding.
+
+
+def plain_in(dtype, problem, iters=3):
+    """The reference's equations with every number in `dtype`: `(out, gradient)`."""
+    weight, centroids, temperature, _, upstream = problem
+    groups = len(centroids)
+    w = weight.to(dtype).requires_grad_()
+    vectors = w.view(groups, -1, 1)
+    ones = torch.ones_like(vectors[..., 0]).detach()
+    out, _ = reference.iterate(vectors, ones, centroids.to(dtype), temperature.to(dtype), iters)
+    (grad,) = torch.autograd.grad(out.view(w.shape), w, upstream.to(dtype))
+    return out.view(w.shape).detach(), grad
+
+
+def distance(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("backend", ["fused", "unique"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_error_in_16_bits_is_at_most_twice_that_of_plain_pytorch(backend, dtype, groups):
+    problem = make(groups, 1, vectors=16, cols=64, k=8, dtype=dtype, seed=1)
+    truth = run(tuple(None if t is None else t.double() for t in problem), "reference", None)
+    mine, plain = run(problem, backend, None), plain_in(dtype, problem)
+    assert mine[0].dtype == mine[2].dtype == dtype
+    assert distance(mine[0], truth[0]) <= 2 * distance(plain[0], truth[0])
+    assert distance(mine[2], truth[2]) <= 2 * distance(plain[1], truth[2])
+    # The result is the truth, rounded: nothing was computed in 16 bits.
+    eps = torch.finfo(dtype).eps
+    assert distance(mine[0], truth[0]) <= eps / 2 and distance(mine[2], truth[2]) <= eps / 2
+
+
+@pytest.mark.parametrize("backend", ["fused", "unique"])
+@pytest.mark.parametrize("groups, importance", [(1, "none"), (4, "full")])
+def test_error_in_float32(backend, groups, importance):
+    problem = make(groups, 1, vectors=16, cols=64, k=8, importance=importance, dtype=torch.float32, seed=2)
+    wide = tuple(None if t is None else t.double() for t in (problem[0].bfloat16(), *problem[1:]))
+    truth = run(wide, "reference", None)
+    out, centroids, grad, _ = run(problem, backend, torch.bfloat16)
+    eps = torch.finfo(torch.float32).eps
+    assert distance(out, truth[0]) <= 8 * eps
+    assert distance(centroids, truth[1]) <= 8 * eps
+    assert distance(grad, truth[2]) <= 32 * eps
+
+
+# The Cost section.
+
+
+@pytest.mark.parametrize("backend", ["fused", "unique"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_backward_keeps_the_weight_and_the_centroids_of_each_iteration(backend, dtype, groups):
+    weight, centroids, temperature, importance, _ = make(groups, 1, 16, 64, 8, importance="full", dtype=dtype)
+    weight.requires_grad_()
+    for s in (None, importance):
+        apart_from = [weight] if s is None else [weight, s]
+        for max_iters in (1, 4):
+            kept, _ = saved_bytes(
+                lambda s=s, t=max_iters: edkm.cluster(
+                    weight, centroids, temperature=temperature, importance=s, max_iters=t, backend=backend
+                ),
+                *apart_from,
+            )
+            trajectory = (max_iters + 1) * centroids.numel() * 4
+            assert trajectory <= kept <= trajectory + 1024
+
+
+def test_reference_keeps_the_maps():
+    weight, centroids, temperature, _, _ = make(1, 1, 16, 64, 8, dtype=torch.float32)
+    storages, _ = saved_storages(
+        lambda: edkm.cluster(weight.requires_grad_(), centroids, temperature=temperature, backend="reference")
+    )
+    assert sum(storages.values()) > 3 * weight.numel() * 8 * 4
+
+
+def step(weight, centroids, temperature, upstream, backend):
+    def forward_and_backward():
+        result = edkm.cluster(weight, centroids, temperature=temperature, backend=backend)
+        return torch.autograd.grad(result.weight, weight, upstream)
+
+    return forward_and_backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unique_peaks_at_16_bytes_a_weight(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1024, 2048, generator=generator).mul_(0.02).to(dtype).requires_grad_()
+    centroids = torch.linspace(-0.04, 0.04, 8).view(1, 8, 1)
+    peak = peak_bytes(step(weight, centroids, 1e-4, torch.ones_like(weight), "unique"))
+    assert peak <= 16 * weight.numel()
+
+
+def test_fused_peaks_at_a_block():
+    peaks = []
+    for rows in (512, 2048):
+        weight = torch.randn(rows, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        centroids = torch.linspace(-2, 2, 8).view(1, 8, 1)
+        assert len(fused.chunks(1, rows, 256 * 8, fused.map_entries(weight.device))[0]) > 1
+        peak = peak_bytes(step(weight, centroids, 0.1, torch.ones_like(weight), "fused"))
+        # The output and the gradient.
+        peaks.append(peak - 2 * weight.numel() * 4)
+    assert abs(peaks[1] - peaks[0]) <= 64 << 10
+    assert peaks[0] <= 5 * 4 * fused.map_entries(torch.device("cpu"))
+
+
+# PyTorch's own machinery.
+
+
+@pytest.mark.parametrize("backend", ["fused", "unique", "auto"])
+def test_compiles_without_a_graph_break(backend):
+    problem = make(2, 1, vectors=8, cols=20, importance="full", dtype=torch.float32)
+    weight, centroids, temperature, importance, upstream = problem
+
+    def loss(w):
+        soft = edkm.cluster(w, centroids, temperature=temperature, importance=importance, backend=backend)
+        return (soft.weight * upstream).sum(), soft.centroids
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss, compiled):
+        w = weight.clone().requires_grad_()
+        value, after = function(w)
+        value.backward()
+        results.append((value.detach(), after, w.grad))
+    for eager, other in zip(*results):
+        assert torch.equal(eager, other)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["fused", "unique"])
+def test_ops_are_registered_properly(backend):
+    weight, centroids, temperature, importance, upstream = make(2, 1, importance="full", dtype=torch.float32)
+    how = torch.bfloat16, backend
+    trajectory, iters = op.solve(weight, importance, centroids, temperature, 3, 0.0, *how)
+    weight.requires_grad_()
+    outcomes = [
+        torch.library.opcheck(op.solve, (weight.detach(), importance, centroids, temperature, 3, 0.0, *how)),
+        torch.library.opcheck(op.decode, (weight, importance, trajectory, iters, temperature, *how)),
+        torch.library.opcheck(op.adjoint, (upstream, weight.detach(), importance, trajectory, iters, temperature, *how)),
+    ]
+    for outcome in outcomes:
+        assert set(outcome.values()) == {"SUCCESS"}
+
+
+def test_only_the_weight_gets_a_gradient():
+    weight, centroids, temperature, importance, _ = make(importance="full")
+    leaves = [t.requires_grad_() for t in (weight, centroids, importance)]
+    result = edkm.cluster(weight, centroids, temperature=temperature, importance=importance, backend="fused")
+    assert not result.centroids.requires_grad
+    result.weight.sum().backward()
+    assert leaves[0].grad is not None and leaves[1].grad is None and leaves[2].grad is None
+
+
+# Symmetries.
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused", "unique"])
+def test_permuting_weights_of_a_group_permutes_the_result(backend):
+    weight, centroids, temperature, _, upstream = make(2, 1, vectors=4, cols=12)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    plain = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
+    permuted = run((weight[:, order], centroids, temperature, None, upstream[:, order]), backend, torch.bfloat16)
+    for i in (0, 2):
+        assert torch.allclose(permuted[i], plain[i][:, order], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused", "unique"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_twice_the_weights_are_twice_the_result_exactly(backend, dtype):
+    weight, centroids, temperature, _, upstream = make(2, 1, vectors=4, cols=12, dtype=dtype)
+    plain = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
+    twice = run((weight * 2, centroids * 2, temperature * 4, None, upstream), backend, torch.bfloat16)
+    assert torch.equal(twice[0], plain[0] * 2)
+    assert torch.equal(twice[1], plain[1] * 2)
+    assert torch.equal(twice[2], plain[2])
+
+
+def test_groups_are_independent():
+    weight, centroids, temperature, _, upstream = make(3, 1)
+    for backend in ("reference", "fused", "unique"):
+        together = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
+        for g in range(3):
+            rows = slice(6 * g, 6 * g + 6)
+            part = (weight[rows], centroids[g : g + 1], temperature[g : g + 1], None, upstream[rows])
+            alone = run(part, backend, torch.bfloat16)
+            assert torch.allclose(alone[0], together[0][rows], rtol=1e-12)
+            assert torch.allclose(alone[2], together[2][rows], rtol=1e-10, atol=1e-13)
+
+
+def test_strided_weights_and_gradients():
+    weight, centroids, temperature, _, upstream = make(2, 1, vectors=5, cols=7)
+    for backend in ("fused", "unique"):
+        plain = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
+        w = weight.mT.contiguous().mT.requires_grad_()
+        soft = edkm.cluster(w, centroids, temperature=temperature, backend=backend).weight
+        (grad,) = torch.autograd.grad(soft, w, upstream.mT.contiguous().mT)
+        assert torch.equal(soft, plain[0]) and torch.equal(grad, plain[2])
+
+
+# The choice of a backend.
+
+
+def test_auto_counts():
+    generator = torch.Generator().manual_seed(0)
+    many = torch.randn(256, 512, generator=generator).mul_(0.02).bfloat16()
+    name, why = edkm.choose_backend(many, 1, 8, 1, None)
+    assert name == "unique"
+    assert f"{len(many.unique())} distinct values among {many.numel()} weights" in why or "distinct values" in why
+    few = torch.randn(256, 64, generator=generator)
+    assert edkm.choose_backend(few, 256, 8, 1, torch.bfloat16)[0] == "fused"
+    assert edkm.choose_backend(many, 1, 8, 2, None) == ("fused", "vectors of 2 values")
+    assert edkm.choose_backend(few, 1, 8, 1, None) == ("fused", "weights wider than 16 bits")
+
+
+@pytest.mark.parametrize("groups, cols, chosen", [(1, 2048, "unique"), (8, 8, "fused")])
+def test_auto_is_what_it_chose(groups, cols, chosen):
+    problem = make(groups, 1, vectors=2, cols=cols, kind="repeated", dtype=torch.float32)
+    assert edkm.choose_backend(problem[0], groups, 4, 1, torch.bfloat16)[0] == chosen
+    auto = run(problem, "auto", torch.bfloat16)
+    for got, expected in zip(auto, run(problem, chosen, torch.bfloat16)):
+        assert torch.equal(torch.as_tensor(got), torch.as_tensor(expected))
+    for other in ("unique", "fused"):
+        for i, bound in ((0, 1e-5), (1, 1e-5), (2, 1e-4)):
+            assert distance(run(problem, other, torch.bfloat16)[i], auto[i].double()) < bound
+
+
+# Errors: the tensor or argument, the rule, the remedy.
+
+
+W, C = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 4).view(1, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "change, named, rule, remedy",
+    [
+        ({"weight": W.view(2, 4, 8)}, "weight: ", "matrix [rows, cols]", "Flatten"),
+        ({"weight": W.to(torch.int8)}, "weight: ", "floating-point", "Flatten"),
+        ({"centroids": C.view(4, 1)}, "centroids: ", "[g, k, d]", "edkm.initial_centroids"),
+        ({"centroids": C.bfloat16()}, "centroids: ", "torch.float32", "edkm.initial_centroids"),
+        ({"weight": W.double()}, "centroids: ", "torch.float64", "edkm.initial_centroids"),
+        ({"centroids": C.repeat(3, 1, 1)}, "weight: ", "8 rows do not divide into 3 tables", "rows_per_lut"),
+        ({"centroids": C.repeat(1, 1, 3)}, "weight: ", "vectors of 3 rows", "dim that divide"),
+        ({"centroids": C.repeat(0, 1, 1)}, "weight: ", "0 tables", "skip the tensor"),
+        ({"centroids": C.repeat(8, 4, 1)}, "weight: ", "16 centroids need at least 16 weights, got 8", "fewer bits"),
+        ({"weight": torch.zeros(0, 8)}, "weight: ", "0 rows", "skip the tensor"),
+        ({"max_iters": 0}, "max_iters: ", "at least one", "got 0"),
+        ({"importance": torch.ones(3, 8)}, "importance: ", "does not broadcast", "[1, cols]"),
+        ({"importance": -torch.ones(1, 8)}, "importance: ", "not negative", "squared"),
+        ({"importance": torch.full((1, 8), torch.nan)}, "importance: ", "finite", "squared"),
+        ({"temperature": 0.0}, "temperature: ", "must be positive, got 0", "squared weight units"),
+        ({"temperature": -1.0}, "temperature: ", "must be positive, got -1", "squared weight units"),
+        ({"temperature": torch.nan}, "temperature: ", "must be positive", "squared weight units"),
+        ({"weight": W.clone().fill_diagonal_(torch.nan)}, "weight: ", "NaN or infinite", "learning rate"),
+        ({"weight": W.clone().fill_diagonal_(torch.inf)}, "weight: ", "NaN or infinite", "learning rate"),
+        ({"weight": W * 1e6, "round_to": torch.float16}, "weight: ", "range of round_to", "finite"),
+        ({"backend": "dense"}, "backend: ", "'dense' is not one of", "reference, unique, fused, auto"),
+    ],
+)
+def test_errors(change, named, rule, remedy):
+    arguments = {"weight": W, "centroids": C, "temperature": 0.1} | change
+    names = [change["backend"]] if "backend" in change else ["reference", "fused", "unique", "auto"]
+    for backend in names:
+        with pytest.raises(ValueError) as error:
+            edkm.cluster(**arguments | {"backend": backend})
+        message = str(error.value)
+        assert message.startswith(named), (backend, message)
+        assert rule in message and remedy in message, (backend, message)
+
+
+@pytest.mark.parametrize("change", [{"round_to": None}, {"round_to": torch.float32}, {"centroids": C.repeat(1, 1, 2)}])
+def test_unique_says_what_it_cannot_do(change):
+    arguments = {"weight": W, "centroids": C, "temperature": 0.1} | change
+    with pytest.raises(ValueError, match=r"^backend: unique needs single values of 16 bits.*Use fused"):
+        edkm.cluster(**arguments, backend="unique")
+    assert edkm.cluster(**arguments, backend="auto").weight.isfinite().all()
