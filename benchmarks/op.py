@@ -57,14 +57,26 @@ def main(argv: list[str]) -> int:
     ratios = _ratios(rows)
     for line in ratios:
         print(line)
-    write(args.json, {"benchmark": "op", "bits": args.bits, "machine": machine(args.device), "rows": rows, "ratios": ratios})
+    write(
+        args.json,
+        {
+            "benchmark": "op",
+            "bits": args.bits,
+            "machine": machine(args.device),
+            "rows": rows,
+            "ratios": ratios,
+        },
+    )
     return 0
 
 
 def check() -> None:
     """Every backend against the reference, in float64, output and gradient."""
     torch.manual_seed(0)
-    weight, importance = torch.randn(16, 96, dtype=torch.float64) * 0.02, torch.rand(1, 96, dtype=torch.float64)
+    weight, importance = (
+        torch.randn(16, 96, dtype=torch.float64) * 0.02,
+        torch.rand(1, 96, dtype=torch.float64),
+    )
     centroids = edkm.initial_centroids(weight, 3, rows_per_lut=8, importance=importance)
     results = {}
     for backend in ("reference", "unique", "fused"):
@@ -118,7 +130,14 @@ def _peer(layer: str, dtype: torch.dtype, args: argparse.Namespace) -> dict:
     if done.returncode:
         raise SystemExit(f"coremltools failed on {layer} {name}:\n{done.stderr[-2000:]}")
     figures = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"layer": layer, "shape": [rows, cols], "dtype": name, "rows_per_lut": None, "who": "coremltools", **figures}
+    return {
+        "layer": layer,
+        "shape": [rows, cols],
+        "dtype": name,
+        "rows_per_lut": None,
+        "who": "coremltools",
+        **figures,
+    }
 
 
 def _print(row: dict) -> None:

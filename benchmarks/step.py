@@ -49,8 +49,7 @@ def main(argv: list[str]) -> int:
             rows.append({"rows_per_lut": rows_per_lut, "max_iters": iters, "seconds": times, "ratio": ratio})
             tables = f"{rows_per_lut} rows per table" if rows_per_lut else "one table per tensor"
             print(
-                f"{tables}, {iters} iterations: plain {medians['plain']:.2f} s, clustered {medians['clustered']:.2f} s, "
-                f"ratio {ratio:.2f}",
+                f"{tables}, {iters} iterations: plain {medians['plain']:.2f} s, clustered {medians['clustered']:.2f} s, ratio {ratio:.2f}",
                 flush=True,
             )
             del plain, clustered, steps

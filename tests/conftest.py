@@ -25,9 +25,7 @@ def _tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(
-        ["the quick brown fox jumps over the lazy dog and the other dog"] * 4, trainer
-    )
+    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog and the other dog"] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
 
 

@@ -74,8 +74,7 @@ def test_eval_prints_the_perplexity(tiny_dir, text_file, capsys):
     assert cli.main(["eval", str(tiny_dir), "--text", str(text_file), *options]) == 0
     out = capsys.readouterr().out
     assert out == (
-        f"perplexity {expected.perplexity:.4f} (nll {expected.nll:.6f} nats per token; 31 tokens in 3 "
-        "windows of 16, stride 8)\n"
+        f"perplexity {expected.perplexity:.4f} (nll {expected.nll:.6f} nats per token; 31 tokens in 3 windows of 16, stride 8)\n"
     )
     assert cli.main(["eval", str(tiny_dir), "--text", str(text_file), *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
@@ -123,8 +122,7 @@ def test_inspect_prints_an_aligned_table_with_totals_last(stub, capsys):
         "",
         "clustered  2 tensors; linear layers 3.125 bits per weight",
         "dense      5 tensors, 320 weights",
-        "total      27,712 weights, 25,000 bytes, 7.217 bits per weight, 2.22 times smaller than in 16 "
-        "bits (55,424)",
+        "total      27,712 weights, 25,000 bytes, 7.217 bits per weight, 2.22 times smaller than in 16 bits (55,424)",
     ]
 
 
@@ -246,9 +244,7 @@ def test_every_command_explains_itself_with_an_example(command, capsys):
 
 def test_the_process_itself(tmp_path):
     def run(*argv):
-        return subprocess.run(
-            [sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, check=False
-        )
+        return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, check=False)
 
     done = run("-m", "edkm", "inspect", "nowhere")
     assert (done.returncode, done.stdout) == (1, "")

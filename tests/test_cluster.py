@@ -13,7 +13,7 @@ KINDS = ("normal", "repeated", "equal", "zeros", "subnormal", "far")
 IMPORTANCE = ("none", "columns", "full", "zeros")
 
 
-def make(groups=1, d=1, vectors=6, cols=10, k=4, kind="normal", importance="none", dtype=torch.float64, seed=0):
+def make(groups=1, d=1, vectors=6, cols=10, k=4, *, kind="normal", importance="none", dtype=torch.float64, seed=0):
     """`(weight, centroids, temperature, importance, upstream gradient)`."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -39,10 +39,9 @@ def make(groups=1, d=1, vectors=6, cols=10, k=4, kind="normal", importance="none
         "full": normal(rows, cols).square(),
         "zeros": normal(rows, cols).square() * (normal(rows, cols) > 0),
     }[importance]
-    tensors = weight.to(dtype), centroids, temperature, s
-    state = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, centroids, temperature, s = (t if i == 0 or t is None else t.to(state) for i, t in enumerate(tensors))
-    return weight, centroids, temperature, s, normal(rows, cols).to(dtype)
+    state = reference.compute_dtype(dtype)
+    s = None if s is None else s.to(state)
+    return weight.to(dtype), centroids.to(state), temperature.to(state), s, normal(rows, cols).to(dtype)
 
 
 def run(problem, backend, round_to, max_iters=3, tol=0.0):
@@ -64,9 +63,13 @@ def run(problem, backend, round_to, max_iters=3, tol=0.0):
 
 
 def assert_same(problem, backend, round_to, max_iters=3, tol=0.0):
-    """Equal to the reference: largest difference against the largest entry (of the gradient: or of the upstream one)."""
+    """Largest difference from the reference against the largest entry (of the gradient: or of the upstream one)."""
     got, expected = (run(problem, b, round_to, max_iters, tol) for b in (backend, "reference"))
-    scales = [expected[0].abs().max(), expected[1].abs().max(), expected[2].abs().max().maximum(problem[4].abs().max())]
+    scales = [
+        expected[0].abs().max(),
+        expected[1].abs().max(),
+        expected[2].abs().max().maximum(problem[4].abs().max()),
+    ]
     assert got[3] == expected[3]
     for name, a, b, scale in zip(("out", "centroids", "gradient"), got, expected, scales):
         assert a.isfinite().all(), name
@@ -130,11 +133,9 @@ def test_equals_reference_in_many_blocks(groups, d, importance, max_iters, monke
     budgets=st.tuples(st.integers(1, 400), st.integers(1, 200), st.integers(1, 200)),
     seed=st.integers(0, 1000),
 )
-def test_equals_reference_on_any_shape(
-    groups, d, vectors, cols, bits, kind, importance, round_to, max_iters, budgets, seed
-):
+def test_equals_reference_on_any_shape(groups, d, vectors, cols, bits, kind, importance, round_to, max_iters, budgets, seed):
     k = min(2**bits, vectors * cols)
-    problem = make(groups, d, vectors, cols, k, kind, importance, seed=seed)
+    problem = make(groups, d, vectors, cols, k, kind=kind, importance=importance, seed=seed)
     with pytest.MonkeyPatch.context() as monkeypatch:
         tiny_blocks(monkeypatch, *budgets)
         for backend in backends(d, round_to):
@@ -154,9 +155,10 @@ def test_tolerance_stops_where_the_reference_stops(backend):
     problem = make(2, 1, vectors=8, cols=12)
     trajectory, _ = op.solve(*problem[:1], None, *problem[1:3], 8, 0.0, torch.bfloat16, "reference")
     moves = trajectory.diff(dim=0).abs().amax((1, 2, 3))
-    assert moves[2] > moves[3] * 1.01 > moves[4]
-    tol = (moves[3] * 1.005).item()
-    assert run(problem, backend, torch.bfloat16, max_iters=8, tol=tol)[3] == 4
+    tol = (moves[3] * 1.0001).item()
+    stop = 1 + int((moves <= tol).nonzero()[0])
+    assert 1 < stop < 8
+    assert run(problem, backend, torch.bfloat16, max_iters=8, tol=tol)[3] == stop
     assert_same(problem, backend, torch.bfloat16, max_iters=8, tol=tol)
 
 
@@ -172,17 +174,20 @@ def test_centroid_without_mass_stays_and_passes_its_gradient_on(backend):
     assert torch.allclose(grad, fewer[2], rtol=1e-10, atol=1e-13)
 
 
-def test_dead_centroid_hands_its_gradient_to_the_iteration_before():
-    # A centroid dies after the first iteration moved it: its share of the output's gradient must reach that iteration. With one
-    # weight at 1, centroids 0 and 1, and a tiny temperature everything is hard; d out / d w is then 1 through the update alone.
-    weight = torch.tensor([[1.0, 1.0, -1.0, -1.0]], dtype=torch.float64)
-    centroids = torch.tensor([[[-0.9], [0.9]]], dtype=torch.float64)
+@pytest.mark.parametrize("backend", ["reference", "fused", "unique"])
+def test_centroid_that_dies_hands_its_gradient_to_the_iteration_before(backend):
+    # Hard assignment. The middle centroid becomes the mean of 1 and 3; then the outer ones take those from it, and
+    # only 2.125, without importance, still uses it: its output is that mean.
+    weight = torch.tensor([[0.5, 1.0, 2.125, 3.0, 3.5]], dtype=torch.float64)
+    importance = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    centroids = torch.tensor([[[-0.4], [2.25], [4.4]]], dtype=torch.float64)
     temperature = torch.full((1,), 1e-3, dtype=torch.float64)
-    upstream = torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    for backend in ("reference", "fused", "unique"):
-        grad = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)[2]
-        expected = torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
-        assert torch.allclose(grad, expected, rtol=0, atol=1e-12), backend
+    upstream = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    problem = weight, centroids, temperature, importance, upstream
+    out, after, grad, _ = run(problem, backend, torch.bfloat16, max_iters=2)
+    assert out[0, 2] == after[0, 1, 0] == 2
+    expected = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]], dtype=torch.float64)
+    assert torch.allclose(grad, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend, round_to", [("reference", None), ("fused", None)])
@@ -268,9 +273,7 @@ def test_backward_keeps_the_weight_and_the_centroids_of_each_iteration(backend, 
 
 def test_reference_keeps_the_maps():
     weight, centroids, temperature, _, _ = make(1, 1, 16, 64, 8, dtype=torch.float32)
-    storages, _ = saved_storages(
-        lambda: edkm.cluster(weight.requires_grad_(), centroids, temperature=temperature, backend="reference")
-    )
+    storages, _ = saved_storages(lambda: edkm.cluster(weight.requires_grad_(), centroids, temperature=temperature, backend="reference"))
     assert sum(storages.values()) > 3 * weight.numel() * 8 * 4
 
 
@@ -334,13 +337,14 @@ def test_ops_are_registered_properly(backend):
     how = torch.bfloat16, backend
     trajectory, iters = op.solve(weight, importance, centroids, temperature, 3, 0.0, *how)
     weight.requires_grad_()
-    outcomes = [
-        torch.library.opcheck(op.solve, (weight.detach(), importance, centroids, temperature, 3, 0.0, *how)),
-        torch.library.opcheck(op.decode, (weight, importance, trajectory, iters, temperature, *how)),
-        torch.library.opcheck(op.adjoint, (upstream, weight.detach(), importance, trajectory, iters, temperature, *how)),
-    ]
-    for outcome in outcomes:
-        assert set(outcome.values()) == {"SUCCESS"}
+    solved = importance, trajectory, iters, temperature
+    calls = {
+        op.solve: (weight.detach(), importance, centroids, temperature, 3, 0.0, *how),
+        op.decode: (weight, *solved, *how),
+        op.adjoint: (upstream, weight.detach(), *solved, *how),
+    }
+    for function, arguments in calls.items():
+        assert set(torch.library.opcheck(function, arguments).values()) == {"SUCCESS"}
 
 
 def test_only_the_weight_gets_a_gradient():
@@ -359,8 +363,9 @@ def test_only_the_weight_gets_a_gradient():
 def test_permuting_weights_of_a_group_permutes_the_result(backend):
     weight, centroids, temperature, _, upstream = make(2, 1, vectors=4, cols=12)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    plain = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
-    permuted = run((weight[:, order], centroids, temperature, None, upstream[:, order]), backend, torch.bfloat16)
+    state = centroids, temperature, None
+    plain = run((weight, *state, upstream), backend, torch.bfloat16)
+    permuted = run((weight[:, order], *state, upstream[:, order]), backend, torch.bfloat16)
     for i in (0, 2):
         assert torch.allclose(permuted[i], plain[i][:, order], rtol=1e-12, atol=1e-13)
 
@@ -406,7 +411,7 @@ def test_auto_counts():
     many = torch.randn(256, 512, generator=generator).mul_(0.02).bfloat16()
     name, why = edkm.choose_backend(many, 1, 8, 1, None)
     assert name == "unique"
-    assert f"{len(many.unique())} distinct values among {many.numel()} weights" in why or "distinct values" in why
+    assert f"{len(many[:128].unique())} distinct values among {many.numel()} weights" in why
     few = torch.randn(256, 64, generator=generator)
     assert edkm.choose_backend(few, 256, 8, 1, torch.bfloat16)[0] == "fused"
     assert edkm.choose_backend(many, 1, 8, 2, None) == ("fused", "vectors of 2 values")
@@ -442,7 +447,12 @@ W, C = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), torch.lins
         ({"centroids": C.repeat(3, 1, 1)}, "weight: ", "8 rows do not divide into 3 tables", "rows_per_lut"),
         ({"centroids": C.repeat(1, 1, 3)}, "weight: ", "vectors of 3 rows", "dim that divide"),
         ({"centroids": C.repeat(0, 1, 1)}, "weight: ", "0 tables", "skip the tensor"),
-        ({"centroids": C.repeat(8, 4, 1)}, "weight: ", "16 centroids need at least 16 weights, got 8", "fewer bits"),
+        (
+            {"centroids": C.repeat(8, 4, 1)},
+            "weight: ",
+            "16 centroids need at least 16 weights, got 8",
+            "fewer bits",
+        ),
         ({"weight": torch.zeros(0, 8)}, "weight: ", "0 rows", "skip the tensor"),
         ({"max_iters": 0}, "max_iters: ", "at least one", "got 0"),
         ({"importance": torch.ones(3, 8)}, "importance: ", "does not broadcast", "[1, cols]"),

@@ -54,9 +54,7 @@ def test_without_template_the_alpaca_prompt_is_written(tmp_path, tiny_tokenizer)
 
 
 def test_prompt_keeps_its_own_tokens_where_the_answer_would_merge_with_it(tiny_tokenizer):
-    tiny_tokenizer.chat_template = (
-        "{{ messages[0]['content'] }}{% if messages|length > 1 %}{{ messages[1]['content'] }}{% endif %}"
-    )
+    tiny_tokenizer.chat_template = "{{ messages[0]['content'] }}{% if messages|length > 1 %}{{ messages[1]['content'] }}{% endif %}"
     merged = tiny_tokenizer("the").input_ids
     assert len(merged) == 1, "the example needs a tokenizer that merges these letters"
     prompt, answer = encode_example(tiny_tokenizer, Example("t", "", "he"), end_of_turn="")
@@ -68,9 +66,7 @@ def test_beginning_of_sequence_is_added_where_the_tokenizer_adds_it(tmp_path, ti
 
     start = tiny_tokenizer.convert_tokens_to_ids("<|start|>")
     tiny_tokenizer.bos_token = "<|start|>"
-    tiny_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|start|> $A", special_tokens=[("<|start|>", start)]
-    )
+    tiny_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", start)])
     text = load_blocks(write(tmp_path / "a.txt", "the dog"), tiny_tokenizer, block_tokens=64)
     assert tiny_tokenizer.decode(text[0]["input_ids"]) == "<|start|>the dog<|end|>"
     alpaca = load_blocks(write(tmp_path / "a.json", RECORDS[:1]), tiny_tokenizer, block_tokens=1000)

@@ -11,9 +11,7 @@ import pytest
 
 from edkm import demo_data as demo
 
-LONG = (
-    "A paragraph that is long enough to tell one topic from another one, number {}, of this test's own text."
-)
+LONG = "A paragraph that is long enough to tell one topic from another one, number {}, of this test's own text."
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +74,7 @@ def test_all_text_is_used_unless_it_is_repeated(written):
     # Only headings and blank lines do not become answers.
     for name in training:
         answers = sum(len(record["output"]) for record in demo.instructions(topics[name]))
-        headings = sum(
-            2 * len(line) for line in topics[name].split("\n") if set(line) & set("*=-~^") == set(line)
-        )
+        headings = sum(2 * len(line) for line in topics[name].split("\n") if set(line) & set("*=-~^") == set(line))
         assert answers >= 0.97 * (len(topics[name]) - headings) - 20
 
 

@@ -30,13 +30,9 @@ def scored_one_by_one(model, ids, *, window, stride, max_windows=None):
     ("window", "stride", "max_windows", "batch_size"),
     [(16, None, None, 1), (16, 16, 3, 2), (16, 5, 4, 3), (32, 1, 3, 1), (2, None, 6, 4), (2, 1, 6, 1)],
 )
-def test_perplexity_is_that_of_scoring_one_by_one(
-    tiny_model, tiny_tokenizer, window, stride, max_windows, batch_size
-):
+def test_perplexity_is_that_of_scoring_one_by_one(tiny_model, tiny_tokenizer, window, stride, max_windows, batch_size):
     ids = tiny_tokenizer(TEXT).input_ids
-    expected = scored_one_by_one(
-        tiny_model, ids, window=window, stride=stride or window, max_windows=max_windows
-    )
+    expected = scored_one_by_one(tiny_model, ids, window=window, stride=stride or window, max_windows=max_windows)
     result = perplexity(
         tiny_model,
         tiny_tokenizer,

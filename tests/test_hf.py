@@ -169,9 +169,7 @@ def test_names_must_be_the_models(tmp_path: Path):
     with pytest.raises(FormatError, match="missing none; unexpected extra"):
         hf.save_pretrained(tmp_path, frozen, dense | {"extra": torch.ones(1)}, {}, model.config)
     tied = dense | {"lm_head.weight": model.lm_head.weight}
-    with pytest.raises(
-        FormatError, match=r"(?=.*embed_tokens.weight)(?=.*lm_head.weight).*are one tied tensor"
-    ):
+    with pytest.raises(FormatError, match=r"(?=.*embed_tokens.weight)(?=.*lm_head.weight).*are one tied tensor"):
         hf.save_pretrained(tmp_path, frozen, tied, {}, model.config)
     with pytest.raises(FormatError, match=r"norm.weight: LlamaForCausalLM has shape \[64\], got \[3\]"):
         hf.save_pretrained(tmp_path, frozen, dense | {"model.norm.weight": torch.ones(3)}, {}, model.config)

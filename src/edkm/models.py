@@ -75,9 +75,7 @@ def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         try:
             config = transformers.AutoConfig.from_pretrained(source)
             _check_causal(source, config)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True
-            )
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except ModelError:
             raise
@@ -101,9 +99,7 @@ def _load_packed(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise ModelError(
-            f"{path}: its tokenizer cannot be loaded: {_first_line(error)} Save the tokenizer there."
-        ) from error
+        raise ModelError(f"{path}: its tokenizer cannot be loaded: {_first_line(error)} Save the tokenizer there.") from error
     return model, tokenizer
 
 
@@ -124,9 +120,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     _require("gguf", "to read .gguf files")
     with _no_loading_bars(), _no_gguf_bar():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=dtype
-            )
+            model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:
             raise ModelError(

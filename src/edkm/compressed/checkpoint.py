@@ -50,9 +50,7 @@ class Item(NamedTuple):
     load: Callable[[], Frozen | Tensor]
 
 
-def write(
-    directory: str | Path, frozen: dict[str, Frozen], dense: dict[str, Tensor], settings: dict[str, Any]
-) -> dict[str, Any]:
+def write(directory: str | Path, frozen: dict[str, Frozen], dense: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
     """Writes the weights of a compressed model; the caller puts what is returned into `config.json`.
 
     Args:
@@ -210,9 +208,7 @@ def summary(directory: str | Path) -> dict[str, Any]:
             rows.append(row | {"bits_per_weight": 8 * size / weights} | entry.to_json())
         dense = [math.prod(item.shape) for item in items.values() if item.dtype is not None]
         weights = sum(math.prod(item.shape) for item in items.values())
-        file_bytes = sum(
-            (directory / file).stat().st_size for file in {tensor.file for tensor in stored.values()}
-        )
+        file_bytes = sum((directory / file).stat().st_size for file in {tensor.file for tensor in stored.values()})
     linear = [row for row in rows if not row["embedding"]]
     linear_weights = sum(math.prod(row["shape"]) for row in linear)
     linear_bytes = sum(row["stored_bytes"] for row in linear)

@@ -47,9 +47,7 @@ class Entry(NamedTuple):
 def entry_of(name: str, frozen: Frozen) -> Entry:
     """The entry of a tensor about to be written; raises FormatError if its parts do not fit together."""
     if frozen.lut.dtype != LUT_DTYPE or frozen.lut.dim() != 3:
-        raise FormatError(
-            f"{name}: lut must be float16 [g, k, d], got {_say(frozen.lut)}. Use core.assign.round_lut."
-        )
+        raise FormatError(f"{name}: lut must be float16 [g, k, d], got {_say(frozen.lut)}. Use core.assign.round_lut.")
     groups, _, dim = frozen.lut.shape
     entry = Entry(frozen.bits, tuple(frozen.shape), dim, groups, float(frozen.error))
     _check_entry(name, entry)
@@ -67,18 +65,12 @@ def quantization_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     config = read_json(path).get("quantization_config")
     if not isinstance(config, dict):
-        raise FormatError(
-            f"{path}: has no quantization_config. This is an ordinary model: load it with transformers."
-        )
+        raise FormatError(f"{path}: has no quantization_config. This is an ordinary model: load it with transformers.")
     method, version = config.get("quant_method"), config.get("format_version")
     if method != QUANT_METHOD:
-        raise FormatError(
-            f"{path}: quant_method must be '{QUANT_METHOD}', got {method!r}. Load it with transformers."
-        )
+        raise FormatError(f"{path}: quant_method must be '{QUANT_METHOD}', got {method!r}. Load it with transformers.")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}. Use a newer edkm."
-        )
+        raise FormatError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}. Use a newer edkm.")
     _check_keys(f"{path}: quantization_config", config, _CONFIG_KEYS)
     for key in ("settings", "tensors"):
         if not isinstance(config[key], dict):
@@ -91,15 +83,11 @@ def entries(directory: Path) -> dict[str, Entry]:
     found = {}
     for name, fields in quantization_config(directory)["tensors"].items():
         if not isinstance(fields, dict):
-            raise FormatError(
-                f"config.json: {name}: must be an object, got {fields!r}. Fetch the file again."
-            )
+            raise FormatError(f"config.json: {name}: must be an object, got {fields!r}. Fetch the file again.")
         _check_keys(f"config.json: {name}", fields, set(Entry._fields))
         shape = fields["shape"]
         if not isinstance(shape, list):
-            raise FormatError(
-                f"config.json: {name}: shape must be a list, got {shape!r}. Fetch the file again."
-            )
+            raise FormatError(f"config.json: {name}: shape must be a list, got {shape!r}. Fetch the file again.")
         values: dict[str, Any] = fields | {"shape": tuple(shape)}
         found[name] = Entry(**values)
         _check_entry(f"config.json: {name}", found[name])
@@ -111,26 +99,17 @@ def check_stored(directory: Path, name: str, entry: Entry, stored: dict[str, Sto
     lut_name = name + LUT_SUFFIX
     for wanted in (name, lut_name):
         if wanted not in stored:
-            raise FormatError(
-                f"{directory}: {wanted}: is in config.json but in no file. Fetch the whole checkpoint."
-            )
+            raise FormatError(f"{directory}: {wanted}: is in config.json but in no file. Fetch the whole checkpoint.")
     packed, lut = stored[name], stored[lut_name]
     if packed.file != lut.file:
-        raise FormatError(
-            f"{directory}: {lut_name}: must lie in {packed.file}, is in {lut.file}. Save the model again."
-        )
+        raise FormatError(f"{directory}: {lut_name}: must lie in {packed.file}, is in {lut.file}. Save the model again.")
     if packed.dtype != torch.uint8 or packed.shape != (entry.packed_bytes,):
         raise FormatError(
             f"{packed.file}: {name}: must be uint8 [{entry.packed_bytes}] for {entry.bits} bits and shape "
             f"{list(entry.shape)}, got {_say(packed)}. Fetch config.json and the file again."
         )
     k_range = range((1 << entry.bits - 1) + 1, (1 << entry.bits) + 1)
-    fits = (
-        len(lut.shape) == 3
-        and lut.shape[0] == entry.luts
-        and lut.shape[2] == entry.dim
-        and lut.shape[1] in k_range
-    )
+    fits = len(lut.shape) == 3 and lut.shape[0] == entry.luts and lut.shape[2] == entry.dim and lut.shape[1] in k_range
     if lut.dtype != LUT_DTYPE or not fits:
         raise FormatError(
             f"{lut.file}: {lut_name}: must be float16 [{entry.luts}, {k_range[0]} to {k_range[-1]}, "
@@ -144,9 +123,7 @@ def check_values(name: str, frozen: Frozen) -> None:
     if k < 256 and (largest := int(frozen.indices.max())) >= k:
         raise FormatError(f"{name}: indices must be below {k}, got {largest}. Save the model again.")
     if not frozen.lut.isfinite().all():
-        raise FormatError(
-            f"{name}: every centroid must be finite. Look for NaN in the weight before it was frozen."
-        )
+        raise FormatError(f"{name}: every centroid must be finite. Look for NaN in the weight before it was frozen.")
 
 
 def _check_entry(name: str, entry: Entry) -> None:
@@ -155,18 +132,14 @@ def _check_entry(name: str, entry: Entry) -> None:
     if type(bits) is not int or not 1 <= bits <= 8:
         raise FormatError(f"{name}: bits must be 1 to 8, got {bits!r}. A table has 2 to 256 centroids.")
     if not shape or not all(type(length) is int and length > 0 for length in shape):
-        raise FormatError(
-            f"{name}: shape must be a list of positive numbers, got {list(shape)}. Save the model again."
-        )
+        raise FormatError(f"{name}: shape must be a list of positive numbers, got {list(shape)}. Save the model again.")
     if any(type(count) is not int or count < 1 for count in (dim, luts)) or shape[0] % (dim * luts):
         raise FormatError(
             f"{name}: dim * luts must divide the {shape[0]} rows, got dim {dim!r} and luts {luts!r}. "
             "Choose others, or leave the tensor out of the clustering."
         )
     if type(error) not in (int, float) or not 0 <= error <= sys.float_info.max:
-        raise FormatError(
-            f"{name}: error must be a finite number from 0, got {error!r}. Look for NaN in the weight."
-        )
+        raise FormatError(f"{name}: error must be a finite number from 0, got {error!r}. Look for NaN in the weight.")
 
 
 def _check_keys(name: str, fields: dict[str, Any], known: set[str]) -> None:

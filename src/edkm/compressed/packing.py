@@ -48,9 +48,7 @@ def pack_indices(indices: Tensor, bits: int) -> Tensor:
         raise ValueError(f"indices must be uint8, got {indices.dtype}. Convert them with .to(torch.uint8).")
     flat = indices.contiguous().view(-1)
     if flat.numel() and (largest := int(flat.max())) >= 1 << bits:
-        raise ValueError(
-            f"index {largest} does not fit into {bits} bits. Use {largest.bit_length()} or more."
-        )
+        raise ValueError(f"index {largest} does not fit into {bits} bits. Use {largest.bit_length()} or more.")
     packed = flat.new_empty(packed_bytes(flat.numel(), bits))
     period, width = _period(bits)
     for start in range(0, flat.numel(), _BLOCK):

@@ -140,9 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not a JSON file ({error}). Fetch the file again.") from error
     if not isinstance(content, dict):
-        raise FormatError(
-            f"{path}: must hold a JSON object, got {type(content).__name__}. Fetch the file again."
-        )
+        raise FormatError(f"{path}: must hold a JSON object, got {type(content).__name__}. Fetch the file again.")
     return content
 
 
@@ -166,16 +164,13 @@ def open_shards(directory: Path) -> Iterator[dict[str, Stored]]:
             try:
                 handle = stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise FormatError(
-                    f"{path}: not a whole safetensors file ({error}). Fetch it again."
-                ) from error
+                raise FormatError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from error
             found = _header(path, handle)
             if weight_map is not None:
                 mapped = {name for name, where in weight_map.items() if where == file}
                 if mapped != found.keys():
                     raise FormatError(
-                        f"{path}: {INDEX} lists other tensors for this file, e.g. "
-                        f"{min(mapped ^ found.keys())}. Fetch both files again."
+                        f"{path}: {INDEX} lists other tensors for this file, e.g. {min(mapped ^ found.keys())}. Fetch both files again."
                     )
             stored |= found
         yield dict(sorted(stored.items()))
@@ -264,9 +259,7 @@ def _header(path: Path, handle: Any) -> dict[str, Stored]:
         checksums = json.loads((handle.metadata() or {})["edkm"])["crc32"]
         checksums = {name: int(value, 16) for name, value in checksums.items()}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(
-            f"{path}: has no edkm checksums in its metadata. Save the model with edkm."
-        ) from error
+        raise FormatError(f"{path}: has no edkm checksums in its metadata. Save the model with edkm.") from error
     found = {}
     for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
         piece = handle.get_slice(name)

@@ -129,7 +129,7 @@ def _kmeans_1d(values: Tensor, mass: Tensor, k: int) -> Tensor:
 
 def _quantiles(values: Tensor, mass: Tensor, k: int) -> Tensor:
     """Boundaries `[g, k + 1]` (positions in `values`) that share density^(1/3) evenly."""
-    groups, m = values.shape
+    m = values.shape[1]
     gaps = values.diff(dim=1)
     width = torch.nn.functional.pad(gaps, (0, 1)) + torch.nn.functional.pad(gaps, (1, 0))
     share = _prefix((mass * width**2).pow(1 / 3))
@@ -214,7 +214,7 @@ def _plus_plus(vectors: Tensor, mass: Tensor, k: int, generator: torch.Generator
 
 
 def _lloyd_step(vectors: Tensor, mass: Tensor, centroids: Tensor) -> Tensor:
-    k, d = centroids.shape
+    k = len(centroids)
     total, weight = torch.zeros_like(centroids), centroids.new_zeros(k)
     for part, m in zip(vectors.split(_VECTOR_BLOCK // k), mass.split(_VECTOR_BLOCK // k), strict=True):
         nearest = torch.cdist(part, centroids, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)

@@ -131,7 +131,13 @@ class Reversal(NamedTuple):
 
 
 def _back_through_output(
-    w: Tensor, maps: tuple[Tensor, Tensor, Tensor], c: Tensor, c_next: Tensor, v: Tensor | None, m: Tensor | None, rate: Tensor
+    w: Tensor,
+    maps: tuple[Tensor, Tensor, Tensor],
+    c: Tensor,
+    c_next: Tensor,
+    v: Tensor | None,
+    m: Tensor | None,
+    rate: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Output's own terms: `(D [g, d, n], its share of gc_prev [g, k, d])`. `v` None stands for ones (d = 1)."""
     a, dz, spare = maps
@@ -147,7 +153,13 @@ def _back_through_output(
 
 
 def _back_through_update(
-    w: Tensor, s: Tensor | None, maps: tuple[Tensor, Tensor, Tensor], c: Tensor, c_next: Tensor, h: Tensor, rate: Tensor
+    w: Tensor,
+    s: Tensor | None,
+    maps: tuple[Tensor, Tensor, Tensor],
+    c: Tensor,
+    c_next: Tensor,
+    h: Tensor,
+    rate: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The update's terms: `(P [g, d, n], its share of gc_prev [g, k, d])`."""
     a, dz, spare = maps
@@ -266,18 +278,14 @@ def iterate(
     return trajectory
 
 
-def decode(
-    weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, table: None = None
-) -> Tensor:
+def decode(weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, table: None = None) -> Tensor:
     _, groups, _, d = trajectory.shape
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     spread(group_vectors(weight, groups, d), trajectory, temperature, round_to, group_vectors(out, groups, d))
     return out
 
 
-def spread(
-    grid: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, out: Tensor
-) -> None:
+def spread(grid: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, out: Tensor) -> None:
     """Write `sum_j A_ij c'_j` of the last iteration into `out`, shaped like `grid [g, d, rows, cols]`."""
     cut, buffers = _plan(grid, trajectory[0])
     for chunk in cut:
@@ -303,7 +311,13 @@ def adjoint(
     into = group_vectors(dw, groups, d)
     importance = group_importance(importance, weight.shape, groups, d)
     pieces = reverse(
-        group_vectors(weight, groups, d), importance, group_vectors(grad, groups, d), None, trajectory, temperature, round_to
+        group_vectors(weight, groups, d),
+        importance,
+        group_vectors(grad, groups, d),
+        None,
+        trajectory,
+        temperature,
+        round_to,
     )
     for block, direct, path in pieces:
         s = read_importance(importance, block, compute_dtype(weight.dtype))

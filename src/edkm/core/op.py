@@ -150,8 +150,7 @@ def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, m
             importance.expand(weight.shape)
         except RuntimeError:
             raise ValueError(
-                f"importance: {list(importance.shape)} does not broadcast to the weight {list(weight.shape)}. "
-                "[1, cols] weighs the columns."
+                f"importance: {list(importance.shape)} does not broadcast to the weight {list(weight.shape)}. [1, cols] weighs the columns."
             ) from None
 
 
@@ -202,8 +201,9 @@ def find(
     backend: str,
 ) -> Solution:
     """Run the iterations; arguments as for `cluster`, temperature `[g]`. No gradient."""
+    groups, k, d = centroids.shape
     if backend == "auto":
-        backend = choose_backend(weight, *centroids.shape, round_to)[0]
+        backend = choose_backend(weight, groups, k, d, round_to)[0]
     problem = (weight, importance, centroids, temperature, max_iters, _rounding(weight, round_to))
     if backend == "reference":
         trajectory, table = reference.cluster(*problem)[1], None
@@ -218,9 +218,9 @@ def find(
 
 
 def _backend(name: str, weight: Tensor, solution: Solution):
-    d = solution.trajectory.shape[3]
+    _, groups, k, d = solution.trajectory.shape
     if name == "auto":
-        name = choose_backend(weight, *solution.trajectory.shape[1:], solution.round_to)[0]
+        name = choose_backend(weight, groups, k, d, solution.round_to)[0]
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of reference, {', '.join(BACKENDS)}, auto.")
     wide = weight.dtype.itemsize > 2 and (solution.round_to is None or solution.round_to.itemsize > 2)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 NOT_FINITE = (
     "weight: NaN or infinite values, or values beyond the range of round_to. Clustering needs finite weights; was the learning rate "
     "too high?"

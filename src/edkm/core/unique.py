@@ -114,7 +114,7 @@ def find_points(rows: Tensor, dtype: torch.dtype, compute: torch.dtype, entries:
     if len(rows) == 1 and 0 < entries < rows.numel():
         return _points(rows, dtype, finite, compute)
     seen = torch.zeros(KEYS, dtype=torch.bool, device=rows.device)
-    for chunk in chunks(*rows.shape, BLOCK_WEIGHTS):
+    for chunk in chunks(len(rows), rows.shape[1], rows.shape[2], BLOCK_WEIGHTS):
         for block in chunk:
             seen |= torch.bincount(_bits(rows[block.groups, block.rows], dtype).view(-1), minlength=KEYS) > 0
     return _points(rows, dtype, _occurring(seen, finite), compute)
@@ -128,9 +128,7 @@ def _occurring(seen: Tensor, finite: Tensor) -> Tensor:
     return keys
 
 
-def find_points_and_sums(
-    rows: Tensor, dtype: torch.dtype, compute: torch.dtype, terms: list[Tensor | None]
-) -> tuple[Points, list[Tensor]]:
+def find_points_and_sums(rows: Tensor, dtype: torch.dtype, compute: torch.dtype, terms: list[Tensor | None]) -> tuple[Points, list[Tensor]]:
     """The distinct values and a table of the sums of each term; the first term is the importance (None: ones).
 
     With a single group one visit gives both: values that occur are those with importance, unless that can be zero.

@@ -33,12 +33,30 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
     what = parser.add_argument_group("clustering")
     what.add_argument("--bits", type=int, default=3, metavar="N", help="bits of an index, 1 to 8 (3)")
     what.add_argument("--dim", type=int, default=1, metavar="N", help="weights that share an index (1)")
-    what.add_argument("--rows-per-lut", type=int, default=16, metavar="N", help="rows that share a table; 0: one table a tensor (16)")
+    what.add_argument(
+        "--rows-per-lut",
+        type=int,
+        default=16,
+        metavar="N",
+        help="rows that share a table; 0: one table a tensor (16)",
+    )
     what.add_argument("--embedding-bits", type=int, default=8, metavar="N", help="bits of embeddings; 0 leaves them (8)")
-    what.add_argument("--softness", type=float, default=0.5, metavar="X", help="start temperature in units of the error (0.5)")
+    what.add_argument(
+        "--softness",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="start temperature in units of the error (0.5)",
+    )
     what.add_argument("--anneal", type=float, default=0.1, metavar="X", help="factor on the temperature at the end (0.1)")
     what.add_argument("--iters", type=int, default=1, metavar="N", help="k-means iterations a step (1)")
-    what.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave weights of this name alone (repeatable)")
+    what.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave weights of this name alone (repeatable)",
+    )
     what.add_argument("--backend", default="auto", choices=("auto", "unique", "fused"), help="how to compute it (auto)")
     how = parser.add_argument_group("training")
     length = how.add_mutually_exclusive_group()
@@ -49,12 +67,21 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
     how.add_argument("--batch", type=int, default=2, metavar="N", help="blocks of a micro-batch (2)")
     how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (1)")
     how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    how.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="autocast (auto: bf16 where it is fast)")
+    how.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "bf16", "fp32"),
+        help="autocast (auto: bf16 where it is fast)",
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data (0)")
     how.add_argument("--save-every", type=int, default=0, metavar="N", help="steps between checkpoints (0: only on Ctrl-C)")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run in DIR stopped")
     parser.add_argument("--overwrite", action="store_true", help="write into DIR even if it is not empty")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, the size to expect and the memory needed, and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, the size to expect and the memory needed, and stop",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +122,13 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(model, config, args)
     settings = _settings(args, steps)
-    identity = {**vars(settings), "config": config.to_json(), "data": data_hash, "block_tokens": args.block_tokens, "backend": args.backend}
+    identity = {
+        **vars(settings),
+        "config": config.to_json(),
+        "data": data_hash,
+        "block_tokens": args.block_tokens,
+        "backend": args.backend,
+    }
     return _compress(args, model, tokenizer, blocks, config, settings, identity)
 
 
@@ -111,16 +144,25 @@ def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int
     began = time.perf_counter()
     importance = calibrate_on(model, blocks)
     report = prepare(model, config, importance=importance, backend=args.backend)
-    print(f"clustered {len(report.clustered)} tensors, left {len(report.skipped)} alone ({time.perf_counter() - began:.0f} s)", flush=True)
+    print(
+        f"clustered {len(report.clustered)} tensors, left {len(report.skipped)} alone ({time.perf_counter() - began:.0f} s)",
+        flush=True,
+    )
     for entry in report.skipped:
         if len(entry.shape) > 1:
             print(f"  {entry.name}: left alone, {entry.note}")
     if settings.steps:
         remember_run(work, identity)
-        print(f"training: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}", flush=True)
+        print(
+            f"training: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}",
+            flush=True,
+        )
         result = train(model, blocks, settings, work, resume=args.resume)
         if result.interrupted:
-            print(f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on", file=sys.stderr)
+            print(
+                f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on",
+                file=sys.stderr,
+            )
             return 130
         print(f"trained {settings.steps} steps in {result.seconds:.0f} s; last loss {result.losses[-1][1]:.3f}")
     write(args.out, model, tokenizer, config)

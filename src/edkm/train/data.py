@@ -109,9 +109,7 @@ def load_blocks(path: str | Path, tokenizer: Any, *, block_tokens: int) -> Block
     """
     path = Path(path)
     if block_tokens < 2:
-        raise DataError(
-            f"block_tokens={block_tokens}: a block needs at least 2 tokens, one to predict another."
-        )
+        raise DataError(f"block_tokens={block_tokens}: a block needs at least 2 tokens, one to predict another.")
     text = _read(path)
     if path.suffix.lower() in (".json", ".jsonl"):
         kind, examples = "instructions", read_alpaca(path, text)
@@ -135,9 +133,7 @@ def read_alpaca(path: Path, text: str) -> list[Example]:
     return examples
 
 
-def encode_example(
-    tokenizer: Any, example: Example, *, end_of_turn: str | None
-) -> tuple[list[int], list[int]]:
+def encode_example(tokenizer: Any, example: Example, *, end_of_turn: str | None) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the answer with its end; the loss is to be on the answer's.
 
     Args:
@@ -168,12 +164,8 @@ def encode_example(
 
 
 def _cut(path: Path, pairs: list[tuple[list[int], list[int]]], *, block_tokens: int, kind: str) -> Blocks:
-    ids = torch.cat(
-        [torch.tensor(prompt + answer, dtype=torch.int64) for prompt, answer in pairs]
-    )  # int64 [tokens]
-    labels = torch.cat(
-        [torch.tensor([IGNORED] * len(prompt) + answer, dtype=torch.int64) for prompt, answer in pairs]
-    )  # int64 [tokens]
+    ids = torch.cat([torch.tensor(prompt + answer, dtype=torch.int64) for prompt, answer in pairs])  # int64 [tokens]
+    labels = torch.cat([torch.tensor([IGNORED] * len(prompt) + answer, dtype=torch.int64) for prompt, answer in pairs])  # int64 [tokens]
     tokens = ids.numel()
     length = max(1, min(block_tokens, tokens))
     count = tokens // length
@@ -203,14 +195,10 @@ def _read(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}). Convert it."
-        ) from error
+        raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}). Convert it.") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise DataError(
-            f"{path}: cannot be read ({reason}); expected .json, .jsonl or a text file. Check the path."
-        ) from error
+        raise DataError(f"{path}: cannot be read ({reason}); expected .json, .jsonl or a text file. Check the path.") from error
     if not text.strip():
         raise DataError(f"{path}: is empty; expected instructions in Alpaca form (.json, .jsonl) or text.")
     return text
@@ -241,16 +229,11 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _example(where: str, record: Any) -> Example:
     if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: is a {type(record).__name__}, expected an object with instruction and output."
-        )
+        raise DataError(f"{where}: is a {type(record).__name__}, expected an object with instruction and output.")
     for field in ("instruction", "output"):
         if field not in record:
             found = ", ".join(map(str, record)) or "none"
-            raise DataError(
-                f"{where}: has no field {field!r} (its fields: {found}). Expected instruction, "
-                "optional input, output."
-            )
+            raise DataError(f"{where}: has no field {field!r} (its fields: {found}). Expected instruction, optional input, output.")
     values = {"instruction": record["instruction"], "output": record["output"], "input": record.get("input")}
     if values["input"] is None:
         values["input"] = ""

@@ -47,7 +47,11 @@ class Clustering(nn.Module):
         if importance is not None:
             importance = importance.to(matrix.device, compute_dtype(matrix.dtype))
         centroids = initial_centroids(
-            matrix, config.bits, dim=config.dim, rows_per_lut=config.rows_per_lut or None, importance=importance
+            matrix,
+            config.bits,
+            dim=config.dim,
+            rows_per_lut=config.rows_per_lut or None,
+            importance=importance,
         )
         temperature = temperature_for(matrix, centroids, importance, config.softness or _HARD)
         self.register_buffer("centroids", centroids)
@@ -94,7 +98,11 @@ class Clustering(nn.Module):
         Training moves the state: the first use with gradients after each change of the weight stores the new centroids and counts a
         step. Any other use leaves the state alone.
         """
-        key = (weight.data_ptr(), weight._version, self.centroids._version)  # an alias has the weight's version
+        key = (
+            weight.data_ptr(),
+            weight._version,
+            self.centroids._version,
+        )  # an alias has the weight's version
         if self._key != key or self._solution is None:
             dtype = compute_dtype(weight.dtype)
             tau = self.current_temperature().to(dtype)

@@ -135,7 +135,13 @@ def plan(model: nn.Module, config: ClusterConfig) -> Report:
             continue
         per_lut = settings.rows_per_lut or shape[0]
         matrix = parameter.detach().flatten(1)
-        tables = torch.empty(max(1, shape[0] // per_lut), 2**settings.bits, settings.dim, dtype=compute_dtype(matrix.dtype), device="meta")
+        tables = torch.empty(
+            max(1, shape[0] // per_lut),
+            2**settings.bits,
+            settings.dim,
+            dtype=compute_dtype(matrix.dtype),
+            device="meta",
+        )
         try:
             if shape[0] % per_lut:
                 raise ValueError(f"{shape[0]} rows do not divide into tables of {per_lut} rows. Choose another rows_per_lut or skip it.")
@@ -176,12 +182,13 @@ def _targets(model: nn.Module) -> list[_Target]:
     return list(found.values())
 
 
-def _settings(
-    config: ClusterConfig, name: str, parameter: Tensor, target: _Target | None
-) -> tuple[ClusterConfig | None, str]:
+def _settings(config: ClusterConfig, name: str, parameter: Tensor, target: _Target | None) -> tuple[ClusterConfig | None, str]:
     """The settings of a parameter, or None and why it is left alone."""
     if target is None:
-        return None, "a vector" if parameter.ndim < 2 else "not the weight of a Linear, Embedding, Conv1d or Conv2d"
+        return (
+            None,
+            "a vector" if parameter.ndim < 2 else "not the weight of a Linear, Embedding, Conv1d or Conv2d",
+        )
     embedding = next((m for m in target.modules if isinstance(m, nn.Embedding)), None)
     if embedding is not None:
         if not config.embedding_bits:
@@ -194,9 +201,7 @@ def _settings(
     return config.for_tensor(name), ""
 
 
-def _clustering(
-    name: str, weight: Tensor, settings: ClusterConfig, importance: Tensor | None, backend: str
-) -> tuple[Clustering, str]:
+def _clustering(name: str, weight: Tensor, settings: ClusterConfig, importance: Tensor | None, backend: str) -> tuple[Clustering, str]:
     try:
         clustering = Clustering(weight, settings, importance, backend)
     except ValueError as error:
@@ -210,7 +215,7 @@ def _clustering(
 
 
 def _install(target: _Target, clustering: Clustering) -> None:
-    owner, *others = target.modules
+    owner = target.modules[0]
     for module in target.modules:
         if type(module) is nn.Linear:
             module.__class__ = ClusteredLinear
