@@ -39,9 +39,7 @@ def inertia(weight, centroids, mass=None):
 def assert_near_optimal(weight, bits, groups=1, importance=None):
     """Within 0.1% of the optimum in every table, up to the rounding of centroids to their dtype."""
     weight = weight.bfloat16().to(weight.dtype)
-    centroids = edkm.initial_centroids(
-        weight, bits, rows_per_lut=weight.shape[0] // groups, importance=importance
-    )
+    centroids = edkm.initial_centroids(weight, bits, rows_per_lut=weight.shape[0] // groups, importance=importance)
     mass = torch.ones_like(weight) if importance is None else importance.expand(weight.shape)
     found = inertia(weight, centroids, mass)
     for g in range(groups):
@@ -56,8 +54,9 @@ def assert_near_optimal(weight, bits, groups=1, importance=None):
 
 
 def heavy(generator, rows, cols):
-    normal = torch.randn(rows, cols, generator=generator)
-    return normal * torch.rand(rows, cols, generator=generator).clamp_min(0.02).reciprocal()
+    """Student's t, 4 degrees of freedom."""
+    squares = torch.randn(4, rows, cols, generator=generator).square().mean(0)
+    return torch.randn(rows, cols, generator=generator) / squares.sqrt()
 
 
 def bimodal(generator, rows, cols):

@@ -79,6 +79,10 @@ def train(model: nn.Module, blocks: Any, settings: TrainSettings, work: Path, *,
     checkpoint = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
     if resume and checkpoint is None:
         raise ValueError(f"{work}: there is no checkpoint to resume from. Start without --resume.")
+    if settings.checkpointing:
+        # Renamed in transformers 5.2x, where the old name warns.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     trainer = _Trainer(model=model, args=_arguments(settings, work), train_dataset=blocks)
     began = time.perf_counter()
     with _stop_on_signal(trainer) as stop:
@@ -94,8 +98,6 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulate,
-        gradient_checkpointing=settings.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.checkpointing else None,
         learning_rate=settings.lr,
         lr_scheduler_type="linear",
         warmup_steps=round(0.1 * settings.steps),

@@ -1,0 +1,168 @@
+"""`edkm compress` end to end on a tiny model: the packed directory, resuming, the plan, the refusals."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+import edkm
+from edkm.cli import main
+from edkm.compressed import hf
+from edkm.compressed.checkpoint import read
+from edkm.models import load_model
+from edkm.train import command, trainer
+from edkm.train.data import load_blocks
+from edkm.train.prepare import plan, unclustered
+
+RECORDS = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(RECORDS))
+    return path
+
+
+def arguments(tiny_dir, data, out, *more):
+    return [
+        "compress",
+        str(tiny_dir),
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--block-tokens",
+        "64",
+        "--rows-per-lut",
+        "16",
+        "--precision",
+        "fp32",
+        *more,
+    ]
+
+
+def test_compress_writes_a_directory_that_loads(tiny_dir, data, tmp_path, capsys):
+    out = tmp_path / "packed"
+    assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 0
+    printed = capsys.readouterr().out
+    assert "bits per weight" in printed and "trained 4 steps" in printed
+    model, tokenizer = load_model(out)
+    assert tokenizer.chat_template and not (out / "training").exists()
+    packed = read(out)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert packed.frozen[name].bits == 3 and packed.frozen[name].lut.shape == (8, 8, 1)
+    assert packed.frozen["model.embed_tokens.weight"].bits == 8
+    weight = dict(model.named_parameters())[name]
+    for rows in weight.detach().view(8, -1):
+        assert len(rows.unique()) <= 8
+    assert not torch.equal(weight, dict(load_model(tiny_dir)[0].named_parameters())[name])
+
+
+def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
+    model, tokenizer = load_model(tiny_dir)
+    blocks = load_blocks(data, tokenizer, block_tokens=64)
+    config = edkm.ClusterConfig(rows_per_lut=16, anneal_steps=3)
+    edkm.prepare(model, config, importance=command.calibrate_on(model, blocks))
+    trainer.train(model, blocks, trainer.TrainSettings(steps=3, lr=1e-3, precision="fp32"), tmp_path / "work")
+    model.eval()
+    ids = blocks[0]["input_ids"].unsqueeze(0)
+    with torch.no_grad():
+        expected = model(ids).logits
+    hf.save_pretrained(tmp_path / "packed", edkm.freeze(model), unclustered(model), config.to_json(), model.config)
+    with torch.no_grad():
+        assert torch.equal(hf.load(tmp_path / "packed")(ids).logits, expected)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, monkeypatch, accumulate):
+    more = ("--steps", "6", "--lr", "1e-3", "--accumulate", str(accumulate))
+    assert main(arguments(tiny_dir, data, tmp_path / "whole", *more)) == 0
+    taken = []
+
+    def interrupt(self, args, state, control, **kwargs):
+        taken.append(state.global_step)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer._Stop, "on_step_begin", interrupt)
+    assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 130
+    assert taken == [0, 1, 2] and (tmp_path / "parts" / "training" / "run.json").is_file()
+    assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
+    assert taken == [0, 1, 2, 3, 4, 5]
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer._Stop, "on_step_begin", lambda self, args, state, control, **kw: setattr(self, "asked", True))
+    out = tmp_path / "out"
+    assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 130
+    assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert main(arguments(tiny_dir, data, out, "--steps", "4", "--resume", "--lr", "1e-5")) == 1
+    assert "lr: the interrupted run had 0.0003, this one has 1e-05" in capsys.readouterr().err
+    assert main(arguments(tiny_dir, data, tmp_path / "none", "--resume")) == 1
+    assert "no interrupted run" in capsys.readouterr().err
+
+
+def test_a_resumed_run_outside_the_main_thread_trains(tiny_dir, data, tmp_path):
+    """Signals belong to the main thread; elsewhere training just runs."""
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "1"))))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny_dir, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(tiny_dir, data, out, "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "3 bits, 8 tables" in printed and "a vector" in printed and "optimizer" in printed
+    assert not out.exists()
+    expected = plan(load_model(tiny_dir)[0], edkm.ClusterConfig(rows_per_lut=16)).packed_bytes
+    assert f"packed weights: {expected / 1e6:.1f} MB" in printed
+    assert main(arguments(tiny_dir, data, out, "--steps", "0")) == 0
+    written = (out / "model.safetensors").read_bytes()
+    assert len(written) == 8 + int.from_bytes(written[:8], "little") + expected
+
+
+def test_steps_zero_clusters_without_training(tiny_dir, data, tmp_path, capsys):
+    assert main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "0", "--bits", "4")) == 0
+    assert "training" not in capsys.readouterr().out
+    assert read(tmp_path / "out").frozen["model.layers.1.self_attn.q_proj.weight"].bits == 4
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--bits", "9"), "bits: an integer from 1 to 8, got 9"),
+        (("--rows-per-lut", "7"), "model.layers.0.self_attn.q_proj.weight: 64 rows do not divide into tables of 7 rows"),
+        (("--steps", "-1"), "--steps: at least 0"),
+        (("--lr", "0"), "--lr: a positive number"),
+        (("--skip", "*"), "no weight is clustered"),
+    ],
+)
+def test_user_errors_are_one_line(tiny_dir, data, tmp_path, capsys, more, message):
+    assert main(arguments(tiny_dir, data, tmp_path / "out", *more)) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_checkpointing_trains_to_the_same_weights(tiny_dir, data, tmp_path):
+    states = []
+    for checkpointing in (False, True):
+        model, tokenizer = load_model(tiny_dir)
+        blocks = load_blocks(data, tokenizer, block_tokens=64)
+        edkm.prepare(model, edkm.ClusterConfig(rows_per_lut=16))
+        settings = trainer.TrainSettings(steps=2, lr=1e-3, precision="fp32", checkpointing=checkpointing)
+        trainer.train(model, blocks, settings, tmp_path / "work")
+        states.append(model.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-5, atol=1e-6)
+    steps = [tensor for name, tensor in states[1].items() if name.endswith("clustering.step")]
+    assert steps and all(int(step) == 2 for step in steps)
