@@ -14,7 +14,7 @@ small aid that a backend may hand from one to the next (None does as well); laye
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,7 +176,7 @@ class Solution(NamedTuple):
     temperature: Tensor
     round_to: torch.dtype | None
     backend: str
-    table: Tensor | None = None
+    table: Any = None  # the backend's own
 
     def decode(self, weight: Tensor) -> Tensor:
         """The soft weight."""

@@ -183,21 +183,11 @@ def grouped(importance: Tensor | None, weight: Tensor, groups: int) -> Tensor | 
     return None if importance is None else importance.expand(weight.shape).unflatten(0, (groups, -1))
 
 
-def remember(points: Points, mass: Tensor) -> Tensor | None:
-    """Values and mass `[2, u]` of a single group, from which `recall` restores its points without looking at the weights."""
-    return torch.stack([points.values.view(-1), mass.view(-1)]) if points.rank is None else None
+# What `solve` hands on: for every chunk the keys of its distinct values and, for a single group, their mass. At most 65,536 of each.
+Table = list[tuple[Tensor, Tensor | None]]
 
 
-def recall(rows: Tensor, key: torch.dtype, table: Tensor) -> tuple[Points, Tensor]:
-    """`(points, mass)` as they were remembered."""
-    values, mass = table
-    keys = _bits(values, key).long()
-    count = len(keys) - int((keys == keys[-1]).sum()) + 1  # the last value is repeated as padding
-    shape = (1, -1, FOLD)
-    return Points(rows, key, keys[:count], None, values.view(shape)), mass.view(shape)
-
-
-# The three functions that every backend has; op.py documents them. `table` is what `remember` gave, or None.
+# The three functions that every backend has; op.py documents them.
 
 
 def solve(
@@ -207,14 +197,14 @@ def solve(
     temperature: Tensor,
     iters: int,
     round_to: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Table]:
     groups = centroids.shape[0]
     s = grouped(importance, weight, groups)
-    trajectory, table = centroids.new_empty(iters + 1, *centroids.shape), None
+    trajectory, table = centroids.new_empty(iters + 1, *centroids.shape), []
     for of, rows, key in pieces(weight, groups, round_to):
         points, (mass,) = find_points_and_sums(rows, key, centroids.dtype, [None if s is None else s[of]])
         trajectory[:, of] = fused.iterate(points.values.unsqueeze(1), mass, centroids[of], temperature[of], iters, None)
-        table = remember(points, mass) if groups == 1 else None
+        table.append((points.keys, mass if groups == 1 else None))
     return trajectory, table
 
 
@@ -223,13 +213,13 @@ def decode(
     trajectory: Tensor,
     temperature: Tensor,
     round_to: torch.dtype | None,
-    table: Tensor | None = None,
+    table: Table | None = None,
 ) -> Tensor:
     groups = trajectory.shape[1]
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for of, rows, key in pieces(weight, groups, round_to):
+    for number, (of, rows, key) in enumerate(pieces(weight, groups, round_to)):
         if table is not None:
-            points, _ = recall(rows, key, table)
+            points = _points(rows, key, table[number][0], trajectory.dtype)
         else:
             # A table entry costs about half as much per centroid as looking for a weight's value.
             points = find_points(rows, key, trajectory.dtype, entries=KEYS * trajectory.shape[2] // 2)
@@ -249,19 +239,22 @@ def adjoint(
     trajectory: Tensor,
     temperature: Tensor,
     round_to: torch.dtype | None,
-    table: Tensor | None = None,
+    table: Table | None = None,
 ) -> Tensor:
     groups = trajectory.shape[1]
     s = grouped(importance, weight, groups)
     g = grad.contiguous().view(groups, -1, weight.shape[1])
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for of, rows, key in pieces(weight, groups, round_to):
+    for number, (of, rows, key) in enumerate(pieces(weight, groups, round_to)):
         own, pulls = None if s is None else s[of], g[of]
-        if table is not None:
-            points, mass = recall(rows, key, table)
-            pull = points.table(points.totals([pulls])[0])
-        else:
+        if table is None:
             points, (mass, pull) = find_points_and_sums(rows, key, trajectory.dtype, [own, pulls])
+        else:
+            keys, mass = table[number]
+            points = _points(rows, key, keys, trajectory.dtype)
+            terms: list[Tensor | None] = [pulls] if mass is not None else [pulls, own]
+            pull, *rest = (points.table(total) for total in points.totals(terms))
+            mass = mass if mass is not None else rest[0]
         tables = _reverse(points, mass, pull, trajectory[:, of], temperature[of])
         direct, path = (points.gather(t, trajectory.dtype) for t in tables)
         into = dw.view(groups, -1, weight.shape[1])[of]
