@@ -1,5 +1,7 @@
 """Where clustering starts: against the exact optimum, for tables of scalars; against random picks, for vectors."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ def optimum(values, mass, k):
 
 def inertia(weight, centroids, mass=None):
     """`[g]` importance-weighted sum of squared distances to the nearest centroid, by brute force in float64."""
-    groups, k, d = centroids.shape
+    groups, _, d = centroids.shape
     vectors = weight.double().view(groups, -1, d, weight.shape[1]).transpose(2, 3).flatten(1, 2)  # [g, n, d]
     nearest = torch.cdist(vectors, centroids.double(), compute_mode="donot_use_mm_for_euclid_dist").amin(2)
     square = nearest.square()
@@ -202,7 +204,7 @@ def test_lloyd_never_makes_it_worse(monkeypatch):
     for steps in (0, 1, 2, 5, 20):
         monkeypatch.setattr(module, "_VECTOR_STEPS", steps)
         path.append(inertia(weight, edkm.initial_centroids(weight, 4, dim=2)).item())
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(path, path[1:]))
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(path))
     assert path[-1] < 0.9 * path[0]
 
 
@@ -210,7 +212,16 @@ def test_memory_is_that_of_blocks_and_tables():
     # 256 centroids for 524,288 weights: a map would be 512 MiB in float32.
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert peak_bytes(lambda: edkm.initial_centroids(weight, 8)) < 64 << 20
-    assert peak_bytes(lambda: edkm.initial_centroids(weight[:64], 8, dim=2)) < 64 << 20
+
+
+def test_memory_for_vectors_is_that_of_blocks(monkeypatch):
+    from edkm.core import centroids as module
+
+    monkeypatch.setattr(module, "_VECTOR_BLOCK", 1 << 18)
+    monkeypatch.setattr(module, "_VECTOR_STEPS", 2)
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    # A map of all 32,768 vectors and 256 centroids would be 32 MiB.
+    assert peak_bytes(lambda: edkm.initial_centroids(weight, 8, dim=2)) < 8 << 20
 
 
 @pytest.mark.parametrize("bits", [0, 9])

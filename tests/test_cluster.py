@@ -142,6 +142,21 @@ def test_equals_reference_on_any_shape(groups, d, vectors, cols, bits, kind, imp
             assert_same(problem, backend, round_to, max_iters)
 
 
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize("groups, d", [(1, 1), (3, 1), (2, 2)])
+def test_a_solution_reused_equals_reference(groups, d, importance, monkeypatch):
+    # What layers do: solve once, then decode and take gradients with what the solution remembers.
+    tiny_blocks(monkeypatch, chunk=120)
+    weight, centroids, temperature, s, upstream = problem = make(groups, d, kind="repeated", importance=importance)
+    out, after, grad, _ = run(problem, "reference", torch.bfloat16)
+    for backend in backends(d, torch.bfloat16):
+        solution = op.find(weight, s, centroids, temperature, 3, 0.0, torch.bfloat16, backend)
+        assert torch.allclose(solution.trajectory[-1], after, rtol=1e-10)
+        for _ in range(2):
+            assert torch.allclose(solution.decode(weight), out, rtol=1e-10)
+            assert (solution.adjoint(upstream, weight) - grad).abs().max() <= 1e-10 * grad.abs().max()
+
+
 def test_equals_reference_where_centroids_are_hard():
     weight, centroids, _, _, upstream = make(2, 1, vectors=8, cols=20, k=8)
     for temperature in (1e-2, 1e-4, 1e-8):

@@ -226,10 +226,18 @@ def test_linear_keeps_what_a_linear_keeps_and_a_kibibyte(dtype, backend):
     model = copy.deepcopy(plain)
     edkm.prepare(model, edkm.ClusterConfig(bits=3, rows_per_lut=0), backend=backend)
     x = random(10, 64, dtype=dtype)
-    before, _ = saved_bytes(lambda: plain(x))
-    after, out = saved_bytes(lambda: model(x))
+    # The parameters are there anyway.
+    before, _ = saved_bytes(lambda: plain(x), *plain.parameters())
+    after, out = saved_bytes(lambda: model(x), *model.parameters())
     assert before > 0
-    assert after <= before + 2 * 1024
+    assert after <= before
+    # Beside what autograd keeps, a layer has its solution: centroids and, for `unique`, a table of distinct values.
+    for _, weight, clustering in clusterings(model):
+        solution = clustering.solve(weight)
+        assert solution.trajectory.numel() * 4 <= 1024
+        tables = [t for entry in solution.table or [] for t in entry if t is not None]
+        assert bool(tables) == (backend == "unique")
+        assert all(t.numel() <= len(weight.bfloat16().unique()) + 255 for t in tables)
     out.sum().backward()
 
 
@@ -354,12 +362,9 @@ class ThroughData(torch.optim.Optimizer):
                 parameter.data.add_(parameter.grad.data, alpha=-0.5)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_an_optimizer_that_writes_through_data_is_noticed(copied, solves):
+def test_an_optimizer_that_writes_through_data_is_noticed(solves):
     model = seeded(Tied)
     edkm.prepare(model, CONFIG)
-    if copied:
-        model = copy.deepcopy(model)
     optimizer = ThroughData(model.parameters())
     loss_of(model).backward()
     optimizer.step()
@@ -409,7 +414,7 @@ def test_a_resumed_run_is_the_same_run(dtype):
 def test_a_copy_goes_its_own_way():
     model = seeded(Tied)
     edkm.prepare(model, CONFIG)
-    loss_of(model).backward()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.5), 1)
     other = copy.deepcopy(model)
     assert_equal_states(states(model), states(other))
     assert other.head.weight is other.embed.weight and other.head.clustering is other.embed.clustering
@@ -495,21 +500,30 @@ def test_no_annealing_without_steps():
     assert torch.equal(clustering.current_temperature(), clustering.temperature)
 
 
-def test_autocast():
-    model = seeded(Tied, torch.float32)
+def test_autocast_is_as_precise_as_that_of_a_plain_linear():
+    model = seeded(lambda: nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 12)), torch.float32)
     edkm.prepare(model, CONFIG)
-    wide = copy.deepcopy(model)
+    x, upstream = random(6, 16, dtype=torch.float32), random(6, 12, seed=2, dtype=torch.float32)
+    leaves = {name: weight.detach().clone().requires_grad_() for name, weight, _ in clusterings(model)}
+    state = {name: copy.deepcopy(clustering) for name, _, clustering in clusterings(model)}
+    rest = {name: p.detach() for name, p in model.named_parameters() if "bias" in name}
+
+    def plain(autocast):
+        weights = {name: soft(leaf, state[name])[0] for name, leaf in leaves.items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = F.linear(F.linear(x, weights["0.weight"], rest["0.bias"]), weights["1.weight"], rest["1.bias"])
+        return torch.autograd.grad(y.float(), list(leaves.values()), upstream)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model.hidden(torch.ones(2, 8))
-        assert out.dtype == torch.bfloat16
-        loss_of(model).backward()
-    loss_of(wide).backward()
-    for a, b in zip(model.parameters(), wide.parameters(), strict=True):
-        assert a.grad.dtype == torch.float32
-        assert (a.grad - b.grad).norm() <= 0.02 * b.grad.norm()
+        out = model(x)
+    assert out.dtype == torch.bfloat16
+    out.float().backward(upstream)
+    for (_, weight, _), truth, other in zip(clusterings(model), plain(False), plain(True), strict=True):
+        assert weight.grad.dtype == torch.float32
+        assert (weight.grad - truth).norm() <= 1.5 * (other - truth).norm()
     model.eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model.hidden(torch.ones(2, 8)).dtype == torch.bfloat16
+        assert model(x).dtype == torch.bfloat16
 
 
 def test_bfloat16_gradients_are_near_float32():
@@ -587,9 +601,8 @@ def test_overrides_and_embedding_bits():
         "up.weight": (3, 2, 1),
         "down.weight": (2, 1, 2),
     }
-    assert {e.note for e in report.skipped if "mbed" in e.name} == set() or all(
-        e.note == "an embedding, and embedding_bits is 0" for e in report.skipped if e.name == "embed.weight"
-    )
+    notes = {e.name: e.note for e in report.skipped}
+    assert notes["embed.weight"] == notes["limited.weight"] == "an embedding, and embedding_bits is 0"
 
 
 def test_embedding_bits_0_leaves_a_tied_head_alone():
@@ -700,7 +713,7 @@ def test_calibrate_cleans_up_after_an_error():
     flags = [m.training for m in model.modules()]
     with pytest.raises(ValueError, match=r"^linear\.weight: its input is NaN or infinite|^conv\.weight: its input"):
         calibrate(model, [torch.full((1, 4, 7), torch.nan)])
-    with pytest.raises(ValueError, match="^batches: calibration needs at least one batch"):
+    with pytest.raises(ValueError, match=r"^batches: calibration needs at least one batch"):
         calibrate(model, [])
     with pytest.raises(RuntimeError):
         calibrate(model, [torch.ones(1, 5, 7)])

@@ -180,11 +180,13 @@ class Solution(NamedTuple):
 
     def decode(self, weight: Tensor) -> Tensor:
         """The soft weight."""
+        weight = weight.contiguous()
         module = _backend(self.backend, weight, self)
         return module.decode(weight, self.trajectory, self.temperature, _rounding(weight, self.round_to), self.table)
 
     def adjoint(self, grad: Tensor, weight: Tensor) -> Tensor:
         """`dL/dweight` from `dL/dout`."""
+        weight = weight.contiguous()
         module = _backend(self.backend, weight, self)
         problem = (self.importance, self.trajectory, self.temperature, _rounding(weight, self.round_to))
         return module.adjoint(grad, weight, *problem, self.table)
@@ -201,7 +203,7 @@ def find(
     backend: str,
 ) -> Solution:
     """Run the iterations; arguments as for `cluster`, temperature `[g]`. No gradient."""
-    groups, k, d = centroids.shape
+    weight, (groups, k, d) = weight.contiguous(), centroids.shape
     if backend == "auto":
         backend = choose_backend(weight, groups, k, d, round_to)[0]
     problem = (weight, importance, centroids, temperature, max_iters, _rounding(weight, round_to))

@@ -30,6 +30,8 @@ KEYS = 1 << 16
 # Weights handled at a time, and weights whose tables exist at a time.
 BLOCK_WEIGHTS = 1 << 18
 CHUNK_WEIGHTS = 1 << 21
+# A table's usual length: small groups have tables larger than themselves, and fewer of them make a chunk.
+_USUAL_VALUES = 4096
 # Columns that a table is folded into, so that `fused` can cut it into blocks of rows.
 FOLD = 256
 
@@ -173,7 +175,7 @@ def pieces(weight: Tensor, groups: int, round_to: torch.dtype | None) -> Iterato
     rows = weight.detach().view(groups, -1, weight.shape[1])
     key = weight.dtype if weight.dtype.itemsize == 2 else round_to
     assert key is not None
-    step = max(1, CHUNK_WEIGHTS // rows[0].numel())
+    step = max(1, CHUNK_WEIGHTS // max(rows[0].numel(), _USUAL_VALUES))
     for start in range(0, groups, step):
         of = slice(start, min(start + step, groups))
         yield of, rows[of], key

@@ -1,0 +1,163 @@
+"""ClusterConfig: checked, JSON and back, and no field without effect."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import edkm
+from edkm import ClusterConfig
+
+per_tensor = st.fixed_dictionaries(
+    {},
+    optional={
+        "bits": st.integers(1, 8),
+        "dim": st.integers(1, 64),
+        "rows_per_lut": st.integers(0, 4096),
+        "softness": st.floats(0, 100),
+    },
+)
+
+
+@given(
+    st.builds(
+        ClusterConfig,
+        bits=st.integers(1, 8),
+        dim=st.integers(1, 64),
+        rows_per_lut=st.integers(0, 1 << 30),
+        softness=st.floats(0, 100),
+        anneal=st.floats(1e-6, 1),
+        anneal_steps=st.integers(0, 1 << 40),
+        max_iters=st.integers(1, 1000),
+        embedding_bits=st.integers(0, 8),
+        skip=st.lists(st.text(), max_size=3).map(tuple),
+        overrides=st.dictionaries(st.text(), per_tensor, max_size=3),
+    )
+)
+def test_json_round_trip(config):
+    text = json.dumps(config.to_json())
+    again = ClusterConfig.from_json(json.loads(text))
+    assert again == config
+    assert list(again.overrides) == list(config.overrides)  # the first match counts
+    assert json.dumps(again.to_json()) == text
+
+
+def test_from_json_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"^config: unknown field a, b\. Was it written by a newer edkm\?"):
+        ClusterConfig.from_json({"bits": 3, "b": 1, "a": 2})
+    assert ClusterConfig.from_json({}) == ClusterConfig()
+
+
+@pytest.mark.parametrize(
+    "name, low, high",
+    [
+        ("bits", 1, 8),
+        ("dim", 1, 64),
+        ("rows_per_lut", 0, 1 << 30),
+        ("anneal_steps", 0, 1 << 40),
+        ("max_iters", 1, 1000),
+        ("embedding_bits", 0, 8),
+    ],
+)
+def test_integers(name, low, high):
+    for value in (low, high):
+        assert getattr(ClusterConfig(**{name: value}), name) == value
+    for value in (low - 1, high + 1, 1.5, 2.0, True, "3", None):
+        with pytest.raises(ValueError, match=rf"^{name}: an integer from {low} to {high}, got {value!r}\."):
+            ClusterConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name, low, high", [("softness", 0.0, 100.0), ("anneal", 1e-6, 1.0)])
+def test_numbers(name, low, high):
+    for value in (low, high, 1):
+        assert getattr(ClusterConfig(**{name: value}), name) == value
+    for value in (low - 1e-6, high * 1.01, float("nan"), float("inf"), "0.5", None, True):
+        with pytest.raises(ValueError, match=rf"^{name}: a number from {low} to {high}, got {value!r}\."):
+            ClusterConfig(**{name: value})
+
+
+def test_skip_is_a_tuple_of_patterns():
+    with pytest.raises(ValueError, match=r"^skip: a tuple of patterns, got the string 'lm_head'\. Write \('lm_head',\)\."):
+        ClusterConfig(skip="lm_head")
+    assert ClusterConfig(skip=["a", "b"]).skip == ("a", "b")
+
+
+def test_overrides_are_checked():
+    with pytest.raises(ValueError, match=r"^overrides\['a\*'\]: anneal, max_iters cannot differ by tensor\. Only bits, .*use skip"):
+        ClusterConfig(overrides={"a*": {"max_iters": 2, "anneal": 0.5}})
+    with pytest.raises(ValueError, match=r"^overrides\['a\*'\]: bits: an integer from 1 to 8, got 9\."):
+        ClusterConfig(overrides={"a*": {"bits": 9}})
+
+
+def test_frozen_and_not_shared():
+    given = {"a": {"bits": 2}}
+    config = ClusterConfig(overrides=given)
+    given["a"]["bits"] = 9
+    given["b"] = {}
+    assert config.overrides == {"a": {"bits": 2}}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.bits = 4
+    assert ClusterConfig().overrides is not ClusterConfig().overrides
+
+
+def test_for_tensor():
+    config = ClusterConfig(skip=("*.head.*",), overrides={"*.up.weight": {"bits": 2}, "*.weight": {"bits": 5, "dim": 2}}, softness=0.25)
+    assert config.for_tensor("m.head.weight") is None
+    assert config.for_tensor("m.up.weight") == ClusterConfig(bits=2, softness=0.25, skip=("*.head.*",))
+    assert config.for_tensor("m.down.weight").bits == 5 and config.for_tensor("m.down.weight").dim == 2
+    assert config.for_tensor("m.bias") == config
+    assert config.for_tensor("M.UP.weight").bits == 5  # case counts
+
+
+# Every field changes something.
+
+OFF_DEFAULT = {
+    "bits": 2,
+    "dim": 2,
+    "rows_per_lut": 8,
+    "softness": 0.1,
+    "anneal": 0.5,
+    "anneal_steps": 5,
+    "max_iters": 1,
+    "embedding_bits": 4,
+    "skip": ("1.weight",),
+    "overrides": {"1.*": {"bits": 1}},
+}
+
+
+def outcome(**fields):
+    """Weights after three steps, and what the model then computes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+    edkm.prepare(model, ClusterConfig(**{"embedding_bits": 3} | fields))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.arange(32)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids).square().sum().backward()
+        optimizer.step()
+    hard = model.eval()(ids).detach()
+    return [p.detach().clone() for p in model.parameters()] + [hard]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_every_field_changes_something():
+    assert set(OFF_DEFAULT) == {f.name for f in dataclasses.fields(ClusterConfig)}
+    assert same(outcome(), outcome())
+    for name, value in OFF_DEFAULT.items():
+        assert value != getattr(ClusterConfig(), name)
+        base = {"anneal_steps": 4} if name == "anneal" else {}  # it says how far, not whether
+        assert not same(outcome(**base), outcome(**base | {name: value})), name
+
+
+@pytest.mark.parametrize("name, value", [("bits", 2), ("dim", 2), ("rows_per_lut", 8), ("softness", 0.1)])
+def test_every_override_changes_something(name, value):
+    assert not same(outcome(), outcome(overrides={"1.weight": {name: value}}))

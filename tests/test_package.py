@@ -1,0 +1,132 @@
+"""What is public, what importing loads, and which way imports run."""
+
+import ast
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edkm
+
+SOURCE = Path(edkm.__file__).parent
+MODULES = sorted(SOURCE.rglob("*.py"))
+OPTIONAL = {"transformers", "triton", "coremltools", "matplotlib", "accelerate", "gguf", "datasets"}
+
+
+def loaded_by(code):
+    """Top-level modules that a fresh process has loaded after `code`, and whether CUDA was initialised."""
+    script = (
+        f"{code}\nimport sys, json\ntorch = sys.modules.get('torch')\n"
+        "cuda = bool(torch) and torch.cuda.is_initialized()\n"
+        "print(json.dumps([sorted({name.partition('.')[0] for name in sys.modules}), cuda]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    names, cuda = json.loads(done.stdout)
+    return set(names), cuda
+
+
+def test_importing_loads_nothing():
+    names, _ = loaded_by("import edkm; edkm.__version__; edkm.__all__")
+    assert "edkm" in names
+    assert not names & (OPTIONAL | {"torch", "numpy", "safetensors"})
+
+
+def test_using_it_loads_torch_alone():
+    names, cuda = loaded_by(
+        "import edkm\nfor name in edkm.__all__: getattr(edkm, name)\nimport torch\n"
+        "w = torch.randn(8, 8); edkm.cluster(w, edkm.initial_centroids(w, 2), temperature=0.1)"
+    )
+    assert "torch" in names and not cuda
+    assert not names & OPTIONAL
+
+
+def test_public_names():
+    assert edkm.__all__ == [
+        "ClusterConfig",
+        "__version__",
+        "calibrate",
+        "choose_backend",
+        "cluster",
+        "freeze",
+        "initial_centroids",
+        "prepare",
+        "soft_weights",
+    ]
+    for name in edkm.__all__:
+        assert getattr(edkm, name) is not None
+    assert set(edkm._HOME) | {"__version__"} == set(edkm.__all__)
+    with pytest.raises(AttributeError, match="module 'edkm' has no attribute 'clutser'"):
+        edkm.clutser  # noqa: B018
+
+
+def test_config_fields():
+    assert [f.name for f in dataclasses.fields(edkm.ClusterConfig)] == [
+        "bits",
+        "dim",
+        "rows_per_lut",
+        "softness",
+        "anneal",
+        "anneal_steps",
+        "max_iters",
+        "embedding_bits",
+        "skip",
+        "overrides",
+    ]
+
+
+def imports(path):
+    """Every module that a file imports, anywhere in it, by full name."""
+    package = ["edkm", *path.relative_to(SOURCE).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name, packages):
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def files_of(folder):
+    found = [path for path in MODULES if path.is_relative_to(SOURCE / folder)]
+    assert found
+    return found
+
+
+def refuse(paths, unwanted):
+    wrong = [(str(p.relative_to(SOURCE)), name) for p in paths for name in imports(p) if unwanted(name)]
+    assert not wrong
+
+
+def test_core_imports_torch_and_numpy_alone():
+    allowed = {"edkm.core", "torch", "numpy"}
+    refuse(
+        files_of("core"),
+        lambda name: name != "edkm" and not within(name, allowed) and name.partition(".")[0] not in sys.stdlib_module_names,
+    )
+
+
+def test_compressed_does_not_import_train():
+    refuse(files_of("compressed"), lambda name: within(name, {"edkm.train", "edkm.cli", "edkm.evaluate"}))
+
+
+def test_train_does_not_import_what_is_above_it():
+    refuse(files_of("train"), lambda name: within(name, {"edkm.cli", "edkm.evaluate", "edkm.demo", "edkm.__main__"}))
+
+
+def test_only_the_command_line_imports_the_command_line():
+    paths = [path for path in MODULES if path.name not in ("__main__.py", "cli.py")]
+    refuse(paths, lambda name: within(name, {"edkm.cli"}))
+
+
+def test_the_walk_sees_imports():
+    assert {"edkm.core.op", "edkm.core.op.find"} <= imports(SOURCE / "train" / "layer.py")
+    assert {"edkm.core.fused"} <= imports(SOURCE / "core" / "unique.py")
