@@ -90,7 +90,7 @@ class Clustering(nn.Module):
         """`[g]`, annealed to this step."""
         if not self.config.anneal_steps:
             return self.temperature
-        return self.temperature * self.config.anneal ** (int(self.step) / self.config.anneal_steps)
+        return self.temperature * self.config.anneal ** min(1.0, int(self.step) / self.config.anneal_steps)
 
     def solve(self, weight: Tensor) -> Solution:
         """The centroids for the weight as it is now; found once until the weight changes.
@@ -98,11 +98,8 @@ class Clustering(nn.Module):
         Training moves the state: the first use with gradients after each change of the weight stores the new centroids and counts a
         step. Any other use leaves the state alone.
         """
-        key = (
-            weight.data_ptr(),
-            weight._version,
-            self.centroids._version,
-        )  # an alias has the weight's version
+        # An alias of the weight has its version.
+        key = (weight.data_ptr(), weight._version, self.centroids._version)
         if self._key != key or self._solution is None:
             dtype = compute_dtype(weight.dtype)
             tau = self.current_temperature().to(dtype)
