@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .train.command import add_compress
+from .train.command import add_compress, check_output
 
 _MODEL = "a checkpoint directory (ordinary or packed by edkm), a .gguf file, or a hub id"
 
@@ -229,18 +229,6 @@ def _run_unpack(args: argparse.Namespace) -> int:
     hf.unpack(args.directory, args.out)
     print(f"wrote {args.out}")
     return 0
-
-
-def check_output(directory: Path, *, overwrite: bool) -> None:
-    """Refuse a directory whose files a command would write over.
-
-    Raises:
-        ValueError: `directory` is a file, or holds something and `overwrite` is False.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory}: is a file, expected a directory to write; name another")
-    if not overwrite and directory.is_dir() and any(directory.iterdir()):
-        raise ValueError(f"{directory}: is not empty; name another directory or add --overwrite")
 
 
 def _print_json(value: dict[str, Any]) -> None:

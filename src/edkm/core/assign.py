@@ -61,7 +61,7 @@ def round_lut(centroids: Tensor) -> Tensor:
 
 
 def assign(weight: Tensor, lut: Tensor) -> Tensor:
-    """Index of the nearest centroid of every weight (of every vector of `d` rows); ties take the lower index.
+    """Index of the nearest centroid of every weight (of every vector of `d` rows); halfway between two the lower one.
 
     Args:
         weight: `[rows, cols]`, any float dtype.

@@ -86,8 +86,6 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
 
 def run(args: argparse.Namespace) -> int:
     """Run `edkm compress`; returns the exit code."""
-    from ..cli import check_output
-
     _check_numbers(args)
     work = args.out / "training"
     if args.resume and not (work / "run.json").is_file():
@@ -234,6 +232,18 @@ def memory(model: Any, args: argparse.Namespace) -> dict[str, float]:
         "clustering (transient)": 12.0 * max(p.numel() for p in model.parameters()),
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def check_output(directory: Path, *, overwrite: bool) -> None:
+    """Refuse a directory whose files a command would write over.
+
+    Raises:
+        ValueError: `directory` is a file, or holds something and `overwrite` is False.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: is a file, expected a directory to write; name another")
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise ValueError(f"{directory}: is not empty; name another directory or add --overwrite")
 
 
 def _steps(args: argparse.Namespace, blocks: int) -> int:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen, assign, lookup, round_lut
@@ -29,11 +30,31 @@ from edkm.core.reference import compute_dtype
 _HARD = 1e-6
 
 
+def optimizer_steps(weight: Tensor) -> int:
+    """Optimizer steps on a weight since this was first asked. Some optimizers write through `.data` or raw pointers, where `_version`
+    does not see them."""
+    if not hasattr(weight, _STEPS):
+        setattr(weight, _STEPS, 0)
+    return getattr(weight, _STEPS)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if hasattr(parameter, _STEPS):
+                setattr(parameter, _STEPS, getattr(parameter, _STEPS) + 1)
+
+
+_STEPS = "_edkm_optimizer_steps"
+register_optimizer_step_post_hook(_count_step)
+
+
 class Clustering(nn.Module):
     """State of one clustered weight. All of it is in buffers, so that a resumed run is the same run.
 
     Buffers: `centroids [g, k, d]` float32 after the last step, `temperature [g]` at the start of training, `importance` or None,
-    `step` the number of steps taken.
+    `step` the number of steps taken. Between a forward and the optimizer's step the centroids have moved and the weight has not: save
+    after the step, as trainers do.
     """
 
     centroids: Tensor
@@ -98,8 +119,7 @@ class Clustering(nn.Module):
         Training moves the state: the first use with gradients after each change of the weight stores the new centroids and counts a
         step. Any other use leaves the state alone.
         """
-        # An alias of the weight has its version.
-        key = (weight.data_ptr(), weight._version, self.centroids._version)
+        key = (weight.data_ptr(), weight._version, optimizer_steps(weight), self.centroids._version)
         if self._key != key or self._solution is None:
             dtype = compute_dtype(weight.dtype)
             tau = self.current_temperature().to(dtype)
@@ -110,18 +130,18 @@ class Clustering(nn.Module):
             with torch.no_grad():
                 self.centroids.copy_(self._solution.trajectory[-1])
                 self.step += 1
-            self._key = (*key[:2], self.centroids._version)
+            self._key = (*key[:-1], self.centroids._version)
             self._counted = True
         return self._solution
 
-    def live(self, weight: Tensor) -> Tensor:
-        """An alias of the weight whose gradient, for autograd, is that of the clustered weight."""
+    def live(self, weight: Tensor) -> tuple[Tensor, Solution]:
+        """An alias of the weight whose gradient, for autograd, is that of the clustered weight; and the solution to decode it by."""
         solution = self.solve(weight)
         if not (torch.is_grad_enabled() and weight.requires_grad):
-            return weight.detach()
+            return weight.detach(), solution
         if self._live is None:
             self._live = _Gate.apply(weight, self, solution)
-        return self._live
+        return self._live, solution
 
     def decode(self, weight: Tensor, solution: Solution) -> Tensor:
         """The soft weight, like `weight`; no gradient."""
@@ -177,13 +197,13 @@ class _Linear(torch.autograd.Function):
     """`x @ clustered(weight).T + bias`, keeping no clustered weight."""
 
     @staticmethod
-    def forward(ctx, x, live, bias, clustering):
+    def forward(ctx, x, live, solution, bias, clustering):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        ctx.clustering, ctx.solution = clustering, clustering.solve(live)
+        ctx.clustering, ctx.solution = clustering, solution
         ctx.save_for_backward(x, live)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        w = clustering.decode(live, ctx.solution).to(x.dtype)
+        w = clustering.decode(live, solution).to(x.dtype)
         return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -196,32 +216,31 @@ class _Linear(torch.autograd.Function):
                 dx = dy @ ctx.clustering.decode(live, ctx.solution).to(dy.dtype)
             if ctx.needs_input_grad[1]:
                 g = dy.flatten(0, -2).mT @ x.flatten(0, -2)
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[3]:
                 db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-        return dx, g, db, None
+        return dx, g, None, db, None
 
 
 class _Decode(torch.autograd.Function):
     """The clustered weight itself, for layers that are not linear."""
 
     @staticmethod
-    def forward(ctx, live, clustering):
-        return clustering.decode(live, clustering.solve(live))
+    def forward(ctx, live, solution, clustering):
+        return clustering.decode(live, solution)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        return g, None
+        return g, None, None
 
 
 class _Embedding(torch.autograd.Function):
     """Rows of `clustered(weight)`, keeping no clustered weight."""
 
     @staticmethod
-    def forward(ctx, live, ids, clustering, padding_idx, by_frequency):
+    def forward(ctx, live, solution, ids, clustering, padding_idx, by_frequency):
         ctx.save_for_backward(ids)
         ctx.options = live.shape[0], -1 if padding_idx is None else padding_idx, by_frequency
-        solution = clustering.solve(live)
         if clustering.tables > 1:
             return F.embedding(ids, clustering.decode(live, solution))
         # With one table the rows that are looked up can be decoded alone.
@@ -231,14 +250,15 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (ids,) = ctx.saved_tensors
-        return torch.ops.aten.embedding_dense_backward(dy, ids, *ctx.options), None, None, None, None
+        return torch.ops.aten.embedding_dense_backward(dy, ids, *ctx.options), *[None] * 5
 
 
 class ClusteredLinear(nn.Linear):
     """`nn.Linear` whose weight is clustered: softly in training, on its nearest centroids in evaluation.
 
     Cost:
-        Keeps for backward what `nn.Linear` keeps, plus the centroids of each iteration.
+        Keeps for backward what `nn.Linear` keeps, plus the centroids of each iteration. With `unique`, the distinct values of the weight
+        (at most 65,536 for every 2 million weights) are remembered within an optimizer step.
     """
 
     clustering: Clustering
@@ -246,7 +266,7 @@ class ClusteredLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.clustering.is_soft:
             return F.linear(input, self.clustering.hard(self.weight), self.bias)
-        return _Linear.apply(input, self.clustering.live(self.weight), self.bias, self.clustering)
+        return _Linear.apply(input, *self.clustering.live(self.weight), self.bias, self.clustering)
 
 
 class ClusteredEmbedding(nn.Embedding):
@@ -257,7 +277,7 @@ class ClusteredEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         clustering = self.clustering
         if clustering.is_soft:
-            return _Embedding.apply(clustering.live(self.weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
+            return _Embedding.apply(*clustering.live(self.weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
         if clustering.tables > 1:
             return F.embedding(input, clustering.hard(self.weight))
         return clustering.hard(self.weight[input.flatten()]).view(*input.shape, -1)
@@ -277,7 +297,7 @@ class ClusteredWeight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.clustering.is_soft:
             return self.clustering.hard(weight)
-        return _Decode.apply(self.clustering.live(weight), self.clustering)
+        return _Decode.apply(*self.clustering.live(weight), self.clustering)
 
 
 @contextmanager

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen
@@ -229,24 +226,6 @@ def _install(target: _Target, clustering: Clustering) -> None:
         else:
             # Tied: the owner has the state; a second registration would store it twice.
             module.__dict__["clustering"] = clustering
-    _watch(target.weight, clustering)
-
-
-_users = WeakTensorKeyDictionary()
-
-
-def _watch(weight: Tensor, clustering: Clustering) -> None:
-    """Have optimizers tell the clustering that the weight changed: some write through `.data` or raw pointers, unseen by `_version`."""
-    if not _users:
-        register_optimizer_step_post_hook(_after_step)
-    _users[weight] = clustering
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter in _users:
-                _users[parameter].forget()
 
 
 def freeze(model: nn.Module) -> dict[str, Frozen]:
