@@ -2,7 +2,7 @@
 
 Shapes are those of real layers. Weights are random normal with a standard deviation of 0.02, gradients random; softness 0.5, three
 iterations, importance per column. First the backends are compared with the reference in float64 on a small weight: no figure is
-printed for a backend that computes something else. coremltools runs in its own environment (`--peers PYTHON`), in the same session of
+printed for a backend that computes something else. coremltools runs in its own environment (`--peers PYTHON`), in the same run on
 the same machine, on the same shapes.
 """
 

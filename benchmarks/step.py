@@ -22,7 +22,7 @@ from edkm.models import load_model
 def main(argv: list[str]) -> int:
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks step", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--iters", type=int, nargs="*", default=[1, 3], help="k-means iterations a step")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)

@@ -122,7 +122,7 @@ OFF_DEFAULT = {
     "softness": 0.1,
     "anneal": 0.5,
     "anneal_steps": 5,
-    "max_iters": 1,
+    "max_iters": 3,
     "embedding_bits": 4,
     "skip": ("1.weight",),
     "overrides": {"1.*": {"bits": 1}},

@@ -24,7 +24,7 @@ class ClusterConfig:
         softness: temperature in units of the quantisation error (`tau = 2 softness D`); 0 trains straight through the hard assignment.
         anneal: factor on the temperature at the end of training, reached geometrically; 1 keeps it.
         anneal_steps: optimizer steps until then; 0 for never (`edkm compress` puts in its number of steps).
-        max_iters: k-means iterations per optimizer step.
+        max_iters: k-means iterations per optimizer step; the centroids go on from the last step, so that one does.
         embedding_bits: of embeddings (one table each, `dim` 1) and of linear layers tied to them; 0 leaves them alone.
         skip: name patterns (`*`, `?`) of weights left alone.
         overrides: name pattern -> other values of `bits`, `dim`, `rows_per_lut`, `softness`; the first match counts.
@@ -39,7 +39,7 @@ class ClusterConfig:
     softness: float = 0.5
     anneal: float = 0.1
     anneal_steps: int = 0
-    max_iters: int = 3
+    max_iters: int = 1
     embedding_bits: int = 8
     skip: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

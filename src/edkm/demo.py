@@ -18,11 +18,11 @@ from typing import Any
 from edkm.demo_data import fetch_smollm2, pydoc_data
 
 # Chosen by experiment: docs/log.md, 2026-11-21.
-STEPS = 24
+STEPS = 20
 ROWS_PER_LUT = 16
 LR = 3e-4
 CONTROL_LR = 5e-5
-WINDOWS = 16
+WINDOWS = 8
 WINDOW = 512
 
 

@@ -80,8 +80,8 @@ def cluster(
             positive, negative importance, an unknown or impossible backend.
 
     Cost:
-        Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids. Passes over the weight: `unique` 3
-        forward and 3 backward; `fused` `max_iters + 1` forward, `max_iters` to `2 max_iters` backward. `reference` keeps
+        Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids. Passes over the weight: `unique` 3 to 4
+        forward and 2 to 3 backward; `fused` `max_iters + 1` forward, `max_iters` to `2 max_iters` backward. `reference` keeps
         `O(max_iters n k)`.
     """
     check_shapes(weight, centroids, importance, max_iters)
