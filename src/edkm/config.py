@@ -37,7 +37,7 @@ class ClusterConfig:
     dim: int = 1
     rows_per_lut: int = 16
     softness: float = 0.5
-    anneal: float = 0.1
+    anneal: float = 0.01
     anneal_steps: int = 0
     max_iters: int = 1
     embedding_bits: int = 8

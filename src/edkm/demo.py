@@ -18,7 +18,7 @@ from typing import Any
 from edkm.demo_data import fetch_smollm2, pydoc_data
 
 # Chosen by experiment: docs/log.md, 2026-11-21.
-STEPS = 20
+STEPS = 16
 ROWS_PER_LUT = 16
 LR = 3e-4
 CONTROL_LR = 5e-5

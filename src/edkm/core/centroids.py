@@ -22,7 +22,7 @@ _STEPS = 25
 _REACH = (1.0, 0.3, 0.0)
 _ROUNDS = 20
 # Places for all boundaries in the first, coarse search, and the most centroids that it is worth it for.
-_COARSE_PLACES = 128
+_COARSE_PLACES = 64
 _COARSE_CENTROIDS = 32
 _VECTOR_STEPS = 20
 _VECTOR_SAMPLE = 1 << 16

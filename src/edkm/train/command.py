@@ -48,7 +48,7 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
         metavar="X",
         help="start temperature in units of the error (0.5)",
     )
-    what.add_argument("--anneal", type=float, default=0.1, metavar="X", help="factor on the temperature at the end (0.1)")
+    what.add_argument("--anneal", type=float, default=0.01, metavar="X", help="factor on the temperature at the end (0.01)")
     what.add_argument("--iters", type=int, default=1, metavar="N", help="k-means iterations a step (1)")
     what.add_argument(
         "--skip",
