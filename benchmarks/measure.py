@@ -46,7 +46,8 @@ def kept_bytes(forward: Callable[[], Tensor], free: set[int]) -> int:
 
 
 def peak_bytes(run: Callable[[], None], device: str) -> int:
-    """Peak memory of one run above what was in use before."""
+    """Peak memory of one run above what was in use before. On a CPU, growth of the resident set: what the allocator already holds from
+    earlier runs does not show, so small figures mean little."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

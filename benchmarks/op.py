@@ -26,7 +26,7 @@ LAYERS = {
     "LLaMA-7B q_proj": (4096, 4096),
     "LLaMA-7B up_proj": (11008, 4096),
 }
-# Dense maps of the largest layers do not fit small machines: reference and coremltools stop at this many weights.
+# Dense maps of the largest layers do not fit small machines: reference and coremltools stop at this many weights, and take one table.
 DENSE_LIMIT = 1 << 22
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         for dtype in (torch.float32, torch.bfloat16):
             for rows_per_lut in (None, 16):
                 for backend in ("unique", "fused", "reference"):
-                    if backend == "reference" and torch.Size(LAYERS[layer]).numel() > DENSE_LIMIT:
+                    if backend == "reference" and (rows_per_lut or torch.Size(LAYERS[layer]).numel() > DENSE_LIMIT):
                         continue
                     rows.append(_ours(layer, dtype, rows_per_lut, backend, args))
                     _print(rows[-1])

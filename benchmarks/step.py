@@ -7,6 +7,7 @@ same disturbances of a shared machine; the ratio is that of the medians.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from pathlib import Path
@@ -26,13 +27,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--iters", type=int, nargs="*", default=[1, 3], help="k-means iterations a step")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    source = fetch_smollm2()
+    loaded, _ = load_model(fetch_smollm2())
     torch.manual_seed(0)
     tokens = torch.randint(0, 49152, (4, 512))
     rows = []
     for rows_per_lut in (0, 16):
         for iters in args.iters:
-            plain, clustered = load_model(source)[0], load_model(source)[0]
+            plain, clustered = copy.deepcopy(loaded), copy.deepcopy(loaded)
             importance = edkm.calibrate(clustered, [tokens[:2]])
             config = edkm.ClusterConfig(rows_per_lut=rows_per_lut, max_iters=iters)
             edkm.prepare(clustered, config, importance=importance)
