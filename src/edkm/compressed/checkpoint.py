@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from edkm.compressed import layout
 from edkm.compressed.layout import FORMAT_VERSION, LUT_SUFFIX, QUANT_METHOD, Entry
 from edkm.compressed.packing import pack_indices, unpack_indices
 from edkm.compressed.shards import FormatError, Pending, Stored, open_shards, write_shards
-from edkm.core.assign import LUT_DTYPE, Frozen, lookup
+from edkm.core.assign import LUT_DTYPE, Frozen, Later, lookup
 
 __all__ = ["FormatError", "Item", "Packed", "dequantize", "iterate", "open_items", "read", "summary", "write"]
 
@@ -50,12 +50,17 @@ class Item(NamedTuple):
     load: Callable[[], Frozen | Tensor]
 
 
-def write(directory: str | Path, frozen: dict[str, Frozen], dense: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
+def write(
+    directory: str | Path,
+    frozen: Mapping[str, Frozen | Later],
+    dense: dict[str, Tensor],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
     """Writes the weights of a compressed model; the caller puts what is returned into `config.json`.
 
     Args:
         directory: made if it does not exist; a checkpoint in it is replaced.
-        frozen: clustered tensors by name.
+        frozen: clustered tensors by name; indices that come later are made one tensor at a time.
         dense: every other tensor, each once: of tied tensors give one name.
         settings: how the tables were made (`ClusterConfig` as json). Stored, not interpreted.
 
@@ -224,9 +229,16 @@ def summary(directory: str | Path) -> dict[str, Any]:
     }
 
 
-def _announce(name: str, frozen: Frozen, entry: Entry) -> dict[str, Pending]:
+def _announce(name: str, frozen: Frozen | Later, entry: Entry) -> dict[str, Pending]:
     """The two stored tensors of a clustered one; indices are packed when they are written."""
-    pack = partial(pack_indices, frozen.indices, entry.bits)
+
+    def pack() -> Tensor:
+        if isinstance(frozen, Frozen):
+            return pack_indices(frozen.indices, entry.bits)
+        indices = frozen.make()
+        layout.check_indices(name, entry, indices)
+        return pack_indices(indices, entry.bits)
+
     return {
         name: Pending(torch.uint8, (entry.packed_bytes,), pack),
         name + LUT_SUFFIX: Pending(LUT_DTYPE, tuple(frozen.lut.shape), partial(_same, frozen.lut)),

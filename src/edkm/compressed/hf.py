@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from edkm.compressed import checkpoint
 from edkm.compressed.shards import INDEX, FormatError, Pending, read_json, write_json, write_shards
-from edkm.core.assign import Frozen
+from edkm.core.assign import Frozen, Later
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ _CHAT_TEMPLATES = "additional_chat_templates"
 
 def save_pretrained(
     directory: str | Path,
-    frozen: dict[str, Frozen],
+    frozen: Mapping[str, Frozen | Later],
     dense: dict[str, Tensor],
     settings: dict[str, Any],
     config: PreTrainedConfig,

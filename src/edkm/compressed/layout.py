@@ -14,7 +14,7 @@ import torch
 
 from edkm.compressed.packing import packed_bytes
 from edkm.compressed.shards import FormatError, Stored, read_json
-from edkm.core.assign import LUT_DTYPE, Frozen
+from edkm.core.assign import LUT_DTYPE, Frozen, Later
 
 QUANT_METHOD = "edkm"
 FORMAT_VERSION = 1
@@ -44,20 +44,26 @@ class Entry(NamedTuple):
         return self._asdict() | {"shape": list(self.shape)}
 
 
-def entry_of(name: str, frozen: Frozen) -> Entry:
+def entry_of(name: str, frozen: Frozen | Later) -> Entry:
     """The entry of a tensor about to be written; raises FormatError if its parts do not fit together."""
     if frozen.lut.dtype != LUT_DTYPE or frozen.lut.dim() != 3:
         raise FormatError(f"{name}: lut must be float16 [g, k, d], got {_say(frozen.lut)}. Use core.assign.round_lut.")
     groups, _, dim = frozen.lut.shape
     entry = Entry(frozen.bits, tuple(frozen.shape), dim, groups, float(frozen.error))
     _check_entry(name, entry)
-    if frozen.indices.dtype != torch.uint8 or tuple(frozen.indices.shape) != entry.grid:
-        raise FormatError(
-            f"{name}: indices must be uint8 {list(entry.grid)} for shape {list(entry.shape)} and dim {dim}, "
-            f"got {_say(frozen.indices)}. Freeze the tensor again."
-        )
+    if isinstance(frozen, Frozen):
+        check_indices(name, entry, frozen.indices)
     check_values(name, frozen)
     return entry
+
+
+def check_indices(name: str, entry: Entry, indices: torch.Tensor) -> None:
+    """Raises FormatError if indices do not fit their entry."""
+    if indices.dtype != torch.uint8 or tuple(indices.shape) != entry.grid:
+        raise FormatError(
+            f"{name}: indices must be uint8 {list(entry.grid)} for shape {list(entry.shape)} and dim {entry.dim}, "
+            f"got {_say(indices)}. Freeze the tensor again."
+        )
 
 
 def quantization_config(directory: Path) -> dict[str, Any]:
@@ -117,10 +123,10 @@ def check_stored(directory: Path, name: str, entry: Entry, stored: dict[str, Sto
         )
 
 
-def check_values(name: str, frozen: Frozen) -> None:
-    """Raises FormatError for an index beyond its table or a centroid that is not finite."""
+def check_values(name: str, frozen: Frozen | Later) -> None:
+    """Raises FormatError for an index beyond its table (if indices are there) or a centroid that is not finite."""
     k = frozen.lut.shape[1]
-    if k < 256 and (largest := int(frozen.indices.max())) >= k:
+    if isinstance(frozen, Frozen) and k < 256 and (largest := int(frozen.indices.max())) >= k:
         raise FormatError(f"{name}: indices must be below {k}, got {largest}. Save the model again.")
     if not frozen.lut.isfinite().all():
         raise FormatError(f"{name}: every centroid must be finite. Look for NaN in the weight before it was frozen.")

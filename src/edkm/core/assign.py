@@ -6,6 +6,7 @@ for among the values *as stored*: evaluation, freezing and the packed file then 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,19 @@ class Frozen(NamedTuple):
     lut: Tensor
     shape: tuple[int, ...]
     error: float
+
+    @property
+    def bits(self) -> int:
+        return (self.lut.shape[1] - 1).bit_length()
+
+
+class Later(NamedTuple):
+    """A `Frozen` whose indices are made when they are written, each time anew."""
+
+    lut: Tensor
+    shape: tuple[int, ...]
+    error: float
+    make: Callable[[], Tensor]
 
     @property
     def bits(self) -> int:

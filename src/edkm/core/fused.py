@@ -257,25 +257,45 @@ def iterate(
     round_to: torch.dtype | None,
 ) -> Tensor:
     """Trajectory `[iters + 1, g, k, d]` over points `grid [g, d, rows, cols]`."""
-    k, dtype = centroids.shape[1], centroids.dtype
     trajectory = centroids.repeat(iters + 1, 1, 1, 1)
     cut, buffers = _plan(grid, centroids)
     for chunk in cut:
         of = chunk[0].groups
-        tau = temperature[of].view(-1, 1, 1)
         for t in range(iters):
             c = trajectory[t, of]
-            mass, total = torch.zeros_like(c[..., 0]), torch.zeros_like(c)
-            for block in chunk:
-                w, s = read(grid, block, round_to, dtype), read_importance(importance, block, dtype)
-                a, x, _ = buffers.shaped(w, k)
-                assignment(w, c, tau, a, x)
-                if s is not None:
-                    a *= s
-                mass += a.sum(-1)
-                total += moments(a, w, None, x)
-            trajectory[t + 1, of] = advance(mass, total, c)
+            total = _sums(chunk, buffers, grid, importance, c, temperature[of], round_to)
+            trajectory[t + 1, of] = advance(total[..., 0], total[..., 1:], c)
     return trajectory
+
+
+def sums(grid: Tensor, importance: Tensor | None, centroids: Tensor, temperature: Tensor, round_to: torch.dtype | None) -> Tensor:
+    """One iteration over points `grid [g, d, rows, cols]`, for `advance`: mass and total of every centroid, `[g, k, 1 + d]`."""
+    cut, buffers = _plan(grid, centroids)
+    totals = [_sums(chunk, buffers, grid, importance, centroids[chunk[0].groups], temperature[chunk[0].groups], round_to) for chunk in cut]
+    return torch.cat(totals)
+
+
+def _sums(
+    chunk: list[Block],
+    buffers: Maps,
+    grid: Tensor,
+    importance: Tensor | None,
+    c: Tensor,
+    temperature: Tensor,
+    round_to: torch.dtype | None,
+) -> Tensor:
+    """`[g, k, 1 + d]` of the groups of one chunk."""
+    out = c.new_zeros(*c.shape[:2], 1 + c.shape[2])
+    tau = temperature.view(-1, 1, 1)
+    for block in chunk:
+        w, s = read(grid, block, round_to, c.dtype), read_importance(importance, block, c.dtype)
+        a, x, _ = buffers.shaped(w, c.shape[1])
+        assignment(w, c, tau, a, x)
+        if s is not None:
+            a *= s
+        out[..., 0] += a.sum(-1)
+        out[..., 1:] += moments(a, w, None, x)
+    return out
 
 
 def decode(weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, table: None = None) -> Tensor:

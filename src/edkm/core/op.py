@@ -154,7 +154,7 @@ def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, m
             ) from None
 
 
-def _check_values(importance: Tensor | None, temperature: Tensor, trajectory: Tensor) -> None:
+def check_problem(importance: Tensor | None, temperature: Tensor, trajectory: Tensor) -> None:
     """Say which input made the centroids non-finite or the problem ill-posed."""
     if not bool((temperature > 0).all()):
         raise ValueError(f"temperature: must be positive, got {temperature.min().item():.6g}. It is in squared weight units.")
@@ -212,7 +212,7 @@ def find(
     else:
         blank = Solution(centroids.unsqueeze(0), importance, temperature, round_to, backend)
         trajectory, table = _backend(backend, weight, blank).solve(*problem)
-    _check_values(importance, temperature, trajectory)
+    check_problem(importance, temperature, trajectory)
     moved = (trajectory[1:] - trajectory[:-1]).abs().amax((1, 2, 3))  # [max_iters]
     still = (moved <= tol).nonzero()
     iters = int(still[0]) + 1 if tol > 0 and len(still) else max_iters

@@ -175,10 +175,15 @@ def pieces(weight: Tensor, groups: int, round_to: torch.dtype | None) -> Iterato
     rows = weight.detach().view(groups, -1, weight.shape[1])
     key = weight.dtype if weight.dtype.itemsize == 2 else round_to
     assert key is not None
-    step = max(1, CHUNK_WEIGHTS // max(rows[0].numel(), _USUAL_VALUES))
+    step = _groups_of_piece(rows[0].numel())
     for start in range(0, groups, step):
         of = slice(start, min(start + step, groups))
         yield of, rows[of], key
+
+
+def _groups_of_piece(weights: int) -> int:
+    """Groups of `weights` weights each that are worked through together."""
+    return max(1, CHUNK_WEIGHTS // max(weights, _USUAL_VALUES))
 
 
 def grouped(importance: Tensor | None, weight: Tensor, groups: int) -> Tensor | None:
@@ -187,6 +192,13 @@ def grouped(importance: Tensor | None, weight: Tensor, groups: int) -> Tensor | 
 
 # What `solve` hands on: for every chunk the keys of its distinct values and, for a single group, their mass. At most 65,536 of each.
 Table = list[tuple[Tensor, Tensor | None]]
+
+
+def table_of(seen: Tensor, dtype: torch.dtype, groups: int, weights: int) -> Table:
+    """The aid that `solve` would hand on for `groups` groups of `weights` weights each, from the keys that occur in any of them."""
+    _, finite = _values(dtype, seen.device)
+    keys = _occurring(seen, finite)
+    return [(keys, None)] * -(-groups // _groups_of_piece(weights))
 
 
 # The three functions that every backend has; op.py documents them.

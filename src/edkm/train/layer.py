@@ -11,8 +11,9 @@ sum into the gradient of the weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,12 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from edkm.config import ClusterConfig
+from edkm.core import sharded
 from edkm.core.assign import Frozen, assign, lookup, round_lut
 from edkm.core.centroids import initial_centroids, temperature_for
 from edkm.core.op import Solution, find
 from edkm.core.reference import compute_dtype
+from edkm.core.sharded import Reduce, Rows
 
 # Softness 0 is the hard assignment: this fraction of the quantisation error leaves every weight on one centroid.
 _HARD = 1e-6
@@ -39,14 +42,36 @@ def optimizer_steps(weight: Tensor) -> int:
 
 
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _steps_on_shards
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if hasattr(parameter, _STEPS):
                 setattr(parameter, _STEPS, getattr(parameter, _STEPS) + 1)
+        _steps_on_shards += any(hasattr(parameter, "full_tensor") for parameter in group["params"])
 
 
+# FSDP gathers shards (DTensors) into other tensors for the forward pass, which no optimizer ever sees.
+_steps_on_shards = 0
 _STEPS = "_edkm_optimizer_steps"
 register_optimizer_step_post_hook(_count_step)
+
+
+class Shard(NamedTuple):
+    """A weight whose clustering several ranks share.
+
+    Attributes:
+        weight: the parameter that the optimizer steps on; under FSDP a DTensor.
+        rows: this rank's rows of it as they are now.
+        reduce: for `core.sharded`.
+        backend: `unique` or `fused`, the same on all ranks.
+        gathers: FSDP makes the whole weight for each pass and frees it.
+    """
+
+    weight: Tensor
+    rows: Callable[[], Rows]
+    reduce: Reduce
+    backend: str
+    gathers: bool
 
 
 class Clustering(nn.Module):
@@ -85,6 +110,7 @@ class Clustering(nn.Module):
         self._solution: Solution | None = None
         self._live: Tensor | None = None
         self._counted = False
+        self._shard: Shard | None = None
 
     def extra_repr(self) -> str:
         groups, k, d = self.centroids.shape
@@ -105,7 +131,16 @@ class Clustering(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles find their own centroids."""
-        return {**self.__dict__, "_key": None, "_solution": None, "_live": None}
+        return {**self.__dict__, "_key": None, "_solution": None, "_live": None, "_shard": None}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.forget()
+
+    def share(self, shard: Shard | None) -> None:
+        """Find the centroids together with other ranks from now on, each reading its own rows (None: alone)."""
+        self._shard = shard
+        self.forget()
 
     def current_temperature(self) -> Tensor:
         """`[g]`, annealed to this step."""
@@ -119,26 +154,40 @@ class Clustering(nn.Module):
         Training moves the state: the first use with gradients after each change of the weight stores the new centroids and counts a
         step. Any other use leaves the state alone.
         """
-        key = (weight.data_ptr(), weight._version, optimizer_steps(weight), self.centroids._version)
+        key = self._state_of(weight)
         if self._key != key or self._solution is None:
-            dtype = compute_dtype(weight.dtype)
-            tau = self.current_temperature().to(dtype)
-            matrix, start = weight.detach().flatten(1), self.centroids.to(dtype)
-            solution = find(matrix, self.importance, start, tau, self.config.max_iters, 0.0, torch.bfloat16, self.backend)
-            self._key, self._solution, self._live, self._counted = key, solution, None, False
+            self._key, self._solution, self._live, self._counted = key, self._find(weight), None, False
         if self.training and torch.is_grad_enabled() and not self._counted:
             with torch.no_grad():
                 self.centroids.copy_(self._solution.trajectory[-1])
                 self.step += 1
-            self._key = (*key[:-1], self.centroids._version)
             self._counted = True
         return self._solution
+
+    def _state_of(self, weight: Tensor) -> tuple[Any, ...]:
+        """Changes when the weight does."""
+        if self._shard is None:
+            return weight.data_ptr(), weight._version, optimizer_steps(weight), _steps_on_shards
+        return self._shard.weight._version, optimizer_steps(self._shard.weight)
+
+    def _find(self, weight: Tensor) -> Solution:
+        dtype = compute_dtype(weight.dtype)
+        start, tau = self.centroids.to(dtype), self.current_temperature().to(dtype)
+        if self._shard is not None:
+            rows, reduce = self._shard.rows(), self._shard.reduce
+            iters, backend = self.config.max_iters, self._shard.backend
+            return sharded.find(rows, self.importance, start, tau, iters, torch.bfloat16, backend, reduce)
+        matrix = weight.detach().flatten(1)
+        return find(matrix, self.importance, start, tau, self.config.max_iters, 0.0, torch.bfloat16, self.backend)
 
     def live(self, weight: Tensor) -> tuple[Tensor, Solution]:
         """An alias of the weight whose gradient, for autograd, is that of the clustered weight; and the solution to decode it by."""
         solution = self.solve(weight)
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight.detach(), solution
+        if self._shard is not None and self._shard.gathers:
+            # FSDP expects a gradient from every pass through the layer, when that pass's backward ends.
+            return _Gate.apply(weight, self, solution), solution
         if self._live is None:
             self._live = _Gate.apply(weight, self, solution)
         return self._live, solution

@@ -240,10 +240,16 @@ def freeze(model: nn.Module) -> dict[str, Frozen]:
     Cost:
         One pass over each weight; one byte a weight for the result.
     """
-    frozen = {name: clustering.freeze(weight) for name, weight, clustering in clusterings(model)}
+    # A weight that FSDP has sharded is gathered, one at a time, on all ranks.
+    frozen = {name: clustering.freeze(_whole(weight)) for name, weight, clustering in clusterings(model)}
     if not frozen:
         raise ValueError("model: nothing in it is clustered. Call edkm.prepare first.")
     return frozen
+
+
+def _whole(weight: Tensor) -> Tensor:
+    gather = getattr(weight, "full_tensor", None)
+    return weight if gather is None else gather()
 
 
 def clusterings(model: nn.Module) -> list[tuple[str, nn.Parameter, Clustering]]:

@@ -1,0 +1,204 @@
+"""Many learners: ranks that hold one model (DDP) or pieces of it (FSDP2, `fully_shard`) cluster it together.
+
+Each rank reads only its own rows of a weight and the sums are added (`core.sharded`), so that all ranks hold the same centroids to
+the bit and none needs a whole weight only to cluster it. With DDP, where every rank has the whole weight, the rows are shared out
+all the same: it saves time. The packed model is written by one rank, which has the indices of one tensor at a time sent to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from edkm.core import sharded
+from edkm.core.assign import Frozen, Later, round_lut
+from edkm.core.op import choose_backend
+from edkm.core.sharded import Rows
+from edkm.train.layer import Clustering, Shard
+from edkm.train.prepare import clusterings, unclustered
+
+
+def shard_model(model: nn.Module, group: ProcessGroup | None = None) -> None:
+    """Apply FSDP2 to a model in place: each decoder layer is gathered when it runs, the rest stays gathered within a pass.
+
+    Decoder layers are the modules that the model names in `_no_split_modules`, as transformers' models do.
+    """
+    mesh = None if group is None else dist.DeviceMesh.from_group(group, "cuda" if torch.cuda.is_available() else "cpu")
+    wholes = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in wholes and module is not model:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def distribute(model: nn.Module, group: ProcessGroup | None = None) -> None:
+    """Share the clustering of a prepared model over the ranks of a process group, in place.
+
+    Call it on all ranks after the model was wrapped (`fully_shard`, `DistributedDataParallel`) or placed, before training. Rank 0's
+    centroids count for all.
+
+    Args:
+        model: prepared by `edkm.prepare`.
+        group: of torch.distributed; None for all ranks. With `fully_shard` its own group.
+
+    Raises:
+        ValueError: no process group, a model that is not prepared, a weight that is sharded in a way other than by rows.
+
+    Cost:
+        Each rank reads its own rows; per weight and iteration one all-reduce of `g k (d + 1)` numbers, and with `unique` one of 65,536.
+    """
+    if not dist.is_initialized():
+        raise ValueError("distribute: there is no process group. Start with torchrun, or call torch.distributed.init_process_group.")
+    found = clusterings(model)
+    if not found:
+        raise ValueError("model: nothing in it is clustered. Call edkm.prepare first.")
+    for name, weight, clustering in found:
+        mesh = _mesh_group(name, weight) if isinstance(weight, DTensor) else group
+        with torch.no_grad():
+            for buffer in clustering.buffers():
+                dist.broadcast(buffer, _first(mesh), group=mesh)
+        backend = _same_backend(weight, clustering, mesh)
+        rows = partial(_rows, weight, mesh)
+        clustering.share(Shard(weight, rows, partial(_add_up, group=mesh), backend, isinstance(weight, DTensor)))
+
+
+def check_same_centroids(model: nn.Module, group: ProcessGroup | None = None) -> None:
+    """Raises ValueError, on all ranks, naming a tensor whose clustering is not the same on all ranks to the bit."""
+    found = clusterings(model)
+    sums = torch.stack([torch.stack([_checksum(b) for b in c.buffers()]).sum() for *_, c in found])
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+    different = (low != high).nonzero().flatten().tolist()
+    if different:
+        raise ValueError(
+            f"{found[different[0]][0]}: the ranks hold different centroids ({len(different)} of {len(found)} tensors). Call "
+            "edkm.distribute after wrapping the model and before training, and resume from a checkpoint before this."
+        )
+
+
+def _checksum(x: Tensor) -> Tensor:
+    """Of the bytes and their places; int64."""
+    words = x.detach().reshape(-1).view(torch.uint8).long()
+    return (words * (torch.arange(len(words), device=x.device) * 0x9E3779B97F4A7C1 + 1)).sum()
+
+
+def save(
+    model: nn.Module, write: Callable[[Mapping[str, Frozen | Later], dict[str, Tensor]], None], group: ProcessGroup | None = None
+) -> None:
+    """Write a prepared model from rank 0, which never holds more than one clustered tensor; call it on all ranks.
+
+    Args:
+        write: called on rank 0 with the clustered tensors, whose indices come when they are asked for, and all others.
+
+    Raises:
+        ValueError: the ranks' centroids differ.
+
+    Cost:
+        Two passes over the weights; on rank 0 one byte for each weight of the largest tensor.
+    """
+    check_same_centroids(model, group)
+    found = clusterings(model)
+    # Errors and whole small tensors first, in the same order on all ranks; a tensor that `write` does not ask for is not sent.
+    later = {name: _announce(number, weight, clustering, found, group) for number, (name, weight, clustering) in enumerate(found)}
+    dense = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in unclustered(model).items()}
+    if dist.get_rank(group) == 0:
+        try:
+            write(later, dense)
+        finally:
+            _request(-1, found[0][1], group)
+    else:
+        while (number := _request(0, found[0][1], group)) >= 0:
+            _send_indices(found[number][1], found[number][2], group)
+
+
+def _announce(number: int, weight: Tensor, clustering: Clustering, found: list, group: ProcessGroup | None) -> Later:
+    lut = round_lut(clustering.centroids)
+    _, error = _freeze(weight, clustering, group)
+
+    def ask() -> Tensor:
+        _request(number, found[0][1], group)
+        indices = _send_indices(weight, clustering, group)
+        assert indices is not None
+        return indices
+
+    return Later(lut.cpu(), tuple(weight.shape), error, ask)
+
+
+def _request(number: int, like: Tensor, group: ProcessGroup | None) -> int:
+    """Rank 0's number, on all ranks."""
+    message = torch.tensor([number], dtype=torch.int64, device=like.device)
+    dist.broadcast(message, _first(group), group=group)
+    return int(message)
+
+
+def _freeze(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> tuple[Tensor, float]:
+    return sharded.freeze(_rows(weight, group), round_lut(clustering.centroids), partial(_add_up, group=group))
+
+
+def _send_indices(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> Tensor | None:
+    """The indices of the whole weight on rank 0, None elsewhere."""
+    mine, _ = _freeze(weight, clustering, group)
+    vectors, cols = weight.shape[0] // clustering.config.dim, mine.shape[1]
+    world = dist.get_world_size(group)
+    counts = mine.new_zeros(world, dtype=torch.int64)
+    counts[dist.get_rank(group)] = len(mine)
+    sizes = _add_up(counts, group=group).tolist()
+    padded = mine.new_zeros(max(sizes), cols)
+    padded[: len(mine)] = mine
+    boxes = [torch.empty_like(padded) for _ in sizes] if dist.get_rank(group) == 0 else None
+    dist.gather(padded, boxes, _first(group), group=group)
+    if boxes is None:
+        return None
+    whole = torch.cat([box[:size] for box, size in zip(boxes, sizes, strict=True)])
+    assert len(whole) == vectors
+    return whole.cpu()
+
+
+def _rows(weight: Tensor, group: ProcessGroup | None) -> Rows:
+    """This rank's rows; `fully_shard` cuts as `torch.chunk` does, and so do we."""
+    total, rank, world = weight.shape[0], dist.get_rank(group), dist.get_world_size(group)
+    size = -(-total // world)
+    start = min(rank * size, total)
+    local = weight.detach().to_local() if isinstance(weight, DTensor) else weight.detach()[start : start + size]
+    return Rows(local.reshape(len(local), weight.shape[1:].numel()), start, total)
+
+
+def _add_up(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum over the ranks, in place. Each number is added up on one rank and sent to the others: all have the same bits."""
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _first(group: ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_global_rank(group, 0)
+
+
+def _mesh_group(name: str, weight: DTensor) -> ProcessGroup:
+    placements = weight.placements
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        raise ValueError(
+            f"{name}: clustering needs a weight sharded by rows over one group of ranks, got {placements}. Use fully_shard with a "
+            "one-dimensional mesh, or skip the tensor."
+        )
+    return weight.device_mesh.get_group()
+
+
+def _same_backend(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> str:
+    """Rank 0's choice, so that all ranks round alike."""
+    groups, k, d = clustering.centroids.shape
+    choice: list[Any] = [clustering.backend]
+    if choice[0] == "auto":
+        rows = _rows(weight, group)
+        here = max(1, len(rows.values) * groups // rows.total)
+        choice[0] = choose_backend(rows.values, here, k, d, torch.bfloat16)[0]
+    dist.broadcast_object_list(choice, _first(group), group=group)
+    return choice[0]

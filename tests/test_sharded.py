@@ -1,0 +1,136 @@
+"""Centroids from rows that lie on several ranks: the same as from the whole weight, for any cut. Threads stand for ranks."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edkm.core import op, sharded
+from edkm.core.assign import assign, round_lut
+from edkm.core.sharded import Rows
+
+
+class Ranks:
+    """Runs a function as several ranks, each in a thread, with a `reduce` that adds up."""
+
+    def __init__(self, world):
+        self.world, self.results, self.errors = world, [None] * world, [None] * world
+        self.boxes, self.barrier = [None] * world, threading.Barrier(world, timeout=30)
+
+    def run(self, function):
+        def one(rank):
+            def reduce(x):
+                self.boxes[rank] = x.clone()
+                self.barrier.wait()
+                shapes = {tuple(box.shape) for box in self.boxes}
+                total = torch.stack(self.boxes).sum(0)
+                self.barrier.wait()
+                assert len(shapes) == 1
+                return total
+
+            try:
+                self.results[rank] = function(rank, reduce)
+            except Exception as error:
+                self.errors[rank] = error
+
+        threads = [threading.Thread(target=one, args=(r,)) for r in range(self.world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return self.results
+
+
+def cut(weight, edges):
+    ends = [0, *sorted(edges), len(weight)]
+    return [Rows(weight[a:b], a, len(weight)) for a, b in zip(ends, ends[1:])]
+
+
+def problem(rows=24, cols=10, groups=3, k=4, d=1, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, cols, generator=generator, dtype=torch.float64).to(dtype)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    centroids = torch.randn(groups, k, d, generator=generator, dtype=torch.float64).to(compute).sort(1).values
+    importance = torch.rand(rows, cols, generator=generator, dtype=torch.float64).to(compute)
+    return weight, importance, centroids, torch.full((groups,), 0.3, dtype=compute)
+
+
+def both(weight, importance, centroids, tau, edges, backend, round_to=None, iters=3):
+    """Solutions of the whole weight and of every rank."""
+    whole = op.find(weight, importance, centroids, tau, iters, 0.0, round_to, backend)
+    pieces = cut(weight, edges)
+    ranks = Ranks(len(pieces))
+    ranks.run(lambda rank, reduce: sharded.find(pieces[rank], importance, centroids, tau, iters, round_to, backend, reduce))
+    assert ranks.errors == [None] * len(pieces)
+    return whole, ranks.results
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 24), min_size=1, max_size=5), st.sampled_from([(1, 1), (3, 1), (24, 1), (3, 2), (1, 8), (3, 4)]), st.booleans())
+def test_any_cut_gives_the_same_centroids_and_gradients(edges, grid, with_importance):
+    groups, d = grid
+    weight, importance, centroids, tau = problem(groups=groups, d=d)
+    importance = importance if with_importance else None
+    whole, ranks = both(weight, importance, centroids, tau, edges, "fused")
+    grad = torch.randn_like(weight)
+    for solution in ranks:
+        assert torch.equal(solution.trajectory, ranks[0].trajectory)
+        torch.testing.assert_close(solution.trajectory, whole.trajectory, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(solution.decode(weight), whole.decode(weight), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(solution.adjoint(grad, weight), whole.adjoint(grad, weight), rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 24), min_size=1, max_size=4), st.sampled_from([1, 3, 24]))
+def test_unique_of_shards_is_unique_of_the_whole(edges, groups):
+    weight, importance, centroids, tau = problem(cols=40, groups=groups, dtype=torch.float32)
+    whole, ranks = both(weight, importance, centroids, tau, edges, "unique", torch.bfloat16)
+    grad = torch.randn_like(weight)
+    for solution in ranks:
+        assert torch.equal(solution.trajectory, ranks[0].trajectory)
+        torch.testing.assert_close(solution.trajectory, whole.trajectory, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(solution.decode(weight), whole.decode(weight), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(solution.adjoint(grad, weight), whole.adjoint(grad, weight), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 24), min_size=1, max_size=5), st.sampled_from([(1, 1), (3, 1), (24, 1), (3, 2), (1, 8), (3, 4)]))
+def test_frozen_shards_one_after_another_are_the_frozen_whole(edges, grid):
+    groups, d = grid
+    weight, _, centroids, _ = problem(groups=groups, d=d)
+    lut, pieces = round_lut(centroids), cut(weight, edges)
+    ranks = Ranks(len(pieces))
+    ranks.run(lambda rank, reduce: sharded.freeze(pieces[rank], lut, reduce))
+    assert ranks.errors == [None] * len(pieces)
+    assert torch.equal(torch.cat([indices for indices, _ in ranks.results]), assign(weight, lut))
+    errors = {error for _, error in ranks.results}
+    assert len(errors) == 1 and 0 < errors.pop() < 10
+
+
+@pytest.mark.parametrize("backend", ["unique", "fused"])
+def test_a_weight_that_is_not_finite_on_one_rank_is_refused_on_all(backend):
+    weight, importance, centroids, tau = problem(dtype=torch.float32)
+    weight[20, 3] = torch.nan
+    pieces = cut(weight, [8, 16])
+    ranks = Ranks(3)
+    ranks.run(lambda rank, reduce: sharded.find(pieces[rank], importance, centroids, tau, 1, torch.bfloat16, backend, reduce))
+    assert [type(error) for error in ranks.errors] == [ValueError] * 3
+    assert all("NaN or infinite" in str(error) for error in ranks.errors)
+
+
+def test_no_rank_reads_a_row_of_another():
+    """Rows are all that a rank is given, and only sums of the size of the centroids (and of all 16-bit values) travel."""
+    weight, importance, centroids, tau = problem(rows=64, cols=64, groups=4, dtype=torch.float32)
+    pieces, sizes = cut(weight, [10, 40]), []
+
+    def one(rank, reduce):
+        def watched(x):
+            sizes.append(x.numel())
+            return reduce(x)
+
+        return sharded.find(pieces[rank], importance, centroids, tau, 2, torch.bfloat16, "unique", watched)
+
+    Ranks(3).run(one)
+    assert set(sizes) == {centroids.numel() * 2, 1 << 16}
