@@ -98,7 +98,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
 
 
 def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer._Stop, "on_step_begin", lambda self, args, state, control, **kw: setattr(self, "asked", True))
+    monkeypatch.setattr(trainer._Stop, "on_step_begin", lambda self, args, state, control, **kw: setattr(self, "asked_at", 0.0))
     out = tmp_path / "out"
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 130
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 1

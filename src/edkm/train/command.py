@@ -18,7 +18,9 @@ TEXT = """Fine-tune a model while clustering its weights, and write the packed m
 
 MODEL is a checkpoint directory, a .gguf file or a hub id. FILE is instruction data in Alpaca form (JSON or
 JSONL with instruction, input, output; the loss is on the output) or plain text. Ctrl-C finishes the step and
-saves; the same command with --resume goes on to the same result."""
+saves; the same command with --resume goes on to the same result.
+
+Several GPUs: torchrun --nproc-per-node N -m edkm compress ...; --batch is then per GPU."""
 
 CALIBRATION_BLOCKS = 8
 
@@ -66,6 +68,8 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
     how.add_argument("--block-tokens", type=int, default=512, metavar="N", help="tokens of a training block (512)")
     how.add_argument("--batch", type=int, default=2, metavar="N", help="blocks of a micro-batch (2)")
     how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (1)")
+    how.add_argument("--fsdp", action="store_true", help="under torchrun: shard the model over the ranks (FSDP2; else DDP)")
+    how.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="seconds that ranks wait for each other (1800)")
     how.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     how.add_argument(
         "--precision",
@@ -87,6 +91,13 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
 def run(args: argparse.Namespace) -> int:
     """Run `edkm compress`; returns the exit code."""
     _check_numbers(args)
+    from . import ranks
+
+    with ranks.session(args.timeout), ranks.naming_the_lost("Start again."):
+        return _run(args)
+
+
+def _check_directories(args: argparse.Namespace) -> None:
     work = args.out / "training"
     if args.resume and not (work / "run.json").is_file():
         raise ValueError(f"{args.out}: there is no interrupted run to resume. Start without --resume.")
@@ -94,6 +105,12 @@ def run(args: argparse.Namespace) -> int:
         if not args.overwrite and (work / "run.json").is_file():
             raise ValueError(f"{args.out}: holds an interrupted run. Go on with --resume, or start again with --overwrite.")
         check_output(args.out, overwrite=args.overwrite)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from . import ranks
+
+    ranks.on_first(lambda: _check_directories(args))
     from ..config import ClusterConfig
     from ..models import load_model
     from .data import load_blocks
@@ -101,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     data_hash = hashlib.sha256(args.data.read_bytes()).hexdigest() if args.data.is_file() else ""
     model, tokenizer = load_model(args.model)
     blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens)
-    steps = _steps(args, len(blocks))
+    steps = _steps(args, len(blocks), ranks.world())
     config = ClusterConfig(
         bits=args.bits,
         dim=args.dim,
@@ -115,13 +132,16 @@ def run(args: argparse.Namespace) -> int:
     )
     print(
         f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
-        f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate} blocks"
+        f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks"
     )
     if args.dry_run:
         return _dry_run(model, config, args)
     settings = _settings(args, steps)
+    # Not how the work is shared out: another number of ranks may go on.
+    parts = ("batch", "accumulate", "fsdp")
     identity = {
-        **vars(settings),
+        **{key: value for key, value in vars(settings).items() if key not in parts},
+        "blocks_per_step": settings.blocks_per_step,
         "config": config.to_json(),
         "data": data_hash,
         "block_tokens": args.block_tokens,
@@ -131,14 +151,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int:
+    from . import ranks
     from .prepare import prepare
     from .trainer import check_same_run, remember_run, resolve_precision, train
 
     work = args.out / "training"
     if args.resume:
         check_same_run(work, identity)
-    elif work.exists():
-        shutil.rmtree(work)
+    else:
+        ranks.on_first(lambda: shutil.rmtree(work) if work.exists() else None)
     began = time.perf_counter()
     importance = calibrate_on(model, blocks)
     report = prepare(model, config, importance=importance, backend=args.backend)
@@ -150,7 +171,7 @@ def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int
         if len(entry.shape) > 1:
             print(f"  {entry.name}: left alone, {entry.note}")
     if settings.steps:
-        remember_run(work, identity)
+        ranks.on_first(lambda: remember_run(work, identity))
         print(
             f"training: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}",
             flush=True,
@@ -164,7 +185,7 @@ def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int
             return 130
         print(f"trained {settings.steps} steps in {result.seconds:.0f} s; last loss {result.losses[-1][1]:.3f}")
     write(args.out, model, tokenizer, config)
-    shutil.rmtree(work, ignore_errors=True)
+    ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))
     from ..compressed.checkpoint import summary
 
     totals = summary(args.out)
@@ -188,18 +209,21 @@ def calibrate_on(model: Any, blocks: Any) -> dict[str, Any]:
 def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
     """Freeze a prepared model and write the packed directory."""
     from ..compressed import hf
+    from . import ranks
     from .prepare import freeze, unclustered
 
     model.config.use_cache = True
-    hf.save_pretrained(
-        out,
-        freeze(model),
-        unclustered(model),
-        config.to_json(),
-        model.config,
-        tokenizer=tokenizer,
-        generation_config=getattr(model, "generation_config", None),
-    )
+    generation_config = getattr(model, "generation_config", None)
+
+    def save(frozen: Any, dense: Any) -> None:
+        hf.save_pretrained(out, frozen, dense, config.to_json(), model.config, tokenizer, generation_config)
+
+    if ranks.world() == 1:
+        save(freeze(model), unclustered(model))
+        return
+    from .shard import save as save_shards
+
+    save_shards(model, save)
 
 
 def _dry_run(model: Any, config: Any, args: argparse.Namespace) -> int:
@@ -246,11 +270,10 @@ def check_output(directory: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{directory}: is not empty; name another directory or add --overwrite")
 
 
-def _steps(args: argparse.Namespace, blocks: int) -> int:
+def _steps(args: argparse.Namespace, blocks: int, learners: int) -> int:
     if args.steps is not None:
         return args.steps
-    batches = math.ceil(blocks / args.batch)
-    return max(1, math.ceil(batches / args.accumulate * (1 if args.epochs is None else args.epochs)))
+    return max(1, math.ceil(blocks / (args.batch * args.accumulate * learners) * (1 if args.epochs is None else args.epochs)))
 
 
 def _settings(args: argparse.Namespace, steps: int):
@@ -265,6 +288,7 @@ def _settings(args: argparse.Namespace, steps: int):
         precision=args.precision,
         seed=args.seed,
         save_every=args.save_every,
+        fsdp=args.fsdp,
     )
 
 
@@ -274,7 +298,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')}: at least {low}, got {value}.")
-    for name in ("lr", "epochs"):
+    for name in ("lr", "epochs", "timeout"):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf):
             raise ValueError(f"--{name}: a positive number, got {value}.")

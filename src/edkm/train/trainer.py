@@ -1,7 +1,8 @@
 """Training with transformers' Trainer: the only file that imports it.
 
-A prepared model trains like any other; what this file adds is a checkpoint that holds all clustering state, Ctrl-C that finishes the
-step and saves, and a precision chosen by what the machine does fast.
+A prepared model trains like any other; what this file adds is a checkpoint that holds all clustering state and can be resumed by
+another number of ranks, Ctrl-C that finishes the step and saves, an order of the data that does not depend on the number of ranks,
+and a precision chosen by what the machine does fast. Under torchrun ranks share the work by DDP, or by FSDP2.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,19 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-_STATE = "edkm_state.pt"
+from edkm.train import ranks
+from edkm.train.prepare import clusterings
+
+_STATE, _SCHEDULE = "state", "schedule.pt"
+# The terminal and torchrun both pass a Ctrl-C on: twice within this many seconds is once.
+_SAME_PRESS_S = 2.0
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train. `batch` blocks make a micro-batch, `accumulate` micro-batches a step.
+    """How to train. `batch` blocks make a rank's micro-batch, `accumulate` micro-batches of all ranks a step.
 
     `precision`: `bf16` autocast, `fp32`, or `auto` (see `resolve_precision`). `save_every`: steps between checkpoints, 0 for none.
+    `fsdp`: shard weights, gradients and optimizer over the ranks instead of repeating them.
     """
 
     steps: int
@@ -39,6 +49,11 @@ class TrainSettings:
     precision: str = "auto"
     seed: int = 0
     save_every: int = 0
+    fsdp: bool = False
+
+    @property
+    def blocks_per_step(self) -> int:
+        return self.batch * self.accumulate * ranks.world()
 
 
 @dataclass(frozen=True)
@@ -74,22 +89,40 @@ def train(model: nn.Module, blocks: Any, settings: TrainSettings, work: Path, *,
         resume: go on from the last checkpoint in `work`.
 
     Raises:
-        ValueError: `resume` without a checkpoint.
+        ValueError: `resume` without a checkpoint, `fsdp` without other ranks.
+        RankError: another rank died or failed.
     """
-    checkpoint = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
+    checkpoint = _last_checkpoint(work) if resume else None
     if resume and checkpoint is None:
         raise ValueError(f"{work}: there is no checkpoint to resume from. Start without --resume.")
     if settings.checkpointing:
         # Renamed in transformers 5.2x, where the old name warns.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    trainer = _Trainer(model=model, args=_arguments(settings, work), train_dataset=blocks)
+    arguments = _arguments(settings, work)
+    if settings.fsdp:
+        if ranks.world() == 1:
+            raise ValueError("--fsdp: there is one process and nothing to shard over. Start with torchrun --nproc-per-node N.")
+        from edkm.train.shard import shard_model
+
+        shard_model(model.to(arguments.device))
+    order = _Order(blocks, settings.steps * settings.blocks_per_step, settings.seed)
+    trainer = _Trainer(model=model, args=arguments, train_dataset=order)
     began = time.perf_counter()
-    with _stop_on_signal(trainer) as stop:
+    remedy = (
+        "The same command with --resume goes on from the last checkpoint." if settings.save_every else "Start again; --save-every helps."
+    )
+    with _stop_on_signal(trainer) as stop, ranks.naming_the_lost(remedy):
         trainer.train(resume_from_checkpoint=checkpoint)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     done = trainer.state.global_step
-    return TrainResult(done, time.perf_counter() - began, losses, stop.asked and done < settings.steps)
+    return TrainResult(done, time.perf_counter() - began, losses, stop.stopped and done < settings.steps)
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The last that is whole: the trainer's state is written last."""
+    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
 
 
 def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
@@ -109,6 +142,8 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
         bf16=resolve_precision(settings.precision) == "bf16",
         use_cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         seed=settings.seed,
         logging_steps=max(1, settings.steps // 20),
         save_strategy="steps" if settings.save_every else "no",
@@ -119,28 +154,92 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
     )
 
 
-class _Trainer(transformers.Trainer):
-    """Checkpoints are the plain state dict: `save_pretrained` knows nothing of clustering buffers."""
+class _Order(Dataset):
+    """`length` blocks in the order of training: each permutation of the data is used up before the next.
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        directory = Path(output_dir or self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        torch.save(self.model.state_dict(), directory / _STATE)
+    Cut into steps from front to back, whatever number of ranks shares a step.
+    """
+
+    def __init__(self, blocks: Any, length: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        passes = -(-length // len(blocks))
+        self.blocks = blocks
+        self.order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(passes)])[:length]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.blocks[int(self.order[index])]
+
+
+class _Trainer(transformers.Trainer):
+    """Checkpoints are written and read by torch.distributed.checkpoint, sharded or not: `save_pretrained` knows nothing of clustering
+    buffers, and any number of ranks can read what any other number wrote."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sharded = any(hasattr(p, "full_tensor") for p in self.model.parameters())
+        if self.sharded:
+            # The model is sharded already; to accelerate it looks like one that DDP should wrap.
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, **rest: prepare(model, **{**rest, "evaluation_mode": True})
+        if ranks.world() > 1 and clusterings(self.model):
+            self.add_callback(_Distribute())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Everything is saved with the optimizer."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = torch.load(Path(resume_from_checkpoint) / _STATE, map_location="cpu", weights_only=True)
-        (model or self.model).load_state_dict(state)
+        """Everything is loaded with the optimizer."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        model, optimizer = get_state_dict(self.model, self.optimizer.optimizer)
+        with _alone_is_fine():
+            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=Path(output_dir) / _STATE)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        model, optimizer = get_state_dict(self.model, self.optimizer.optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        with _alone_is_fine():
+            dcp.load(state, checkpoint_id=Path(checkpoint) / _STATE)
+        set_state_dict(self.model, self.optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+class _Distribute(TrainerCallback):
+    """Shares the clustering over the ranks once the model is where it trains."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        from edkm.train.shard import distribute
+
+        distribute(model)
 
 
 class _Stop(TrainerCallback):
-    """Ends training after the step at hand, with a checkpoint."""
+    """Ends training after the step at hand, with a checkpoint; on all ranks after the same step."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked_at: float | None = None
+        self.stopped = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
-            control.should_save = control.should_training_stop = True
+        if ranks.any_of_them(self.asked_at is not None):
+            self.stopped = control.should_save = control.should_training_stop = True
 
 
 @contextmanager
@@ -150,10 +249,12 @@ def _stop_on_signal(trainer: _Trainer) -> Iterator[_Stop]:
     trainer.add_callback(stop)
 
     def ask(number: int, frame: Any) -> None:
-        if stop.asked:
+        now = time.monotonic()
+        if stop.asked_at is None:
+            stop.asked_at = now
+            print("\nedkm: finishing this step, then saving; Ctrl-C again stops at once", flush=True)
+        elif ranks.world() == 1 or now - stop.asked_at > _SAME_PRESS_S:
             raise KeyboardInterrupt
-        stop.asked = True
-        print("\nedkm: finishing this step, then saving; Ctrl-C again stops at once", flush=True)
 
     try:
         before = signal.signal(signal.SIGINT, ask)

@@ -1,0 +1,204 @@
+"""The processes of a run started with torchrun: who is who, what one does for all, and which one failed.
+
+When a rank dies, some others learn of it as a broken connection, which names nobody, and the rest wait for those. So every rank has
+a thread that listens at the store where the ranks met. The first rank that fails calls the roll there; the threads answer, even
+where the main thread waits for a collective, and whoever does not answer has died. All ranks then end with that verdict.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# How long a failing rank waits for the others to answer, how often they listen, and how long a main thread has to end by itself.
+_PATIENCE = timedelta(seconds=10)
+_POLL_S = 0.5
+_GRACE_S = 3.0
+_over = threading.Event()
+
+
+class RankError(ConnectionError):
+    """Another rank failed; the message names it."""
+
+
+class _Terminated(BaseException):
+    """SIGTERM: torchrun ends the other ranks so when one has died."""
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def start(timeout_s: float) -> None:
+    """Join the process group that torchrun set up, if it did; ranks but the first print nothing from now on."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+
+@contextmanager
+def session(timeout_s: float) -> Iterator[None]:
+    """`start`, listen for ranks that fail, and leave the process group at the end: a rank that exits with it open may abort."""
+    start(timeout_s)
+    if world() == 1:
+        yield
+        return
+    listener = threading.Thread(target=_listen, args=(rank(),), daemon=True)
+    listener.start()
+    try:
+        yield
+        dist.barrier()
+    finally:
+        _over.set()
+        dist.destroy_process_group()
+
+
+def on_first(work: Callable[[], Any]) -> None:
+    """Run `work` on rank 0 while the others wait.
+
+    Raises:
+        ValueError: on all ranks, if it raised ValueError or OSError on rank 0.
+    """
+    if world() == 1:
+        work()
+        return
+    message: list[str | None] = [None]
+    if rank() == 0:
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            message = [str(error) or type(error).__name__]
+    dist.broadcast_object_list(message, 0)
+    if message[0] is not None:
+        raise ValueError(message[0])
+
+
+def any_of_them(flag: bool) -> bool:
+    """Whether it is set on any rank."""
+    if world() == 1:
+        return flag
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total)
+    return bool(total > 0)
+
+
+@contextmanager
+def naming_the_lost(remedy: str) -> Iterator[None]:
+    """Turn a failure within the block into one that says which rank failed.
+
+    Raises:
+        RankError: another rank died, or failed first; `remedy` ends the message.
+    """
+    if world() == 1:
+        yield
+        return
+    before = _on_terminate(_raise_terminated)
+    try:
+        yield
+    except RankError:
+        raise
+    except (Exception, _Terminated) as error:
+        _on_terminate(signal.SIG_IGN)
+        other = _roll_call(error, remedy)
+        if other is not None:
+            raise other from error
+        if isinstance(error, _Terminated):
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
+    finally:
+        _on_terminate(before)
+
+
+def _on_terminate(handler: Any) -> Any:
+    try:
+        return signal.signal(signal.SIGTERM, handler if handler is not None else signal.SIG_DFL)
+    except ValueError:  # not the main thread
+        return None
+
+
+def _raise_terminated(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def _store() -> dist.Store:
+    """A connection of its own to where the ranks met: the default one may be busy waiting."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_PATIENCE)
+    return dist.PrefixStore("edkm/failed", store)
+
+
+def _listen(me: int) -> None:
+    """Answer a roll call, and end this rank if its main thread does not do so itself."""
+    try:
+        store = _store()
+        while not store.check(["call"]):
+            if _over.wait(_POLL_S):
+                return
+        store.set(f"here {me}", "")
+        verdict = _read_verdict(store, me)
+    except (RuntimeError, OSError):  # rank 0, where the store lives, is gone; the main thread learns of it too
+        return
+    if not _over.wait(_GRACE_S):
+        print(f"edkm: error: {verdict}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _read_verdict(store: dist.Store, me: int) -> str:
+    store.wait(["verdict"], 2 * _PATIENCE)
+    verdict = store.get("verdict").decode()
+    store.set(f"done {me}", "")
+    return verdict
+
+
+def _roll_call(error: BaseException, remedy: str) -> RankError | None:
+    """Who failed, if it was another rank."""
+    me, everyone = rank(), world()
+    _over.set()
+    others = [r for r in range(everyone) if r != me]
+    try:
+        store = _store()
+        store.set(f"here {me}", "")
+        if store.add("turn", 1) > 1:
+            return RankError(_read_verdict(store, me))
+        store.set("call", "")
+        deadline = time.monotonic() + _PATIENCE.total_seconds()
+        lost = [r for r in others if not _appears(store, f"here {r}", deadline)]
+        said = f"rank {me} of {everyone} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}."
+        if lost:
+            said = f"rank {', '.join(map(str, lost))} of {everyone} has died or does not answer."
+        store.set("verdict", f"{said} {remedy}")
+        # The store may live in this process: stay until everyone has read.
+        deadline = time.monotonic() + _PATIENCE.total_seconds()
+        for r in others:
+            if r not in lost:
+                _appears(store, f"done {r}", deadline)
+        return RankError(f"{said} {remedy}") if lost else None
+    except (RuntimeError, OSError):
+        return RankError(f"rank 0 of {everyone} has died or does not answer. {remedy}")
+
+
+def _appears(store: dist.Store, key: str, deadline: float) -> bool:
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

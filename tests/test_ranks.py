@@ -1,0 +1,121 @@
+"""`edkm compress` on several ranks (gloo): the same result as one process, resumed by another number of ranks, and a rank that dies."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from edkm.compressed.checkpoint import read
+
+RECORDS = [{"instruction": f"question {i} fox", "output": f"the answer {i} is a quick dog over {i * i} lazy foxes"} for i in range(60)]
+# The 8-bit tables of a vocabulary this small have centroids next to nothing, where rounding errors are all that moves them.
+SETTINGS = ["--lr", "1e-3", "--block-tokens", "64", "--seed", "3", "--precision", "fp32", "--anneal", "1", "--embedding-bits", "0"]
+
+
+class Run:
+    """`edkm compress` as `ranks` processes, each with its output in a file."""
+
+    def __init__(self, tiny_dir, folder, out, ranks, *options, steps=6):
+        (folder / "train.json").write_text(json.dumps(RECORDS))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        name = f"{out.name}-{time.monotonic_ns()}"
+        self.logs = [folder / f"{name}-{rank}.log" for rank in range(ranks)]
+        command = [sys.executable, "-m", "edkm", "compress", str(tiny_dir), "--data", str(folder / "train.json"), "--out", str(out)]
+        command += ["--steps", str(steps), "--batch", str(4 // ranks), *SETTINGS, *options]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            env = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
+            with log.open("w") as output:
+                self.processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
+
+    def wait(self):
+        """Exit codes."""
+        return [process.wait(timeout=240) for process in self.processes]
+
+    def text(self, rank=0):
+        return self.logs[rank].read_text()
+
+    def losses(self):
+        return [float(loss) for loss in re.findall(r"'loss': '([0-9.]+)'", self.text())]
+
+    def finish(self):
+        codes = self.wait()
+        assert codes == [0] * len(codes), self.text()[-3000:]
+        return self
+
+
+def assert_same_model(one, other):
+    a, b = read(one), read(other)
+    assert a.frozen.keys() == b.frozen.keys() and a.dense.keys() == b.dense.keys()
+    weights = sum(f.indices.numel() for f in a.frozen.values())
+    different = sum(int((a.frozen[name].indices != b.frozen[name].indices).sum()) for name in a.frozen)
+    assert different <= 1e-3 * weights
+    for name in a.frozen:
+        torch.testing.assert_close(a.frozen[name].lut.float(), b.frozen[name].lut.float(), rtol=2e-3, atol=1e-4)
+    for name in a.dense:
+        torch.testing.assert_close(a.dense[name], b.dense[name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_dir, tmp_path_factory):
+    """The run of one process, and the directory it wrote."""
+    folder = tmp_path_factory.mktemp("alone")
+    return Run(tiny_dir, folder, folder / "out", 1).finish(), folder / "out"
+
+
+@pytest.mark.parametrize(("ranks", "options"), [(2, []), (2, ["--fsdp"]), (4, ["--fsdp", "--backend", "fused"])])
+def test_ranks_make_the_model_of_one_process(alone, tiny_dir, tmp_path, ranks, options):
+    run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options).finish()
+    assert len(run.losses()) == 6
+    assert run.losses() == pytest.approx(alone[0].losses(), abs=2e-3)
+    assert_same_model(alone[1], tmp_path / "out")
+    # One rank speaks for all, and nothing of the run is left behind.
+    assert "clustered" not in run.text(1) and not (tmp_path / "out" / "training").exists()
+
+
+def wait_for(path, run):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline and run.processes[0].poll() is None, run.text()[-3000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("first", "then"), [((2, "--fsdp"), (4, "--fsdp")), ((4,), (1,))])
+def test_a_rank_that_dies_is_named_and_the_rest_goes_on_with_other_ranks(alone, tiny_dir, tmp_path, first, then):
+    ranks, *options = first
+    run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options, "--save-every", "2")
+    # Written when the checkpoint is whole.
+    wait_for(tmp_path / "out" / "training" / "checkpoint-2" / "trainer_state.json", run)
+    run.processes[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    codes = run.wait()
+    assert time.monotonic() - began < 60
+    assert codes == [-signal.SIGKILL if rank == 1 else 1 for rank in range(ranks)]
+    for rank in range(ranks):
+        if rank != 1:
+            assert f"edkm: error: rank 1 of {ranks} has died" in run.text(rank) and "--resume" in run.text(rank)
+    ranks, *options = then
+    resumed = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options, "--save-every", "2", "--resume").finish()
+    assert 0 < len(resumed.losses()) <= 4
+    assert resumed.losses() == pytest.approx(alone[0].losses()[-len(resumed.losses()) :], abs=2e-3)
+    assert_same_model(alone[1], tmp_path / "out")
+
+
+def test_an_error_on_one_rank_is_told_to_all(tiny_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    run = Run(tiny_dir, tmp_path, tmp_path / "out", 2)
+    assert run.wait() == [1, 1]
+    for rank in range(2):
+        assert "is not empty; name another directory or add --overwrite" in run.text(rank)
