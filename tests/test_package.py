@@ -50,14 +50,16 @@ def test_public_names():
         "calibrate",
         "choose_backend",
         "cluster",
+        "distribute",
         "freeze",
         "initial_centroids",
+        "offload",
         "prepare",
         "soft_weights",
     ]
     for name in edkm.__all__:
         assert getattr(edkm, name) is not None
-    assert set(edkm._HOME) | {"__version__"} == set(edkm.__all__)
+    assert set(edkm._HOME) | {"__version__", "offload"} == set(edkm.__all__)
     with pytest.raises(AttributeError, match="module 'edkm' has no attribute 'clutser'"):
         edkm.clutser  # noqa: B018
 
@@ -116,6 +118,14 @@ def test_core_imports_torch_and_numpy_alone():
 
 def test_compressed_does_not_import_train():
     refuse(files_of("compressed"), lambda name: within(name, {"edkm.train", "edkm.cli", "edkm.evaluate"}))
+
+
+def test_offload_imports_torch_and_the_core_alone():
+    allowed = {"edkm.offload", "edkm.core", "torch"}
+    refuse(
+        files_of("offload"),
+        lambda name: name != "edkm" and not within(name, allowed) and name.partition(".")[0] not in sys.stdlib_module_names,
+    )
 
 
 def test_train_does_not_import_what_is_above_it():

@@ -100,7 +100,7 @@ def test_a_rank_that_dies_is_named_and_the_rest_goes_on_with_other_ranks(alone, 
     run.processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     codes = run.wait()
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     assert codes == [-signal.SIGKILL if rank == 1 else 1 for rank in range(ranks)]
     for rank in range(ranks):
         if rank != 1:

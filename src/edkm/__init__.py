@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 from edkm._version import __version__
 
 if TYPE_CHECKING:
+    from edkm import offload
     from edkm.config import ClusterConfig
     from edkm.core.centroids import initial_centroids
     from edkm.core.op import choose_backend, cluster
     from edkm.train.calibrate import calibrate
     from edkm.train.layer import soft_weights
     from edkm.train.prepare import freeze, prepare
+    from edkm.train.shard import distribute
 
 # Imported when first used, so that `edkm --help` does not wait for torch.
 _HOME = {
@@ -19,6 +21,7 @@ _HOME = {
     "calibrate": "edkm.train.calibrate",
     "choose_backend": "edkm.core.op",
     "cluster": "edkm.core.op",
+    "distribute": "edkm.train.shard",
     "freeze": "edkm.train.prepare",
     "initial_centroids": "edkm.core.centroids",
     "prepare": "edkm.train.prepare",
@@ -31,14 +34,18 @@ __all__ = [
     "calibrate",
     "choose_backend",
     "cluster",
+    "distribute",
     "freeze",
     "initial_centroids",
+    "offload",
     "prepare",
     "soft_weights",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "offload":
+        return import_module("edkm.offload")
     if name not in _HOME:
         raise AttributeError(f"module 'edkm' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

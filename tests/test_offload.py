@@ -1,0 +1,521 @@
+"""edkm.offload: what shares a copy, what is copied, and that restored tensors are the saved ones."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from edkm.offload import Stats, saved_tensors
+from edkm.offload.marshal import Ledger, Watch
+
+MIB = 1 << 20
+
+
+class Save(torch.autograd.Function):
+    """Saves the tensors it is given; backward leaves in `got` what comes back."""
+
+    got = None
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.save_for_backward(*tensors)
+        return tensors[0].detach().reshape(-1)[:1].sum() * 1.0
+
+    @staticmethod
+    def backward(ctx, _):
+        Save.got = [t.detach() for t in ctx.saved_tensors]
+        return (None,) * len(Save.got)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    Save.got = None
+
+
+def activation(*shape, dtype=torch.float32):
+    """Not a leaf, so that it is copied."""
+    torch.manual_seed(0)
+    return torch.randn(shape, dtype=dtype).requires_grad_().clone()
+
+
+def check(stats, y, expected):
+    """Run backward, compare what was restored, and see everything released."""
+    assert stats.requested_bytes == stats.copied_bytes + sum(stats.avoided_bytes.values())
+    assert stats.kept_bytes == stats.copied_bytes
+    y.backward()
+    for restored, saved in zip(Save.got, expected, strict=True):
+        assert restored.dtype == saved.dtype and restored.shape == saved.shape and restored.stride() == saved.stride()
+        assert torch.equal(restored, saved)
+    assert stats.kept_bytes == 0
+
+
+def save(make, **options):
+    """Mebibytes copied for the tensors that `make` derives from one [1024, 1024] float32 activation of 4 MiB."""
+    x = activation(1024, 1024)
+    with saved_tensors(**options) as stats:
+        tensors = make(x)
+        y = Save.apply(*tensors)
+    check(stats, y, [t.detach().clone() if t.is_contiguous() else t.detach() for t in tensors])
+    return stats.copied_bytes / MIB
+
+
+def copies(n, of=lambda x: x):
+    def make(x):
+        y = x
+        for _ in range(n):
+            y = y.t().contiguous()
+        return of(x), y
+
+    return make
+
+
+# --- marshaling: the paper's Table 1 ---
+
+
+def test_view_costs_nothing_more():
+    def pair(x):
+        return x, x.view(-1, 1)
+
+    assert save(pair, marshal=False) == 8
+    assert save(pair) == 4
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.t(),
+        lambda x: x.view(-1, 1),
+        lambda x: x[3:90],
+        lambda x: x.unsqueeze(1).expand(1024, 2, 1024),
+        lambda x: x.view(torch.int32),
+        lambda x: x[:, ::2],
+        lambda x: x.unfold(0, 4, 2),
+        lambda x: x.detach(),
+    ],
+)
+def test_views_share_the_copy(view):
+    assert save(lambda x: (x, view(x))) == 4
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda x: x.clone(),
+        lambda x: x.t().contiguous(),
+        lambda x: x.t().reshape(-1),
+        lambda x: x.to(torch.float32, copy=True),
+        lambda x: torch.empty_like(x).copy_(x),
+        lambda x: x[:512].clone(),
+        lambda x: x.view(-1, 4).t().contiguous()[1:3],
+        lambda x: x.unsqueeze(1).expand(1024, 2, 1024).contiguous(),
+        lambda x: x[:, 7:300].contiguous(),
+    ],
+)
+def test_copies_are_recipes(copy):
+    assert save(lambda x: (x, copy(x))) == 4
+
+
+@pytest.mark.parametrize(
+    "copy", [lambda x: x.clone(), lambda x: x.t().contiguous(), lambda x: torch.empty_like(x).copy_(x), lambda x: x.t().reshape(-1)]
+)
+def test_recipes_work_in_the_other_direction(copy):
+    assert save(lambda x: (copy(x), x)) == 4
+
+
+def test_an_expanded_copy_serves_its_origin():
+    # The copy of [4, 1024, 1024] is kept; its origin is a quarter of it.
+    assert save(lambda x: (x.expand(4, 1024, 1024).contiguous(), x)) == 16
+
+
+def test_a_part_does_not_serve_the_whole():
+    assert save(lambda x: (x[:512].clone(), x)) == 6
+
+
+def test_four_copies_are_followed_and_five_are_not():
+    assert [save(copies(n)) for n in (1, 3, 4, 5)] == [4, 4, 4, 8]
+    assert save(copies(5), hops=5) == 4
+    assert [save(copies(n), hops=1) for n in (1, 2)] == [4, 8]
+    assert save(copies(1), hops=0) == 8 and save(copies(0, of=lambda x: x.t()), hops=0) == 4
+
+
+def test_views_on_the_way_cost_no_hop():
+    def make(x):
+        y = x
+        for _ in range(4):
+            y = y.view(512, -1).t().t().view(1024, 1024).t().contiguous()
+        return x, y
+
+    assert save(make) == 4
+
+
+def test_intermediate_copies_may_be_gone():
+    def make(x):
+        y = x.t().contiguous()
+        z = y.t().contiguous()
+        del y
+        return x, z
+
+    assert save(make) == 4
+
+
+def test_other_values_share_nothing():
+    assert save(lambda x: (x, x * 1.0)) == 8
+    assert save(lambda x: (x, x.to(torch.bfloat16))) == 6
+    assert save(lambda x: (x, x.detach().roll(1))) == 8
+
+
+def test_changed_in_place_is_another_tensor():
+    x = activation(256, 1024)
+    with saved_tensors() as stats:
+        before, a = x.detach().clone(), Save.apply(x)
+        with torch.no_grad():
+            x.add_(1.0)
+        after, b = x.detach().clone(), Save.apply(x)
+    assert stats.copied_bytes == 2 * MIB
+    for y, expected in ((b, after), (a, before)):
+        y.backward()
+        assert torch.equal(Save.got[0], expected)
+
+
+@pytest.mark.parametrize("write", ["data", "foreach", "out", "copy_", "index"])
+def test_writes_that_version_counters_miss(write):
+    x = activation(16, 16)
+    with saved_tensors():
+        before, a = x.detach().clone(), Save.apply(x)
+        version, data = x._version, x.data
+        if write == "data":
+            data.add_(1.0)
+        elif write == "foreach":
+            torch._foreach_add_([data], 1.0)
+        elif write == "out":
+            torch.add(data, 1.0, out=data)
+        elif write == "copy_":
+            data.copy_(torch.ones(16, 16))
+        else:
+            data[3] = 7.0
+        assert x._version == version
+        after, b = x.detach().clone(), Save.apply(x)
+    assert not torch.equal(before, after)
+    for y, expected in ((b, after), (a, before)):
+        y.backward()
+        assert torch.equal(Save.got[0], expected)
+
+
+def test_a_copy_of_what_has_changed_since_is_no_copy():
+    x = activation(16, 16)
+    with saved_tensors() as stats:
+        y = x.clone()
+        a = Save.apply(x)
+        y.data.mul_(2.0)
+        b = Save.apply(y)
+        expected = y.detach().clone()
+    assert stats.copied_bytes == 2 * x.nbytes
+    b.backward()
+    assert torch.equal(Save.got[0], expected)
+    del a
+
+
+def test_moving_within_one_storage_is_no_copy():
+    x = activation(8, 4)
+    with saved_tensors():
+        x.data[1:].copy_(x.data[:-1].clone())
+        x.data[0].copy_(x.data[7])
+        y = Save.apply(x[:4], x[4:])
+        expected = x.detach().clone()
+    y.backward()
+    assert torch.equal(torch.cat(Save.got), expected)
+
+
+def test_increment_version_announces_a_raw_write():
+    x = activation(16)
+    with saved_tensors() as stats:
+        a = Save.apply(x)
+        x.detach().numpy()[:] = 3.0
+        torch.autograd.graph.increment_version(x)
+        b = Save.apply(x)
+    assert stats.copied_bytes == 2 * x.nbytes
+    b.backward()
+    assert bool((Save.got[0] == 3.0).all())
+    del a
+
+
+def test_batch_norm_in_training_writes_its_statistics():
+    # native_batch_norm writes running_mean and says so neither in its schema nor in a version.
+    torch.manual_seed(0)
+    x, z = torch.randn(8, 3, requires_grad=True), torch.randn(8, 3, requires_grad=True)
+
+    def grads(block):
+        torch.manual_seed(1)
+        norm = nn.BatchNorm1d(3, momentum=0.9)
+        with block:
+            a = norm(x).square().sum()
+            b = norm.eval()(z).square().sum()
+        return torch.autograd.grad(a + b, [x, z])
+
+    for plain, ours in zip(grads(torch.enable_grad()), grads(saved_tensors()), strict=True):
+        assert torch.equal(plain, ours)
+
+
+def test_an_address_used_again_is_another_storage():
+    with saved_tensors() as stats:
+        outputs, expected, addresses = [], [], set()
+        for i in range(50):
+            x = activation(1024) * float(i)
+            addresses.add(x.untyped_storage()._cdata)
+            expected.append(x.detach().sum().item())
+            outputs.append(Save.apply(x))
+            del x
+    assert stats.copied_bytes == 50 * 4096
+    for y, total in zip(outputs, expected, strict=True):
+        y.backward()
+        assert Save.got[0].sum().item() == total
+
+
+def test_the_ledger_does_not_grow():
+    ledger, x, buffer, sizes = Ledger(hops=4), torch.randn(16), torch.zeros(16), []
+    with Watch(ledger):
+        for _ in range(3000):
+            buffer.copy_(x.clone())
+            sizes.append(len(ledger._edges) + len(ledger._contents))
+    assert max(sizes) < 2000
+
+
+# --- how much is copied ---
+
+
+def test_a_piece_of_a_large_storage_is_not_the_storage():
+    assert save(lambda x: (x[:, 0],)) == 4096 / MIB
+    assert save(lambda x: (x[::2, ::2],)) == 1
+    assert save(lambda x: (x[100:200],)) == 100 * 4096 / MIB
+
+
+def test_an_expanded_tensor_costs_its_distinct_elements():
+    assert save(lambda x: (x[0].expand(1024, 1024),)) == 4096 / MIB
+    assert save(lambda x: (x[0].expand(1024, 1024),), marshal=False) == 4
+
+
+def test_transposes_of_a_piece_share_it():
+    assert save(lambda x: (x[:, :8], x[:, :8].t(), x[:, :8].unsqueeze(0))) == 8 * 4096 / MIB
+
+
+def test_overlapping_windows():
+    assert save(lambda x: (x.view(-1)[:1000].unfold(0, 8, 1),)) == 4000 / MIB
+    assert save(lambda x: (x.as_strided((3, 3), (1000, 1000)),)) == 36 / MIB
+
+
+def test_a_dtype_view_that_is_not_aligned_to_the_copy():
+    x = activation(64).detach().view(torch.int8)
+    with saved_tensors() as stats:
+        y = Save.apply(activation(1), x[1:33], x.view(torch.float32)[1:8])
+    y.backward()
+    assert stats.copied_bytes == 4 + 32 + 28
+    assert torch.equal(Save.got[2], x.view(torch.float32)[1:8])
+
+
+@pytest.mark.parametrize("marshal", [True, False])
+def test_odd_tensors(marshal):
+    z = activation(4, 3, dtype=torch.complex64)
+    tensors = [
+        z,
+        z.conj(),
+        z.conj().imag,
+        activation(),
+        activation(0, 3),
+        activation(5)[2:2],
+        torch.randn(3, 3).to_sparse(),
+        torch.arange(3),
+        activation(3) > 0,
+    ]
+    with saved_tensors(marshal=marshal) as stats:
+        y = Save.apply(activation(1), *tensors)
+    assert stats.requested_bytes == stats.copied_bytes + sum(stats.avoided_bytes.values())
+    y.backward()
+    for restored, saved in zip(Save.got[1:], tensors, strict=True):
+        assert restored.layout == saved.layout and restored.dtype == saved.dtype
+        same = (restored.to_dense(), saved.to_dense()) if saved.is_sparse else (restored, saved)
+        assert torch.equal(*same)
+    assert stats.kept_bytes == 0
+
+
+def test_an_empty_view_keeps_no_storage():
+    x = torch.randn(1000).requires_grad_().clone()
+    ref = StorageWeakRef(x.untyped_storage())
+    with saved_tensors():
+        y = Save.apply(x[:0], activation(1))
+    del x
+    # The history of the view holds no memory.
+    assert ref.expired()
+    del y
+
+
+# --- parameters ---
+
+
+def test_parameters_are_referenced():
+    linear, x = nn.Linear(64, 64), activation(8, 64)
+    with saved_tensors() as stats:
+        linear(linear(x)).sum().backward()
+    # The two inputs; weight.t() is a view.
+    assert stats.copied_bytes == 2 * 8 * 64 * 4
+    assert stats.avoided_bytes["reference"] > 0
+
+
+def test_frozen_parameters_are_referenced():
+    linear = nn.Linear(64, 64).requires_grad_(False)
+    with saved_tensors() as stats:
+        linear(activation(8, 64)).sum().backward()
+    assert stats.copied_bytes == 0 and stats.avoided_bytes["reference"] == 64 * 64 * 4
+
+
+def test_buffers_are_referenced_when_resident():
+    norm = nn.BatchNorm1d(64).eval()
+    for resident, copied in ((None, 2 * 64 * 4), (norm, 0)):
+        x = activation(8, 64)
+        with saved_tensors(resident=resident) as stats:
+            norm(x).sum().backward()
+        assert stats.copied_bytes == copied + x.nbytes
+
+
+@pytest.mark.parametrize("of", ["parameter", "view", "buffer"])
+def test_a_reference_must_not_change(of):
+    module = nn.Linear(3, 2)
+    module.register_buffer("scale", torch.ones(2, 3))
+    tensor = {"parameter": module.weight, "view": module.weight.t(), "buffer": module.scale}[of]
+    with saved_tensors(resident=module):
+        y = Save.apply(activation(1), tensor)
+    with torch.no_grad():
+        (module.scale if of == "buffer" else module.weight).add_(1)
+    shape = r"\[3, 2\]" if of == "view" else r"\[2, 3\]"
+    message = rf"saved tensor {shape} torch.float32, referenced.*it is at version \d+, saved was version \d+.*after backward"
+    with pytest.raises(RuntimeError, match=message):
+        y.backward()
+
+
+def test_a_reference_whose_memory_is_gone():
+    w = nn.Parameter(torch.randn(3))
+    with saved_tensors():
+        y = Save.apply(activation(1), w)
+    w.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"\[3\] torch.float32.*memory was freed.*FSDP2"):
+        y.backward()
+
+
+# --- restoring ---
+
+
+def test_tensors_in_use_together_share_one_buffer():
+    x = activation(16, 16)
+    with saved_tensors():
+        a, b = Save.apply(x), Save.apply(x.t())
+    a.backward()
+    first = Save.got[0]
+    b.backward()
+    assert Save.got[0].data_ptr() == first.data_ptr()
+
+
+def test_writing_into_a_restored_tensor_does_not_reach_the_next():
+    class Rough(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, g):
+            (x,) = ctx.saved_tensors
+            Rough.held = x
+            return g * x.mul_(2.0)
+
+    p = torch.randn(5, requires_grad=True)
+    with saved_tensors():
+        x = p * 1.0
+        y = Rough.apply(x) + Rough.apply(x)
+    (grad,) = torch.autograd.grad(y, p, retain_graph=True)
+    assert torch.equal(grad, 4 * p)
+    # And again from the same graph: the copy is as it was.
+    assert torch.equal(torch.autograd.grad(y, p)[0], 4 * p)
+
+
+def test_the_offset_is_the_original_where_the_storage_is_kept_from_its_start():
+    x = activation(16, 16)
+    with saved_tensors():
+        y = Save.apply(x, x[3:5])
+    y.backward()
+    assert Save.got[1].storage_offset() == 48 and Save.got[1].data_ptr() == Save.got[0][3].data_ptr()
+
+
+def test_copies_go_one_by_one():
+    held = []
+    x = torch.randn(1000, requires_grad=True)
+    with saved_tensors() as stats:
+        y = x * 1.0
+        for _ in range(5):
+            y = y.exp().sigmoid()
+            y.register_hook(lambda g: held.append(stats.kept_bytes))
+    y.sum().backward()
+    assert stats.peak_kept_bytes == 10 * 4000
+    assert held == [40_000, 32_000, 24_000, 16_000, 8_000] and stats.kept_bytes == 0
+
+
+def test_no_reference_cycles():
+    gc.collect()
+    gc.disable()
+    try:
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Softmax(-1))
+        x = torch.randn(4, 8)
+        with saved_tensors() as stats:
+            h = model(x)
+            loss = h.t().contiguous().exp().prod()
+        assert stats.kept_bytes > 0
+        storages = [StorageWeakRef(t.untyped_storage()) for t in (h, loss)]
+        del h, loss
+        # Never used in backward: letting go of the graph is enough.
+        assert stats.kept_bytes == 0
+        assert all(ref.expired() for ref in storages)
+    finally:
+        gc.enable()
+
+
+# --- the block ---
+
+
+def test_stats_in_one_line():
+    x = activation(512, 512)
+    with saved_tensors() as stats:
+        y = Save.apply(x, x.t())
+    assert str(stats).startswith(
+        "2 saved tensors of 2.0 MiB: copied 1.0, avoided (reference 0.0, marshal 1.0, uniquify 0.0, shard 0.0), holding 1.0 (peak 1.0), "
+    )
+    assert "\n" not in str(stats) and stats.seconds > 0
+    assert isinstance(stats, Stats)
+    del y
+
+
+def test_an_exception_ends_the_block():
+    with pytest.raises(KeyError), saved_tensors() as stats:
+        y = activation(4).exp()
+        raise KeyError
+    assert stats.tensors == 1
+    z = activation(4).exp()
+    assert stats.tensors == 1
+    (y.sum() + z.sum()).backward()
+    assert stats.kept_bytes == 0
+
+
+def test_blocks_nest_and_the_inner_applies():
+    with saved_tensors() as outer:
+        a = activation(4).exp()
+        with saved_tensors() as inner:
+            b = a.exp()
+        c = b.exp()
+    assert (outer.tensors, inner.tensors) == (2, 1)
+    c.sum().backward()
+    assert outer.kept_bytes == inner.kept_bytes == 0
+
+
+def test_hops_are_not_negative():
+    with pytest.raises(ValueError, match="hops=-1: must not be negative"), saved_tensors(hops=-1):
+        pass

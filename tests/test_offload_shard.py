@@ -1,0 +1,282 @@
+"""edkm.offload over process groups: gloo processes on this machine, each a rank."""
+
+import datetime
+import os
+import socket
+import traceback
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from edkm.core import reference
+from edkm.offload import function_of, saved_tensors, shard
+from edkm.offload.stats import Stats
+
+
+def _rank(rank, world, port, function, results):
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=30)
+    )
+    try:
+        results.put((rank, function(rank, world), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        dist.destroy_process_group()
+
+
+def on_ranks(world, function):
+    """What `function(rank, world)` returns on every rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # A server that has imported torch once forks the ranks.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "edkm.core.reference", "edkm.offload"])
+    results = context.Queue()
+    processes = [context.Process(target=_rank, args=(r, world, port, function, results), daemon=True) for r in range(world)]
+    for process in processes:
+        process.start()
+    answers = sorted(results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(30)
+    assert not [error for *_, error in answers if error], answers
+    return [answer for _, answer, _ in answers]
+
+
+class Save(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, leaf, *tensors):
+        ctx.save_for_backward(*tensors)
+        return leaf * 1.0
+
+    @staticmethod
+    def backward(ctx, _):
+        Save.got = [t.detach().clone() for t in ctx.saved_tensors]
+        return (None,) * (1 + len(Save.got))
+
+
+def chain(w):
+    h = w.exp()
+    return ((h @ h.t()).t().contiguous().sigmoid() * h.sum(1)).view(-1).clone().square()
+
+
+def clustered(w):
+    centroids = torch.linspace(-2, 2, 8).view(1, 8, 1)
+    return reference.cluster(w, None, centroids, torch.tensor([0.1]), 2, None)[0]
+
+
+def measured(loss, w, **options):
+    w = w.clone().requires_grad_()
+    declared = function_of(w) if loss is clustered else nullcontext()
+    with saved_tensors(**options) as stats, declared:
+        out = loss(w)
+    kept = stats.kept_bytes
+    # Outside: this factor is no function of the weight.
+    (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    assert stats.kept_bytes == 0
+    assert stats.requested_bytes == stats.copied_bytes + sum(stats.avoided_bytes.values())
+    return w.grad, kept
+
+
+def compare(rank, world):
+    """Every claim that needs replicated data, in one set of processes."""
+    torch.manual_seed(0)
+    group = dist.group.WORLD
+    kept = {}
+    for name, loss, w in (("chain", chain, torch.randn(63, 65)), ("clustered", clustered, torch.randn(96, 96).bfloat16())):
+        plain, _ = measured(loss, w, marshal=False, uniquify=False)
+        for options in ({"uniquify": False}, {}, {"marshal": False}):
+            whole, one = measured(loss, w, **options)
+            parts, mine = measured(loss, w, shard=group, **options)
+            assert torch.equal(whole, plain) and torch.equal(parts, plain)
+            kept[name, str(options)] = one, mine
+    twice(group)
+    odd_sizes(group)
+    nested(rank, group)
+    refused(rank, group)
+    collected_at_different_times(rank, group)
+    return kept
+
+
+def twice(group):
+    """A graph used twice, and its double backward."""
+    w = torch.linspace(-1, 1, 4096).view(64, 64).requires_grad_()
+    with saved_tensors(shard=group):
+        y = chain(w).sum()
+    first = torch.autograd.grad(y, w, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y, w, create_graph=True)[0], first)
+
+
+def odd_sizes(group):
+    leaf = torch.zeros((), requires_grad=True)
+    tensors = [
+        torch.arange(512, dtype=torch.uint8),
+        torch.arange(511, dtype=torch.uint8),
+        torch.rand(129),
+        torch.rand(1001).double()[1:],
+        torch.rand(33, 17)[:, 1:12],
+        torch.rand(300) > 0.5,
+        torch.rand(999, dtype=torch.complex64),
+        torch.rand(1, 1),
+        torch.rand(3).expand(500, 3),
+    ]
+    dist.broadcast_object_list(box := [tensors])
+    with saved_tensors(shard=group) as stats:
+        y = Save.apply(leaf, *box[0])
+    y.backward()
+    assert all(torch.equal(a, b) for a, b in zip(Save.got, box[0], strict=True))
+    assert stats.kept_bytes == 0
+
+
+def nested(rank, group):
+    """Only the inner block is sharded; activations differ."""
+    torch.manual_seed(0)
+    w = torch.randn(40, 40, requires_grad=True)
+    x = torch.randn(8, 40, generator=torch.Generator().manual_seed(rank))
+    with saved_tensors() as outer:
+        with saved_tensors(shard=group) as inner:
+            soft = w.exp().sigmoid()
+        loss = (x @ soft).square().sum()
+    (grad,) = torch.autograd.grad(loss, w)
+    (plain,) = torch.autograd.grad((x @ w.exp().sigmoid()).square().sum(), w)
+    assert torch.equal(grad, plain)
+    assert inner.avoided_bytes["shard"] > 0 and outer.avoided_bytes["shard"] == 0
+
+
+def refused(rank, group):
+    """What is not replicated is refused on every rank, in values, in one byte, in a weight; and the group is still usable."""
+    message = "number 1 of the block: not the same on all"
+    for change in (1.0, 1e-7):
+        x = torch.ones(300, 2)
+        x[-1, -1] += change * (rank == 1)
+        # The first tensor is the same everywhere.
+        expect(message, r"saved tensor [300, 2] torch.float32", group, torch.ones(200), x)
+    # Swapped values have the same sum.
+    x = torch.arange(1000.0)
+    x[[5, 900] if rank == 0 else [900, 5]] = torch.tensor([1.0, 2.0])
+    expect(message, "[1000]", group, torch.ones(200), x)
+    w = (torch.arange(4000) % 16 + (rank == 1)).bfloat16()
+    with function_of(w):
+        expect("not the same on all", "function_of: weight [4000]", group, torch.zeros(4000, 4))
+    with saved_tensors(shard=group):
+        Save.apply(torch.zeros((), requires_grad=True), torch.ones(1000)).backward()
+
+
+def expect(rule, name, group, *tensors):
+    try:
+        with saved_tensors(shard=group):
+            Save.apply(torch.zeros((), requires_grad=True), *tensors)
+    except ValueError as error:
+        assert rule in str(error) and name in str(error) and "blocks nest" in str(error), error
+    else:
+        raise AssertionError("was kept")
+
+
+def collected_at_different_times(rank, group):
+    """One rank has let go of a copy that another still holds: all of them make it again."""
+    leaf, x = torch.zeros((), requires_grad=True), torch.rand(1000)
+    dist.broadcast(x, 0)
+    w = (torch.arange(1000) % 7).bfloat16()
+    with saved_tensors(shard=group) as stats:
+        first = Save.apply(leaf, x)
+        if rank == 0:
+            del first
+        second = Save.apply(leaf, x)
+        # A copy of a copy whose origin only some still hold.
+        y = x.clone()
+        third = Save.apply(leaf, y)
+        if rank == 1:
+            del second
+        with function_of(w):
+            fourth = Save.apply(leaf, torch.stack([w.float()] * 30, 1))
+            if rank == 0:
+                del fourth
+            fifth = Save.apply(leaf, torch.stack([w.float()] * 31, 1))
+    assert stats.copied_bytes > 0
+    third.backward()
+    assert torch.equal(Save.got[0], x)
+    fifth.backward()
+    assert torch.equal(Save.got[0], torch.stack([w.float()] * 31, 1))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_equals_whole(world):
+    for kept in on_ranks(world, compare):
+        for (name, options), (one, mine) in kept.items():
+            # Scalars and other small tensors are whole on each rank.
+            assert mine <= one / world + 600, (name, options)
+            assert mine >= one / world
+
+
+def fsdp(rank, world):
+    """FSDP2 frees unsharded parameters after forward and gathers them again into the same storage."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+
+    def run(block, frozen):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32), nn.GELU(), nn.Linear(32, 32))
+        model[2].weight.requires_grad_(not frozen)
+        for layer in (model[0], model[2], model[4]):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(rank))
+        with block as stats:
+            loss = model(x).square().sum()
+        loss.backward()
+        return [p.grad.full_tensor() for p in model.parameters() if p.grad is not None], stats
+
+    for frozen in (False, True):
+        plain, _ = run(torch.enable_grad(), frozen)
+        ours, stats = run(saved_tensors(), frozen)
+        assert len(plain) == 6 - frozen
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+        # Weights are 32 * 48 * 4 bytes and more; all activations together are less than one of them.
+        assert stats.copied_bytes <= 4 * 4 * (32 + 2 * 48 + 2 * 32 + 32) < 32 * 48 * 4
+        assert stats.avoided_bytes["reference"] >= 2 * 32 * 32 * 4
+        assert stats.kept_bytes == 0
+    return True
+
+
+def test_fsdp_parameters_are_referenced():
+    assert on_ranks(2, fsdp) == [True, True]
+
+
+# --- without processes ---
+
+
+def test_the_checksum_sees_every_byte_and_its_place():
+    torch.manual_seed(0)
+    for n in (1, 7, 8, 9, 1000, (1 << 23) + 5):
+        x = torch.randint(256, (n,), dtype=torch.uint8)
+        own = shard.checksum(x)
+        assert torch.equal(shard.checksum(x.clone()), own)
+        for i in {0, n // 2, n - 1}:
+            for bit in (1, 128):
+                y = x.clone()
+                y[i] ^= bit
+                assert not torch.equal(shard.checksum(y), own)
+        if n > 16 and not torch.equal(x[:8], x[-8:]):
+            y = x.clone()
+            y[:8], y[-8:] = x[-8:].clone(), x[:8].clone()
+            assert not torch.equal(shard.checksum(y), own)
+    assert torch.equal(shard.checksum(torch.arange(9.0)[1:]), shard.checksum(torch.arange(1.0, 9.0)))
+
+
+def test_a_slice_is_accounted_for(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 2)
+    stats = Stats()
+    part = shard.Slice(torch.rand(1000), torch.device("cpu"), stats, None)
+    assert stats.copied_bytes == stats.kept_bytes == 1334 and stats.avoided_bytes["shard"] == 4000 - 1334
+    del part
+    assert stats.kept_bytes == 0
