@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_python_snippets_run(capsys):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     scope: dict = {}
     for snippet in snippets:
         exec(snippet, scope)

@@ -1,5 +1,6 @@
 """Centroids from rows that lie on several ranks: the same as from the whole weight, for any cut. Threads stand for ranks."""
 
+import itertools
 import threading
 
 import pytest
@@ -45,7 +46,7 @@ class Ranks:
 
 def cut(weight, edges):
     ends = [0, *sorted(edges), len(weight)]
-    return [Rows(weight[a:b], a, len(weight)) for a, b in zip(ends, ends[1:])]
+    return [Rows(weight[a:b], a, len(weight)) for a, b in itertools.pairwise(ends)]
 
 
 def problem(rows=24, cols=10, groups=3, k=4, d=1, dtype=torch.float64, seed=0):
@@ -68,7 +69,9 @@ def both(weight, importance, centroids, tau, edges, backend, round_to=None, iter
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 24), min_size=1, max_size=5), st.sampled_from([(1, 1), (3, 1), (24, 1), (3, 2), (1, 8), (3, 4)]), st.booleans())
+@given(
+    st.lists(st.integers(0, 24), min_size=1, max_size=5), st.sampled_from([(1, 1), (3, 1), (24, 1), (3, 2), (1, 8), (3, 4)]), st.booleans()
+)
 def test_any_cut_gives_the_same_centroids_and_gradients(edges, grid, with_importance):
     groups, d = grid
     weight, importance, centroids, tau = problem(groups=groups, d=d)

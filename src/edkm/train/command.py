@@ -86,11 +86,14 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
         action="store_true",
         help="print the plan, the size to expect and the memory needed, and stop",
     )
+    parser.add_argument("--learners", type=int, metavar="N", help="with --dry-run: plan the memory for N processes")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `edkm compress`; returns the exit code."""
     _check_numbers(args)
+    if args.learners is not None and not args.dry_run:
+        raise ValueError("--learners: plans the memory, with --dry-run. To train on N processes start with torchrun --nproc-per-node N.")
     from . import ranks
 
     with ranks.session(args.timeout), ranks.naming_the_lost("Start again."):
@@ -135,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
         f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks"
     )
     if args.dry_run:
-        return _dry_run(model, config, args)
+        return _dry_run(model, config, args, blocks.block_tokens)
     settings = _settings(args, steps)
     # Not how the work is shared out: another number of ranks may go on.
     parts = ("batch", "accumulate", "fsdp")
@@ -226,36 +229,23 @@ def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
     save_shards(model, save)
 
 
-def _dry_run(model: Any, config: Any, args: argparse.Namespace) -> int:
+def _dry_run(model: Any, config: Any, args: argparse.Namespace, block_tokens: int) -> int:
+    import torch
+
+    from . import ranks
+    from .memory import plan_memory
     from .prepare import plan
 
     report = plan(model, config)
     print(report)
     total = sum(p.numel() for p in model.parameters())
     print(f"packed weights: {report.packed_bytes / 1e6:.1f} MB to expect (16-bit model: {total * 2 / 1e6:.1f} MB)")
-    for name, size in memory(model, args).items():
-        print(f"{name:<30} {size / 2**30:8.2f} GiB")
+    learners = args.learners or ranks.world()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    how = "" if learners == 1 else f", {learners} processes, {'FSDP' if args.fsdp else 'DDP'}"
+    print(f"training on {device}{how}:")
+    print(plan_memory(model, config, _settings(args, 1), block_tokens=block_tokens, learners=learners, device_type=device))
     return 0
-
-
-def memory(model: Any, args: argparse.Namespace) -> dict[str, float]:
-    """Bytes that training needs. Activations are an estimate for a decoder of transformers' usual shape."""
-    weights = sum(p.numel() for p in model.parameters())
-    config, tokens = model.config, args.batch * args.block_tokens
-    hidden = getattr(config, "hidden_size", 0)
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    layers = getattr(config, "num_hidden_layers", 0)
-    layer = 4 * tokens * (14 * hidden + 5 * inner)
-    activations = layers * 4 * tokens * hidden + layer if args.gradient_checkpointing else layers * layer
-    parts = {
-        "weights": 4.0 * weights,
-        "gradients": 4.0 * weights,
-        "optimizer": 8.0 * weights,
-        "activations (estimate)": float(activations + 12 * tokens * getattr(config, "vocab_size", 0)),
-        # The largest weight is decoded and differentiated at a time; tables are small beside it.
-        "clustering (transient)": 12.0 * max(p.numel() for p in model.parameters()),
-    }
-    return {**parts, "total": sum(parts.values())}
 
 
 def check_output(directory: Path, *, overwrite: bool) -> None:
@@ -293,7 +283,7 @@ def _settings(args: argparse.Namespace, steps: int):
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    at_least = {"steps": 0, "save_every": 0, "block_tokens": 2, "batch": 1, "accumulate": 1}
+    at_least = {"steps": 0, "save_every": 0, "block_tokens": 2, "batch": 1, "accumulate": 1, "learners": 1}
     for name, low in at_least.items():
         value = getattr(args, name)
         if value is not None and value < low:
