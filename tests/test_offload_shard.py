@@ -38,7 +38,7 @@ def on_ranks(world, function):
         port = probe.getsockname()[1]
     # A server that has imported torch once forks the ranks.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "edkm.core.reference", "edkm.offload"])
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "edkm.core.reference", "edkm.offload"])
     results = context.Queue()
     processes = [context.Process(target=_rank, args=(r, world, port, function, results), daemon=True) for r in range(world)]
     for process in processes:
@@ -162,7 +162,7 @@ def refused(rank, group):
     x = torch.arange(1000.0)
     x[[5, 900] if rank == 0 else [900, 5]] = torch.tensor([1.0, 2.0])
     expect(message, "[1000]", group, torch.ones(200), x)
-    w = (torch.arange(4000) % 16 + (rank == 1)).bfloat16()
+    w = ((torch.arange(4000) + (rank == 1)) % 16).bfloat16()
     with function_of(w):
         expect("not the same on all", "function_of: weight [4000]", group, torch.zeros(4000, 4))
     with saved_tensors(shard=group):

@@ -82,7 +82,7 @@ class Slice:
     Cost: `ceil(bytes / world)` on every rank; an all-gather to restore.
     """
 
-    __slots__ = ("_copy", "_dtype", "_group", "_origin", "_size", "n_bytes")
+    __slots__ = ("__weakref__", "_copy", "_dtype", "_group", "_origin", "_size", "n_bytes")
 
     def __init__(self, values: Tensor, device: torch.device, stats: Stats, group: dist.ProcessGroup):
         self._group, self._origin, self._dtype, self._size = group, values.device, values.dtype, values.shape

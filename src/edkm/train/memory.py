@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -77,6 +77,7 @@ def plan_memory(
     block_tokens: int,
     learners: int = 1,
     device_type: str = "cpu",
+    backend: str = "auto",
 ) -> Budget:
     """The memory of training from the second step on, when the optimizer has its state.
 
@@ -87,19 +88,20 @@ def plan_memory(
         block_tokens: length of the blocks.
         learners: processes with a device each.
         device_type: `cpu` or `cuda`, where the run will be: blocks of maps are larger on a GPU and AdamW works on all weights at once.
+        backend: for `edkm.prepare`.
 
     Raises:
-        ValueError: a number below 1, an unknown device type, `fsdp` with one learner, a model that is prepared or does not cluster.
+        ValueError: a number below 1, an unknown device type or backend, `fsdp` with one learner; and as `edkm.prepare`.
 
     Cost:
         Seconds; no memory for weights.
     """
-    _check(settings, block_tokens, learners, device_type)
+    _check(settings, block_tokens, learners, device_type, backend)
     from edkm.train.trainer import resolve_precision
 
     bf16 = resolve_precision(settings.precision) == "bf16"
     timeline = Timeline()
-    clustered = {} if config is None else _choices(model, config)
+    clustered = {} if config is None else _choices(model, config, backend)
     with FakeTensorMode(allow_non_fake_inputs=True), _unpacked():
         twin = _twin(model, settings.checkpointing)
         buffers = list(twin.buffers())
@@ -129,13 +131,15 @@ def plan_memory(
     return Budget(timeline.at_peak, timeline.largest, timeline.peak_moment)
 
 
-def _check(settings: TrainSettings, block_tokens: int, learners: int, device_type: str) -> None:
+def _check(settings: TrainSettings, block_tokens: int, learners: int, device_type: str, backend: str) -> None:
     numbers = {"batch": settings.batch, "accumulate": settings.accumulate, "block_tokens": block_tokens, "learners": learners}
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name}: at least 1, got {value}.")
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"device_type: cpu or cuda, got {device_type!r}.")
+    if backend not in ("auto", "unique", "fused"):
+        raise ValueError(f"backend: auto, unique or fused, got {backend!r}.")
     if settings.fsdp and learners == 1:
         raise ValueError("fsdp: there is one learner and nothing to shard over. Give learners=2 or more, or leave fsdp out.")
 
@@ -255,9 +259,11 @@ def scratch_bytes(rows: int, cols: int, centroids: tuple[int, int, int], values:
     points = _largest_block(together, folds, unique.FOLD * k, entries) // k
     table = together * folds * unique.FOLD
     cells = unique.KEYS if together == 1 else table
-    # Tables of values, importance, gradient and two results; then the maps, or results by cell and a block's keys, sums and results.
+    # Tables of values, importance, gradient and two results, and some of the chunk before; then the maps, or results by cell and a
+    # block's keys, sums and results.
+    tables = (5 if together == groups else 7) * table
     at_blocks = 8 * cells + 24 * min(unique.BLOCK_WEIGHTS, together * weights)
-    return 20 * table + max(4 * points * (3 * k + 10), at_blocks)
+    return 4 * tables + max(4 * points * (3 * k + 10), at_blocks)
 
 
 def _largest_block(groups: int, rows: int, per_row: int, budget: int) -> int:
@@ -266,28 +272,27 @@ def _largest_block(groups: int, rows: int, per_row: int, budget: int) -> int:
     return min(groups, budget // whole) * whole if whole <= budget else max(1, budget // per_row) * per_row
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Of a clustered tensor: what `auto` would take for it, and how many distinct 16-bit values it has."""
+class _Choice(NamedTuple):
+    """Of a clustered tensor: what computes it, and how many distinct 16-bit values it has."""
 
     entry: Entry
     backend: str
     values: int
 
 
-def _choices(model: nn.Module, config: ClusterConfig) -> dict[str, _Choice]:
+def _choices(model: nn.Module, config: ClusterConfig, backend: str) -> dict[str, _Choice]:
     """By name. Weights without data are taken for normally distributed ones."""
     parameters, found = dict(model.named_parameters()), {}
     for entry in plan(model, config).clustered:
-        weight = parameters[entry.name].detach()
-        group = weight[: weight.shape[0] // entry.tables].flatten(1)
-        sample = (
-            _normal(min(weight.numel(), _SAMPLE_WEIGHTS)) if weight.is_meta else weight.flatten()[:: -(-weight.numel() // _SAMPLE_WEIGHTS)]
-        )
-        group = sample[: group.numel()].view(1, -1) if weight.is_meta else group
-        backend, _ = choose_backend(group, 1, 2**entry.bits, entry.dim, torch.bfloat16)
+        flat = parameters[entry.name].detach().flatten()
+        group = flat.numel() // entry.tables
+        if flat.is_meta:
+            flat = _normal(min(flat.numel(), _SAMPLE_WEIGHTS))
+        # `auto` looks at the first group.
+        chosen = choose_backend(flat[:group].view(1, -1), 1, 2**entry.bits, entry.dim, torch.bfloat16)[0] if backend == "auto" else backend
+        sample = flat[:: -(-flat.numel() // _SAMPLE_WEIGHTS)]
         keys = sample.to(torch.bfloat16).view(torch.int16).int() + unique.KEYS // 2
-        found[entry.name] = _Choice(entry, backend, int((keys.bincount() > 0).sum()))
+        found[entry.name] = _Choice(entry, chosen, int((keys.bincount() > 0).sum()))
     return found
 
 
@@ -309,20 +314,20 @@ class _Sketch(Clustering):
         gathers: bool,
     ) -> None:
         nn.Module.__init__(self)
-        entry, backend = choice.entry, choice.backend
+        entry = choice.entry
         self.config, self.choice, self.timeline = config.for_tensor(entry.name) or config, choice, timeline
         self.device_type, self.gathers, self.kept = device_type, gathers, None
         shape, dtype, cols = (entry.tables, 2**entry.bits, entry.dim), compute_dtype(weight.dtype), weight[0].numel()
         centroids, importance, temperature = (torch.empty(s, dtype=dtype) for s in (shape, (1, cols), shape[:1]))
         weights = weight.numel() // entry.tables
         chunks = -(-entry.tables // unique._groups_of_piece(weights))
-        table = [
-            torch.empty(min(choice.values, weights) * (3 if entry.tables == 1 else 2)) for _ in range(chunks if backend == "unique" else 0)
-        ]
+        # Keys of 8 bytes for every chunk, and a single group's importance.
+        per_chunk = min(choice.values, weights) * (12 if entry.tables == 1 else 8)
+        table = torch.empty(chunks * per_chunk if choice.backend == "unique" else 0, dtype=torch.uint8)
         trajectory = torch.empty(config.max_iters + 1, *shape, dtype=dtype)
         self.shape = shape
-        self.solution = Solution(trajectory, importance, temperature, torch.bfloat16, backend, table)
-        for tensor in (centroids, importance, temperature, trajectory, *table):
+        self.solution = Solution(trajectory, importance, temperature, torch.bfloat16, choice.backend, table)
+        for tensor in (centroids, importance, temperature, trajectory, table):
             timeline.count(tensor, "clustering")
         self.centroids, self.soft_in_eval = centroids, False
 
