@@ -1,0 +1,212 @@
+"""`python -m benchmarks memory`: what `plan_memory` says and what training takes, SmolLM2-135M, 1,024 tokens in float32.
+
+Each case runs in processes of its own. Two figures are taken: the growth of the resident memory (its peak in a step, less what was
+resident before the model was loaded; every tensor of more than 64 KiB is given back to the system when it is freed), and, where one
+process trains, the peak of the bytes of all live tensors. `--llama-7b` prints plans instead, for GPUs of 80 GB; nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import edkm
+from benchmarks.measure import machine, write
+from edkm.demo_data import fetch_smollm2
+from edkm.models import load_model
+
+BATCH, BLOCK_TOKENS = 2, 512
+CASES = {
+    "plain": {},
+    "plain, checkpointing": {"checkpointing": True},
+    "clustered": {"clustered": True},
+    "clustered, checkpointing": {"clustered": True, "checkpointing": True},
+    "plain, DDP": {"learners": 2},
+    "clustered, DDP": {"clustered": True, "learners": 2},
+    "plain, FSDP": {"learners": 2, "fsdp": True},
+    "clustered, FSDP": {"clustered": True, "learners": 2, "fsdp": True},
+}
+# glibc keeps freed memory unless told otherwise, and the resident set would show the past.
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "65536"}
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
+GPU_BYTES = 80e9
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks memory", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--llama-7b", action="store_true", help="plans for LLaMA-7B")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--measure", nargs=3, metavar=("CASE", "RANK", "DIR"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.measure:
+        case, rank, directory = args.measure
+        print(json.dumps(_measure(CASES[case], int(rank), Path(directory))))
+        return 0
+    if args.llama_7b:
+        return _llama_7b(args.json)
+    model, _ = load_model(fetch_smollm2())
+    rows = []
+    print(f"{'MB per process':<26} {'planned':>8} {'resident':>9} {'ratio':>6} {'tensors':>8} {'ratio':>6}")
+    for case in args.cases:
+        budget, measured = _plan(model, **CASES[case]), _run(case)
+        row = {"case": case, "planned": budget.peak, "moment": budget.moment, "at_peak": budget.at_peak, **measured}
+        rows.append(row)
+        tensors = measured["tensors"]
+        more = f"{tensors / 1e6:>8.0f} {budget.peak / tensors:>6.2f}" if tensors else ""
+        print(
+            f"{case:<26} {budget.peak / 1e6:>8.0f} {measured['resident'] / 1e6:>9.0f} {budget.peak / measured['resident']:>6.2f} {more}",
+            flush=True,
+        )
+    result = {"benchmark": "memory", "batch": BATCH, "block_tokens": BLOCK_TOKENS, "machine": machine("cpu"), "rows": rows}
+    write(args.json, result)
+    return 0
+
+
+def _plan(model, *, clustered=False, checkpointing=False, learners=1, fsdp=False):
+    from edkm.train.memory import plan_memory
+    from edkm.train.trainer import TrainSettings
+
+    settings = TrainSettings(steps=1, lr=1e-4, batch=BATCH, checkpointing=checkpointing, precision="fp32", fsdp=fsdp)
+    config = edkm.ClusterConfig() if clustered else None
+    return plan_memory(model, config, settings, block_tokens=BLOCK_TOKENS, learners=learners)
+
+
+def _run(case: str) -> dict[str, int]:
+    """The largest figures of the processes of a case."""
+    learners = CASES[case].get("learners", 1)
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "benchmarks.memory", "--measure", case]
+        started = [
+            subprocess.Popen([*command, str(rank), directory], env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE, text=True)
+            for rank in range(learners)
+        ]
+        printed = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"memory: {case}: a process failed; its error is above.")
+    results = [json.loads(text.splitlines()[-1]) for text in printed]
+    return {key: max(result[key] for result in results) for key in results[0]}
+
+
+def _measure(case: dict, rank: int, directory: Path) -> dict[str, int]:
+    """Three steps: one makes the optimizer's state, in one the resident memory is watched, in one the tensors."""
+    learners = case.get("learners", 1)
+    if learners > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=learners)
+    _warm_up()
+    before = _resident("VmRSS")
+    model, _ = load_model(fetch_smollm2())
+    tokens = torch.randint(0, 49152, (BATCH, BLOCK_TOKENS), generator=torch.Generator().manual_seed(rank))
+    optimizer, step = _training(model, tokens, **case)
+    step()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    step()
+    resident = _resident("VmHWM") - before
+    tensors = 0 if learners > 1 else _tensors(model, optimizer, step)
+    if learners > 1:
+        torch.distributed.destroy_process_group()
+    return {"resident": resident, "tensors": tensors}
+
+
+def _training(model, tokens, *, clustered=False, checkpointing=False, learners=1, fsdp=False):
+    """The optimizer and a function that makes a step."""
+    from edkm.train.shard import distribute, shard_model
+
+    if clustered:
+        importance = edkm.calibrate(model, [tokens[:1]])
+        edkm.prepare(model, edkm.ClusterConfig(), importance=importance)
+    model.train()
+    model.config.use_cache = False
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    wrapped = model
+    if fsdp:
+        shard_model(model)
+    elif learners > 1:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    if clustered and learners > 1:
+        distribute(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+
+    def step() -> None:
+        loss = wrapped(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return optimizer, step
+
+
+def _tensors(model, optimizer, step) -> int:
+    """The peak of all live tensors in a step."""
+    from edkm.train.layer import Clustering
+    from edkm.train.memory import Timeline
+
+    timeline = Timeline()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        timeline.count(tensor, "weights")
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            timeline.count(tensor, "optimizer")
+    for module in model.modules():
+        if isinstance(module, Clustering) and module._solution is not None:
+            for entry in module._solution.table or ():
+                for tensor in entry:
+                    if tensor is not None:
+                        timeline.count(tensor, "clustering")
+    with timeline:
+        timeline.start()
+        step()
+    return sum(timeline.at_peak.values())
+
+
+def _warm_up() -> None:
+    """Load all code that a step needs: it is resident, but it is not the model's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 49152}
+    _, step = _training(LlamaForCausalLM(LlamaConfig(**sizes)), torch.zeros(1, 64, dtype=torch.int64), clustered=True)
+    step()
+    gc.collect()
+
+
+def _resident(which: str) -> int:
+    """`VmRSS` or its peak `VmHWM`, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{which}:")) * 1024
+
+
+def _llama_7b(out: Path | None) -> int:
+    """2,048 tokens a GPU, 3 bits, gradient checkpointing, bfloat16 autocast; float32 weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from edkm.train.memory import plan_memory
+    from edkm.train.trainer import TrainSettings
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_7B))
+    rows = []
+    for name, learners, fsdp in (("1 GPU", 1, False), ("8 GPUs, DDP", 8, False), ("8 GPUs, FSDP", 8, True)):
+        for clustered in (False, True):
+            settings = TrainSettings(steps=1, lr=1e-4, batch=1, checkpointing=True, precision="bf16", fsdp=fsdp)
+            config = edkm.ClusterConfig(bits=3) if clustered else None
+            budget = plan_memory(model, config, settings, block_tokens=2048, learners=learners, device_type="cuda")
+            verdict = "fits" if budget.peak < GPU_BYTES else "does not fit"
+            print(f"\n{name}, {'clustered' if clustered else 'plain'}: {verdict} a GPU of 80 GB (74.5 GiB)\n{budget}", flush=True)
+            rows.append({"case": name, "clustered": clustered, "peak": budget.peak, "at_peak": budget.at_peak, "largest": budget.largest})
+    write(out, {"benchmark": "memory, LLaMA-7B", "block_tokens": 2048, "gpu_bytes": GPU_BYTES, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
