@@ -24,7 +24,6 @@ import torch.distributed as dist
 _PATIENCE = timedelta(seconds=10)
 _POLL_S = 0.5
 _GRACE_S = 3.0
-_over = threading.Event()
 
 
 class RankError(ConnectionError):
@@ -58,17 +57,19 @@ def start(timeout_s: float) -> None:
 @contextmanager
 def session(timeout_s: float) -> Iterator[None]:
     """`start`, listen for ranks that fail, and leave the process group at the end: a rank that exits with it open may abort."""
+    global _listener
     start(timeout_s)
     if world() == 1:
         yield
         return
-    listener = threading.Thread(target=_listen, args=(rank(),), daemon=True)
-    listener.start()
+    _listener = listener = _Listener()
     try:
         yield
         dist.barrier()
     finally:
-        _over.set()
+        listener.over.set()
+        listener.noticed.set()
+        _listener = None
         dist.destroy_process_group()
 
 
@@ -140,65 +141,80 @@ def _raise_terminated(number: int, frame: Any) -> None:
     raise _Terminated
 
 
+class _Listener(threading.Thread):
+    """Answers a roll call and hears the verdict; ends the process if the main thread does not do so itself.
+
+    Attributes:
+        over: set when the run has ended well.
+        noticed: set when the main thread knows of a failure and is about to end the run.
+        done: set when it listens no more; `verdict` is final, and empty if none was heard.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.over, self.noticed, self.done, self.verdict = threading.Event(), threading.Event(), threading.Event(), ""
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._hear(_store(), rank(), world())
+        except (RuntimeError, OSError):  # rank 0, where the store lives, is gone; the main thread learns of it too
+            pass
+        finally:
+            self.done.set()
+        if self.verdict and not self.noticed.wait(_GRACE_S):
+            print(f"edkm: error: {self.verdict}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _hear(self, store: dist.Store, me: int, everyone: int) -> None:
+        while not store.check(["call"]):
+            if self.over.wait(_POLL_S):
+                return
+        store.set(f"here {me}", "")
+        store.wait(["verdict"], 2 * _PATIENCE)
+        self.verdict = store.get("verdict").decode()
+        store.set(f"heard {me}", "")
+        if me == 0:  # The store ends with this process: stay until everyone has heard.
+            lost = store.get("lost").decode().split()
+            _wait_for(store, [f"heard {r}" for r in range(everyone) if str(r) not in lost])
+
+
+_listener: _Listener | None = None
+
+
 def _store() -> dist.Store:
     """A connection of its own to where the ranks met: the default one may be busy waiting."""
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_PATIENCE)
     return dist.PrefixStore("edkm/failed", store)
 
 
-def _listen(me: int) -> None:
-    """Answer a roll call, and end this rank if its main thread does not do so itself."""
-    try:
-        store = _store()
-        while not store.check(["call"]):
-            if _over.wait(_POLL_S):
-                return
-        store.set(f"here {me}", "")
-        verdict = _read_verdict(store, me)
-    except (RuntimeError, OSError):  # rank 0, where the store lives, is gone; the main thread learns of it too
-        return
-    if not _over.wait(_GRACE_S):
-        print(f"edkm: error: {verdict}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-
-def _read_verdict(store: dist.Store, me: int) -> str:
-    store.wait(["verdict"], 2 * _PATIENCE)
-    verdict = store.get("verdict").decode()
-    store.set(f"done {me}", "")
-    return verdict
-
-
 def _roll_call(error: BaseException, remedy: str) -> RankError | None:
     """Who failed, if it was another rank."""
     me, everyone = rank(), world()
-    _over.set()
-    others = [r for r in range(everyone) if r != me]
+    listener = _listener or _Listener()
+    listener.noticed.set()
     try:
         store = _store()
-        store.set(f"here {me}", "")
-        if store.add("turn", 1) > 1:
-            return RankError(_read_verdict(store, me))
-        store.set("call", "")
-        deadline = time.monotonic() + _PATIENCE.total_seconds()
-        lost = [r for r in others if not _appears(store, f"here {r}", deadline)]
-        said = f"rank {me} of {everyone} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}."
-        if lost:
-            said = f"rank {', '.join(map(str, lost))} of {everyone} has died or does not answer."
-        store.set("verdict", f"{said} {remedy}")
-        # The store may live in this process: stay until everyone has read.
-        deadline = time.monotonic() + _PATIENCE.total_seconds()
-        for r in others:
-            if r not in lost:
-                _appears(store, f"done {r}", deadline)
-        return RankError(f"{said} {remedy}") if lost else None
+        if store.add("turn", 1) == 1:
+            store.set("call", "")
+            missing = _wait_for(store, [f"here {r}" for r in range(everyone)])
+            lost = [key.split()[1] for key in missing]
+            said = f"rank {me} of {everyone} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}."
+            if lost:
+                said = f"rank {', '.join(lost)} of {everyone} has died or does not answer."
+            store.set("lost", " ".join(lost))
+            store.set("verdict", f"{said} {remedy}")
     except (RuntimeError, OSError):
-        return RankError(f"rank 0 of {everyone} has died or does not answer. {remedy}")
+        pass
+    listener.done.wait(4 * _PATIENCE.total_seconds())
+    verdict = listener.verdict or f"rank 0 of {everyone} has died or does not answer. {remedy}"
+    return None if verdict.startswith(f"rank {me} of ") else RankError(verdict)
 
 
-def _appears(store: dist.Store, key: str, deadline: float) -> bool:
-    while not store.check([key]):
-        if time.monotonic() > deadline:
-            return False
+def _wait_for(store: dist.Store, keys: list[str]) -> list[str]:
+    """Those that do not appear in the store in time."""
+    deadline = time.monotonic() + _PATIENCE.total_seconds()
+    while keys and time.monotonic() < deadline:
+        keys = [key for key in keys if not store.check([key])]
         time.sleep(0.05)
-    return True
+    return keys
