@@ -1,6 +1,7 @@
 """`edkm compress` on several ranks (gloo): the same result as one process, resumed by another number of ranks, and a rank that dies."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import time
 import pytest
 import torch
 
+from edkm.cli import main
 from edkm.compressed.checkpoint import read
 
 RECORDS = [{"instruction": f"question {i} fox", "output": f"the answer {i} is a quick dog over {i * i} lazy foxes"} for i in range(60)]
@@ -19,35 +21,62 @@ RECORDS = [{"instruction": f"question {i} fox", "output": f"the answer {i} is a 
 SETTINGS = ["--lr", "1e-3", "--block-tokens", "64", "--seed", "3", "--precision", "fp32", "--anneal", "1", "--embedding-bits", "0"]
 
 
+# Ranks are forked from a process that has imported what they need: that takes longer than their work.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["edkm.train.command", "edkm.train.trainer", "edkm.train.shard", "transformers.models.llama.modeling_llama"])
+
+
+def be_a_rank(argv, log, place):
+    """The command, in a process of its own."""
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ.update(place)
+    torch.set_num_threads(1)
+    sys.exit(main(argv))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def arguments(tiny_dir, folder, out, ranks, *options, steps=6):
+    (folder / "train.json").write_text(json.dumps(RECORDS))
+    argv = ["compress", str(tiny_dir), "--data", str(folder / "train.json"), "--out", str(out), "--steps", str(steps)]
+    return [*argv, "--batch", str(4 // ranks), *SETTINGS, *options]
+
+
+def losses_in(text):
+    return [float(loss) for loss in re.findall(r"'loss': '([0-9.]+)'", text)]
+
+
 class Run:
     """`edkm compress` as `ranks` processes, each with its output in a file."""
 
     def __init__(self, tiny_dir, folder, out, ranks, *options, steps=6):
-        (folder / "train.json").write_text(json.dumps(RECORDS))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        name = f"{out.name}-{time.monotonic_ns()}"
+        argv = arguments(tiny_dir, folder, out, ranks, *options, steps=steps)
+        name, port = f"{out.name}-{time.monotonic_ns()}", free_port()
         self.logs = [folder / f"{name}-{rank}.log" for rank in range(ranks)]
-        command = [sys.executable, "-m", "edkm", "compress", str(tiny_dir), "--data", str(folder / "train.json"), "--out", str(out)]
-        command += ["--steps", str(steps), "--batch", str(4 // ranks), *SETTINGS, *options]
         self.processes = []
         for rank, log in enumerate(self.logs):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            env = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
-            with log.open("w") as output:
-                self.processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
+            self.processes.append(FORKS.Process(target=be_a_rank, args=(argv, log, place)))
+            self.processes[-1].start()
 
     def wait(self):
         """Exit codes."""
-        return [process.wait(timeout=240) for process in self.processes]
+        for process in self.processes:
+            process.join(240)
+        return [process.exitcode for process in self.processes]
 
     def text(self, rank=0):
         return self.logs[rank].read_text()
 
     def losses(self):
-        return [float(loss) for loss in re.findall(r"'loss': '([0-9.]+)'", self.text())]
+        return losses_in(self.text())
 
     def finish(self):
         codes = self.wait()
@@ -74,7 +103,7 @@ def alone(tiny_dir, tmp_path_factory):
     return Run(tiny_dir, folder, folder / "out", 1).finish(), folder / "out"
 
 
-@pytest.mark.parametrize(("ranks", "options"), [(2, []), (2, ["--fsdp"]), (4, ["--fsdp", "--backend", "fused"])])
+@pytest.mark.parametrize(("ranks", "options"), [(2, ["--fsdp"]), (4, ["--fsdp", "--backend", "fused"])])
 def test_ranks_make_the_model_of_one_process(alone, tiny_dir, tmp_path, ranks, options):
     run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options).finish()
     assert len(run.losses()) == 6
@@ -84,10 +113,22 @@ def test_ranks_make_the_model_of_one_process(alone, tiny_dir, tmp_path, ranks, o
     assert "clustered" not in run.text(1) and not (tmp_path / "out" / "training").exists()
 
 
+def torchrun(*argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "edkm"]
+    return subprocess.run([*command, *argv], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_torchrun_starts_the_command_on_every_rank(alone, tiny_dir, tmp_path):
+    done = torchrun(*arguments(tiny_dir, tmp_path, tmp_path / "out", 2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_in(done.stdout) == pytest.approx(alone[0].losses(), abs=2e-3)
+    assert_same_model(alone[1], tmp_path / "out")
+
+
 def wait_for(path, run):
     deadline = time.monotonic() + 120
     while not path.exists():
-        assert time.monotonic() < deadline and run.processes[0].poll() is None, run.text()[-3000:]
+        assert time.monotonic() < deadline and run.processes[0].is_alive(), run.text()[-3000:]
         time.sleep(0.05)
 
 
@@ -97,7 +138,7 @@ def test_a_rank_that_dies_is_named_and_the_rest_goes_on_with_other_ranks(alone, 
     run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options, "--save-every", "2")
     # Written when the checkpoint is whole.
     wait_for(tmp_path / "out" / "training" / "checkpoint-2" / "trainer_state.json", run)
-    run.processes[1].send_signal(signal.SIGKILL)
+    run.processes[1].kill()
     began = time.monotonic()
     codes = run.wait()
     assert time.monotonic() - began < 120
