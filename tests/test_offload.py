@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from edkm.offload import Stats, saved_tensors
@@ -243,6 +244,33 @@ def test_moving_within_one_storage_is_no_copy():
     assert torch.equal(Save.got[1], expected[:4]) and torch.equal(Save.got[2], expected[::2])
 
 
+def test_a_copy_into_overlapping_windows_is_no_copy():
+    # Elements that several windows share hold what was written last.
+    rows, windows = activation(5, 4), torch.zeros(8).unfold(0, 4, 1)
+    with saved_tensors():
+        windows.copy_(rows.detach())
+        y = Save.apply(activation(1), windows, rows)
+    y.backward()
+    assert torch.equal(Save.got[1], windows) and torch.equal(Save.got[2], rows)
+
+
+def test_writes_through_a_subclass_and_through_sparse_tensors():
+    class Named(torch.Tensor):
+        pass
+
+    x, sparse = activation(8), torch.eye(3).to_sparse().coalesce()
+    values = sparse.values()
+    for tensor, write in ((x, lambda: x.as_subclass(Named).data.add_(1.0)), (values, lambda: sparse.data.sin_())):
+        with saved_tensors():
+            before, a = tensor.detach().clone(), Save.apply(activation(1), tensor)
+            write()
+            after, b = tensor.detach().clone(), Save.apply(activation(1), tensor)
+        assert not torch.equal(before, after)
+        for y, expected in ((b, after), (a, before)):
+            y.backward()
+            assert torch.equal(Save.got[1], expected)
+
+
 def test_increment_version_announces_a_raw_write():
     x = activation(16)
     with saved_tensors() as stats:
@@ -355,6 +383,36 @@ def test_odd_tensors(marshal):
         assert restored.layout == saved.layout and restored.dtype == saved.dtype
         same = (restored.to_dense(), saved.to_dense()) if saved.is_sparse else (restored, saved)
         assert torch.equal(*same)
+    assert stats.kept_bytes == 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse", "ignore:torch.quantize")
+def test_tensors_without_strided_memory():
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
+    matrix = torch.eye(4)
+    tensors = [
+        # Values and the ends of rows.
+        (nested, 6 * 3 * 4 + 3 * 8, lambda t: t.to_padded_tensor(0.0)),
+        (matrix.to_mkldnn(), 64, lambda t: t.to_dense()),
+        # Values, and 64-bit indices: one per row or block row, and its end; one per value or block.
+        (matrix.to_sparse_csr(), 4 * 4 + (5 + 4) * 8, lambda t: t.to_dense()),
+        (matrix.to_sparse_bsc((2, 2)), 8 * 4 + (3 + 2) * 8, lambda t: t.to_dense()),
+        (torch.quantize_per_tensor(matrix, 0.1, 0, torch.qint8), 16, lambda t: t.int_repr()),
+    ]
+    for tensor, n_bytes, dense in tensors:
+        with saved_tensors() as stats:
+            y = Save.apply(torch.zeros((), requires_grad=True), tensor)
+        assert stats.copied_bytes == stats.requested_bytes - 4 == n_bytes
+        y.backward()
+        assert Save.got[1].layout == tensor.layout and torch.equal(dense(Save.got[1]), dense(tensor))
+        assert stats.kept_bytes == 0
+
+
+def test_under_a_fake_tensor_mode():
+    with FakeTensorMode(), saved_tensors() as stats:
+        h = nn.Linear(8, 4)(torch.ones(2, 8)).exp()
+    assert stats.copied_bytes == (2 * 8 + 2 * 4) * 4
+    h.sum().backward()
     assert stats.kept_bytes == 0
 
 

@@ -251,6 +251,74 @@ def test_fsdp_parameters_are_referenced():
     assert on_ranks(2, fsdp) == [True, True]
 
 
+def collectives(rank, world):
+    """They write their arguments without a new version, and their schemas do not say so."""
+    leaf, own, group = torch.zeros((), requires_grad=True), torch.arange(8.0) + rank, dist.group.WORLD
+    writes = [
+        ("all_reduce", own, lambda t: dist.all_reduce(t)),
+        ("all_reduce, async", own, lambda t: dist.all_reduce(t, async_op=True).wait()),
+        ("broadcast", own, lambda t: dist.broadcast(t, 1)),
+        ("all_gather", torch.zeros(world * 8), lambda t: dist.all_gather(list(t.chunk(world)), own)),
+        ("all_gather, one tensor", torch.zeros(world * 8), lambda t: dist.all_gather_into_tensor(t, own)),
+        ("reduce_scatter", torch.zeros(8 // world), lambda t: dist.reduce_scatter_tensor(t, own.clone())),
+        ("all_to_all", torch.zeros(8), lambda t: dist.all_to_all_single(t, own)),
+        ("scatter", torch.zeros(8), lambda t: dist.scatter(t, [own + 1] * world if rank == 0 else None)),
+        ("send", torch.zeros(8), lambda t: dist.send(own, 0) if rank else dist.recv(t, 1)),
+    ]
+    changed = set()
+    for name, start, write in writes:
+        with saved_tensors(uniquify=False):
+            x = start.clone()
+            first = Save.apply(leaf, x)
+            y = x.clone()
+            write(x)
+            write(y)
+            expected = x.detach().clone()
+            second = Save.apply(leaf, x, y)
+        if not torch.equal(expected, start):
+            changed.add(name)
+        second.backward()
+        assert all(torch.equal(got, expected) for got in Save.got), name
+        first.backward()
+        assert torch.equal(Save.got[0], start), name
+    dist.barrier(group)
+    return len(changed)
+
+
+def test_collectives_write():
+    # One receives and one sends, one broadcasts, and what zeros receive are rank 0's numbers.
+    assert min(on_ranks(2, collectives)) >= 7
+
+
+def tensor_parallel(rank, world):
+    """DTensor is memory within a wrapper; torch works out its shardings on fake tensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.LayerNorm(8))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "3": SequenceParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
+
+    def run(block):
+        model.zero_grad()
+        with block as stats:
+            loss = model(torch.linspace(-1, 1, 4 * 6 * 8).view(4, 6, 8)).to_local().square().sum()
+        loss.backward()
+        return [p.grad.full_tensor() for p in model.parameters()], stats
+
+    plain, _ = run(torch.enable_grad())
+    ours, stats = run(saved_tensors())
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert stats.copied_bytes > 0 and stats.kept_bytes == 0
+    assert stats.requested_bytes == stats.copied_bytes + sum(stats.avoided_bytes.values())
+    return True
+
+
+def test_tensor_parallel():
+    assert on_ranks(2, tensor_parallel) == [True, True]
+
+
 # --- without processes ---
 
 

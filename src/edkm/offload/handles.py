@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from edkm.offload.layout import Layout
 from edkm.offload.marshal import is_plain, unseen
@@ -78,12 +79,12 @@ class Whole:
 
     def __init__(self, tensor: Tensor, device: torch.device, stats: Stats):
         self._origin, self._stats = tensor.device, stats
-        self._copy = tensor.to(device, copy=True)
+        self._copy = _copied(tensor, device)
         self._n_bytes = n_bytes(tensor)
         stats.hold(self._n_bytes)
 
     def restore(self) -> Tensor:
-        return self._copy.to(self._origin, copy=True)
+        return _copied(self._copy, self._origin)
 
     def __del__(self):
         # Not set when making the copy failed.
@@ -91,11 +92,26 @@ class Whole:
             self._stats.release(self._n_bytes)
 
 
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    # For some layouts `to(copy=True)` is not there.
+    return tensor.clone() if tensor.device == device else tensor.to(device)
+
+
 def n_bytes(tensor: Tensor) -> int:
-    if tensor.is_sparse:
-        parts = [tensor._values(), tensor._indices()]
-    elif tensor.layout == torch.strided or tensor.is_mkldnn:
+    """Bytes of a tensor on this rank; of one that is made of others, their bytes."""
+    if is_traceable_wrapper_subclass(tensor):
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return sum(n_bytes(each) for each in inner if isinstance(each, Tensor))
+    names = _PARTS.get(tensor.layout)
+    if names is None:
         return tensor.numel() * tensor.itemsize
-    else:
-        parts = [tensor.values()]
-    return sum(part.numel() * part.itemsize for part in parts)
+    return sum(n_bytes(getattr(tensor, name)()) for name in names)
+
+
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}

@@ -95,7 +95,7 @@ def place(values: Tensor, layout: Layout) -> Tensor:
     if span == values.numel() and values.is_contiguous() and _is_row_major(once):
         return values.reshape(-1)
     flat = values.new_empty(span)
-    if _overlaps(once):
+    if overlaps(once):
         where = torch.arange(span, device=values.device).as_strided(once.size, once.stride)
         return flat.index_copy_(0, where.reshape(-1), values.reshape(-1))
     flat.as_strided(once.size, once.stride).copy_(values)
@@ -116,7 +116,7 @@ def _is_row_major(layout: Layout) -> bool:
     return True
 
 
-def _overlaps(layout: Layout) -> bool:
+def overlaps(layout: Layout) -> bool:
     """Whether two indices may be one element, as in `unfold`. Says so rather once too often."""
     reach = 0
     for step, n in sorted((step, n) for n, step in zip(layout.size, layout.stride, strict=True) if n > 1):

@@ -22,17 +22,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edkm.offload.layout import Layout, Region, covers, layout_of, region
+from edkm.offload.layout import Layout, Region, covers, layout_of, overlaps, region
 from edkm.offload.piece import Piece, Recipe
 
 _aten = torch.ops.aten
 _CLONES = {_aten.clone.default, _aten._to_copy.default}
 _COPY = _aten.copy_.default
-# Written by batch norm in training without its schema saying so, and without a new version.
-_WRITTEN_UNSAID = {"running_mean", "running_var"}
 _PRUNE_AFTER = 256
 _NUMBERS = count()
 
@@ -76,7 +75,9 @@ class Ledger:
 
     def written(self, tensor: Tensor) -> None:
         """The storage is about to change: what it holds then is a new content."""
-        if not self._contents or not is_plain(tensor):
+        if not torch._C._has_storage(tensor):
+            # A sparse tensor writes into memory that others may be views of.
+            self.forget()
             return
         entry = self._contents.pop(tensor.untyped_storage()._cdata, None)
         for content in entry[1].values() if entry else ():
@@ -87,9 +88,12 @@ class Ledger:
         """`result` was made with the values of `source`."""
         if not (_equal_kind(source, result) and result.numel()) or source.untyped_storage()._cdata == result.untyped_storage()._cdata:
             return
-        theirs, ours = self.content(source), self.content(result, version)
         with torch.no_grad():
             there, here = layout_of(source.expand(result.shape)), layout_of(result)
+        if overlaps(here):
+            # Written more than once where windows overlap.
+            return
+        theirs, ours = self.content(source), self.content(result, version)
         there_region, here_region = region(there), region(here)
         self._edges.setdefault(theirs, []).append(Edge(there, ours, here, there_region, here_region))
         self._edges.setdefault(ours, []).append(Edge(here, theirs, there, here_region, there_region))
@@ -120,8 +124,16 @@ class Ledger:
             frontier = following
         return None
 
-    def clear(self) -> None:
+    def forget(self) -> None:
+        """Any storage may change from here on."""
+        for content in self._pieces:
+            for piece in self._kept(content):
+                piece.settle()
         self._contents.clear()
+
+    def clear(self) -> None:
+        """The block has ended: nobody watches any more what is written."""
+        self.forget()
         self._pieces.clear()
         self._edges.clear()
 
@@ -181,7 +193,7 @@ def _equal_kind(source: Tensor, result: Tensor) -> bool:
 class Watch(TorchDispatchMode):
     """Tells the ledger of every write and every copy."""
 
-    # Seen as operations that might write anywhere.
+    # Operations that are given functions, which may write anything.
     supports_higher_order_operators = True
 
     def __init__(self, ledger: Ledger):
@@ -190,15 +202,17 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in types):
-            # A wrapper's own implementation goes first: its memory is that of the tensors within, and they come by here again.
+        if any(map(_is_wrapper, types)):
+            # Its own implementation goes first: its memory is that of the tensors within, and they come by here again.
             return NotImplemented
-        written = _WRITTEN.get(func)
+        if func not in _WRITTEN:
+            _WRITTEN[func] = _written_arguments(func)
+        written = _WRITTEN[func]
         if written is None:
-            written = _WRITTEN[func] = _written_arguments(func)
-        if not written and func not in _CLONES:
+            self._ledger.forget()
+        elif not written and func not in _CLONES:
             return func(*args, **kwargs)
-        for position, name in written:
+        for position, name in written or ():
             self._forget(args[position] if position < len(args) else kwargs.get(name))
         result = func(*args, **kwargs)
         if func in _CLONES:
@@ -216,16 +230,29 @@ class Watch(TorchDispatchMode):
                 self._forget(each)
 
 
-_WRITTEN: dict[Any, tuple[tuple[int, str], ...]] = {}
+def _is_wrapper(kind: type[Tensor]) -> bool:
+    """Whether tensors of this class have operations of their own. Fake tensors leave that to a mode."""
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
 
 
-def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
-    """`(position, name)` of the arguments that an operation writes."""
+_WRITTEN: dict[Any, tuple[tuple[int, str], ...] | None] = {}
+
+
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...] | None:
+    """`(position, name)` of the arguments that an operation writes; None if nobody knows."""
     schema = getattr(func, "_schema", None)
     if schema is None:
-        return tuple((position, "") for position in range(16))
+        return None
     return tuple(
         (position, argument.name)
         for position, argument in enumerate(schema.arguments)
-        if argument.name in _WRITTEN_UNSAID or (argument.alias_info is not None and argument.alias_info.is_write)
+        if (argument.alias_info is not None and argument.alias_info.is_write) or _is_written_unsaid(func, argument.name)
     )
+
+
+def _is_written_unsaid(func: Any, name: str) -> bool:
+    """Whether an operation may write an argument without its schema saying so, and without a new version.
+
+    Batch norm in training writes its statistics. Collectives write some of their arguments, and name them in no common way.
+    """
+    return name in ("running_mean", "running_var") or func.namespace == "c10d"
