@@ -140,10 +140,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(model, config, args, blocks.block_tokens)
     settings = _settings(args, steps)
-    # Not how the work is shared out: another number of ranks may go on.
-    parts = ("batch", "accumulate", "fsdp")
+    # Not how the work is shared out, or when it is saved: another number of ranks may go on.
+    free = ("batch", "accumulate", "fsdp", "save_every")
     identity = {
-        **{key: value for key, value in vars(settings).items() if key not in parts},
+        **{key: value for key, value in vars(settings).items() if key not in free},
+        "model": fingerprint(model),
         "blocks_per_step": settings.blocks_per_step,
         "config": config.to_json(),
         "data": data_hash,
@@ -264,6 +265,15 @@ def _steps(args: argparse.Namespace, blocks: int, learners: int) -> int:
     if args.steps is not None:
         return args.steps
     return max(1, math.ceil(blocks / (args.batch * args.accumulate * learners) * (1 if args.epochs is None else args.epochs)))
+
+
+def fingerprint(model: Any) -> str:
+    """Of the names and shapes of a model's weights and of some of their values, spread evenly."""
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        values = p.detach().flatten()[:: max(1, p.numel() // 1024)].double().cpu()
+        found.update(f"{name} {tuple(p.shape)}".encode() + values.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _settings(args: argparse.Namespace, steps: int):
