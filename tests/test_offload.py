@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from edkm.offload import Stats, saved_tensors
 from edkm.offload.marshal import Ledger, Watch
+from edkm.offload.transfer import Copy
 
 MIB = 1 << 20
 
@@ -327,6 +328,26 @@ def test_the_ledger_does_not_grow():
             buffer.copy_(x.clone())
             sizes.append(len(ledger._edges) + len(ledger._contents))
     assert max(sizes) < 2000
+
+
+@pytest.mark.parametrize("when", ["written", "written by data", "written by a sparse tensor", "block ended"])
+def test_who_overwrites_waits_for_the_copy(when, monkeypatch):
+    # On CUDA the copy may still be under way. Nobody says when the tensor is overwritten after the block.
+    x, sparse, seen = activation(4), torch.eye(3).to_sparse().coalesce(), []
+    monkeypatch.setattr(Copy, "settle", lambda copy: seen.append(x.detach().clone()))
+    with saved_tensors():
+        y = Save.apply(x)
+        del seen[:]
+        if when == "written":
+            x.detach().mul_(2.0)
+        elif when == "written by data":
+            x.data.mul_(2.0)
+        elif when == "written by a sparse tensor":
+            sparse.sin_()
+        assert len(seen) == (when != "block ended")
+    assert seen and torch.equal(seen[0], activation(4))
+    y.backward()
+    assert torch.equal(Save.got[0], activation(4))
 
 
 # --- how much is copied ---

@@ -59,7 +59,7 @@ class Part(NamedTuple):
         with unseen():
             tensor = self.piece.cut(self.layout)
             tensor = tensor.conj() if self.conj else tensor
-            return torch._neg_view(tensor) if self.neg else tensor
+            return torch.ops.aten._neg_view(tensor) if self.neg else tensor
 
 
 class Empty(NamedTuple):

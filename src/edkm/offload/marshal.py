@@ -32,6 +32,7 @@ from edkm.offload.piece import Piece, Recipe
 _aten = torch.ops.aten
 _CLONES = {_aten.clone.default, _aten._to_copy.default}
 _COPY = _aten.copy_.default
+_PLAIN_DISPATCH = torch._C._disabled_torch_dispatch_impl
 _PRUNE_AFTER = 256
 _NUMBERS = count()
 
@@ -230,9 +231,9 @@ class Watch(TorchDispatchMode):
                 self._forget(each)
 
 
-def _is_wrapper(kind: type[Tensor]) -> bool:
+def _is_wrapper(kind: Any) -> bool:
     """Whether tensors of this class have operations of their own. Fake tensors leave that to a mode."""
-    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
+    return kind.__torch_dispatch__ is not _PLAIN_DISPATCH and not issubclass(kind, FakeTensor)
 
 
 _WRITTEN: dict[Any, tuple[tuple[int, str], ...] | None] = {}

@@ -73,7 +73,7 @@ class Packer:
         if not tensor.numel():
             return Empty(layout, tensor.device)
         # The bytes as they are, without a conjugation or a minus that is still to be applied.
-        tensor = torch._neg_view(tensor) if neg else tensor
+        tensor = torch.ops.aten._neg_view(tensor) if neg else tensor
         tensor = tensor.conj() if conj else tensor
         return Part(self._piece(tensor, layout), layout, conj, neg)
 

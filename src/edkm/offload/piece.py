@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from edkm.offload.layout import Layout, Region, covers, place, region
-from edkm.offload.transfer import Copy
+from edkm.offload.transfer import Copy, made_now, take_over
 
 
 class Source(Protocol):
@@ -51,13 +51,12 @@ class Piece:
             buffer is still in use could differ between ranks.
     """
 
-    __slots__ = ("__weakref__", "_probe", "_restored", "device", "layout", "number", "region", "shared", "source")
+    __slots__ = ("__weakref__", "_buffer", "device", "layout", "number", "region", "shared", "source")
 
     def __init__(self, layout: Layout, source: Source, device: torch.device, number: int, shared: bool):
         self.layout, self.source, self.device, self.number, self.shared = layout, source, device, number, shared
         self.region = region(layout)
-        self._restored: StorageWeakRef | None = None
-        self._probe: tuple[Tensor, int] | None = None
+        self._buffer: Buffer | None = None
 
     @property
     def is_recipe(self) -> bool:
@@ -73,28 +72,41 @@ class Piece:
 
     def cut(self, layout: Layout) -> Tensor:
         """The tensor of that layout, with its strides. Its offset counts from the beginning of the piece."""
-        storage = self._in_use() if self.shared else None
-        if storage is None:
+        offset = (layout.offset * layout.dtype.itemsize - self.region.start) // layout.dtype.itemsize
+        buffer, storage = self._buffer, None
+        if buffer is not None:
+            storage = buffer.in_use()
+        if buffer is None or storage is None:
             flat = place(self.source.fetch(), self.layout)
             storage = flat.untyped_storage()
-            if self.shared:
-                self._remember(flat)
-        offset = (layout.offset * layout.dtype.itemsize - self.region.start) // layout.dtype.itemsize
-        tensor = torch.empty(0, dtype=layout.dtype, device=self.device).set_(storage, offset, layout.size, layout.stride)
-        if self._probe is None:
-            return tensor
-        counted = self._probe[0].detach()
+            if not self.shared:
+                return _view(storage, offset, layout, self.device)
+            # Assigned once: backward may run in several threads.
+            self._buffer = buffer = Buffer.of(flat)
+        tensor = _view(storage, offset, layout, self.device)
+        take_over(tensor, buffer.ready)
+        counted = buffer.probe.detach()
         counted.data = tensor
         return counted
 
-    def _remember(self, flat: Tensor) -> None:
-        self._restored = StorageWeakRef(flat.untyped_storage())
-        probe = torch.empty(0, dtype=flat.dtype, device=flat.device)
-        self._probe = probe, probe._version
 
-    def _in_use(self) -> torch.UntypedStorage | None:
-        """The buffer's storage if someone holds it and nobody wrote into it."""
-        if self._restored is None or self._probe is None:
-            return None
-        probe, version = self._probe
-        return torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata) if probe._version == version else None
+class Buffer(NamedTuple):
+    """What a piece was restored to, for as long as somebody holds it."""
+
+    storage: StorageWeakRef
+    probe: Tensor
+    version: int
+    ready: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, flat: Tensor) -> Buffer:
+        probe = torch.empty(0, dtype=flat.dtype, device=flat.device)
+        return cls(StorageWeakRef(flat.untyped_storage()), probe, probe._version, made_now(flat.device))
+
+    def in_use(self) -> torch.UntypedStorage | None:
+        """The storage if someone holds it and nobody wrote into it."""
+        return torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata) if self.probe._version == self.version else None
+
+
+def _view(storage: torch.UntypedStorage, offset: int, layout: Layout, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=layout.dtype, device=device).set_(storage, offset, layout.size, layout.stride)

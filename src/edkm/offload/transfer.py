@@ -68,9 +68,7 @@ class Copy:
             return self._host.to(self._origin, copy=True)
         values, ready = self._arriving or self._bring()
         self._arriving = None
-        stream = torch.cuda.current_stream(self._origin)
-        stream.wait_event(ready)
-        values.record_stream(stream)
+        take_over(values, ready)
         before = None if self._before is None else self._before()
         if before is not None and before._arriving is None and before._is_streamed(before._host.device):
             before._arriving = before._bring()
@@ -81,7 +79,7 @@ class Copy:
         with torch.cuda.stream(stream):
             values = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._origin)
             values.copy_(self._host, non_blocking=True)
-            return values, stream.record_event()
+            return values, _event(stream)
 
     def __del__(self):
         if hasattr(self, "_host"):
@@ -95,6 +93,25 @@ def _send(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     with torch.cuda.stream(stream):
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values.contiguous(), non_blocking=True)
-        done = stream.record_event()
+        done = _event(stream)
     values.record_stream(stream)
     return host, done
+
+
+def made_now(device: torch.device) -> torch.cuda.Event | None:
+    """For others to wait until the current stream has made what it was told to make; None where there are no streams."""
+    return _event(torch.cuda.current_stream(device)) if device.type == "cuda" else None
+
+
+def take_over(tensor: Tensor, ready: torch.cuda.Event | None) -> None:
+    """The current stream may use a tensor that was made on another one."""
+    if ready is not None:
+        stream = torch.cuda.current_stream(tensor.device)
+        stream.wait_event(ready)
+        tensor.record_stream(stream)
+
+
+def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
