@@ -175,13 +175,13 @@ def pieces(weight: Tensor, groups: int, round_to: torch.dtype | None) -> Iterato
     rows = weight.detach().view(groups, -1, weight.shape[1])
     key = weight.dtype if weight.dtype.itemsize == 2 else round_to
     assert key is not None
-    step = _groups_of_piece(rows[0].numel())
+    step = groups_of_piece(rows[0].numel())
     for start in range(0, groups, step):
         of = slice(start, min(start + step, groups))
         yield of, rows[of], key
 
 
-def _groups_of_piece(weights: int) -> int:
+def groups_of_piece(weights: int) -> int:
     """Groups of `weights` weights each that are worked through together."""
     return max(1, CHUNK_WEIGHTS // max(weights, _USUAL_VALUES))
 
@@ -198,7 +198,7 @@ def table_of(seen: Tensor, dtype: torch.dtype, groups: int, weights: int) -> Tab
     """The aid that `solve` would hand on for `groups` groups of `weights` weights each, from the keys that occur in any of them."""
     _, finite = _values(dtype, seen.device)
     keys = _occurring(seen, finite)
-    return [(keys, None)] * -(-groups // _groups_of_piece(weights))
+    return [(keys, None)] * -(-groups // groups_of_piece(weights))
 
 
 # The three functions that every backend has; op.py documents them.

@@ -245,7 +245,10 @@ def _dry_run(model: Any, config: Any, args: argparse.Namespace, block_tokens: in
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how = "" if learners == 1 else f", {learners} processes, {'FSDP' if args.fsdp else 'DDP'}"
     print(f"training on {device}{how}:")
-    print(plan_memory(model, config, _settings(args, 1), block_tokens=block_tokens, learners=learners, device_type=device))
+    budget = plan_memory(
+        model, config, _settings(args, 1), block_tokens=block_tokens, learners=learners, device_type=device, backend=args.backend
+    )
+    print(budget)
     return 0
 
 

@@ -5,7 +5,7 @@ parameter and the centroids of each iteration, and decodes the weight again in b
 alone, so they are found once per optimizer step, whatever the number of micro-batches or recomputations.
 
 Layers do not differentiate the clustering. They use `Clustering.live(weight)`, which stands for the clustered weight in the graph,
-and hand back the gradient of the clustered weight; autograd sums it over all uses (tied layers), and one node, `_Gate`, turns the
+and hand back the gradient of the clustered weight; autograd sums it over all uses (tied layers), and one node, `Gate`, turns the
 sum into the gradient of the weight.
 """
 
@@ -187,9 +187,9 @@ class Clustering(nn.Module):
             return weight.detach(), solution
         if self._shard is not None and self._shard.gathers:
             # FSDP expects a gradient from every pass through the layer, when that pass's backward ends.
-            return _Gate.apply(weight, self, solution), solution
+            return Gate.apply(weight, self, solution), solution
         if self._live is None:
-            self._live = _Gate.apply(weight, self, solution)
+            self._live = Gate.apply(weight, self, solution)
         return self._live, solution
 
     def decode(self, weight: Tensor, solution: Solution) -> Tensor:
@@ -227,7 +227,7 @@ class Clustering(nn.Module):
         return self.training or self.soft_in_eval
 
 
-class _Gate(torch.autograd.Function):
+class Gate(torch.autograd.Function):
     """Identity on the weight; backward is the chain rule of the clustering. May run once per micro-batch, so it saves nothing."""
 
     @staticmethod

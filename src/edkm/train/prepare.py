@@ -62,7 +62,7 @@ class Report:
 
 
 @dataclass
-class _Target:
+class Target:
     """A parameter and the modules that use it as their weight."""
 
     names: list[str]
@@ -98,7 +98,7 @@ def prepare(
     Cost:
         A few passes over each weight; in training as stated at `edkm.cluster`.
     """
-    targets = _targets(model)
+    targets = targets_of(model)
     importance = dict(importance or {})
     unknown = set(importance) - {name for target in targets for name in target.names}
     if unknown:
@@ -114,7 +114,7 @@ def prepare(
         entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
         made.append((target, clustering))
     for target, clustering in made:
-        _install(target, clustering)
+        install(target, clustering)
     return Report(tuple(entries))
 
 
@@ -125,7 +125,7 @@ def plan(model: nn.Module, config: ClusterConfig) -> Report:
         ValueError: as `prepare`, as far as shapes can tell.
     """
     entries = []
-    for name, parameter, _, settings, reason in _decisions(model, config, _targets(model)):
+    for name, parameter, _, settings, reason in _decisions(model, config, targets_of(model)):
         shape = tuple(parameter.shape)
         if settings is None:
             entries.append(Entry(name, shape, 0, 0, 1, reason))
@@ -150,8 +150,8 @@ def plan(model: nn.Module, config: ClusterConfig) -> Report:
 
 
 def _decisions(
-    model: nn.Module, config: ClusterConfig, targets: list[_Target]
-) -> list[tuple[str, Tensor, _Target | None, ClusterConfig | None, str]]:
+    model: nn.Module, config: ClusterConfig, targets: list[Target]
+) -> list[tuple[str, Tensor, Target | None, ClusterConfig | None, str]]:
     """For every parameter `(name, parameter, users, settings or None, why not)`; at least one has settings."""
     if any(isinstance(m, Clustering) for m in model.modules()):
         raise ValueError("model: it is prepared already. Load it afresh to cluster it differently.")
@@ -166,20 +166,20 @@ def _decisions(
     return found
 
 
-def _targets(model: nn.Module) -> list[_Target]:
+def targets_of(model: nn.Module) -> list[Target]:
     """Every parameter that is the weight of a module we know, with all its names and users."""
-    found: dict[int, _Target] = {}
+    found: dict[int, Target] = {}
     for prefix, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is None or not isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS)):
             continue
-        target = found.setdefault(id(weight), _Target([], [], weight))
+        target = found.setdefault(id(weight), Target([], [], weight))
         target.names.append(f"{prefix}.weight".lstrip("."))
         target.modules.append(module)
     return list(found.values())
 
 
-def _settings(config: ClusterConfig, name: str, parameter: Tensor, target: _Target | None) -> tuple[ClusterConfig | None, str]:
+def _settings(config: ClusterConfig, name: str, parameter: Tensor, target: Target | None) -> tuple[ClusterConfig | None, str]:
     """The settings of a parameter, or None and why it is left alone."""
     if target is None:
         return (
@@ -211,7 +211,8 @@ def _clustering(name: str, weight: Tensor, settings: ClusterConfig, importance: 
     return clustering, f"{chosen}: {why}" + ("" if importance is not None else "; no importance")
 
 
-def _install(target: _Target, clustering: Clustering) -> None:
+def install(target: Target, clustering: nn.Module) -> None:
+    """Make layers use `clustering`, a `Clustering` or what stands in for one."""
     owner = target.modules[0]
     for module in target.modules:
         if type(module) is nn.Linear:

@@ -1,0 +1,218 @@
+"""The memory planner: its line of bytes, its formula, and its plans beside what real steps hold."""
+
+import copy
+import time
+
+import pytest
+import torch
+
+import edkm
+from benchmarks.memory import LLAMA_7B, peak_of_tensors, training
+from edkm.core.op import BACKENDS, Solution
+from edkm.train.memory import PARTS, Timeline, plan_memory
+from edkm.train.memory.sketch import scratch_bytes
+from edkm.train.trainer import TrainSettings
+
+BLOCK_TOKENS = 64
+
+
+def settings(**changes):
+    return TrainSettings(**{"steps": 1, "lr": 1e-4, "batch": 2, "precision": "fp32", **changes})
+
+
+class TestTimeline:
+    def test_follows_tensors_to_their_end(self):
+        kept = torch.zeros(100)
+        with Timeline() as line:
+            line.count(kept, "weights")
+            a = torch.ones(1000)
+            b = a * 2
+            del a
+            c = b + 1
+            del b
+        assert line.now["weights"] == 400 and line.now["activations"] == 4000
+        assert line.peak == 8400 and line.at_peak["activations"] == 8000
+        del c, kept
+        assert sum(line.now.values()) == 0
+
+    def test_views_share_a_storage(self):
+        with Timeline() as line:
+            a = torch.ones(10, 10)
+            views = [a.T, a[3], a.view(-1), a.detach()]
+            del a
+            assert sum(line.now.values()) == 400
+            del views
+        assert sum(line.now.values()) == 0 and line.peak == 400
+
+    def test_moves_between_parts(self):
+        with Timeline() as line:
+            line.moment = "forward"
+            a = torch.ones(25)
+            line.count(a, "gradients")
+            line.count(a, "gradients")
+            assert line.now == {**dict.fromkeys(PARTS, 0), "gradients": 100}
+            line.moment = "backward"
+            line.add("communication", 50)
+            line.add("communication", -50)
+        assert line.peak == 150 and line.peak_moment == "backward"
+        assert line.largest["communication"] == 50 and line.largest["activations"] == 100
+        line.start()
+        assert line.peak == 100 and line.largest["communication"] == 0
+
+    def test_a_backward(self):
+        x, w = torch.ones(8, 50), torch.ones(50, 50, requires_grad=True)
+        with Timeline() as line:
+            (x @ w).relu().sum().backward()
+        # Left: the gradient.
+        assert sum(line.now.values()) == w.grad.nbytes
+
+
+@pytest.mark.parametrize("backend", ["unique", "fused"])
+@pytest.mark.parametrize(
+    ("rows", "cols", "groups", "k", "d"),
+    [
+        (512, 512, 1, 8, 1),
+        (1024, 1024, 1, 8, 1),
+        (512, 512, 32, 8, 1),
+        (2048, 1024, 128, 8, 1),
+        (1024, 1024, 1, 256, 1),
+        (512, 512, 8, 16, 2),
+    ],
+)
+def test_scratch_is_what_the_backends_use(rows, cols, groups, k, d, backend):
+    if backend == "unique" and d > 1:
+        pytest.skip("unique takes single values")
+    if backend == "fused" and k == 256:
+        pytest.skip("slow, and `auto` never takes it")
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = torch.randn(2, rows, cols, generator=generator)
+    importance = torch.rand(1, cols, generator=generator) + 0.1
+    centroids = torch.randn(groups, k, d, generator=generator).sort(1).values
+    temperature = torch.full((groups,), 0.05)
+    trajectory, table = BACKENDS[backend].solve(weight, importance, centroids, temperature, 1, torch.bfloat16)
+    solution = Solution(trajectory, importance, temperature, torch.bfloat16, backend, table)
+    with Timeline() as line:
+        result = solution.adjoint(grad, weight)
+    values = len(weight.bfloat16().unique())
+    planned = scratch_bytes(rows, cols, (groups, k, d), values, backend, "cpu")
+    assert planned == pytest.approx(line.peak - result.nbytes, rel=0.15)
+
+
+def measured(model, config, backend="auto", **options):
+    """Bytes of tensors at the peak of the second step."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 300, (2, BLOCK_TOKENS), generator=generator)
+    if config is not None:
+        importance = edkm.calibrate(model, [tokens])
+        edkm.prepare(model, config, importance=importance, backend=backend)
+    optimizer, step = training(model, tokens, **options)
+    step()
+    return peak_of_tensors(model, optimizer, step)
+
+
+SMALL = {"embedding_bits": 4}
+CLUSTERINGS = {
+    "plain": (None, "auto"),
+    "unique": (edkm.ClusterConfig(**SMALL), "unique"),
+    "one table": (edkm.ClusterConfig(rows_per_lut=0, **SMALL), "unique"),
+    "fused": (edkm.ClusterConfig(embedding_bits=0), "fused"),
+    "vectors": (edkm.ClusterConfig(dim=2, embedding_bits=0), "fused"),
+    "straight through": (edkm.ClusterConfig(softness=0, **SMALL), "unique"),
+}
+
+
+@pytest.mark.parametrize(
+    ("clustering", "checkpointing", "bf16"),
+    [
+        *[(name, False, False) for name in CLUSTERINGS],
+        ("plain", True, False),
+        ("plain", False, True),
+        ("plain", True, True),
+        ("unique", True, False),
+        ("fused", True, True),
+    ],
+)
+def test_plan_is_what_a_step_holds(tiny_model, clustering, checkpointing, bf16):
+    config, backend = CLUSTERINGS[clustering]
+    asked = settings(checkpointing=checkpointing, precision="bf16" if bf16 else "fp32")
+    budget = plan_memory(tiny_model, config, asked, block_tokens=BLOCK_TOKENS, backend=backend)
+    peak = measured(tiny_model, config, backend, checkpointing=checkpointing, bf16=bf16)
+    assert budget.peak == pytest.approx(peak, rel=0.01 if config is None else 0.15)
+    assert budget.largest["communication"] == 0 and (budget.largest["clustering"] == 0) == (config is None)
+
+
+def test_planning_changes_nothing(tiny_model):
+    before = copy.deepcopy(tiny_model.state_dict())
+    plan_memory(tiny_model, edkm.ClusterConfig(), settings(checkpointing=True), block_tokens=BLOCK_TOKENS)
+    assert not tiny_model.training and not any(getattr(m, "gradient_checkpointing", False) for m in tiny_model.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_model.state_dict().items())
+
+
+def test_parts_are_what_they_say(tiny_model):
+    total = sum(p.nbytes for p in tiny_model.parameters())
+    budget = plan_memory(tiny_model, None, settings(), block_tokens=BLOCK_TOKENS)
+    assert budget.largest["gradients"] == total
+    assert budget.largest["optimizer"] == pytest.approx(2 * total, rel=0.01)
+    assert budget.largest["weights"] == pytest.approx(total, rel=0.01)
+    text = str(budget)
+    assert all(part in text for part in PARTS) and budget.moment in text
+
+
+def test_options_count(tiny_model):
+    def peak(config=None, tokens=BLOCK_TOKENS, **changes):
+        return plan_memory(tiny_model, config, settings(**changes), block_tokens=tokens).peak
+
+    plain = peak()
+    assert peak(checkpointing=True) < plain < peak(batch=4)
+    assert plain < peak(tokens=2 * BLOCK_TOKENS)
+    assert plain < peak(accumulate=2)  # gradients of the micro-batch before
+    assert plain < peak(edkm.ClusterConfig())
+
+
+def test_learners(tiny_model):
+    def budget(learners, fsdp=False):
+        return plan_memory(tiny_model, None, settings(fsdp=fsdp), block_tokens=BLOCK_TOKENS, learners=learners)
+
+    total = sum(p.nbytes for p in tiny_model.parameters())
+    alone, ddp, fsdp, more = budget(1), budget(2), budget(2, fsdp=True), budget(8, fsdp=True)
+    assert ddp.peak == alone.peak + total and ddp.at_peak["communication"] == total
+    assert more.peak < fsdp.peak < ddp.peak
+    assert fsdp.largest["weights"] == pytest.approx(total / 2, rel=0.02)
+    assert total / 2 < fsdp.largest["gradients"] < total  # shards, and whole ones of the layer at hand
+    assert fsdp.largest["optimizer"] == pytest.approx(total, rel=0.02)
+
+
+def test_a_large_model_without_data():
+    """The first layers of LLaMA-7B: 1.9 billion weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**{**LLAMA_7B, "num_hidden_layers": 8}))
+    began = time.perf_counter()
+    budget = plan_memory(model, edkm.ClusterConfig(), settings(fsdp=True, batch=1), block_tokens=2048, learners=8, device_type="cuda")
+    assert time.perf_counter() - began < 60
+    total = sum(p.nbytes for p in model.parameters())
+    assert total == pytest.approx(7.52e9, rel=0.01)
+    assert budget.largest["optimizer"] == pytest.approx(total / 4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"batch": 0}, {}, "batch: at least 1, got 0"),
+        ({"accumulate": 0}, {}, "accumulate: at least 1, got 0"),
+        ({}, {"block_tokens": 0}, "block_tokens: at least 1, got 0"),
+        ({}, {"learners": 0}, "learners: at least 1, got 0"),
+        ({}, {"device_type": "tpu"}, "device_type: cpu or cuda, got 'tpu'"),
+        ({}, {"backend": "quick"}, "backend: auto, unique or fused, got 'quick'"),
+        ({"fsdp": True}, {}, "fsdp: there is one learner and nothing to shard over"),
+    ],
+)
+def test_bad_input(tiny_model, changes, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan_memory(tiny_model, None, settings(**changes), **{"block_tokens": BLOCK_TOKENS, **arguments})
+
+
+def test_a_tensor_that_cannot_be_clustered(tiny_model):
+    with pytest.raises(ValueError, match="rows do not divide"):
+        plan_memory(tiny_model, edkm.ClusterConfig(rows_per_lut=48), settings(), block_tokens=BLOCK_TOKENS)
