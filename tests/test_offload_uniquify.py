@@ -232,3 +232,6 @@ def test_arguments():
         function_of(torch.rand(3), round_to=torch.float32),
     ):
         pass
+    message = r"weight \[4, 4\]: needs a plain strided tensor, got Tensor of torch.sparse_coo"
+    with pytest.raises(TypeError, match=message), function_of(torch.eye(4).to_sparse()):
+        pass

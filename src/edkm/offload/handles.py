@@ -73,7 +73,11 @@ class Empty(NamedTuple):
 
 
 class Whole:
-    """A tensor that is more than strided memory (sparse, nested, a subclass): copied by itself, as `save_on_cpu` does."""
+    """A tensor that is more than strided memory (sparse, nested, a subclass): copied by itself, as `save_on_cpu` does.
+
+    Subclasses are not taken apart: the memory of an asynchronous collective is not filled yet, the sizes of jagged tensors are tied to
+    their very own offsets.
+    """
 
     __slots__ = ("_copy", "_n_bytes", "_origin", "_stats")
 

@@ -37,8 +37,14 @@ def saved_tensors(
             loss = model(x)
         loss.backward()
 
-    Backward may run in the block or after it. Blocks nest, and the inner one applies. Parameters, frozen ones too, and views of them are
-    referenced, not copied. Gradients are the same to the last bit.
+    Backward may run in the block or after it. Blocks nest, and the inner one applies. Gradients are the same to the last bit.
+
+    Leaves that require grad, parameters, frozen ones too, and views of them are referenced, not copied; with FSDP2 they come back when
+    it has gathered them again. In-place changes between two uses are honoured, also those through `.data` and by collectives. Not seen
+    is what writes without a torch operation, such as a bare Triton kernel, NumPy, or another thread through `.data`: if it writes into a
+    tensor that was saved or copied before, announce it with `torch.autograd.graph.increment_version`. Functions that
+    `torch.compile` has compiled run eagerly in a block with `marshal` or `uniquify`. Subclasses such as DTensor, sparse and quantized
+    tensors are copied each by itself.
 
     Args:
         device: where copies are kept. From CUDA to the CPU they go through pinned memory, on a stream of their own.
@@ -58,8 +64,11 @@ def saved_tensors(
             was declared to be.
         RuntimeError: from backward, a referenced tensor was changed in place after it was saved.
 
-    Cost: `stats.kept_bytes`, never more than `save_on_cpu` holds, and nothing for parameters. One pass over each new copy in either
-    direction. OVERHEAD
+    Cost: `stats.kept_bytes`, never more than `save_on_cpu` holds, and nothing for parameters. Pinned memory, where there is CUDA, is
+    rounded up by torch, to powers of two by default. One pass over each new copy in either direction. On one core of a 2.5 GHz Xeon
+    that others used too: 10 us per operation in the block, 0.1 ms per operation that writes or copies, and 0.3 ms per saved tensor, forth
+    and back; `hooks` that only clone take 0.03 ms. Torch imports its compiler, which takes seconds, at the first operation of the first
+    block with `marshal` or `uniquify`.
     """
     if hops < 0:
         raise ValueError(f"saved_tensors: hops={hops}: must not be negative. Use 0 to follow views alone.")

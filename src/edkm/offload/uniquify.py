@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from edkm.offload.piece import Source
 
@@ -65,7 +66,7 @@ def function_of(weight: Tensor, *, round_to: torch.dtype = torch.bfloat16) -> It
         round_to: 16-bit type. A wider weight counts by its value rounded to it; a 16-bit weight by its own value.
 
     Raises:
-        TypeError: `weight` is not floating point, or `round_to` is not a 16-bit floating-point type.
+        TypeError: `weight` is not floating point or not a plain strided tensor, or `round_to` is not a 16-bit floating-point type.
         ValueError: raised while saving: a tensor with a row per weight is not such a function.
 
     Cost: once per weight and version, a few passes over the weight and 2 bytes per weight kept, shared by all maps; for every map one pass
@@ -73,6 +74,11 @@ def function_of(weight: Tensor, *, round_to: torch.dtype = torch.bfloat16) -> It
     """
     if not weight.is_floating_point():
         raise TypeError(f"function_of: weight {list(weight.shape)}: needs a floating-point weight, got {weight.dtype}.")
+    if weight.layout != torch.strided or is_traceable_wrapper_subclass(weight):
+        kind = f"{type(weight).__name__} of {weight.layout}"
+        raise TypeError(
+            f"function_of: weight {list(weight.shape)}: needs a plain strided tensor, got {kind}. Use its dense or local tensor."
+        )
     if not round_to.is_floating_point or round_to.itemsize != 2:
         raise TypeError(f"function_of: round_to={round_to}: needs a 16-bit type. Use torch.bfloat16 or torch.float16.")
     dtype = weight.dtype if weight.dtype.itemsize <= 2 else round_to
