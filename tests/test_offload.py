@@ -1,6 +1,9 @@
 """edkm.offload: what shares a copy, what is copied, and that restored tensors are the saved ones."""
 
 import gc
+from contextlib import contextmanager
+from itertools import count
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from edkm.offload import Stats, saved_tensors
+from edkm.offload import Stats, piece, saved_tensors, transfer
 from edkm.offload.marshal import Ledger, Watch
 from edkm.offload.transfer import Copy
 
@@ -576,6 +579,109 @@ def test_no_reference_cycles():
         assert all(ref.expired() for ref in storages)
     finally:
         gc.enable()
+
+
+# --- CUDA's path, with streams that only note what they are told ---
+
+
+class Stream:
+    log: ClassVar[list] = []
+    events: ClassVar = count()
+
+    def __init__(self, name):
+        self.name = name
+
+    def wait_stream(self, other):
+        self.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event):
+        self.log.append((self.name, "waits for", event.name))
+
+
+class Event:
+    def record(self, stream):
+        self.name = f"event {next(Stream.events)}"
+        Stream.log.append((stream.name, "records", self.name))
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """`Copy` takes tensors for CUDA tensors. Copies are made at once, so what is checked is who waits for what."""
+    main, side, current = Stream("main"), Stream("side"), []
+
+    @contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: Stream.log.append((stream.name, "uses", tensor.numel())))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1] if current else main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(transfer, "_side_stream", lambda device: side)
+    monkeypatch.setattr(Copy, "_is_streamed", lambda copy, device: True)
+    monkeypatch.setattr(Stream, "log", [])
+    monkeypatch.setattr(Stream, "events", count())
+    return Stream.log
+
+
+def test_a_copy_waits_for_its_source_and_an_overwrite_for_the_copy(streams):
+    x = activation(4)
+    with saved_tensors():
+        y = Save.apply(x)
+        assert streams == [("side", "waits for", "main"), ("side", "records", "event 0"), ("side", "uses", 4)]
+        del streams[:]
+        x.data.add_(1.0)
+        x.data.add_(1.0)
+        assert streams == [("main", "waits for", "event 0")]
+        z = Save.apply(x)
+        del streams[:]
+    assert streams == [("main", "waits for", "event 1")]
+    del streams[:]
+    with saved_tensors(marshal=False):
+        Save.apply(x)
+    # Nobody watches.
+    assert streams[-2:] == [("side", "uses", 4), ("main", "waits for", "event 2")]
+    y.backward()
+    assert torch.equal(Save.got[0], activation(4))
+    del z
+
+
+def test_backward_fetches_ahead(streams):
+    tensors = [activation(n) for n in (2, 3, 4)]
+    with saved_tensors():
+        outputs = [Save.apply(t) for t in tensors]
+    fetched = []
+    for n in (4, 3, 2):
+        del streams[:]
+        outputs.pop().backward()
+        assert torch.equal(Save.got[0], activation(n))
+        fetched.append([entry for entry in streams if entry[1] != "waits for"])
+    # The first is fetched on demand. Then the next one is on its way already.
+    assert fetched == [
+        [("side", "records", "event 3"), ("main", "uses", 4), ("side", "records", "event 4")],
+        [("main", "uses", 3), ("side", "records", "event 5")],
+        [("main", "uses", 2)],
+    ]
+
+
+def test_a_shared_buffer_is_waited_for_on_another_stream(streams, monkeypatch):
+    x = activation(4)
+    with saved_tensors():
+        a, b = Save.apply(x), Save.apply(x[1:])
+    made = Event()
+    made.record(Stream("main"))
+    monkeypatch.setattr(piece, "made_now", lambda device: made)
+    a.backward()
+    held = Save.got
+    del streams[:]
+    with torch.cuda.stream(Stream("other")):
+        b.backward()
+    assert streams == [("other", "waits for", made.name), ("other", "uses", 3)]
+    assert Save.got[0].untyped_storage()._cdata == held[0].untyped_storage()._cdata
 
 
 # --- the block ---
