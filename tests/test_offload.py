@@ -275,6 +275,14 @@ def test_writes_through_a_subclass_and_through_sparse_tensors():
             assert torch.equal(Save.got[1], expected)
 
 
+def test_an_operation_without_a_schema_may_write_anything():
+    ledger, x, y = Ledger(hops=4), torch.zeros(3), torch.zeros(3)
+    before = [ledger.content(t) for t in (x, y)]
+    assert before == [ledger.content(t) for t in (x, y)]
+    Watch(ledger).__torch_dispatch__(lambda function, t: function(t), (), (lambda t: y.add_(1.0), x))
+    assert not {*before} & {ledger.content(t) for t in (x, y)}
+
+
 def test_increment_version_announces_a_raw_write():
     x = activation(16)
     with saved_tensors() as stats:

@@ -43,8 +43,9 @@ def saved_tensors(
     it has gathered them again. In-place changes between two uses are honoured, also those through `.data` and by collectives. Not seen
     is what writes without a torch operation, such as a bare Triton kernel, NumPy, or another thread through `.data`: if it writes into a
     tensor that was saved or copied before, announce it with `torch.autograd.graph.increment_version`. Functions that
-    `torch.compile` has compiled run eagerly in a block with `marshal` or `uniquify`. Subclasses such as DTensor, sparse and quantized
-    tensors are copied each by itself.
+    `torch.compile` has compiled run eagerly in a block with `marshal` or `uniquify`, and torch refuses what must not (`fullgraph=True`,
+    `flex_attention`): use `marshal=False, uniquify=False` for these. Subclasses such as DTensor, sparse and quantized tensors are copied
+    each by itself.
 
     Args:
         device: where copies are kept. From CUDA to the CPU they go through pinned memory, on a stream of their own.

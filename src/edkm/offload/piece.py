@@ -73,15 +73,14 @@ class Piece:
     def cut(self, layout: Layout) -> Tensor:
         """The tensor of that layout, with its strides. Its offset counts from the beginning of the piece."""
         offset = (layout.offset * layout.dtype.itemsize - self.region.start) // layout.dtype.itemsize
-        buffer, storage = self._buffer, None
-        if buffer is not None:
-            storage = buffer.in_use()
+        # Read and assigned once: backward may run in several threads.
+        buffer = self._buffer
+        storage = None if buffer is None else buffer.in_use()
         if buffer is None or storage is None:
             flat = place(self.source.fetch(), self.layout)
             storage = flat.untyped_storage()
             if not self.shared:
                 return _view(storage, offset, layout, self.device)
-            # Assigned once: backward may run in several threads.
             self._buffer = buffer = Buffer.of(flat)
         tensor = _view(storage, offset, layout, self.device)
         take_over(tensor, buffer.ready)
