@@ -1,7 +1,7 @@
 """`python -m benchmarks memory`: what `plan_memory` says and what training takes, SmolLM2-135M, 1,024 tokens in float32.
 
 Each case runs in processes of its own. Two figures are taken: the growth of the resident memory (its peak in a step, less what was
-resident before the model was loaded; every tensor of more than 64 KiB is given back to the system when it is freed), and, where one
+resident before the model was loaded; every tensor of more than 1 MiB is given back to the system when it is freed), and, where one
 process trains, the peak of the bytes of all live tensors. `--llama-7b` prints plans instead, for GPUs of 80 GB; nothing is run.
 """
 
@@ -14,14 +14,20 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import edkm
 from benchmarks.measure import machine, write
 from edkm.demo_data import fetch_smollm2
 from edkm.models import load_model
+from edkm.train.memory import Budget, Timeline, plan_memory
+from edkm.train.prepare import clusterings
+from edkm.train.shard import shard_model
+from edkm.train.trainer import TrainSettings
 
 BATCH, BLOCK_TOKENS = 2, 512
 CASES = {
@@ -35,7 +41,12 @@ CASES = {
     "clustered, FSDP": {"clustered": True, "learners": 2, "fsdp": True},
 }
 # glibc keeps freed memory unless told otherwise, and the resident set would show the past.
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "65536"}
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_MMAP_MAX_": "1000000",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+}
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
 GPU_BYTES = 80e9
 
@@ -54,43 +65,50 @@ def main(argv: list[str]) -> int:
         return 0
     if args.llama_7b:
         return _llama_7b(args.json)
-    model, _ = load_model(fetch_smollm2())
     rows = []
-    print(f"{'MB per process':<26} {'planned':>8} {'resident':>9} {'ratio':>6} {'tensors':>8} {'ratio':>6}")
-    for case in args.cases:
-        budget, measured = _plan(model, **CASES[case]), _run(case)
-        row = {"case": case, "planned": budget.peak, "moment": budget.moment, "at_peak": budget.at_peak, **measured}
-        rows.append(row)
-        tensors = measured["tensors"]
-        more = f"{tensors / 1e6:>8.0f} {budget.peak / tensors:>6.2f}" if tensors else ""
-        print(
-            f"{case:<26} {budget.peak / 1e6:>8.0f} {measured['resident'] / 1e6:>9.0f} {budget.peak / measured['resident']:>6.2f} {more}",
-            flush=True,
-        )
-    result = {"benchmark": "memory", "batch": BATCH, "block_tokens": BLOCK_TOKENS, "machine": machine("cpu"), "rows": rows}
-    write(args.json, result)
+    with tempfile.TemporaryDirectory() as directory:
+        plans = _plan_and_save(args.cases, Path(directory))
+        print(f"{'MB per process':<26} {'planned':>8} {'resident':>9} {'ratio':>6} {'tensors':>8} {'ratio':>6}")
+        for case, budget in plans.items():
+            measured = _run(case, directory)
+            rows.append({"case": case, "planned": budget.peak, "moment": budget.moment, "at_peak": budget.at_peak, **measured})
+            compared = [f"{size / 1e6:>8.0f} {budget.peak / size:>6.2f}" for size in measured.values() if size]
+            print(f"{case:<26} {budget.peak / 1e6:>8.0f}  {' '.join(compared)}", flush=True)
+            write(args.json, {"benchmark": "memory", "batch": BATCH, "block_tokens": BLOCK_TOKENS, "machine": machine("cpu"), "rows": rows})
     return 0
 
 
-def _plan(model, *, clustered=False, checkpointing=False, learners=1, fsdp=False):
-    from edkm.train.memory import plan_memory
-    from edkm.train.trainer import TrainSettings
+def _plan_and_save(cases: list[str], directory: Path) -> dict[str, Budget]:
+    """Plans, and the models plain and prepared, once for all processes."""
+    model, _ = load_model(fetch_smollm2())
+    plans = {}
+    for case in cases:
+        options = dict(CASES[case])
+        config = edkm.ClusterConfig() if options.pop("clustered", False) else None
+        learners = options.pop("learners", 1)
+        settings = TrainSettings(steps=1, lr=1e-4, batch=BATCH, precision="fp32", **options)
+        plans[case] = plan_memory(model, config, settings, block_tokens=BLOCK_TOKENS, learners=learners)
+    torch.save(model, directory / "plain.pt")
+    importance = edkm.calibrate(model, [_tokens(0)[:1]])
+    edkm.prepare(model, edkm.ClusterConfig(), importance=importance)
+    torch.save(model, directory / "clustered.pt")
+    return plans
 
-    settings = TrainSettings(steps=1, lr=1e-4, batch=BATCH, checkpointing=checkpointing, precision="fp32", fsdp=fsdp)
-    config = edkm.ClusterConfig() if clustered else None
-    return plan_memory(model, config, settings, block_tokens=BLOCK_TOKENS, learners=learners)
+
+def _tokens(seed: int) -> torch.Tensor:
+    return torch.randint(0, 49152, (BATCH, BLOCK_TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
-def _run(case: str) -> dict[str, int]:
+def _run(case: str, directory: str) -> dict[str, int]:
     """The largest figures of the processes of a case."""
     learners = CASES[case].get("learners", 1)
-    with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "benchmarks.memory", "--measure", case]
-        started = [
-            subprocess.Popen([*command, str(rank), directory], env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE, text=True)
-            for rank in range(learners)
-        ]
-        printed = [process.communicate()[0] for process in started]
+    Path(directory, "meet").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.memory", "--measure", case]
+    environment = {**os.environ, **ALLOCATOR}
+    started = [
+        subprocess.Popen([*command, str(rank), directory], env=environment, stdout=subprocess.PIPE, text=True) for rank in range(learners)
+    ]
+    printed = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise SystemExit(f"memory: {case}: a process failed; its error is above.")
     results = [json.loads(text.splitlines()[-1]) for text in printed]
@@ -99,32 +117,27 @@ def _run(case: str) -> dict[str, int]:
 
 def _measure(case: dict, rank: int, directory: Path) -> dict[str, int]:
     """Three steps: one makes the optimizer's state, in one the resident memory is watched, in one the tensors."""
-    learners = case.get("learners", 1)
+    options = dict(case)
+    clustered, learners = options.pop("clustered", False), options.get("learners", 1)
     if learners > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=learners)
     _warm_up()
     before = _resident("VmRSS")
-    model, _ = load_model(fetch_smollm2())
-    tokens = torch.randint(0, 49152, (BATCH, BLOCK_TOKENS), generator=torch.Generator().manual_seed(rank))
-    optimizer, step = _training(model, tokens, **case)
+    model = torch.load(directory / ("clustered.pt" if clustered else "plain.pt"), weights_only=False)
+    optimizer, step = training(model, _tokens(rank), **options)
     step()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     step()
     resident = _resident("VmHWM") - before
-    tensors = 0 if learners > 1 else _tensors(model, optimizer, step)
+    tensors = 0 if learners > 1 else peak_of_tensors(model, optimizer, step)
     if learners > 1:
         torch.distributed.destroy_process_group()
     return {"resident": resident, "tensors": tensors}
 
 
-def _training(model, tokens, *, clustered=False, checkpointing=False, learners=1, fsdp=False):
-    """The optimizer and a function that makes a step."""
-    from edkm.train.shard import distribute, shard_model
-
-    if clustered:
-        importance = edkm.calibrate(model, [tokens[:1]])
-        edkm.prepare(model, edkm.ClusterConfig(), importance=importance)
+def training(model, tokens, *, checkpointing=False, bf16=False, learners=1, fsdp=False):
+    """The optimizer of a model, prepared or not, and a function that makes a step, both as `edkm compress` would have them."""
     model.train()
     model.config.use_cache = False
     if checkpointing:
@@ -134,12 +147,17 @@ def _training(model, tokens, *, clustered=False, checkpointing=False, learners=1
         shard_model(model)
     elif learners > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    if clustered and learners > 1:
-        distribute(model)
+    if learners > 1 and clusterings(model):
+        edkm.distribute(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
 
     def step() -> None:
-        loss = wrapped(input_ids=tokens, labels=tokens).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = wrapped(input_ids=tokens, labels=tokens)
+        if bf16:  # as accelerate does
+            out.logits = out.logits.float()
+        loss = out.loss
+        del out
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -147,27 +165,17 @@ def _training(model, tokens, *, clustered=False, checkpointing=False, learners=1
     return optimizer, step
 
 
-def _tensors(model, optimizer, step) -> int:
-    """The peak of all live tensors in a step."""
-    from edkm.train.layer import Clustering
-    from edkm.train.memory import Timeline
-
+def peak_of_tensors(model, optimizer, step) -> int:
+    """The peak of the bytes of all live tensors in a step; one was made before."""
     timeline = Timeline()
     for tensor in [*model.parameters(), *model.buffers()]:
         timeline.count(tensor, "weights")
-    for state in optimizer.state.values():
-        for tensor in state.values():
-            timeline.count(tensor, "optimizer")
-    for module in model.modules():
-        if isinstance(module, Clustering) and module._solution is not None:
-            for entry in module._solution.table or ():
-                for tensor in entry:
-                    if tensor is not None:
-                        timeline.count(tensor, "clustering")
+    for tensor in tree_leaves(list(optimizer.state.values())):
+        timeline.count(tensor, "optimizer")
     with timeline:
         timeline.start()
         step()
-    return sum(timeline.at_peak.values())
+    return timeline.peak
 
 
 def _warm_up() -> None:
@@ -175,8 +183,9 @@ def _warm_up() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 49152}
-    _, step = _training(LlamaForCausalLM(LlamaConfig(**sizes)), torch.zeros(1, 64, dtype=torch.int64), clustered=True)
-    step()
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    edkm.prepare(model, edkm.ClusterConfig(embedding_bits=0))
+    training(model, torch.zeros(1, 64, dtype=torch.int64))[1]()
     gc.collect()
 
 
@@ -190,20 +199,17 @@ def _llama_7b(out: Path | None) -> int:
     """2,048 tokens a GPU, 3 bits, gradient checkpointing, bfloat16 autocast; float32 weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from edkm.train.memory import plan_memory
-    from edkm.train.trainer import TrainSettings
-
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_7B))
     rows = []
-    for name, learners, fsdp in (("1 GPU", 1, False), ("8 GPUs, DDP", 8, False), ("8 GPUs, FSDP", 8, True)):
+    for name, learners, fsdp in (("1 GPU", 1, False), ("8 GPUs, FSDP", 8, True)):
         for clustered in (False, True):
             settings = TrainSettings(steps=1, lr=1e-4, batch=1, checkpointing=True, precision="bf16", fsdp=fsdp)
             config = edkm.ClusterConfig(bits=3) if clustered else None
             budget = plan_memory(model, config, settings, block_tokens=2048, learners=learners, device_type="cuda")
             verdict = "fits" if budget.peak < GPU_BYTES else "does not fit"
             print(f"\n{name}, {'clustered' if clustered else 'plain'}: {verdict} a GPU of 80 GB (74.5 GiB)\n{budget}", flush=True)
-            rows.append({"case": name, "clustered": clustered, "peak": budget.peak, "at_peak": budget.at_peak, "largest": budget.largest})
+            rows.append({"case": name, "clustered": clustered, "peak": budget.peak, **asdict(budget)})
     write(out, {"benchmark": "memory, LLaMA-7B", "block_tokens": 2048, "gpu_bytes": GPU_BYTES, "rows": rows})
     return 0
 

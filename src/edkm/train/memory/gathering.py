@@ -15,7 +15,11 @@ class Gathering:
     """What FSDP2 holds beside its shards. A group of parameters is a decoder layer, or the rest of the model (the root).
 
     Of a group there may be a flat copy (the all-gather's output), the whole parameters cut from it, and the flat gradients that are
-    reduced. A layer's are gathered for its forward and its backward, the root's for all of both. The next group is gathered early.
+    reduced: three buffers of one size. A layer's parameters are whole in its forward and its backward, the root's in all of both. In
+    backward the next layer is gathered early.
+
+    Attributes:
+        shards: parameter -> what a learner keeps of it, which the optimizer trains.
     """
 
     def __init__(self, model: nn.Module, timeline: Timeline, learners: int) -> None:
@@ -35,6 +39,7 @@ class Gathering:
         self.last_gathered = self.last_reduced = -1
 
     def watch(self) -> None:
+        """Follow the model from now on; after hooks that count gradients."""
         for i, (module, group) in enumerate(zip(self.modules, self.groups, strict=True)):
             module.register_forward_pre_hook(lambda module, args, i=i: self._before(i))
             module.register_forward_hook(lambda module, args, out, i=i: self._after(i, out))
@@ -56,12 +61,12 @@ class Gathering:
         if ("whole", i) in self.held:  # recomputation within backward
             return
         self._hold("flat", i)
-        self._hold("whole", i)
         self._free("flat", self.last_gathered)
+        self._hold("whole", i)
         self.last_gathered = i
 
     def _after(self, i: int, out: Any) -> None:
-        if self.timeline.moment == "backward":
+        if self.timeline.moment == "backward":  # recomputation
             return
         root = i == len(self.groups) - 1
         self._free(*(("flat", self.last_gathered) if root else ("whole", i)))
@@ -79,6 +84,7 @@ class Gathering:
         missing.discard(p)
         if missing:
             return
+        # The group has all its gradients: they are copied into one buffer, and what comes back is a part of the sum.
         self._free("whole", i)
         self._free("reduced", self.last_reduced)
         self._hold("reduced", i)
