@@ -51,6 +51,7 @@ def test_public_names():
         "choose_backend",
         "cluster",
         "distribute",
+        "fit",
         "freeze",
         "initial_centroids",
         "offload",

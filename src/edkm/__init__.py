@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from edkm.core.centroids import initial_centroids
     from edkm.core.op import choose_backend, cluster
     from edkm.train.calibrate import calibrate
+    from edkm.train.fit import fit
     from edkm.train.layer import soft_weights
     from edkm.train.prepare import freeze, prepare
     from edkm.train.shard import distribute
@@ -22,6 +23,7 @@ _HOME = {
     "choose_backend": "edkm.core.op",
     "cluster": "edkm.core.op",
     "distribute": "edkm.train.shard",
+    "fit": "edkm.train.fit",
     "freeze": "edkm.train.prepare",
     "initial_centroids": "edkm.core.centroids",
     "prepare": "edkm.train.prepare",
@@ -35,6 +37,7 @@ __all__ = [
     "choose_backend",
     "cluster",
     "distribute",
+    "fit",
     "freeze",
     "initial_centroids",
     "offload",

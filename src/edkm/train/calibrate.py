@@ -54,7 +54,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         ran = 0
         with torch.no_grad():
             for batch in batches:
-                _call(model, batch)
+                call(model, batch)
                 ran += 1
     finally:
         for hook in hooks:
@@ -66,7 +66,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     return {name: (totals[name] / counts[name]).float().unsqueeze(0).cpu() for name in totals}
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def call(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)):

@@ -87,18 +87,26 @@ class Clustering(nn.Module):
     importance: Tensor | None
     step: Tensor
 
-    def __init__(self, weight: Tensor, config: ClusterConfig, importance: Tensor | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        config: ClusterConfig,
+        importance: Tensor | None = None,
+        backend: str = "auto",
+        centroids: Tensor | None = None,
+    ) -> None:
         super().__init__()
         matrix = weight.detach().flatten(1)
         if importance is not None:
             importance = importance.to(matrix.device, compute_dtype(matrix.dtype))
-        centroids = initial_centroids(
-            matrix,
-            config.bits,
-            dim=config.dim,
-            rows_per_lut=config.rows_per_lut or None,
-            importance=importance,
-        )
+        if centroids is None:
+            per_lut = config.rows_per_lut or None
+            centroids = initial_centroids(matrix, config.bits, dim=config.dim, rows_per_lut=per_lut, importance=importance)
+        else:
+            shape = (matrix.shape[0] // (config.rows_per_lut or matrix.shape[0]), 2**config.bits, config.dim)
+            if centroids.shape != shape:
+                raise ValueError(f"centroids: expected {list(shape)} by the config, got {list(centroids.shape)}.")
+            centroids = centroids.to(matrix.device, compute_dtype(matrix.dtype))
         temperature = temperature_for(matrix, centroids, importance, config.softness or _HARD)
         self.register_buffer("centroids", centroids)
         self.register_buffer("temperature", temperature)

@@ -75,6 +75,7 @@ def prepare(
     config: ClusterConfig,
     *,
     importance: Mapping[str, Tensor] | None = None,
+    centroids: Mapping[str, Tensor] | None = None,
     backend: str = "auto",
 ) -> Report:
     """Cluster a model's weights from now on, in place: linear layers, embeddings, and Conv1d/2d through a parametrization.
@@ -86,6 +87,7 @@ def prepare(
         model: any module.
         config: what to do; `config.for_tensor(name)` decides for each weight.
         importance: parameter name -> non-negative, broadcastable to `weight.flatten(1)`, as `edkm.calibrate` returns it.
+        centroids: parameter name -> `[g, k, d]` to start from, as `edkm.fit` returns it; k-means for those that are not named.
         backend: for `edkm.cluster`.
 
     Returns:
@@ -99,18 +101,19 @@ def prepare(
         A few passes over each weight; in training as stated at `edkm.cluster`.
     """
     targets = targets_of(model)
-    importance = dict(importance or {})
-    unknown = set(importance) - {name for target in targets for name in target.names}
-    if unknown:
-        raise ValueError(f"importance: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
+    importance, centroids = dict(importance or {}), dict(centroids or {})
+    for what, given in (("importance", importance), ("centroids", centroids)):
+        unknown = set(given) - {name for target in targets for name in target.names}
+        if unknown:
+            raise ValueError(f"{what}: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
     entries, made = [], []
-    for name, parameter, target, settings, reason in _decisions(model, config, targets):
+    for name, parameter, target, settings, reason in decisions(model, config, targets):
         if settings is None:
             entries.append(Entry(name, tuple(parameter.shape), 0, 0, 1, reason))
             continue
         assert target is not None
-        weigh = next((importance[n] for n in target.names if n in importance), None)
-        clustering, note = _clustering(name, parameter, settings, weigh, backend)
+        weigh, start = (next((given[n] for n in target.names if n in given), None) for given in (importance, centroids))
+        clustering, note = _clustering(name, parameter, settings, weigh, start, backend)
         entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
         made.append((target, clustering))
     for target, clustering in made:
@@ -125,7 +128,7 @@ def plan(model: nn.Module, config: ClusterConfig) -> Report:
         ValueError: as `prepare`, as far as shapes can tell.
     """
     entries = []
-    for name, parameter, _, settings, reason in _decisions(model, config, targets_of(model)):
+    for name, parameter, _, settings, reason in decisions(model, config, targets_of(model)):
         shape = tuple(parameter.shape)
         if settings is None:
             entries.append(Entry(name, shape, 0, 0, 1, reason))
@@ -149,7 +152,7 @@ def plan(model: nn.Module, config: ClusterConfig) -> Report:
     return Report(tuple(entries))
 
 
-def _decisions(
+def decisions(
     model: nn.Module, config: ClusterConfig, targets: list[Target]
 ) -> list[tuple[str, Tensor, Target | None, ClusterConfig | None, str]]:
     """For every parameter `(name, parameter, users, settings or None, why not)`; at least one has settings."""
@@ -198,9 +201,11 @@ def _settings(config: ClusterConfig, name: str, parameter: Tensor, target: Targe
     return config.for_tensor(name), ""
 
 
-def _clustering(name: str, weight: Tensor, settings: ClusterConfig, importance: Tensor | None, backend: str) -> tuple[Clustering, str]:
+def _clustering(
+    name: str, weight: Tensor, settings: ClusterConfig, importance: Tensor | None, start: Tensor | None, backend: str
+) -> tuple[Clustering, str]:
     try:
-        clustering = Clustering(weight, settings, importance, backend)
+        clustering = Clustering(weight, settings, importance, backend, start)
     except ValueError as error:
         message = str(error)
         raise ValueError(f"{name}: {message.removeprefix('weight: ')}") from None

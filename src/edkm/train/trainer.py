@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -38,7 +39,8 @@ class TrainSettings:
     """How to train. `batch` blocks make a rank's micro-batch, `accumulate` micro-batches of all ranks a step.
 
     `precision`: `bf16` autocast, `fp32`, or `auto` (see `resolve_precision`). `save_every`: steps between checkpoints, 0 for none.
-    `fsdp`: shard weights, gradients and optimizer over the ranks instead of repeating them.
+    `fsdp`: shard weights, gradients and optimizer over the ranks instead of repeating them. `distill`: share of the loss, 0 to 1, that
+    is the divergence from the teacher's predictions, on every token; the rest is the cross entropy of the labels.
     """
 
     steps: int
@@ -50,6 +52,7 @@ class TrainSettings:
     seed: int = 0
     save_every: int = 0
     fsdp: bool = False
+    distill: float = 0.0
 
     @property
     def blocks_per_step(self) -> int:
@@ -76,7 +79,9 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if any(supported) else "fp32"
 
 
-def train(model: nn.Module, blocks: Any, settings: TrainSettings, work: Path, *, resume: bool = False) -> TrainResult:
+def train(
+    model: nn.Module, blocks: Any, settings: TrainSettings, work: Path, *, resume: bool = False, teacher: nn.Module | None = None
+) -> TrainResult:
     """Train a causal language model, prepared or not, in place.
 
     AdamW, betas 0.9 and 0.95, no weight decay, gradient norm clipped to 1, linear schedule with a tenth of the steps to warm up (the
@@ -87,9 +92,10 @@ def train(model: nn.Module, blocks: Any, settings: TrainSettings, work: Path, *,
         blocks: dataset of `input_ids` and `labels`.
         work: directory for checkpoints; holds the run's state afterwards if it was interrupted.
         resume: go on from the last checkpoint in `work`.
+        teacher: with `settings.distill`, a model of the same vocabulary whose predictions are to be kept; only run, never changed.
 
     Raises:
-        ValueError: `resume` without a checkpoint, `fsdp` without other ranks.
+        ValueError: `resume` without a checkpoint, `fsdp` without other ranks, `distill` without a teacher.
         RankError: another rank died or failed.
     """
     checkpoint = _last_checkpoint(work) if resume else None
@@ -100,14 +106,20 @@ def train(model: nn.Module, blocks: Any, settings: TrainSettings, work: Path, *,
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     arguments = _arguments(settings, work)
+    if settings.distill:
+        if teacher is None:
+            raise ValueError("distill: there is no teacher. Give the model as it was before it was prepared.")
+        teacher = teacher.to(arguments.device).eval().requires_grad_(False)
     if settings.fsdp:
         if ranks.world() == 1:
             raise ValueError("--fsdp: there is one process and nothing to shard over. Start with torchrun --nproc-per-node N.")
         from edkm.train.shard import shard_model
 
         shard_model(model.to(arguments.device))
+        if settings.distill:
+            shard_model(teacher)
     order = _Order(blocks, settings.steps * settings.blocks_per_step, settings.seed)
-    trainer = _Trainer(model=model, args=arguments, train_dataset=order)
+    trainer = _Trainer(model=model, args=arguments, train_dataset=order, teacher=teacher, distill=settings.distill)
     began = time.perf_counter()
     remedy = (
         "The same command with --resume goes on from the last checkpoint." if settings.save_every else "Start again; --save-every helps."
@@ -154,6 +166,14 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
     )
 
 
+def divergence(logits: Tensor, expected: Tensor) -> Tensor:
+    """Mean over all tokens of `KL(softmax(expected) || softmax(logits))`, both `[..., vocabulary]`; no gradient to `expected`."""
+    odds = expected.detach().flatten(0, -2).float().log_softmax(-1)
+    probabilities = odds.exp()
+    entropy = -(probabilities * odds).sum(-1).mean()
+    return F.cross_entropy(logits.flatten(0, -2).float(), probabilities) - entropy
+
+
 class _Order(Dataset):
     """`length` blocks in the order of training: each permutation of the data is used up before the next.
 
@@ -177,8 +197,9 @@ class _Trainer(transformers.Trainer):
     """Checkpoints are written and read by torch.distributed.checkpoint, sharded or not: `save_pretrained` knows nothing of clustering
     buffers, and any number of ranks can read what any other number wrote."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, teacher: nn.Module | None, distill: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.teacher, self.distill = teacher, distill
         self.sharded = any(hasattr(p, "full_tensor") for p in self.model.parameters())
         if self.sharded:
             # The model is sharded already; to accelerate it looks like one that DDP should wrap.
@@ -189,6 +210,17 @@ class _Trainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.distill:
+            assert self.teacher is not None
+            with torch.no_grad():
+                expected = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+            # A mean over this micro-batch, where the other part may be divided by the tokens of the whole step already.
+            share = 1 if num_items_in_batch is None else self.args.gradient_accumulation_steps
+            loss = (1 - self.distill) * loss + self.distill / share * divergence(outputs.logits, expected)
+        return (loss, outputs) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Everything is saved with the optimizer."""

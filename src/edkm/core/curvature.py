@@ -1,0 +1,186 @@
+"""Where clustering starts when it knows more than the importance of columns: the full second moment of the inputs.
+
+A layer turns inputs `x` into `W x`. With `H = E[x x^T]` the error that replacing `W` by `Q` makes is, exactly,
+
+    sum_r (w_r - q_r)^T H (w_r - q_r)                     rows r
+
+where importance sees only the diagonal of `H`. Every `q` is an entry of its row's table. The error is brought down in turns:
+
+- *tables*, for given indices: least squares in the `k` entries of each table, solved by conjugate gradients;
+- *indices*, for given tables: one column after another. With the other columns held, the best real value of column `j` is
+  `w_j - (1/H_jj) sum_{i != j} H_ij (q_i - w_i)`, its *target*, and the best entry is the one nearest to it.
+
+The first pass over the columns knows no `q` to the right and takes what they will make good into account, as GPTQ does
+(arXiv:2210.17323); later ones are plain coordinate descent (as in LNQ, arXiv:2505.07004). The targets of the last pass are what
+training starts from: their nearest centroids are the indices found, so nothing is lost by going soft and hard again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edkm.core.assign import round_lut
+from edkm.core.reference import compute_dtype
+
+# Columns that are worked through before the rest is told of their error.
+_BLOCK = 64
+_TABLE_STEPS = 8
+
+
+class Fit(NamedTuple):
+    """A weight that lies well on its tables.
+
+    Attributes:
+        weight: like the given one; the targets, whose nearest centroids are the indices found.
+        centroids: `[g, k, 1]`, ascending, as float16 stores them.
+        errors: relative output error `tr (W-Q) H (W-Q)^T / tr W H W^T` after the first pass and after every turn.
+    """
+
+    weight: Tensor
+    centroids: Tensor
+    errors: list[float]
+
+
+def fit(weight: Tensor, moment: Tensor, centroids: Tensor, *, turns: int = 4, damping: float = 0.01) -> Fit:
+    """Bring the output error of a clustered weight down, given the second moment of its inputs. Deterministic.
+
+    Args:
+        weight: `[rows, cols]`, any float dtype.
+        moment: `[cols, cols]`, mean of `x x^T`, symmetric and non-negative definite.
+        centroids: `[g, k, 1]` to start from, as `initial_centroids` returns them.
+        turns: of tables and indices after the first pass.
+        damping: added to the diagonal of `moment`, in units of its mean; columns that no input reached count as that alone.
+
+    Raises:
+        ValueError: shapes that do not fit, vectors (`d > 1`), values that are not finite.
+
+    Cost:
+        `2 (1 + turns) rows cols^2` multiplications for indices and `2 turns (steps + 1)` times `rows cols^2` for tables, with 8 steps;
+        memory of four copies of the weight in float32 and two of the moment. Columns go one by one: `(1 + turns) cols` rounds of
+        small operations.
+    """
+    _check(weight, moment, centroids)
+    dtype = compute_dtype(weight.dtype)
+    given, h = weight.detach().to(dtype), _damped(moment.to(weight.device, dtype), damping)
+    # The columns that matter most go first: there is still much to the right that can make their errors good.
+    order = h.diagonal().argsort(descending=True, stable=True)
+    h = h[order][:, order]
+    w = given[:, order].T.contiguous()  # [cols, rows]
+    scale = ((h @ w) * w).sum().clamp_min(torch.finfo(dtype).tiny)
+    tables = _Tables(centroids.to(dtype), w.shape[1])
+    q, target = _first_pass(w, h, tables)
+    errors = [float(_error(q - w, h) / scale)]
+    for _ in range(turns):
+        tables.refit(w, h, q)
+        q, target = _descend(w, h, q, tables)
+        errors.append(float(_error(q - w, h) / scale))
+    whole = torch.empty_like(given)
+    whole[:, order] = target.T
+    return Fit(whole.to(weight.dtype), tables.entries.unsqueeze(2), errors)
+
+
+def _check(weight: Tensor, moment: Tensor, centroids: Tensor) -> None:
+    if weight.ndim != 2 or moment.shape != (weight.shape[1],) * 2:
+        raise ValueError(
+            f"moment: must be [cols, cols] for a weight [rows, cols], got {list(moment.shape)} for {list(weight.shape)}. "
+            "Calibrate the layer whose weight this is."
+        )
+    if centroids.ndim != 3 or centroids.shape[2] != 1 or weight.shape[0] % len(centroids):
+        raise ValueError(
+            f"centroids: must be [g, k, 1] with g dividing {weight.shape[0]} rows, got {list(centroids.shape)}. "
+            "Vectors (dim > 1) start from k-means."
+        )
+    for name, tensor in (("weight", weight), ("moment", moment), ("centroids", centroids)):
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}: NaN or infinite values. Calibrate in float32, or check the data.")
+
+
+def _damped(moment: Tensor, damping: float) -> Tensor:
+    """Symmetric to the bit, and positive definite."""
+    h = (moment + moment.T) / 2
+    mean = h.diagonal().mean()
+    return h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * mean + torch.finfo(h.dtype).tiny)
+
+
+def _error(e: Tensor, h: Tensor) -> Tensor:
+    return ((h @ e) * e).sum()
+
+
+class _Tables:
+    """A table for every group of rows, and what rows see of it. Entries are always as float16 stores them."""
+
+    def __init__(self, centroids: Tensor, rows: int) -> None:
+        self.rows, self.groups = rows, len(centroids)
+        self.of_row = torch.arange(self.groups, device=centroids.device).repeat_interleave(rows // self.groups)
+        self._set(centroids)
+
+    def _set(self, centroids: Tensor) -> None:
+        self.entries = round_lut(centroids.reshape(self.groups, -1, 1)).squeeze(2).to(centroids.dtype)  # [g, k]
+        self.by_row = self.entries[self.of_row]  # [rows, k]
+        self.midpoints = ((self.by_row[:, 1:] + self.by_row[:, :-1]) / 2).contiguous()
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The entry of its table nearest to each row's value, `[rows]`; halfway between two the lower one."""
+        return self.by_row.gather(1, torch.searchsorted(self.midpoints, values.unsqueeze(1))).squeeze(1)
+
+    def refit(self, w: Tensor, h: Tensor, q: Tensor) -> None:
+        """Least squares in the entries, with every weight staying on its entry."""
+        groups, k = self.entries.shape
+        index = torch.searchsorted(self.midpoints, q.T.contiguous()).T + k * self.of_row  # [cols, rows]
+
+        flat = index.reshape(-1)
+
+        def spread(entries: Tensor) -> Tensor:
+            return entries.reshape(-1)[index]
+
+        def gather(x: Tensor) -> Tensor:
+            return x.new_zeros(groups * k).index_add_(0, flat, x.reshape(-1)).view(groups, k)
+
+        # Conjugate gradients in the change of the entries, all tables at once, preconditioned by each entry's diagonal mass.
+        mass = gather(h.diagonal().unsqueeze(1).expand_as(w)).clamp_min(torch.finfo(w.dtype).tiny)
+        residual, change = gather(h @ (w - q)), torch.zeros_like(self.entries)
+        z = residual / mass
+        direction, size = z, (residual * z).sum(1, keepdim=True)
+        for _ in range(min(_TABLE_STEPS, k)):
+            image = gather(h @ spread(direction))
+            bend = (direction * image).sum(1, keepdim=True)
+            step = torch.where(bend > 0, size / torch.where(bend > 0, bend, 1), 0)
+            change, residual = change + step * direction, residual - step * image
+            z, before = residual / mass, size
+            size = (residual * z).sum(1, keepdim=True)
+            direction = z + torch.where(before > 0, size / torch.where(before > 0, before, 1), 0) * direction
+        self._set(self.entries + change)
+
+
+def _first_pass(w: Tensor, h: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
+    """GPTQ's update: the error of each column is spread over those to its right, as they will make it good."""
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    target, q = w.clone(), torch.empty_like(w)
+    for start in range(0, len(w), _BLOCK):
+        stop = min(start + _BLOCK, len(w))
+        errors = torch.empty_like(w[start:stop])
+        for j in range(start, stop):
+            q[j] = tables.nearest(target[j])
+            errors[j - start] = (target[j] - q[j]) / upper[j, j]
+            target[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+        target[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return q, target
+
+
+def _descend(w: Tensor, h: Tensor, q: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
+    """Each column in turn to the entry that is best while all others stay."""
+    q, target = q.clone(), torch.empty_like(w)
+    diagonal = h.diagonal()
+    for start in range(0, len(w), _BLOCK):
+        stop = min(start + _BLOCK, len(w))
+        slope = h[start:stop] @ (q - w)  # half the gradient of the error in these columns
+        for j in range(start, stop):
+            i = j - start
+            target[j] = q[j] - slope[i] / diagonal[j]
+            best = tables.nearest(target[j])
+            slope[i + 1 :].addr_(h[j, j + 1 : stop], best - q[j])
+            q[j] = best
+    return q, target

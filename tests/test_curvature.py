@@ -1,0 +1,102 @@
+"""`core.curvature`: the start that knows the second moment of a layer's inputs."""
+
+import itertools
+
+import pytest
+import torch
+
+import edkm
+from edkm.core import curvature
+from edkm.core.assign import assign, lookup, round_lut
+
+
+def problem(rows=24, cols=40, bits=3, rows_per_lut=8, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(300, cols, generator=generator, dtype=dtype) @ torch.randn(cols, cols, generator=generator, dtype=dtype)
+    weight = torch.randn(rows, cols, generator=generator, dtype=dtype) * 0.05
+    moment = inputs.T @ inputs / 300
+    start = edkm.initial_centroids(weight, bits, rows_per_lut=rows_per_lut, importance=moment.diagonal().unsqueeze(0))
+    return weight, moment, start
+
+
+def error(weight, hard, moment):
+    e = hard - weight
+    return float(((e @ moment) * e).sum() / ((weight @ moment) * weight).sum())
+
+
+def hard(weight, centroids):
+    lut = round_lut(centroids)
+    return lookup(assign(weight, lut), lut, weight.dtype)
+
+
+@pytest.mark.parametrize("rows_per_lut", [1, 8, 24])
+def test_every_turn_lowers_the_error_that_it_reports(rows_per_lut):
+    weight, moment, start = problem(rows_per_lut=rows_per_lut)
+    found = curvature.fit(weight, moment, start, turns=4, damping=0.0)
+    assert len(found.errors) == 5
+    # Rounding tables to float16 may cost a little.
+    assert all(after <= before * 1.001 for before, after in itertools.pairwise(found.errors))
+    assert found.errors[-1] == pytest.approx(error(weight, hard(found.weight, found.centroids), moment), rel=1e-6)
+    assert found.errors[-1] < 0.85 * error(weight, hard(weight, start), moment)
+    assert found.errors[-1] < 0.97 * found.errors[0]
+
+
+def test_no_single_index_could_be_better():
+    weight, moment, start = problem(rows=4, cols=12, bits=2, rows_per_lut=4)
+    found = curvature.fit(weight, moment, start, turns=30, damping=0.0)
+    best = hard(found.weight, found.centroids)
+    for row, col in itertools.product(range(4), range(12)):
+        for entry in found.centroids.flatten():
+            other = best.clone()
+            other[row, col] = entry
+            assert error(weight, other, moment) >= found.errors[-1] - 1e-12
+
+
+def test_tables_are_least_squares():
+    weight, moment, start = problem(rows=6, cols=20, bits=2, rows_per_lut=3)
+    tables = curvature._Tables(start, 6)
+    w, q = weight.T.contiguous(), hard(weight, start).T.contiguous()
+    index = assign(weight, round_lut(start)).long() + 4 * torch.arange(2).repeat_interleave(3).unsqueeze(1)  # [rows, cols]
+    tables.refit(w, moment, q)
+    # All weights in one vector: (onehot^T H onehot) entries = onehot^T H w.
+    onehot = torch.nn.functional.one_hot(index.flatten(), 8).double()
+    whole = torch.block_diag(*[moment] * 6)
+    expected = torch.linalg.lstsq(onehot.T @ whole @ onehot, onehot.T @ whole @ weight.flatten()).solution
+    torch.testing.assert_close(tables.entries.flatten(), expected, rtol=2e-3, atol=1e-4)
+
+
+def test_uncorrelated_inputs_leave_the_weights_where_they_are():
+    weight, _, start = problem()
+    found = curvature.fit(weight, torch.eye(40, dtype=torch.float64), start, turns=2)
+    torch.testing.assert_close(found.weight, weight)
+
+
+def test_columns_that_no_input_reached_are_harmless():
+    weight, moment, start = problem()
+    moment[:, 5] = moment[5] = 0
+    found = curvature.fit(weight, moment, start)
+    assert found.weight.isfinite().all() and found.errors[-1] < found.errors[0]
+
+
+def test_the_nearest_centroids_of_the_result_are_the_ones_found_in_float32_and_bfloat16():
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, moment, start = problem(dtype=torch.float32)
+        found = curvature.fit(weight.to(dtype), moment, start.float())
+        assert found.weight.dtype == dtype
+        assert error(weight, hard(found.weight, found.centroids).float(), moment) == pytest.approx(found.errors[-1], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"moment": torch.ones(3, 3)}, "moment: must be"),
+        ({"centroids": torch.ones(1, 8, 2)}, "centroids: must be"),
+        ({"centroids": torch.ones(7, 8, 1)}, "centroids: must be"),
+        ({"weight": torch.full((24, 40), torch.nan)}, "weight: NaN"),
+        ({"moment": torch.full((40, 40), torch.inf)}, "moment: NaN or infinite"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    weight, moment, start = problem()
+    with pytest.raises(ValueError, match=message):
+        curvature.fit(**{"weight": weight, "moment": moment, "centroids": start, **change})
