@@ -116,7 +116,8 @@ def _run(case: str, directory: str) -> dict[str, int]:
 
 
 def _measure(case: dict, rank: int, directory: Path) -> dict[str, int]:
-    """Three steps: one makes the optimizer's state, in one the resident memory is watched, in one the tensors."""
+    """Four steps: one makes the optimizer's state, in the next DDP makes its buckets anew (they are resident once they are written, in the
+    backward pass), in one the resident memory is watched, in one the tensors."""
     options = dict(case)
     clustered, learners = options.pop("clustered", False), options.get("learners", 1)
     if learners > 1:
@@ -125,6 +126,7 @@ def _measure(case: dict, rank: int, directory: Path) -> dict[str, int]:
     before = _resident("VmRSS")
     model = torch.load(directory / ("clustered.pt" if clustered else "plain.pt"), weights_only=False)
     optimizer, step = training(model, _tokens(rank), **options)
+    step()
     step()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
