@@ -66,7 +66,7 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
     model, tokenizer = load_model(tiny_dir)
     blocks = load_blocks(data, tokenizer, block_tokens=64)
     config = edkm.ClusterConfig(rows_per_lut=16, anneal_steps=3)
-    edkm.prepare(model, config, importance=command.calibrate_on(model, blocks))
+    command.prepare_on(model, config, blocks)
     trainer.train(model, blocks, trainer.TrainSettings(steps=3, lr=1e-3, precision="fp32"), tmp_path / "work")
     model.eval()
     ids = blocks[0]["input_ids"].unsqueeze(0)
@@ -172,3 +172,48 @@ def test_checkpointing_trains_to_the_same_weights(tiny_dir, data, tmp_path):
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-5, atol=1e-6)
     steps = [tensor for name, tensor in states[1].items() if name.endswith("clustering.step")]
     assert steps and all(int(step) == 2 for step in steps)
+
+
+def test_divergence_is_the_kl_of_the_predictions():
+    logits, expected = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7)
+    found = trainer.divergence(logits, expected)
+    pairs = [t.flatten(0, 1).log_softmax(-1) for t in (logits, expected)]
+    torch.testing.assert_close(found, torch.nn.functional.kl_div(*pairs, log_target=True, reduction="batchmean"))
+    assert float(trainer.divergence(expected, expected)) == pytest.approx(0, abs=1e-6)
+    (grad,) = torch.autograd.grad(found, logits)
+    torch.testing.assert_close(grad, (logits.softmax(-1) - expected.softmax(-1)).detach() / 6)
+
+
+def test_distillation_keeps_to_the_teacher_however_a_step_is_cut(tiny_dir, data, tmp_path):
+    original, tokenizer = load_model(tiny_dir)
+    blocks = load_blocks(data, tokenizer, block_tokens=64)
+    ids = torch.stack([blocks[i]["input_ids"] for i in range(8)])
+
+    def away(model):
+        with torch.no_grad():
+            return float(trainer.divergence(model.eval()(ids).logits, original(ids).logits))
+
+    def trained(**cut):
+        model = load_model(tiny_dir)[0]
+        edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=16))
+        start = away(model)
+        settings = trainer.TrainSettings(steps=8, lr=1e-3, precision="fp32", distill=1.0, **cut)
+        trainer.train(model, blocks, settings, tmp_path / "work", teacher=load_model(tiny_dir)[0])
+        return start, away(model)
+
+    start, once = trained(batch=4)
+    assert once < 0.8 * start
+    assert trained(batch=2, accumulate=2)[1] == pytest.approx(once, rel=1e-3)
+    with pytest.raises(ValueError, match="there is no teacher"):
+        trainer.train(original, blocks, trainer.TrainSettings(steps=1, lr=1e-3, distill=0.5), tmp_path / "work")
+
+
+def test_the_start_is_chosen_and_distillation_is_an_option(tiny_dir, data, tmp_path, capsys):
+    errors = {}
+    for start in ("fit", "kmeans"):
+        assert main(arguments(tiny_dir, data, tmp_path / start, "--steps", "0", "--bits", "2", "--start", start)) == 0
+        errors[start] = "relative output error" in capsys.readouterr().out
+    assert errors == {"fit": True, "kmeans": False}
+    assert main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "2", "--distill", "0.5")) == 0
+    assert main(arguments(tiny_dir, data, tmp_path / "none", "--distill", "2")) == 1
+    assert "--distill: from 0 to 1" in capsys.readouterr().err

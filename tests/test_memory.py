@@ -156,6 +156,9 @@ def test_parts_and_options(tiny_model):
     ddp, fsdp, more = budget(learners=2), budget(learners=2, fsdp=True), budget(learners=8, fsdp=True, batch=1)
     assert ddp.peak == plain.peak + total and ddp.at_peak["communication"] == total
     assert more.peak < fsdp.peak < ddp.peak
+    taught = budget(distill=0.5)
+    assert taught.at_peak["weights"] == 2 * plain.at_peak["weights"] - sum(b.nbytes for b in tiny_model.buffers())
+    assert taught.peak > plain.peak + total
     assert fsdp.largest["weights"] == pytest.approx(total / 2, rel=0.02)
     assert fsdp.largest["optimizer"] == pytest.approx(total, rel=0.02)
     assert total / 2 < fsdp.largest["gradients"] < total  # shards, and whole ones of the layer at hand

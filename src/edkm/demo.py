@@ -118,12 +118,12 @@ def _control(args: argparse.Namespace) -> dict[str, Any]:
 
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
     import edkm
-    from edkm.train.command import calibrate_on, write
+    from edkm.train.command import prepare_on, write
 
     model, tokenizer, blocks = _load(args)
     began = time.perf_counter()
     config = edkm.ClusterConfig(bits=3, rows_per_lut=ROWS_PER_LUT, embedding_bits=8, anneal_steps=args.steps)
-    report = edkm.prepare(model, config, importance=calibrate_on(model, blocks))
+    report = prepare_on(model, config, blocks)
     figures: dict[str, Any] = {"prepare_seconds": time.perf_counter() - began}
     print(f"     {len(report.clustered)} tensors clustered in {figures['prepare_seconds']:.0f} s", flush=True)
     figures["start"] = _perplexity(model, tokenizer, args)

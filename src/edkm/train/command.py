@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import math
 import shutil
@@ -22,7 +23,7 @@ saves; the same command with --resume goes on to the same result.
 
 Several GPUs: torchrun --nproc-per-node N -m edkm compress ...; --batch is then per GPU."""
 
-CALIBRATION_BLOCKS = 8
+CALIBRATION_BLOCKS = 16
 
 
 def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -59,12 +60,25 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
         metavar="PATTERN",
         help="leave weights of this name alone (repeatable)",
     )
+    what.add_argument(
+        "--start",
+        default="fit",
+        choices=("fit", "kmeans"),
+        help="fit weights and tables to the layers' inputs, or k-means only: quicker and much worse (fit)",
+    )
     what.add_argument("--backend", default="auto", choices=("auto", "unique", "fused"), help="how to compute it (auto)")
     how = parser.add_argument_group("training")
     length = how.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps; 0 clusters without training")
     length.add_argument("--epochs", type=float, metavar="X", help="passes over the data (1)")
     how.add_argument("--lr", type=float, default=3e-4, metavar="X", help="peak learning rate (3e-4)")
+    how.add_argument(
+        "--distill",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="share of the loss that keeps to the original model's predictions, 0 to 1 (0)",
+    )
     how.add_argument("--block-tokens", type=int, default=512, metavar="N", help="tokens of a training block (512)")
     how.add_argument("--batch", type=int, default=2, metavar="N", help="blocks of a micro-batch (2)")
     how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (1)")
@@ -150,13 +164,13 @@ def _run(args: argparse.Namespace) -> int:
         "data": data_hash,
         "block_tokens": args.block_tokens,
         "backend": args.backend,
+        "start": args.start,
     }
     return _compress(args, model, tokenizer, blocks, config, settings, identity)
 
 
 def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int:
     from . import ranks
-    from .prepare import prepare
     from .trainer import check_same_run, remember_run, resolve_precision, train
 
     work = args.out / "training"
@@ -165,8 +179,9 @@ def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int
     else:
         ranks.on_first(lambda: shutil.rmtree(work) if work.exists() else None)
     began = time.perf_counter()
-    importance = calibrate_on(model, blocks)
-    report = prepare(model, config, importance=importance, backend=args.backend)
+    teacher = copy.deepcopy(model) if settings.distill else None
+    # A resumed run takes weights and tables from its checkpoint.
+    report = prepare_on(model, config, blocks, start="kmeans" if args.resume else args.start, backend=args.backend)
     print(
         f"clustered {len(report.clustered)} tensors, left {len(report.skipped)} alone ({time.perf_counter() - began:.0f} s)",
         flush=True,
@@ -180,7 +195,7 @@ def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int
             f"training: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}",
             flush=True,
         )
-        result = train(model, blocks, settings, work, resume=args.resume)
+        result = train(model, blocks, settings, work, resume=args.resume, teacher=teacher)
         if result.interrupted:
             print(
                 f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on",
@@ -200,14 +215,38 @@ def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int
     return 0
 
 
-def calibrate_on(model: Any, blocks: Any) -> dict[str, Any]:
-    """Importance from `CALIBRATION_BLOCKS` blocks spread over the training data."""
+def prepare_on(model: Any, config: Any, blocks: Any, *, start: str = "fit", backend: str = "auto") -> Any:
+    """Calibrate, fit (unless `start` is `kmeans`) and prepare a model on `CALIBRATION_BLOCKS` blocks spread over the training data."""
     from .calibrate import calibrate
+    from .prepare import prepare
 
     stride = max(1, len(blocks) // CALIBRATION_BLOCKS)
     chosen = range(0, len(blocks), stride)[:CALIBRATION_BLOCKS]
     device = next(model.parameters()).device
-    return calibrate(model, ({"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen))
+    batches = [{"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen]
+    importance = calibrate(model, batches)
+    centroids = _fit(model, config, batches) if start == "fit" else None
+    return prepare(model, config, importance=importance, centroids=centroids, backend=backend)
+
+
+def _fit(model: Any, config: Any, batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """`edkm.fit` with its progress on stderr; the same on all ranks to the bit."""
+    from . import ranks
+    from .fit import fit
+
+    errors: list[float] = []
+
+    def report(name: str, error: float) -> None:
+        errors.append(error)
+        if ranks.rank() == 0:
+            print(f"\r  fitted {name:<60}", end="", file=sys.stderr, flush=True)
+
+    centroids = fit(model, config, batches, report=report)
+    ranks.as_on_first([*centroids.values(), *(p.data for name, p in model.named_parameters() if name in centroids)])
+    if errors:
+        print(f"\r{'':<70}\r", end="", file=sys.stderr)
+        print(f"fitted {len(errors)} tensors; relative output error {sum(errors) / len(errors):.4f} on average, {max(errors):.4f} at most")
+    return centroids
 
 
 def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
@@ -292,6 +331,7 @@ def _settings(args: argparse.Namespace, steps: int):
         seed=args.seed,
         save_every=args.save_every,
         fsdp=args.fsdp,
+        distill=args.distill,
     )
 
 
@@ -301,6 +341,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')}: at least {low}, got {value}.")
+    if not 0 <= args.distill <= 1:
+        raise ValueError(f"--distill: from 0 to 1, got {args.distill}.")
     for name in ("lr", "epochs", "timeout"):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf):

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -101,6 +101,13 @@ def any_of_them(flag: bool) -> bool:
     total = torch.tensor(float(flag), device=device)
     dist.all_reduce(total)
     return bool(total > 0)
+
+
+def as_on_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Give the tensors of all ranks rank 0's values, in place."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 @contextmanager

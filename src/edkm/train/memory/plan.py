@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,11 +71,13 @@ def plan_memory(
     Raises:
         ValueError: a number below 1, an unknown device type or backend, `fsdp` with one learner; and as `edkm.prepare`.
 
+    A teacher (`settings.distill`) is counted with the weights; under FSDP as shards, without its gathered layers.
+
     Cost:
         Seconds; no memory for weights.
     """
     _check(settings, block_tokens, learners, device_type, backend)
-    from edkm.train.trainer import resolve_precision
+    from edkm.train.trainer import divergence, resolve_precision
 
     bf16 = resolve_precision(settings.precision) == "bf16"
     timeline = Timeline()
@@ -100,11 +102,19 @@ def plan_memory(
                 p.register_post_accumulate_grad_hook(lambda p: timeline.count(p.grad, "gradients"))
         if gathering is not None:
             gathering.watch()
+        teacher = _twin(model, False).eval().requires_grad_(False) if settings.distill else None
+        for p in () if teacher is None else teacher.parameters():
+            timeline.count(p, "weights", p.nbytes // learners if settings.fsdp else None)
         ids = torch.zeros(settings.batch, block_tokens, dtype=torch.int64)
         with timeline:
             timeline.start()
             for _ in range(min(settings.accumulate, 2)):
-                _forward_and_backward(twin, ids, bf16, timeline)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    timeline.moment = "forward"
+                    loss = _loss(twin, teacher, ids, bf16, divergence)
+                timeline.moment = "backward"
+                loss.backward()
+                del loss
             timeline.moment = "optimizer step"
             optimizer.step()
     return Budget(timeline.at_peak, timeline.largest, timeline.peak_moment)
@@ -123,17 +133,16 @@ def _check(settings: TrainSettings, block_tokens: int, learners: int, device_typ
         raise ValueError("fsdp: there is one learner and nothing to shard over. Give learners=2 or more, or leave fsdp out.")
 
 
-def _forward_and_backward(model: nn.Module, ids: Tensor, bf16: bool, timeline: Timeline) -> None:
-    """One micro-batch, as transformers' Trainer runs it."""
-    timeline.moment = "forward"
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        out = model(input_ids=ids, labels=ids)
+def _loss(model: nn.Module, teacher: nn.Module | None, ids: Tensor, bf16: bool, divergence: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Of one micro-batch, as our Trainer computes it."""
+    out = model(input_ids=ids, labels=ids)
     if bf16:  # accelerate makes float32 of what leaves the model
         out.logits = out.logits.float()
-    loss = out.loss
-    del out
-    timeline.moment = "backward"
-    loss.backward()
+    if teacher is None:
+        return out.loss
+    with torch.no_grad():
+        expected = teacher(input_ids=ids, use_cache=False).logits
+    return out.loss + divergence(out.logits, expected)
 
 
 def _optimizer(parameters: list[nn.Parameter], timeline: Timeline, *, foreach: bool) -> torch.optim.AdamW:
