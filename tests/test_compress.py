@@ -13,7 +13,7 @@ from edkm.cli import main
 from edkm.compressed import hf
 from edkm.compressed.checkpoint import read
 from edkm.models import load_model
-from edkm.train import command, trainer
+from edkm.train import stages, trainer
 from edkm.train.data import load_blocks
 from edkm.train.prepare import plan, unclustered
 
@@ -66,7 +66,7 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
     model, tokenizer = load_model(tiny_dir)
     blocks = load_blocks(data, tokenizer, block_tokens=64)
     config = edkm.ClusterConfig(rows_per_lut=16, anneal_steps=3)
-    command.prepare_on(model, config, blocks)
+    stages.prepare_on(model, config, blocks)
     trainer.train(model, blocks, trainer.TrainSettings(steps=3, lr=1e-3, precision="fp32"), tmp_path / "work")
     model.eval()
     ids = blocks[0]["input_ids"].unsqueeze(0)

@@ -118,7 +118,7 @@ def _control(args: argparse.Namespace) -> dict[str, Any]:
 
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
     import edkm
-    from edkm.train.command import prepare_on, write
+    from edkm.train.stages import prepare_on, write
 
     model, tokenizer, blocks = _load(args)
     began = time.perf_counter()

@@ -1,0 +1,75 @@
+"""What every run does with a model before and after training: prepare it on the training data, and write it."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+# torch and transformers are imported when a command runs: see cli.py.
+
+CALIBRATION_BLOCKS = 16
+
+
+def prepare_on(model: Any, config: Any, blocks: Any, *, start: str = "fit", backend: str = "auto") -> Any:
+    """Calibrate, fit (unless `start` is `kmeans`) and prepare a model on `CALIBRATION_BLOCKS` blocks spread over the training data."""
+    from .calibrate import calibrate
+    from .prepare import prepare
+
+    stride = max(1, len(blocks) // CALIBRATION_BLOCKS)
+    chosen = range(0, len(blocks), stride)[:CALIBRATION_BLOCKS]
+    device = next(model.parameters()).device
+    batches = [{"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen]
+    importance = calibrate(model, batches)
+    centroids = _fit(model, config, batches) if start == "fit" else None
+    return prepare(model, config, importance=importance, centroids=centroids, backend=backend)
+
+
+def _fit(model: Any, config: Any, batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """`edkm.fit` with its progress on stderr; the same on all ranks to the bit."""
+    from . import ranks
+    from .fit import fit
+
+    errors: list[float] = []
+
+    def report(name: str, error: float) -> None:
+        errors.append(error)
+        if ranks.rank() == 0:
+            print(f"\r  fitted {name:<60}", end="", file=sys.stderr, flush=True)
+
+    centroids = fit(model, config, batches, report=report)
+    ranks.as_on_first([*centroids.values(), *(p.data for name, p in model.named_parameters() if name in centroids)])
+    if errors:
+        print(f"\r{'':<70}\r", end="", file=sys.stderr)
+        print(f"fitted {len(errors)} tensors; relative output error {sum(errors) / len(errors):.4f} on average, {max(errors):.4f} at most")
+    return centroids
+
+
+def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
+    """Freeze a prepared model and write the packed directory."""
+    from ..compressed import hf
+    from . import ranks
+    from .prepare import freeze, unclustered
+
+    model.config.use_cache = True
+    generation_config = getattr(model, "generation_config", None)
+
+    def save(frozen: Any, dense: Any) -> None:
+        hf.save_pretrained(out, frozen, dense, config.to_json(), model.config, tokenizer, generation_config)
+
+    if ranks.world() == 1:
+        save(freeze(model), unclustered(model))
+        return
+    from .shard import save as save_shards
+
+    save_shards(model, save)
+
+
+def fingerprint(model: Any) -> str:
+    """Of the names and shapes of a model's weights and of some of their values, spread evenly."""
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        values = p.detach().flatten()[:: max(1, p.numel() // 1024)].double().cpu()
+        found.update(f"{name} {tuple(p.shape)}".encode() + values.numpy().tobytes())
+    return found.hexdigest()
