@@ -84,6 +84,15 @@ def test_eval_prints_the_perplexity(tiny_dir, text_file, capsys):
     }
 
 
+def test_eval_writes_json_to_a_file_beside_what_it_prints(tiny_dir, text_file, tmp_path, capsys):
+    command = ["eval", str(tiny_dir), "--text", str(text_file), "--window", "16", "--max-windows", "2"]
+    assert cli.main([*command, "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert cli.main([*command, "--json", str(tmp_path / "result.json")]) == 0
+    assert capsys.readouterr().out.startswith(f"perplexity {json.loads(printed)['perplexity']:.4f} ")
+    assert (tmp_path / "result.json").read_text() == printed
+
+
 def test_eval_says_that_a_perplexity_is_not_finite(tiny_dir, text_file, capsys, monkeypatch):
     broken = Perplexity(float("inf"), float("nan"), 3, 1, 4, 4)
     monkeypatch.setattr("edkm.evaluate.perplexity", lambda *args, **options: broken)

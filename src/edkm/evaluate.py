@@ -87,7 +87,7 @@ def perplexity(
     window = min(window, ids.numel())
     windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
     total, scored = 0.0, 0
-    with _evaluating(model), _no_autocast(model) as device:
+    with evaluating(model), _no_autocast(model) as device:
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size].to(device)  # [batch, window]
             logits = model(input_ids=batch, use_cache=False).logits  # [batch, window, vocabulary]
@@ -139,7 +139,7 @@ def generate(
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end,
     )
-    with _evaluating(model), _no_autocast(model) as device:
+    with evaluating(model), _no_autocast(model) as device:
         ids = ids.to(device)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
@@ -188,7 +188,7 @@ def _exp(nll: float) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for the while; each module's flag is put back, since a model may be frozen in part."""
     found = [(module, module.training) for module in model.modules()]
     model.eval()
