@@ -26,8 +26,6 @@ COUNTS = {
     "boolq": 3270,
     "mmlu": 14042,
 }
-# What lm-eval's own dependencies warn of.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +211,15 @@ def test_a_metric_of_lm_evals_is_passed_on(tiny_model, tiny_tokenizer, items, tm
     score = evaluate_tasks(tiny_model, tiny_tokenizer, [str(path)])["bytes_by_lm_eval"]
     assert math.isnan(score.accuracy) and math.isnan(score.normalised_accuracy)
     assert set(score.other) == {"acc_bytes", "acc_bytes_stderr"}
+    assert cli._task_table({"t": score}, (math.nan, math.nan)).splitlines()[1:3] == ["t         4  -    -", "mean         -    -"]
+
+
+def test_a_file_that_takes_a_name_of_ours_replaces_nothing(tiny_model, tiny_tokenizer, items, tmp_path):
+    form = {"doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "task": "piqa"}
+    path = str(write_yaml(tmp_path, "other", records_of(items["arc_easy"][:3]), **form))
+    found = evaluate_tasks(tiny_model, tiny_tokenizer, ["piqa", path], limit=2)
+    assert list(found) == ["piqa", f"piqa ({path})"]
+    assert found["piqa"] == evaluate_tasks(tiny_model, tiny_tokenizer, ["piqa"], limit=2)["piqa"]
 
 
 def test_model_and_tokenizer_are_left_as_they_were(tiny_model, tiny_tokenizer):

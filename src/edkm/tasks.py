@@ -129,7 +129,8 @@ def evaluate_tasks(
                 found = _evaluate_foreign(lm, name, foreign[name], limit)
             else:
                 found = {name: _evaluate_items(lm, name, load_items(name, limit=limit), progress=progress)}
-            scores |= found
+            # A file may call its task by a name of ours.
+            scores |= {f"{task} ({name})" if task in scores else task: score for task, score in found.items()}
             if progress:
                 for task, score in found.items():
                     print(f"{task}: {score.items:,} items, accuracy {score.accuracy:.4f}", file=sys.stderr)
