@@ -426,7 +426,7 @@ def test_auto_counts():
     many = torch.randn(256, 512, generator=generator).mul_(0.02).bfloat16()
     name, why = edkm.choose_backend(many, 1, 8, 1, None)
     assert name == "unique"
-    assert f"{len(many[:128].unique())} distinct values among {many.numel()} weights" in why
+    assert f"{len(many[:128].unique())} distinct values for {many.numel()} weights" in why
     few = torch.randn(256, 64, generator=generator)
     assert edkm.choose_backend(few, 256, 8, 1, torch.bfloat16)[0] == "fused"
     assert edkm.choose_backend(many, 1, 8, 2, None) == ("fused", "vectors of 2 values")

@@ -99,8 +99,8 @@ def cluster(
 def choose_backend(weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None) -> tuple[str, str]:
     """What `auto` takes for a weight `[rows, cols]`, and why.
 
-    Counts the distinct 16-bit values in a sample of the first group and compares the map entries that `unique` and `fused` would
-    compute, plus what a table costs per weight.
+    Counts the distinct 16-bit values in a sample of the weight, which the tables of all groups share, and compares the map entries
+    that `unique` and `fused` would compute for a group, plus what a table costs per weight.
 
     Returns:
         `(backend, reason)`.
@@ -111,11 +111,11 @@ def choose_backend(weight: Tensor, groups: int, k: int, d: int, round_to: torch.
     if key is None or key.itemsize != 2:
         return "fused", "weights wider than 16 bits"
     n = weight.numel() // groups
-    sample = weight.detach().reshape(-1)[: min(n, _SAMPLE_WEIGHTS)].to(key).view(torch.int16)
+    sample = weight.detach().reshape(-1)[:_SAMPLE_WEIGHTS].to(key).view(torch.int16)
     distinct = int((torch.bincount(sample.int() + unique.KEYS // 2) > 0).sum())
     tables, maps = distinct * k * _NS_PER_MAP_ENTRY + n * _NS_PER_WEIGHT, n * k * _NS_PER_MAP_ENTRY
     name = "unique" if tables < maps else "fused"
-    return name, f"{distinct} distinct values among {n} weights of a group, {k} centroids"
+    return name, f"{distinct} distinct values for {n} weights of a group, {k} centroids"
 
 
 def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, max_iters: int = 1) -> None:

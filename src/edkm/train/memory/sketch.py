@@ -37,8 +37,8 @@ def choices(model: nn.Module, config: ClusterConfig, backend: str) -> dict[str, 
         if flat.is_meta:
             flat = _normal(min(flat.numel(), _SAMPLE_WEIGHTS))
         chosen = backend
-        if backend == "auto":  # looks at the first group
-            chosen, _ = choose_backend(flat[:group].view(1, -1), 1, 2**entry.bits, entry.dim, torch.bfloat16)
+        if backend == "auto":
+            chosen, _ = choose_backend(flat.view(1, -1), max(1, flat.numel() // group), 2**entry.bits, entry.dim, torch.bfloat16)
         sample = flat[:: -(-flat.numel() // _SAMPLE_WEIGHTS)]
         keys = sample.to(torch.bfloat16).view(torch.int16).int() + unique.KEYS // 2
         found[entry.name] = Choice(entry, chosen, int((keys.bincount() > 0).sum()))
