@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Peers for the benchmark have dependencies of their own.
 PEERS := .venv-peers
+# So do the methods that `edkm compare` takes from llmcompressor and torchao.
+BASELINES := .venv-baselines
 
-.PHONY: help setup demo test check format bench bench-gpu clean
+.PHONY: help setup demo test check format baselines bench bench-gpu clean
 
 help:
 	@echo "make demo       compress SmolLM2-135M to 3 bits while fine-tuning it, and print one table"
 	@echo "make test       run the tests"
 	@echo "make check      format, lint and types"
+	@echo "make baselines  the environment of edkm compare's gptq, awq and smoothquant"
 	@echo "make bench      time and memory of the clustering, beside coremltools"
 	@echo "make bench-gpu  the same on CUDA, with the python3 that has torch"
 
@@ -44,6 +47,14 @@ $(PEERS)/.ready: constraints.txt
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt coremltools==9.0
 	@touch $@
 
+$(BASELINES)/.ready: constraints-baselines.txt
+	$(PYTHON) -m venv $(BASELINES)
+	$(BASELINES)/bin/python -m pip install --quiet --constraint constraints-baselines.txt torch
+	$(BASELINES)/bin/python -m pip install --quiet --constraint constraints-baselines.txt llmcompressor torchao
+	@touch $@
+
+baselines: $(BASELINES)/.ready
+
 bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python -m benchmarks op --peers $(PEERS)/bin/python --json benchmarks/results/op-cpu.json
 	$(BIN)/python -m benchmarks step --json benchmarks/results/step-cpu.json
@@ -52,4 +63,4 @@ bench-gpu:
 	PYTHONPATH=src python3 -m benchmarks op --device cuda --json benchmarks/results/op-cuda.json
 
 clean:
-	rm -rf $(VENV) $(PEERS) out
+	rm -rf $(VENV) $(PEERS) $(BASELINES) out

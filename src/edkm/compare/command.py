@@ -1,0 +1,200 @@
+"""`edkm compare`: every method on one model and one text, each in processes of its own, in one table."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edkm.compare import table
+from edkm.compare.methods import METHODS, chosen
+from edkm.compare.plot import plot
+from edkm.compare.stage import SETTINGS, path_of, write_whole
+
+TEXT = """Compare edkm with other methods on one model: bits, size, perplexity, tasks, cost.
+
+Every method starts from the same 16-bit model; the model itself and plain fine-tuning with the same data and
+steps are always there. Each stage is a process of its own and is not repeated: the same command goes on where
+it stopped, and more methods or tasks may be named. gptq, awq and smoothquant need `make baselines`.
+
+DIR gets table.md, table.json and plot.svg, and METHOD/checkpoint for each method."""
+
+_DEFAULT = "rtn,smoothquant,gptq,control+gptq,awq,llm-qat,dkm,edkm"
+_BASELINES = Path(".venv-baselines/bin/python")
+
+
+class StageError(Exception):
+    """A stage failed; the message is what it said last."""
+
+
+def add_compare(subparsers: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Describe the command; `command` is cli's way to add one."""
+    example = "edkm compare ./SmolLM2-135M --data train.json --text heldout.txt --methods rtn,gptq,edkm --steps 100 --out ./compared"
+    parser = command(subparsers, "compare", run, text=TEXT, example=example)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or a hub id")
+    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training and calibration data")
+    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="held-out UTF-8 text for perplexity")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where everything goes")
+    parser.add_argument("--bits", type=int, default=3, metavar="N", help="bits of an index, 2 to 8 (3)")
+    parser.add_argument("--methods", default=_DEFAULT, metavar="A,B", help=f"of {', '.join(list(METHODS)[2:])} (all)")
+    parser.add_argument("--tasks", default="", metavar="A,B", help="zero-shot tasks, as for edkm.tasks (none)")
+    parser.add_argument("--limit", type=int, metavar="N", help="items of each task (all)")
+    parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window of the text (512)")
+    parser.add_argument("--max-windows", type=int, metavar="N", help="use the first N windows (all)")
+    how = parser.add_argument_group("training and calibration")
+    how.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps of every method that trains (100)")
+    how.add_argument("--lr", action="append", default=[], metavar="METHOD=X", help="peak learning rate of a method (repeatable)")
+    how.add_argument("--block-tokens", type=int, default=512, metavar="N", help="tokens of a block (512)")
+    how.add_argument("--batch", type=int, default=2, metavar="N", help="blocks of a step (2)")
+    how.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="autocast (auto: bf16 where it is fast)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, and LLM-QAT's text (0)")
+    how.add_argument("--calibration-blocks", type=int, default=32, metavar="N", help="for gptq, awq and smoothquant (32)")
+    how.add_argument("--baselines", type=Path, default=_BASELINES, metavar="PYTHON", help=f"their environment's ({_BASELINES})")
+    parser.add_argument("--fresh", action="store_true", help="start over: delete what an earlier comparison left in DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `edkm compare`; returns the exit code: 1 if a method failed, and the table then says which."""
+    methods = chosen(name.strip() for name in args.methods.split(",") if name.strip())
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    settings = settings_of(args)
+    _check(args, methods, tasks)
+    _open(args.out, settings, fresh=args.fresh)
+    failures = {}
+    for number, name in enumerate(methods, 1):
+        print(f"{number}/{len(methods)}  {METHODS[name].title}", flush=True)
+        start = METHODS[name].start
+        try:
+            if start in failures:
+                raise StageError(f"it starts from {start}, which failed")
+            _run_stages(args.out, name, ["make", "perplexity", *(f"task:{task}" for task in tasks)])
+        except StageError as error:
+            if name == "original":
+                raise ValueError(str(error)) from None
+            failures[name] = str(error)
+            print(f"     failed: {error}", file=sys.stderr)
+    rows = [table.row(args.out, name, tasks, failures.get(name)) for name in methods]
+    notes = table.notes(settings, rows)
+    write_whole(args.out / "table.json", table.as_json(rows, notes, settings))
+    write_whole(args.out / "table.md", table.as_markdown(rows, notes))
+    write_whole(args.out / "plot.svg", plot(rows, settings["text"]))
+    print(f"\n{table.as_text(rows, notes)}\n\nwrote {args.out}/table.md, table.json, plot.svg")
+    return 1 if failures else 0
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a comparison is asked for, as JSON: all that must be the same when it goes on."""
+    same = ("bits", "limit", "window", "max_windows", "steps", "block_tokens", "batch", "precision", "seed", "calibration_blocks")
+    model = Path(args.model)
+    return {
+        "model": str(model.resolve()) if model.exists() else args.model,
+        "data": str(args.data.resolve()),
+        "data_sha256": _sha256(args.data),
+        "text": str(args.text.resolve()),
+        "text_sha256": _sha256(args.text),
+        "lr": dict(_learning_rate(word) for word in args.lr),
+        # Not resolved: the link is what makes it that environment's.
+        "baselines": str(args.baselines.absolute()),
+        **{name: getattr(args, name) for name in same},
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _learning_rate(word: str) -> tuple[str, float]:
+    name, _, value = word.partition("=")
+    training = [key for key, method in METHODS.items() if method.lr != 0.0]
+    if name not in training:
+        raise ValueError(f"--lr {word}: write METHOD=X, with METHOD one of {', '.join(training)}.")
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ValueError(f"--lr {word}: the rate must be a positive number.")
+    return name, rate
+
+
+def _check(args: argparse.Namespace, methods: Sequence[str], tasks: Sequence[str]) -> None:
+    """Refuse now what would fail after hours."""
+    at_least = {"steps": 0, "window": 2, "block_tokens": 2, "batch": 1, "calibration_blocks": 1, "max_windows": 1, "limit": 1}
+    for name, low in at_least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')}: at least {low}, got {value}.")
+    if not 2 <= args.bits <= 8:
+        raise ValueError(f"--bits: 2 to 8, got {args.bits}.")
+    libraries = [name for name in methods if METHODS[name].library]
+    if libraries and not args.baselines.is_file():
+        raise ValueError(
+            f"{args.baselines}: not found, and {', '.join(libraries)} need the environment of the baselines. "
+            "Set it up with `make baselines`, name its python with --baselines, or leave them out of --methods."
+        )
+    if tasks:
+        from edkm.tasks import check_tasks
+
+        check_tasks(tasks, limit=args.limit)
+
+
+def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
+    """Make the directory ready for this comparison, or go on with the one that is there."""
+    path = out / SETTINGS
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if fresh:
+            _delete(out)
+        else:
+            for key in sorted(set(before) | set(settings)):
+                if before.get(key) != settings.get(key):
+                    raise ValueError(
+                        f"{key}: the comparison in {out} has {before.get(key)!r}, this one {settings.get(key)!r}. "
+                        "Name another directory, or start over with --fresh."
+                    )
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: is not empty and holds no comparison. Name another directory.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(settings, indent=2))
+
+
+def _delete(out: Path) -> None:
+    """What a comparison wrote, and nothing else that may lie there."""
+    for name in METHODS:
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("table.json", "table.md", "plot.svg", "calibration.safetensors"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _run_stages(out: Path, name: str, stages: Sequence[str]) -> None:
+    """Run the stages of a method that are not done.
+
+    Raises:
+        StageError: one failed.
+    """
+    for stage in stages:
+        if path_of(out, name, stage).is_file():
+            continue
+        directory = out / name
+        if stage == "make":
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(exist_ok=True)
+        log = directory / f"{stage.replace(':', '-')}.log"
+        if code := _process([str(out), name, stage], log):
+            lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+            raise StageError(f"{lines[-1].strip() if lines else f'exit code {code}'} (all of it: {log})")
+        print(f"     {stage}: {table.brief(json.loads(path_of(out, name, stage).read_text()))}", flush=True)
+
+
+def _process(arguments: list[str], log: Path) -> int:
+    """Run a stage; its exit code. What it prints goes into the log."""
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "edkm.compare.stage", *arguments]
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode

@@ -1,0 +1,31 @@
+"""DKM as coremltools 9.0 does it by default: one absolute temperature for every tensor, one table a tensor, no importance, 3 iterations.
+
+It is our own clustering with those settings: the function is the same (`core/reference.py`), and dense DKM's maps would not fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from edkm.compare.dense import untied_head
+from edkm.config import ClusterConfig
+from edkm.train.prepare import clusterings, prepare
+
+# palett_tau and kmeans_max_iter of its DEFAULT_PALETTIZATION_ADVANCED_OPTIONS; its distance is squared, as ours is.
+TEMPERATURE = 1e-4
+ITERATIONS = 3
+
+
+def config(model: Any, bits: int) -> ClusterConfig:
+    """One table a tensor, no annealing; a last linear layer of its own is left alone."""
+    return ClusterConfig(bits=bits, rows_per_lut=0, anneal=1.0, max_iters=ITERATIONS, skip=untied_head(model))
+
+
+def prepare_dkm(model: Any, settings: ClusterConfig) -> None:
+    """Cluster a model with DKM's settings, in place."""
+    prepare(model, settings)
+    with torch.no_grad():
+        for _, _, clustering in clusterings(model):
+            clustering.temperature.fill_(TEMPERATURE)

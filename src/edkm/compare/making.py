@@ -1,0 +1,251 @@
+"""How each method makes its checkpoint. One function a maker; each runs in a process of its own (`stage.py`)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edkm.compare.methods import METHODS, Method, account, group_size, rows_per_table, side_bits
+
+CHECKPOINT = "checkpoint"
+_CALIBRATION = "calibration.safetensors"
+_RUNNER = Path(__file__).parent / "baselines" / "run_llmcompressor.py"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method in one comparison.
+
+    Attributes:
+        root: the comparison's directory.
+        name: of the method.
+        settings: what the comparison was asked for; see `command.settings_of`.
+    """
+
+    root: Path
+    name: str
+    settings: dict[str, Any]
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.name]
+
+    @property
+    def directory(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def bits(self) -> int:
+        return self.settings["bits"]
+
+    @property
+    def start(self) -> Path:
+        return self.root / self.method.start / CHECKPOINT
+
+    def original(self) -> dict[str, Any]:
+        """What `make_original` found: `model`, the inventory, and `group`."""
+        return json.loads((self.root / "original" / "make.json").read_text())
+
+    @property
+    def lr(self) -> float | None:
+        return self.settings["lr"].get(self.name, self.method.lr)
+
+
+def make(job: Job) -> dict[str, Any]:
+    """Make the checkpoint of a method.
+
+    Returns:
+        `seconds`; `linear_bits`, `total_bits` and `bytes`; `block`, the `(rows, columns)` that share a scale or a table, None in 16 bits;
+        and what else the maker has to say.
+    """
+    began = time.perf_counter()
+    found = _MAKERS[job.method.maker](job)
+    seconds = found.pop("seconds", time.perf_counter() - began)
+    return {"seconds": seconds, **found}
+
+
+def _make_original(job: Job) -> dict[str, Any]:
+    """The model that all start from, in 16 bits; and the blocks that post-training methods are calibrated on."""
+    from safetensors.torch import save_file
+
+    from edkm.compare.dense import inventory, save_16_bit, untied_head
+    from edkm.models import load_model
+
+    model, tokenizer = load_model(job.settings["model"])
+    blocks = _blocks(job, tokenizer)
+    stride = max(1, len(blocks) // job.settings["calibration_blocks"])
+    ids = blocks.input_ids[::stride][: job.settings["calibration_blocks"]]
+    save_file({"input_ids": ids.contiguous()}, job.root / _CALIBRATION)
+    found = inventory(model)
+    group = group_size(columns for _, columns in found["linear"])
+    dtype = save_16_bit(model, tokenizer, job.directory / CHECKPOINT)
+    head = untied_head(model)
+    return {"seconds": 0.0, "dtype": dtype, "model": found, "group": group, "untied_head": head, **_bits(job, found, group)}
+
+
+def _make_control(job: Job) -> dict[str, Any]:
+    from edkm.compare.dense import save_16_bit
+
+    model, tokenizer = _load(job)
+    seconds = _train(job, model, _blocks(job, tokenizer))
+    save_16_bit(model, tokenizer, job.directory / CHECKPOINT)
+    return {"seconds": seconds, **_bits(job)}
+
+
+def _make_rtn(job: Job) -> dict[str, Any]:
+    import torch
+
+    from edkm.compare.dense import linear_weights
+    from edkm.compare.rtn import round_to_nearest
+
+    model, tokenizer = _load(job)
+    began = time.perf_counter()
+    with torch.no_grad():
+        for weight in linear_weights(model).values():
+            weight.copy_(round_to_nearest(weight, job.bits, job.original()["group"]))
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, **_finish(job, model, tokenizer)}
+
+
+def _make_library(job: Job) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    from edkm.compare.dense import linear_weights
+
+    original = job.original()
+    algorithm = job.name.rpartition("+")[2]
+    command = [job.settings["baselines"], _RUNNER, algorithm, "--model", job.start.resolve(), "--calibration"]
+    command += [(job.root / _CALIBRATION).resolve(), "--bits", job.bits, "--group", original["group"], "--out", job.directory.resolve()]
+    command += ["--skip", *(name.removesuffix(".weight") for name in original["untied_head"]), "lm_head"]
+    # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    subprocess.run([str(part) for part in command], cwd=job.directory, env=environment, check=True)
+    figures = json.loads((job.directory / "figures.json").read_text())
+    model, tokenizer = _load(job)
+    missed = set(linear_weights(model)) - set(figures["quantized"])
+    if missed:
+        raise ValueError(f"{job.name}: the library did not quantize {sorted(missed)[0]} and {len(missed) - 1} more.")
+    weights = job.directory / "weights.safetensors"
+    model.load_state_dict(load_file(weights), strict=False)
+    weights.unlink()
+    return {"seconds": figures["seconds"], "peak_mib": figures["peak_mib"], **_finish(job, model, tokenizer)}
+
+
+def _make_llm_qat(job: Job) -> dict[str, Any]:
+    from edkm.compare import llm_qat
+
+    model, tokenizer = _load(job)
+    teacher, _ = _load(job)
+    count = max(1, job.settings["steps"] * job.settings["batch"])
+    began = time.perf_counter()
+    texts = llm_qat.write_texts(teacher, count, job.settings["block_tokens"], job.settings["seed"]) if job.settings["steps"] else None
+    writing = time.perf_counter() - began
+    llm_qat.quantize(model, job.bits)
+    training = _train(job, model, texts, teacher)
+    llm_qat.settle(model, job.bits)
+    return {"seconds": writing + training, "writing_seconds": writing, **_finish(job, model, tokenizer)}
+
+
+def _make_dkm(job: Job) -> dict[str, Any]:
+    from edkm.compare.dkm import config, prepare_dkm
+    from edkm.train import trainer  # noqa: F401  # now, so that its import is not measured
+    from edkm.train.command import write
+
+    model, tokenizer = _load(job)
+    blocks = _blocks(job, tokenizer)
+    began = time.perf_counter()
+    settings = config(model, job.bits)
+    prepare_dkm(model, settings)
+    _train(job, model, blocks)
+    seconds = time.perf_counter() - began
+    write(job.directory / CHECKPOINT, model.cpu(), tokenizer, settings)
+    return {"seconds": seconds, **_packed(job, 0)}
+
+
+def _make_edkm(job: Job) -> dict[str, Any]:
+    """What `edkm compress` does with its own defaults, and tables that take no more bits than the scales of the methods with groups."""
+    from edkm.train import trainer  # noqa: F401  # now, so that its import is not measured
+    from edkm.train.command import add_compress, run
+
+    original, settings = job.original(), job.settings
+    rows = rows_per_table(original["model"]["linear"], job.bits, side_bits(job.bits, original["group"]))
+    parser = argparse.ArgumentParser()
+    add_compress(parser.add_subparsers(), lambda commands, name, run, **text: commands.add_parser(name))
+    command = ["compress", job.start, "--data", settings["data"], "--out", job.directory / CHECKPOINT, "--bits", job.bits]
+    command += ["--rows-per-lut", rows, "--steps", settings["steps"], "--block-tokens", settings["block_tokens"]]
+    command += ["--batch", settings["batch"], "--seed", settings["seed"], "--precision", settings["precision"]]
+    command += [] if job.lr is None else ["--lr", job.lr]
+    command += [word for name in original["untied_head"] for word in ("--skip", name)]
+    began = time.perf_counter()
+    if run(parser.parse_args([str(word) for word in command])):
+        raise KeyboardInterrupt
+    return {"seconds": time.perf_counter() - began, **_packed(job, rows)}
+
+
+_MAKERS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "original": _make_original,
+    "control": _make_control,
+    "rtn": _make_rtn,
+    "library": _make_library,
+    "llm_qat": _make_llm_qat,
+    "dkm": _make_dkm,
+    "edkm": _make_edkm,
+}
+
+
+def _load(job: Job) -> tuple[Any, Any]:
+    from edkm.models import load_model
+
+    return load_model(job.start)
+
+
+def _blocks(job: Job, tokenizer: Any) -> Any:
+    from edkm.train.data import load_blocks
+
+    return load_blocks(job.settings["data"], tokenizer, block_tokens=job.settings["block_tokens"])
+
+
+def _train(job: Job, model: Any, blocks: Any, teacher: Any = None) -> float:
+    """Train in place, the same number of blocks for every method, to predict them or as the teacher does; the seconds it took."""
+    from edkm.train.trainer import TrainSettings, train
+
+    if not job.settings["steps"]:
+        return 0.0
+    chosen = {name: job.settings[name] for name in ("steps", "batch", "precision", "seed")}
+    settings = TrainSettings(lr=job.lr, distill=0.0 if teacher is None else 1.0, **chosen)
+    result = train(model, blocks, settings, job.directory / "training", teacher=teacher)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result.seconds
+
+
+def _finish(job: Job, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Embeddings in 8 bits, and save; float32 holds every quantized value exactly."""
+    from edkm.compare.dense import round_embeddings, save
+
+    round_embeddings(model)
+    save(model.float(), tokenizer, job.directory / CHECKPOINT)
+    return {"block": job.method.block_of(job.original()["group"]), **_bits(job)}
+
+
+def _bits(job: Job, model: dict[str, Any] | None = None, group: int = 0) -> dict[str, float]:
+    if model is None:
+        original = job.original()
+        model, group = original["model"], original["group"]
+    return account(job.method, job.bits, group, model)
+
+
+def _packed(job: Job, rows: int) -> dict[str, Any]:
+    """The figures of a packed directory: of its files as they lie there."""
+    from edkm.compressed.checkpoint import summary
+
+    found = summary(job.directory / CHECKPOINT)
+    names = {"clustered_bits_per_weight": "linear_bits", "bits_per_weight": "total_bits", "file_bytes": "bytes"}
+    return {"block": (rows, 0), **{ours: found[theirs] for theirs, ours in names.items()}}

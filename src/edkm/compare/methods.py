@@ -1,0 +1,144 @@
+"""What is compared: how each method is made, and how many bits a weight it takes.
+
+The weights of linear layers, but for the one that ends in the vocabulary, are stored in `bits` bits each. Blocks of them share a scale
+and a zero point, or a table, which count too. Embeddings, and a last linear layer over the vocabulary, are stored in 8 bits by every
+method; all else in 16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Shape = tuple[int, ...]
+
+SCALE_BITS = 16
+EMBEDDING_BITS = 8
+LARGEST_GROUP = 128
+SMALLEST_GROUP = 16
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        title: what it is, for the table.
+        maker: the function of `making` that makes it.
+        start: the method whose checkpoint it starts from.
+        block: `"group"` or `"row"`: the weights that share what is stored beside the indices; `"file"` if the packed file says; None for
+            a model in 16 bits.
+        zero_point: blocks have a zero point of `bits` bits beside their scale.
+        lr: peak learning rate if `--lr` does not name the method; 0 if it does not train; None for the default of `edkm compress`.
+        library: it needs the environment of the baselines.
+    """
+
+    title: str
+    maker: str
+    start: str = "original"
+    block: str | None = None
+    zero_point: bool = False
+    lr: float | None = 0.0
+    library: bool = False
+
+    def block_of(self, group: int) -> tuple[int, int]:
+        """`(rows, columns)` that share a scale; 0 for all."""
+        return (1, group if self.block == "group" else 0)
+
+
+def _posttraining(title: str, maker: str, *, start: str = "original", library: bool = True) -> Method:
+    return Method(title, maker, start, "group", True, library=library)
+
+
+# In the order of the table. The first two are always there.
+METHODS: dict[str, Method] = {
+    "original": Method("original, 16 bits", "original"),
+    "control": Method("plain fine-tuning (control), 16 bits", "control", lr=5e-5),
+    "rtn": _posttraining("round to nearest", "rtn", library=False),
+    "smoothquant": _posttraining("SmoothQuant, weights only", "library"),
+    "awq": _posttraining("AWQ", "library"),
+    "gptq": _posttraining("GPTQ", "library"),
+    "control+gptq": _posttraining("plain fine-tuning, then GPTQ", "library", start="control"),
+    "llm-qat": Method("LLM-QAT-style, on its own text", "llm_qat", block="row", lr=3e-4),
+    "dkm": Method("DKM, absolute temperature 1e-4", "dkm", block="file", lr=3e-4),
+    "edkm": Method("edkm", "edkm", block="file", lr=None),
+}
+ALWAYS = ("original", "control")
+
+
+def chosen(names: Iterable[str]) -> list[str]:
+    """The methods to run, each once, in the order of the table, with those that others start from.
+
+    Raises:
+        ValueError: an unknown name, or none.
+    """
+    names = set(names)
+    unknown = sorted(names - set(METHODS))
+    if unknown:
+        raise ValueError(f"--methods: unknown method {unknown[0]!r}. Known are {', '.join(METHODS)}.")
+    if not names:
+        raise ValueError(f"--methods: name at least one of {', '.join(METHODS)}.")
+    return [name for name in METHODS if name in ALWAYS or name in names]
+
+
+def group_size(columns: Iterable[int]) -> int:
+    """The largest power of two, up to 128, that divides every number of columns.
+
+    Raises:
+        ValueError: below 16 the scales would cost more than a bit a weight.
+    """
+    columns = list(columns)
+    group = math.gcd(LARGEST_GROUP, *columns)
+    if group < SMALLEST_GROUP:
+        odd = next(c for c in columns if c % SMALLEST_GROUP)
+        raise ValueError(f"model: a linear layer has {odd} columns, which do not divide into groups of {SMALLEST_GROUP} or more.")
+    return group
+
+
+def side_bits(bits: int, group: int) -> float:
+    """Bits a weight that scale and zero point of a group take."""
+    return (SCALE_BITS + bits) / group
+
+
+def rows_per_table(shapes: Iterable[Shape], bits: int, budget: float) -> int:
+    """The fewest rows that can share a table in all of these weights, for tables that take at most `budget` bits a weight together.
+
+    0, one table a tensor, if there is no such number.
+    """
+    shapes = list(shapes)
+    weights = sum(rows * columns for rows, columns in shapes)
+    common = math.gcd(*(rows for rows, _ in shapes))
+    for rows in (r for r in range(1, common + 1) if common % r == 0):
+        tables = sum(shape[0] // rows for shape in shapes)
+        if tables * 2**bits * SCALE_BITS <= budget * weights:
+            return rows
+    return 0
+
+
+def account(method: Method, bits: int, group: int, model: dict[str, Any]) -> dict[str, float]:
+    """Bits that a model takes, everything counted.
+
+    Args:
+        method: one that is not stored in a file of its own.
+        bits: of an index.
+        group: columns that share a scale, for the methods with groups.
+        model: `linear` and `embeddings`, lists of shapes, and `other`, a number of weights; see `dense.inventory`.
+
+    Returns:
+        `linear_bits`: a weight, of the linear layers; `total_bits`: a weight, over everything; `bytes`.
+    """
+    linear = [math.prod(shape) for shape in model["linear"]]
+    embeddings = [math.prod(shape) for shape in model["embeddings"]]
+    if method.block is None:
+        index, beside, embedding = 16.0 * sum(linear), 0.0, 16.0 * sum(embeddings)
+    else:
+        side = SCALE_BITS + (bits if method.zero_point else 0)
+        rows, columns = method.block_of(group)
+        blocks = sum((r // (rows or r)) * (c // (columns or c)) for r, c in model["linear"])
+        index, beside = float(bits * sum(linear)), float(side * blocks)
+        embedding = EMBEDDING_BITS * sum(embeddings) + (SCALE_BITS + EMBEDDING_BITS) * sum(shape[0] for shape in model["embeddings"])
+    total = index + beside + embedding + 16.0 * model["other"]
+    weights = sum(linear) + sum(embeddings) + model["other"]
+    return {"linear_bits": (index + beside) / sum(linear), "total_bits": total / weights, "bytes": math.ceil(total / 8)}

@@ -1,0 +1,107 @@
+"""One stage of a comparison, in a process of its own so that its peak memory is its own: `python -m edkm.compare.stage DIR METHOD STAGE`.
+
+STAGE is `make`, `perplexity` or `task:NAME`. What it found goes into `DIR/METHOD/STAGE.json`, which is there only when it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edkm.compare.making import CHECKPOINT, Job, make
+
+SETTINGS = "compare.json"
+
+
+def path_of(root: Path, method: str, stage: str) -> Path:
+    """Where a stage writes what it found."""
+    return root / method / f"{stage.replace(':', '-')}.json"
+
+
+def main(arguments: list[str]) -> int:
+    root, name, stage = Path(arguments[0]), arguments[1], arguments[2]
+    job = Job(root, name, json.loads((root / SETTINGS).read_text()))
+    try:
+        if stage == "make":
+            found = make(job)
+        elif stage == "perplexity":
+            found = _perplexity(job)
+        else:
+            found = _task(job, stage.removeprefix("task:"))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    write_whole(path_of(root, name, stage), json.dumps({"peak_mib": peak_mib(), **found}, indent=2))
+    return 0
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def peak_mib() -> float:
+    """Largest resident set of this process. Not `ru_maxrss`, which a process inherits from the one that started it."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+
+
+def _load(job: Job) -> tuple[Any, Any]:
+    import torch
+
+    from edkm.models import load_model
+
+    model, tokenizer = load_model(job.directory / CHECKPOINT)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _perplexity(job: Job) -> dict[str, Any]:
+    """Perplexity, of a checkpoint that was first found to be quantized as the method says."""
+    from edkm.evaluate import perplexity
+
+    model, tokenizer = _load(job)
+    distinct = check_quantized(job, model)
+    text = Path(job.settings["text"]).read_text(encoding="utf-8")
+    result = perplexity(model, tokenizer, text, window=job.settings["window"], max_windows=job.settings["max_windows"])
+    return {"most_distinct": distinct, **asdict(result)}
+
+
+def check_quantized(job: Job, model: Any) -> int | None:
+    """The largest number of distinct values in a block that shares a scale or a table; None for a model in 16 bits.
+
+    Raises:
+        ValueError: there are more than `2**bits`: what would be measured is not a quantized model.
+    """
+    from edkm.compare.dense import linear_weights
+    from edkm.compare.rtn import most_distinct
+
+    block = json.loads(path_of(job.root, job.name, "make").read_text()).get("block")
+    if block is None:
+        return None
+    found = {name: most_distinct(weight, *block) for name, weight in linear_weights(model).items()}
+    worst = max(found, key=lambda name: found[name])
+    if found[worst] > 2**job.bits:
+        raise ValueError(f"{job.name}: {worst} has {found[worst]} distinct values where {job.bits} bits allow {2**job.bits}.")
+    return found[worst]
+
+
+def _task(job: Job, task: str) -> dict[str, Any]:
+    from edkm.tasks import evaluate_tasks
+
+    model, tokenizer = _load(job)
+    scores = evaluate_tasks(model, tokenizer, [task], limit=job.settings["limit"])
+    return {"scores": {name: asdict(score) for name, score in scores.items()}}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""One table out of what the stages found: for the terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from edkm.compare.methods import METHODS
+from edkm.compare.stage import path_of
+
+
+def row(out: Path, name: str, tasks: list[str], error: str | None) -> dict[str, Any]:
+    """The figures of a method; those of stages that are not done are None.
+
+    `linear_bits` and `total_bits` are bits a weight; `tasks` maps a task to its `TaskScore`.
+    """
+    made, text = _read(out, name, "make"), _read(out, name, "perplexity")
+    scores: dict[str, Any] = {}
+    for task in tasks:
+        scores |= _read(out, name, f"task:{task}").get("scores", {})
+    keys = ("linear_bits", "total_bits", "bytes", "seconds", "peak_mib", "block")
+    return {
+        "method": name,
+        "title": METHODS[name].title,
+        **{key: made.get(key) for key in keys},
+        "perplexity": text.get("perplexity"),
+        "tokens": text.get("tokens"),
+        "windows": text.get("windows"),
+        "most_distinct": text.get("most_distinct"),
+        "tasks": scores,
+        "error": error,
+    }
+
+
+def _read(out: Path, name: str, stage: str) -> dict[str, Any]:
+    path = path_of(out, name, stage)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def notes(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """What one must know to read the table."""
+    original = rows[0]
+    groups = next((r["block"][1] for r in rows if METHODS[r["method"]].block == "group" and r["block"]), None)
+    found = [
+        f"Perplexity: {Path(settings['text']).name} (sha256 {settings['text_sha256'][:12]}), {original['tokens']:,} tokens in "
+        f"{original['windows']} windows of {settings['window']}.",
+        f"Training: {settings['steps']} steps of {settings['batch']} blocks of {settings['block_tokens']} tokens of "
+        f"{Path(settings['data']).name}, seed {settings['seed']}; one run.",
+        "Bits: a weight of the linear layers with tables, scales and zero points, and a weight of the whole model. Embeddings, and a last "
+        "linear layer over the vocabulary, take 8 bits: a scale and a zero point a row, or for dkm and edkm one table a tensor (a last "
+        "linear layer of its own stays in 16 bits there).",
+        "Size: of the packed weight files for dkm and edkm; for the others what their bits come to, since they are stored dense here.",
+        "Making: seconds to train or calibrate, and the largest resident set of that process.",
+    ]
+    if groups:
+        found.insert(
+            3, f"rtn, smoothquant, awq and gptq: asymmetric groups of {groups} columns, scale in 16 bits, zero point as the index."
+        )
+    return found
+
+
+def as_text(rows: list[dict[str, Any]], notes: list[str]) -> str:
+    """Aligned columns."""
+    cells = [_header(rows), *(_cells(row, rows) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip() for line in cells
+    ]
+    return "\n".join([*lines, "", *notes, *_errors(rows)])
+
+
+def as_markdown(rows: list[dict[str, Any]], notes: list[str]) -> str:
+    """A table of GitHub's Markdown, the notes under it."""
+    header = _header(rows)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *(_cells(row, rows) for row in rows)]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([*text, "", *(f"- {note}" for note in [*notes, *_errors(rows)]), ""])
+
+
+def as_json(rows: list[dict[str, Any]], notes: list[str], settings: dict[str, Any]) -> str:
+    """Everything, with inf and nan as strings, which JSON does not have."""
+    return json.dumps(_finite({"settings": settings, "rows": rows, "notes": notes}), indent=2, allow_nan=False) + "\n"
+
+
+def brief(found: dict[str, Any]) -> str:
+    """A line on one stage."""
+    if "perplexity" in found:
+        return _number(found["perplexity"])
+    if "scores" in found:
+        return ", ".join(f"{name} {_score(score)}" for name, score in found["scores"].items())
+    return f"{found['linear_bits']:.2f} bits a weight, {found['seconds']:.0f} s, {found['peak_mib'] / 1024:.2f} GiB"
+
+
+def _header(rows: list[dict[str, Any]]) -> list[str]:
+    return ["method", "bits, linear", "bits, all", "size", "perplexity", *_tasks(rows), "making", "peak"]
+
+
+def _tasks(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(task for row in rows for task in row["tasks"]))
+
+
+def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    def show(key: str, form: Any) -> str:
+        return "" if row[key] is None else form(row[key])
+
+    title = row["title"] + (" (failed)" if row["error"] else "")
+    return [
+        title,
+        show("linear_bits", "{:.2f}".format),
+        show("total_bits", "{:.2f}".format),
+        show("bytes", lambda count: f"{count / 1e6:.1f} MB"),
+        show("perplexity", _number),
+        *(_score(row["tasks"][task]) if task in row["tasks"] else "" for task in _tasks(rows)),
+        show("seconds", "{:.0f} s".format),
+        show("peak_mib", lambda mib: f"{mib / 1024:.2f} GiB"),
+    ]
+
+
+def _score(score: dict[str, Any]) -> str:
+    """Accuracy in percent and its standard error."""
+    error = score["accuracy_stderr"]
+    return f"{100 * score['accuracy']:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _errors(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"{row['method']} failed: {row['error']}" for row in rows if row["error"]]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
