@@ -114,7 +114,7 @@ def test_a_checkpoint_that_is_not_quantized_is_refused(compared, tmp_path):
 
 def test_tables(compared, capsys):
     found = json.loads((compared / "table.json").read_text())
-    assert found["settings"]["steps"] == 2 and len(found["notes"]) == 6
+    assert found["settings"]["steps"] == 2 and len(found["notes"]) == 7
     lines = (compared / "table.md").read_text().splitlines()
     assert lines[0] == "| method | bits, linear | bits, all | size | perplexity | making | peak |"
     assert len({line.count("|") for line in lines[:8]}) == 1 and lines[8] == ""
@@ -316,7 +316,7 @@ def _compare_with(script, weight):
 
 
 @needs_baselines
-@pytest.mark.parametrize("method", ["smoothquant", "awq", "gptq"])
+@pytest.mark.parametrize("method", ["smoothquant", "awq"])
 def test_baselines_are_quantized(tiny_dir, tmp_path, method):
     runner = making._RUNNER
     save_file({"input_ids": torch.randint(0, 280, (4, 32))}, tmp_path / "ids.safetensors")
@@ -331,3 +331,46 @@ def test_baselines_are_quantized(tiny_dir, tmp_path, method):
         assert 2 < most_distinct(found[name], 1, 32) <= 8
         assert most_distinct(before[name], 1, 32) == 32
     assert torch.equal(found["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+@needs_baselines
+def test_fine_tuning_then_gptq(tiny_dir, files, tmp_path, here):
+    out = tmp_path / "out"
+    more = ["--methods", "control+gptq", "--baselines", str(BASELINES), "--lr", "control=0.01"]
+    assert main(arguments(tiny_dir, files, out, *more)) == 0
+    row = rows_of(out)["control+gptq"]
+    assert row["linear_bits"] == 3 + 19 / 64 and 2 < row["most_distinct"] <= 8 and row["seconds"] > 0
+    (ours, _), (control, _) = (load_model(out / name / "checkpoint") for name in ("control+gptq", "control"))
+    original, _ = load_model(out / "original" / "checkpoint")
+    names = [name for name, _ in ours.named_parameters() if "norm" in name]
+    for name in names:
+        assert torch.equal(ours.get_parameter(name), control.get_parameter(name))
+    assert any(not torch.equal(ours.get_parameter(name), original.get_parameter(name)) for name in names)
+
+
+def test_a_library_that_fails_says_why(compared, tmp_path):
+    (tmp_path / "original").symlink_to(compared / "original")
+    (tmp_path / "gptq").mkdir()
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho starting\necho no module named llmcompressor\nexit 3\n")
+    python.chmod(0o755)
+    with pytest.raises(ValueError, match=r"gptq: no module named llmcompressor \(all of it: .*library\.log\)"):
+        making.make(making.Job(tmp_path, "gptq", {"bits": 3, "baselines": str(python)}))
+
+
+def test_tasks_are_scored_once_each(tiny_dir, files, tmp_path, here, monkeypatch):
+    from edkm import tasks
+
+    def evaluate(model, tokenizer, names, *, limit):
+        return {name: tasks.TaskScore(0.5, 0.1, 0.25, float("nan"), limit) for name in names}
+
+    monkeypatch.setattr(tasks, "evaluate_tasks", evaluate)
+    monkeypatch.setattr(tasks, "check_tasks", lambda names, *, limit: None)
+    more = ["--methods", "rtn", "--steps", "0", "--limit", "7", "--tasks"]
+    assert main(arguments(tiny_dir, files, tmp_path / "out", *more, "piqa")) == 0
+    here.clear()
+    assert main(arguments(tiny_dir, files, tmp_path / "out", *more, "piqa,boolq")) == 0
+    assert here == [(name, "task:boolq") for name in ("original", "control", "rtn")]
+    row = rows_of(tmp_path / "out")["rtn"]
+    assert row["tasks"]["piqa"]["items"] == 7 and row["tasks"]["boolq"]["normalised_accuracy_stderr"] == "nan"
+    assert "50.0 ± 10.0" in (tmp_path / "out" / "table.md").read_text()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edkm.compare import table
+from edkm.compare.making import last_line
 from edkm.compare.methods import METHODS, chosen
 from edkm.compare.plot import plot
 from edkm.compare.stage import SETTINGS, path_of, write_whole
@@ -188,8 +189,7 @@ def _run_stages(out: Path, name: str, stages: Sequence[str]) -> None:
         directory.mkdir(exist_ok=True)
         log = directory / f"{stage.replace(':', '-')}.log"
         if code := _process([str(out), name, stage], log):
-            lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-            raise StageError(f"{lines[-1].strip() if lines else f'exit code {code}'} (all of it: {log})")
+            raise StageError(last_line(log, code))
         print(f"     {stage}: {table.brief(json.loads(path_of(out, name, stage).read_text()))}", flush=True)
 
 

@@ -71,6 +71,13 @@ def make(job: Job) -> dict[str, Any]:
     return {"seconds": seconds, **found}
 
 
+def last_line(log: Path, code: int) -> str:
+    """What a process said last, and where the rest is."""
+    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    said = f"ended by signal {-code}" if code < 0 else lines[-1] if lines else f"exit code {code}"
+    return f"{said} (all of it: {log})"
+
+
 def _make_original(job: Job) -> dict[str, Any]:
     """The model that all start from, in 16 bits; and the blocks that post-training methods are calibrated on."""
     from safetensors.torch import save_file
@@ -126,7 +133,13 @@ def _make_library(job: Job) -> dict[str, Any]:
     command += ["--skip", *(name.removesuffix(".weight") for name in original["untied_head"]), "lm_head"]
     # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    subprocess.run([str(part) for part in command], cwd=job.directory, env=environment, check=True)
+    log = job.directory / "library.log"
+    with log.open("w") as file:
+        done = subprocess.run(
+            [str(p) for p in command], cwd=job.directory, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        raise ValueError(f"{job.name}: {last_line(log, done.returncode)}")
     figures = json.loads((job.directory / "figures.json").read_text())
     model, tokenizer = _load(job)
     missed = set(linear_weights(model)) - set(figures["quantized"])
@@ -135,7 +148,7 @@ def _make_library(job: Job) -> dict[str, Any]:
     weights = job.directory / "weights.safetensors"
     model.load_state_dict(load_file(weights), strict=False)
     weights.unlink()
-    return {"seconds": figures["seconds"], "peak_mib": figures["peak_mib"], **_finish(job, model, tokenizer)}
+    return {**{key: figures[key] for key in ("seconds", "peak_mib", "peak_gpu_mib")}, **_finish(job, model, tokenizer)}
 
 
 def _make_llm_qat(job: Job) -> dict[str, Any]:
@@ -156,7 +169,7 @@ def _make_llm_qat(job: Job) -> dict[str, Any]:
 def _make_dkm(job: Job) -> dict[str, Any]:
     from edkm.compare.dkm import config, prepare_dkm
     from edkm.train import trainer  # noqa: F401  # now, so that its import is not measured
-    from edkm.train.command import write
+    from edkm.train.stages import write
 
     model, tokenizer = _load(job)
     blocks = _blocks(job, tokenizer)

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    write_whole(path_of(root, name, stage), json.dumps({"peak_mib": peak_mib(), **found}, indent=2))
+    write_whole(path_of(root, name, stage), json.dumps({"peak_mib": peak_mib(), "peak_gpu_mib": peak_gpu_mib(), **found}, indent=2))
     return 0
 
 
@@ -54,6 +54,14 @@ def peak_mib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+
+
+def peak_gpu_mib() -> float | None:
+    """Most memory that this process's tensors took on a GPU; None if it used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def _load(job: Job) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ def row(out: Path, name: str, tasks: list[str], error: str | None) -> dict[str, 
     scores: dict[str, Any] = {}
     for task in tasks:
         scores |= _read(out, name, f"task:{task}").get("scores", {})
-    keys = ("linear_bits", "total_bits", "bytes", "seconds", "peak_mib", "block")
+    keys = ("linear_bits", "total_bits", "bytes", "seconds", "peak_mib", "peak_gpu_mib", "block")
     return {
         "method": name,
         "title": METHODS[name].title,
@@ -52,8 +52,12 @@ def notes(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "linear layer over the vocabulary, take 8 bits: a scale and a zero point a row, or for dkm and edkm one table a tensor (a last "
         "linear layer of its own stays in 16 bits there).",
         "Size: of the packed weight files for dkm and edkm; for the others what their bits come to, since they are stored dense here.",
-        "Making: seconds to train or calibrate, and the largest resident set of that process.",
+        "Making: seconds to train or calibrate, and the largest resident set of that process (and its tensors on a GPU).",
     ]
+    rows_per_table = next((r["block"][0] for r in rows if r["method"] == "edkm" and r["block"]), None)
+    if rows_per_table is not None:
+        tables = f"{rows_per_table} row(s) a table" if rows_per_table else "one table a tensor"
+        found.insert(3, f"edkm: what `edkm compress` does by default, {tables}: no more bits than the scales of groups.")
     if groups:
         found.insert(
             3, f"rtn, smoothquant, awq and gptq: asymmetric groups of {groups} columns, scale in 16 bits, zero point as the index."
@@ -114,7 +118,7 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         show("perplexity", _number),
         *(_score(row["tasks"][task]) if task in row["tasks"] else "" for task in _tasks(rows)),
         show("seconds", "{:.0f} s".format),
-        show("peak_mib", lambda mib: f"{mib / 1024:.2f} GiB"),
+        show("peak_mib", lambda mib: f"{mib / 1024:.2f} GiB") + show("peak_gpu_mib", lambda mib: f" + {mib / 1024:.2f} GPU"),
     ]
 
 

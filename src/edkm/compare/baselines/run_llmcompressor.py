@@ -53,7 +53,8 @@ def main() -> None:
         recipe=recipe(args.method, args.bits, args.group, args.skip),
     )
     quantized = store(model)
-    figures = {"seconds": time.perf_counter() - began, "quantized": quantized, "peak_mib": peak_mib()}
+    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    figures = {"seconds": time.perf_counter() - began, "quantized": quantized, "peak_mib": peak_mib(), "peak_gpu_mib": gpu}
     weights = dict(model.named_parameters())
     save_file({name: weights[name].detach().contiguous().cpu() for name in names}, args.out / "weights.safetensors")
     (args.out / "figures.json").write_text(json.dumps(figures))
