@@ -18,9 +18,9 @@ from typing import Any
 from edkm.demo_data import fetch_smollm2, pydoc_data
 
 # Chosen by experiment: docs/log.md, 2026-11-21.
-STEPS = 16
+STEPS = 12
 ROWS_PER_LUT = 16
-LR = 3e-4
+LR = 2e-4
 CONTROL_LR = 5e-5
 WINDOWS = 8
 WINDOW = 512
@@ -180,7 +180,7 @@ def _table(figures: dict[str, dict[str, Any]], args: argparse.Namespace, seconds
                 size(original["bytes"]),
                 *cost(control),
             ),
-            line("clustered to 3 bits, no training", compress["start"]),
+            line("edkm, 3 bits, fitted, no training", compress["start"]),
             line("edkm, 3 bits, soft weights", compress["soft"]),
             line("edkm, 3 bits, hard weights", compress["hard"], "", *cost(compress)),
             line("edkm, 3 bits, packed file, fresh process", packed["perplexity"], size(packed["bytes"])),
