@@ -308,8 +308,8 @@ def _load_foreign(name: str) -> list[Any]:
         loaded = _manager_of(name).load([name])
     # lm-eval, datasets, the hub's client and yaml raise errors of many kinds; the cause stays attached.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EvaluationError(f"tasks: lm-eval cannot load {name!r}: {reason} Check the file, or the connection to the hub.") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise EvaluationError(f"tasks: lm-eval cannot load {name!r}: {reason}. Check the file, or the connection to the hub.") from error
     return [loaded["groups"][name]] if name in loaded.get("groups", {}) else list(loaded["tasks"].values())
 
 
