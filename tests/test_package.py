@@ -13,7 +13,7 @@ import edkm
 
 SOURCE = Path(edkm.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
-OPTIONAL = {"transformers", "triton", "coremltools", "matplotlib", "accelerate", "gguf", "datasets"}
+OPTIONAL = {"transformers", "triton", "coremltools", "matplotlib", "accelerate", "gguf", "datasets", "lm_eval", "pyarrow"}
 
 
 def loaded_by(code):
