@@ -12,7 +12,8 @@ where importance sees only the diagonal of `H`. Every `q` is an entry of its row
 
 The first pass over the columns knows no `q` to the right and takes what they will make good into account, as GPTQ does
 (arXiv:2210.17323); later ones are plain coordinate descent (as in LNQ, arXiv:2505.07004). The targets of the last pass are what
-training starts from: their nearest centroids are the indices found, so nothing is lost by going soft and hard again.
+training starts from, once each entry's targets have been moved together so that their weighted mean is the entry: the indices are
+their nearest centroids then, and the tables are a fixed point of k-means, which would otherwise drift back from the least squares.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from edkm.core.reference import compute_dtype
 # Columns that are worked through before the rest is told of their error.
 _BLOCK = 64
 _TABLE_STEPS = 8
+_SETTLE_STEPS = 4
 
 
 class Fit(NamedTuple):
     """A weight that lies well on its tables.
 
     Attributes:
-        weight: like the given one; the targets, whose nearest centroids are the indices found.
+        weight: like the given one; the nearest centroids are the indices found, and the centroids the weighted means.
         centroids: `[g, k, 1]`, ascending, as float16 stores them.
         errors: relative output error `tr (W-Q) H (W-Q)^T / tr W H W^T` after the first pass and after every turn.
     """
@@ -44,7 +46,7 @@ class Fit(NamedTuple):
     errors: list[float]
 
 
-def fit(weight: Tensor, moment: Tensor, centroids: Tensor, *, turns: int = 4, damping: float = 0.01) -> Fit:
+def fit(weight: Tensor, moment: Tensor, centroids: Tensor, *, turns: int = 2, damping: float = 0.01) -> Fit:
     """Bring the output error of a clustered weight down, given the second moment of its inputs. Deterministic.
 
     Args:
@@ -78,7 +80,7 @@ def fit(weight: Tensor, moment: Tensor, centroids: Tensor, *, turns: int = 4, da
         q, target = _descend(w, h, q, tables)
         errors.append(float(_error(q - w, h) / scale))
     whole = torch.empty_like(given)
-    whole[:, order] = target.T
+    whole[:, order] = tables.settled(target, q, h).T
     return Fit(whole.to(weight.dtype), tables.entries.unsqueeze(2), errors)
 
 
@@ -126,26 +128,40 @@ class _Tables:
         """The entry of its table nearest to each row's value, `[rows]`; halfway between two the lower one."""
         return self.by_row.gather(1, torch.searchsorted(self.midpoints, values.unsqueeze(1))).squeeze(1)
 
+    def cells(self, q: Tensor) -> Tensor:
+        """Which entry of all tables each weight `[cols, rows]` is on."""
+        return torch.searchsorted(self.midpoints, q.T.contiguous()).T + self.entries.shape[1] * self.of_row
+
+    def gather(self, x: Tensor, cells: Tensor) -> Tensor:
+        """Sums of `x [cols, rows]` over the weights of each entry, `[g, k]`."""
+        return x.new_zeros(self.entries.numel()).index_add_(0, cells.reshape(-1), x.reshape(-1)).view_as(self.entries)
+
+    def settled(self, target: Tensor, q: Tensor, h: Tensor) -> Tensor:
+        """Targets with each entry's moved together, within reach of the entry, so that their mean weighted by `diag H` is the entry."""
+        cells, mass = self.cells(q), h.diagonal().unsqueeze(1).expand_as(q)
+        ends = self.entries.new_full((self.groups, 1), torch.inf)
+        between = (self.entries[:, 1:] + self.entries[:, :-1]) / 2
+        # A weight halfway between two entries belongs to the lower one.
+        low = torch.cat([-ends, between.nextafter(ends)], 1).view(-1)[cells]
+        high = torch.cat([between, ends], 1).view(-1)[cells]
+        total = self.gather(mass, cells)
+        for _ in range(_SETTLE_STEPS):
+            mean = self.gather(mass * (target - q), cells) / torch.where(total > 0, total, 1)
+            target = (target - mean.view(-1)[cells]).maximum(low).minimum(high)
+        return target
+
     def refit(self, w: Tensor, h: Tensor, q: Tensor) -> None:
         """Least squares in the entries, with every weight staying on its entry."""
-        groups, k = self.entries.shape
-        index = torch.searchsorted(self.midpoints, q.T.contiguous()).T + k * self.of_row  # [cols, rows]
-
-        flat = index.reshape(-1)
-
-        def spread(entries: Tensor) -> Tensor:
-            return entries.reshape(-1)[index]
-
-        def gather(x: Tensor) -> Tensor:
-            return x.new_zeros(groups * k).index_add_(0, flat, x.reshape(-1)).view(groups, k)
+        k = self.entries.shape[1]
+        cells = self.cells(q)
 
         # Conjugate gradients in the change of the entries, all tables at once, preconditioned by each entry's diagonal mass.
-        mass = gather(h.diagonal().unsqueeze(1).expand_as(w)).clamp_min(torch.finfo(w.dtype).tiny)
-        residual, change = gather(h @ (w - q)), torch.zeros_like(self.entries)
+        mass = self.gather(h.diagonal().unsqueeze(1).expand_as(w), cells).clamp_min(torch.finfo(w.dtype).tiny)
+        residual, change = self.gather(h @ (w - q), cells), torch.zeros_like(self.entries)
         z = residual / mass
         direction, size = z, (residual * z).sum(1, keepdim=True)
         for _ in range(min(_TABLE_STEPS, k)):
-            image = gather(h @ spread(direction))
+            image = self.gather(h @ direction.reshape(-1)[cells], cells)
             bend = (direction * image).sum(1, keepdim=True)
             step = torch.where(bend > 0, size / torch.where(bend > 0, bend, 1), 0)
             change, residual = change + step * direction, residual - step * image

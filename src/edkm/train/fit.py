@@ -27,7 +27,7 @@ def fit(
     config: ClusterConfig,
     batches: Iterable[Any],
     *,
-    turns: int = 4,
+    turns: int = 2,
     report: Callable[[str, float], None] | None = None,
 ) -> dict[str, Tensor]:
     """Move a model's linear weights, in place, to where clustering costs least, and find the tables that go with them.
