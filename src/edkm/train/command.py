@@ -71,7 +71,7 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
     length = how.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps; 0 clusters without training")
     length.add_argument("--epochs", type=float, metavar="X", help="passes over the data (1)")
-    how.add_argument("--lr", type=float, default=3e-4, metavar="X", help="peak learning rate (3e-4)")
+    how.add_argument("--lr", type=float, default=2e-4, metavar="X", help="peak learning rate (2e-4)")
     how.add_argument(
         "--distill",
         type=float,
