@@ -57,7 +57,7 @@ def test_tables_are_least_squares():
     tables = curvature._Tables(start, 6)
     w, q = weight.T.contiguous(), hard(weight, start).T.contiguous()
     index = assign(weight, round_lut(start)).long() + 4 * torch.arange(2).repeat_interleave(3).unsqueeze(1)  # [rows, cols]
-    tables.refit(w, moment, q)
+    tables.refit(moment, q, moment @ (q - w))
     # All weights in one vector: (onehot^T H onehot) entries = onehot^T H w.
     onehot = torch.nn.functional.one_hot(index.flatten(), 8).double()
     whole = torch.block_diag(*[moment] * 6)

@@ -9,7 +9,6 @@ wrong usage; 130 interrupted.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 from ._version import __version__
 from .compare.command import add_compare
+from .strict_json import dumps
 from .train.command import add_compress, check_output
 
 _MODEL = "a checkpoint directory (ordinary or packed by edkm), a .gguf file, or a hub id"
@@ -182,10 +182,10 @@ def _with_error(value: float, error: float | None) -> str:
 def _report(target: str | None, text: str, value: dict[str, Any]) -> None:
     """Print the text, and write the JSON to a file if one is named; "-" prints the JSON instead of the text."""
     if target == "-":
-        _print_json(value)
+        print(dumps(value))
         return
     if target is not None:
-        Path(target).write_text(_json(value) + "\n", encoding="utf-8")
+        Path(target).write_text(dumps(value) + "\n", encoding="utf-8")
     print(text)
 
 
@@ -240,7 +240,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
 
     summary = checkpoint.summary(args.directory)
     if args.json:
-        _print_json(summary)
+        print(dumps(summary))
     else:
         print(_summary_table(summary))
     return 0
@@ -296,22 +296,3 @@ def _run_unpack(args: argparse.Namespace) -> int:
     hf.unpack(args.directory, args.out)
     print(f"wrote {args.out}")
     return 0
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(_json(value))
-
-
-def _json(value: dict[str, Any]) -> str:
-    """JSON has no inf and nan; they are written as strings, so that they are neither hidden nor invalid."""
-    return json.dumps(_finite(value), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

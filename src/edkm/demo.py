@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from edkm.compare.stage import peak_mib
 from edkm.demo_data import fetch_smollm2, pydoc_data
 
 # Chosen by experiment: docs/log.md, 2026-11-21.
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.stage:
         figures = _STAGES[args.stage](args)
-        figures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+        figures["peak_mib"] = peak_mib()
         (args.out / f"{args.stage}.json").write_text(json.dumps(figures))
         return 0
     began = time.perf_counter()

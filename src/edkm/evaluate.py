@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .train.calibrate import evaluating
+
 
 class EvaluationError(ValueError):
     """An evaluation that cannot be done as asked; the message names the rule and the remedy."""
@@ -185,20 +187,6 @@ def _exp(nll: float) -> float:
         return math.exp(nll)
     except OverflowError:
         return math.inf
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the while; each module's flag is put back, since a model may be frozen in part."""
-    found = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # Not inference_mode: tensors made there could not be used for training later (a cached table, say).
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in found:
-            module.training = training
 
 
 @contextmanager

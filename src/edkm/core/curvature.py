@@ -74,11 +74,13 @@ def fit(weight: Tensor, moment: Tensor, centroids: Tensor, *, turns: int = 2, da
     scale = ((h @ w) * w).sum().clamp_min(torch.finfo(dtype).tiny)
     tables = _Tables(centroids.to(dtype), w.shape[1])
     q, target = _first_pass(w, h, tables)
-    errors = [float(_error(q - w, h) / scale)]
+    slope = h @ (q - w)  # half the gradient of the error
+    errors = [float((slope * (q - w)).sum() / scale)]
     for _ in range(turns):
-        tables.refit(w, h, q)
+        tables.refit(h, q, slope)
         q, target = _descend(w, h, q, tables)
-        errors.append(float(_error(q - w, h) / scale))
+        slope = h @ (q - w)
+        errors.append(float((slope * (q - w)).sum() / scale))
     whole = torch.empty_like(given)
     whole[:, order] = tables.settled(target, q, h).T
     return Fit(whole.to(weight.dtype), tables.entries.unsqueeze(2), errors)
@@ -107,15 +109,11 @@ def _damped(moment: Tensor, damping: float) -> Tensor:
     return h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * mean + torch.finfo(h.dtype).tiny)
 
 
-def _error(e: Tensor, h: Tensor) -> Tensor:
-    return ((h @ e) * e).sum()
-
-
 class _Tables:
     """A table for every group of rows, and what rows see of it. Entries are always as float16 stores them."""
 
     def __init__(self, centroids: Tensor, rows: int) -> None:
-        self.rows, self.groups = rows, len(centroids)
+        self.groups = len(centroids)
         self.of_row = torch.arange(self.groups, device=centroids.device).repeat_interleave(rows // self.groups)
         self._set(centroids)
 
@@ -150,17 +148,15 @@ class _Tables:
             target = (target - mean.view(-1)[cells]).maximum(low).minimum(high)
         return target
 
-    def refit(self, w: Tensor, h: Tensor, q: Tensor) -> None:
-        """Least squares in the entries, with every weight staying on its entry."""
-        k = self.entries.shape[1]
+    def refit(self, h: Tensor, q: Tensor, slope: Tensor) -> None:
+        """Least squares in the entries, with every weight staying on its entry; `slope` is `h @ (q - w)`."""
         cells = self.cells(q)
-
         # Conjugate gradients in the change of the entries, all tables at once, preconditioned by each entry's diagonal mass.
-        mass = self.gather(h.diagonal().unsqueeze(1).expand_as(w), cells).clamp_min(torch.finfo(w.dtype).tiny)
-        residual, change = self.gather(h @ (w - q), cells), torch.zeros_like(self.entries)
+        mass = self.gather(h.diagonal().unsqueeze(1).expand_as(q), cells).clamp_min(torch.finfo(q.dtype).tiny)
+        residual, change = -self.gather(slope, cells), torch.zeros_like(self.entries)
         z = residual / mass
         direction, size = z, (residual * z).sum(1, keepdim=True)
-        for _ in range(min(_TABLE_STEPS, k)):
+        for _ in range(min(_TABLE_STEPS, self.entries.shape[1])):
             image = self.gather(h @ direction.reshape(-1)[cells], cells)
             bend = (direction * image).sum(1, keepdim=True)
             step = torch.where(bend > 0, size / torch.where(bend > 0, bend, 1), 0)

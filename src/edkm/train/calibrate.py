@@ -6,7 +6,8 @@ dense the weights lie and throws away the rare large ones that matter (docs/log.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     hooks = []
-    training = {name: module.training for name, module in model.named_modules()}
 
     def watch(name: str):
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -50,20 +50,31 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
                 hooks.append(module.register_forward_pre_hook(watch(f"{name}.weight".lstrip("."))))
-        model.eval()
         ran = 0
-        with torch.no_grad():
+        with evaluating(model):
             for batch in batches:
                 call(model, batch)
                 ran += 1
     finally:
         for hook in hooks:
             hook.remove()
-        for name, module in model.named_modules():
-            module.training = training[name]
     if not ran:
         raise ValueError("batches: calibration needs at least one batch.")
     return {name: (totals[name] / counts[name]).float().unsqueeze(0).cpu() for name in totals}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the while, without gradients; each module's flag is put back, since a model may be frozen in part."""
+    found = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # Not inference_mode: tensors made there could not be used for training later (a cached table, say).
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in found:
+            module.training = training
 
 
 def call(model: nn.Module, batch: Any) -> None:

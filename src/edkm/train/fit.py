@@ -7,7 +7,7 @@ compressed so far: the layers before are on their tables already, and later ones
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,8 @@ from edkm.config import ClusterConfig
 from edkm.core import curvature
 from edkm.core.assign import assign, lookup
 from edkm.core.centroids import initial_centroids
-from edkm.train.calibrate import call
-from edkm.train.prepare import decisions, plan, targets_of
+from edkm.train.calibrate import call, evaluating
+from edkm.train.prepare import decisions, decoder_layers, plan, targets_of
 
 
 def fit(
@@ -36,8 +36,8 @@ def fit(
     are a post-training compression of their own; training goes on from there.
 
     Args:
-        model: any module. Layers of the types that it names in `_no_split_modules`, as transformers' models do, are fitted one after
-            another if each takes the output of the one before; otherwise all weights see the inputs of the uncompressed model.
+        model: any module. Its `prepare.decoder_layers` are fitted one after another if each takes the output of the one before;
+            otherwise all weights see the inputs of the uncompressed model.
         config: as for `prepare`. Embeddings, weights tied to them, convolutions and vectors (`dim > 1`) are left to `prepare`.
         batches: as for `calibrate`.
         turns: for `core.curvature.fit`.
@@ -73,7 +73,7 @@ def fit(
             if report is not None:
                 report(name, error)
 
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), _without_cache(model):
         layers, calls = _chain(model, batches)
         for layer, after in itertools.zip_longest(layers, layers[1:]):
             made = calls.pop(layer)
@@ -130,8 +130,7 @@ _Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]
 
 def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Calls]:
     """The layers that can be run one after another, and how each was called for each batch; none if they are no chain."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names and module is not model]
+    layers = decoder_layers(model)
     calls: _Calls = {layer: [] for layer in layers}
     output: list[Any] = [None]
     chained = [bool(layers)]
@@ -166,17 +165,14 @@ def _hidden(out: Any) -> Any:
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
-    """In `eval()`, without a cache of keys and values."""
-    training = {module: module.training for module in model.modules()}
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Keys and values are not kept: layers are run more than once."""
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     if cache is not None:
         config.use_cache = False
     try:
-        yield model.eval()
+        yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
         if cache is not None:
             config.use_cache = cache

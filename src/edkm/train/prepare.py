@@ -182,6 +182,12 @@ def targets_of(model: nn.Module) -> list[Target]:
     return list(found.values())
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules of the types that the model names in `_no_split_modules`, as transformers' models do; none if it names none."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names and module is not model]
+
+
 def _settings(config: ClusterConfig, name: str, parameter: Tensor, target: Target | None) -> tuple[ClusterConfig | None, str]:
     """The settings of a parameter, or None and why it is left alone."""
     if target is None:

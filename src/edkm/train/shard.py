@@ -23,19 +23,17 @@ from edkm.core.assign import Frozen, Later, round_lut
 from edkm.core.op import choose_backend
 from edkm.core.sharded import Rows
 from edkm.train.layer import Clustering, Shard
-from edkm.train.prepare import clusterings, unclustered
+from edkm.train.prepare import clusterings, decoder_layers, unclustered
 
 
 def shard_model(model: nn.Module, group: ProcessGroup | None = None) -> None:
     """Apply FSDP2 to a model in place: each decoder layer is gathered when it runs, the rest stays gathered within a pass.
 
-    Decoder layers are the modules that the model names in `_no_split_modules`, as transformers' models do.
+    Decoder layers are those of `prepare.decoder_layers`.
     """
     mesh = None if group is None else dist.DeviceMesh.from_group(group, "cuda" if torch.cuda.is_available() else "cpu")
-    wholes = set(getattr(model, "_no_split_modules", None) or ())
-    for module in model.modules():
-        if type(module).__name__ in wholes and module is not model:
-            fully_shard(module, mesh=mesh)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

@@ -102,9 +102,7 @@ def train(
     if resume and checkpoint is None:
         raise ValueError(f"{work}: there is no checkpoint to resume from. Start without --resume.")
     if settings.checkpointing:
-        # Renamed in transformers 5.2x, where the old name warns.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model)
     arguments = _arguments(settings, work)
     if settings.distill:
         if teacher is None:
@@ -129,6 +127,12 @@ def train(
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     done = trainer.state.global_step
     return TrainResult(done, time.perf_counter() - began, losses, stop.stopped and done < settings.steps)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Activation checkpointing, renamed in transformers 5.2x, where the old name warns."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _last_checkpoint(work: Path) -> str | None:

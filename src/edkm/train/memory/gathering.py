@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from edkm.train.memory.timeline import Timeline
+from edkm.train.prepare import decoder_layers
 
 
 class Gathering:
@@ -23,9 +24,7 @@ class Gathering:
     """
 
     def __init__(self, model: nn.Module, timeline: Timeline, learners: int) -> None:
-        names = set(getattr(model, "_no_split_modules", None) or ())
-        layers = [m for m in model.modules() if type(m).__name__ in names and m is not model]
-        self.timeline, self.modules = timeline, [*layers, model]
+        self.timeline, self.modules = timeline, [*decoder_layers(model), model]
         self.shards: dict[nn.Parameter, nn.Parameter] = {}
         self.groups: list[list[nn.Parameter]] = []
         for module in self.modules:

@@ -166,8 +166,9 @@ def _twin(model: nn.Module, checkpointing: bool) -> nn.Module:
     twin = copy.deepcopy(model, memo).train()
     twin.config.use_cache = False
     if checkpointing:
-        enable = getattr(twin, "activation_checkpointing_enable", None) or twin.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        from edkm.train.trainer import enable_checkpointing
+
+        enable_checkpointing(twin)
     return twin
 
 
