@@ -17,6 +17,7 @@ import torch
 
 import edkm
 from benchmarks.measure import kept_bytes, machine, peak_bytes, seconds, write
+from edkm.core import compiled
 from edkm.core.centroids import temperature_for
 
 LAYERS = {
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     for layer in args.layers:
         for dtype in (torch.float32, torch.bfloat16):
             for rows_per_lut in (None, 16):
-                for backend in ("unique", "fused", "reference"):
+                for backend in (*_backends(args.device), "reference"):
                     if backend == "reference" and (rows_per_lut or torch.Size(LAYERS[layer]).numel() > DENSE_LIMIT):
                         continue
                     rows.append(_ours(layer, dtype, rows_per_lut, backend, args))
@@ -79,14 +80,18 @@ def check() -> None:
     )
     centroids = edkm.initial_centroids(weight, 3, rows_per_lut=8, importance=importance)
     results = {}
-    for backend in ("reference", "unique", "fused"):
+    for backend in ("reference", *_backends("cpu")):
         w = weight.clone().requires_grad_()
         out = edkm.cluster(w, centroids, temperature=1e-5, importance=importance, backend=backend).weight
         out.backward(torch.cos(torch.arange(w.numel(), dtype=torch.float64)).view_as(w))
         results[backend] = out.detach(), w.grad
-    for backend in ("unique", "fused"):
+    for backend in _backends("cpu"):
         for ours, truth in zip(results[backend], results["reference"], strict=True):
             torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10 * float(truth.abs().max()))
+
+
+def _backends(device: str) -> list[str]:
+    return ["unique", "fused", *(["compiled"] if compiled.takes(torch.device(device), 8, 1) else [])]
 
 
 def _ours(layer: str, dtype: torch.dtype, rows_per_lut: int | None, backend: str, args: argparse.Namespace) -> dict:

@@ -12,6 +12,17 @@ CHAT_TEMPLATE = (
 VOCABULARY = 300
 
 
+@pytest.fixture(autouse=True)
+def _compiler(request):
+    """A case of the backend `compiled` needs one."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and "compiled" in callspec.params.values():
+        from edkm.core import compiled
+
+        if not compiled.available():
+            pytest.skip("no C compiler")
+
+
 def _tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_measuring import peak_bytes, saved_bytes, saved_storages
 
 import edkm
-from edkm.core import fused, op, reference, unique
+from edkm.core import compiled, fused, op, reference, unique
 
 KINDS = ("normal", "repeated", "equal", "zeros", "subnormal", "far")
 IMPORTANCE = ("none", "columns", "full", "zeros")
@@ -84,7 +84,7 @@ def tiny_blocks(monkeypatch, entries=40, block=24, chunk=50):
 
 
 def backends(d, round_to):
-    return ["fused"] + (["unique"] if d == 1 and round_to is not None else [])
+    return ["fused"] + (["unique"] if d == 1 and round_to is not None else []) + (["compiled"] if d == 1 and compiled.available() else [])
 
 
 # Identity with the reference.
@@ -165,7 +165,7 @@ def test_equals_reference_where_centroids_are_hard():
             assert_same(problem, backend, torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique"])
+@pytest.mark.parametrize("backend", ["fused", "unique", "compiled"])
 def test_tolerance_stops_where_the_reference_stops(backend):
     problem = make(2, 1, vectors=8, cols=12)
     trajectory, _ = op.solve(*problem[:1], None, *problem[1:3], 8, 0.0, torch.bfloat16, "reference")
@@ -177,7 +177,7 @@ def test_tolerance_stops_where_the_reference_stops(backend):
     assert_same(problem, backend, torch.bfloat16, max_iters=8, tol=tol)
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused", "unique"])
+@pytest.mark.parametrize("backend", ["reference", "fused", "unique", "compiled"])
 def test_centroid_without_mass_stays_and_passes_its_gradient_on(backend):
     weight, centroids, temperature, _, upstream = make(kind="far")
     _, after, grad, _ = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
@@ -189,7 +189,7 @@ def test_centroid_without_mass_stays_and_passes_its_gradient_on(backend):
     assert torch.allclose(grad, fewer[2], rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused", "unique"])
+@pytest.mark.parametrize("backend", ["reference", "fused", "unique", "compiled"])
 def test_centroid_that_dies_hands_its_gradient_to_the_iteration_before(backend):
     # Hard assignment. The middle centroid becomes the mean of 1 and 3; then the outer ones take those from it, and
     # only 2.125, without importance, still uses it: its output is that mean.
@@ -236,7 +236,7 @@ def distance(a, b):
     return ((a.double() - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique"])
+@pytest.mark.parametrize("backend", ["fused", "unique", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_error_in_16_bits_is_at_most_twice_that_of_plain_pytorch(backend, dtype, groups):
@@ -251,7 +251,7 @@ def test_error_in_16_bits_is_at_most_twice_that_of_plain_pytorch(backend, dtype,
     assert distance(mine[0], truth[0]) <= eps / 2 and distance(mine[2], truth[2]) <= eps / 2
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique"])
+@pytest.mark.parametrize("backend", ["fused", "unique", "compiled"])
 @pytest.mark.parametrize("groups, importance", [(1, "none"), (4, "full")])
 def test_error_in_float32(backend, groups, importance):
     problem = make(groups, 1, vectors=16, cols=64, k=8, importance=importance, dtype=torch.float32, seed=2)
@@ -267,7 +267,7 @@ def test_error_in_float32(backend, groups, importance):
 # The Cost section.
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique"])
+@pytest.mark.parametrize("backend", ["fused", "unique", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_backward_keeps_the_weight_and_the_centroids_of_each_iteration(backend, dtype, groups):
@@ -325,7 +325,7 @@ def test_fused_peaks_at_a_block():
 # PyTorch's own machinery.
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique", "auto"])
+@pytest.mark.parametrize("backend", ["fused", "unique", "compiled", "auto"])
 def test_compiles_without_a_graph_break(backend):
     problem = make(2, 1, vectors=8, cols=20, importance="full", dtype=torch.float32)
     weight, centroids, temperature, importance, upstream = problem
@@ -346,7 +346,7 @@ def test_compiles_without_a_graph_break(backend):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique"])
+@pytest.mark.parametrize("backend", ["fused", "unique", "compiled"])
 def test_ops_are_registered_properly(backend):
     weight, centroids, temperature, importance, upstream = make(2, 1, importance="full", dtype=torch.float32)
     how = torch.bfloat16, backend
@@ -374,7 +374,7 @@ def test_only_the_weight_gets_a_gradient():
 # Symmetries.
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused", "unique"])
+@pytest.mark.parametrize("backend", ["reference", "fused", "unique", "compiled"])
 def test_permuting_weights_of_a_group_permutes_the_result(backend):
     weight, centroids, temperature, _, upstream = make(2, 1, vectors=4, cols=12)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
@@ -385,7 +385,7 @@ def test_permuting_weights_of_a_group_permutes_the_result(backend):
         assert torch.allclose(permuted[i], plain[i][:, order], rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused", "unique"])
+@pytest.mark.parametrize("backend", ["reference", "fused", "unique", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_twice_the_weights_are_twice_the_result_exactly(backend, dtype):
     weight, centroids, temperature, _, upstream = make(2, 1, vectors=4, cols=12, dtype=dtype)
@@ -421,7 +421,8 @@ def test_strided_weights_and_gradients():
 # The choice of a backend.
 
 
-def test_auto_counts():
+def test_auto_counts(monkeypatch):
+    monkeypatch.setattr(compiled, "available", lambda: False)
     generator = torch.Generator().manual_seed(0)
     many = torch.randn(256, 512, generator=generator).mul_(0.02).bfloat16()
     name, why = edkm.choose_backend(many, 1, 8, 1, None)
@@ -434,7 +435,8 @@ def test_auto_counts():
 
 
 @pytest.mark.parametrize("groups, cols, chosen", [(1, 2048, "unique"), (8, 8, "fused")])
-def test_auto_is_what_it_chose(groups, cols, chosen):
+def test_auto_is_what_it_chose(groups, cols, chosen, monkeypatch):
+    monkeypatch.setattr(compiled, "available", lambda: False)
     problem = make(groups, 1, vectors=2, cols=cols, kind="repeated", dtype=torch.float32)
     assert edkm.choose_backend(problem[0], groups, 4, 1, torch.bfloat16)[0] == chosen
     auto = run(problem, "auto", torch.bfloat16)
@@ -479,7 +481,7 @@ W, C = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), torch.lins
         ({"weight": W.clone().fill_diagonal_(torch.nan)}, "weight: ", "NaN or infinite", "learning rate"),
         ({"weight": W.clone().fill_diagonal_(torch.inf)}, "weight: ", "NaN or infinite", "learning rate"),
         ({"weight": W * 1e6, "round_to": torch.float16}, "weight: ", "range of round_to", "finite"),
-        ({"backend": "dense"}, "backend: ", "'dense' is not one of", "reference, unique, fused, auto"),
+        ({"backend": "dense"}, "backend: ", "'dense' is not one of", "reference, unique, fused, compiled, auto"),
     ],
 )
 def test_errors(change, named, rule, remedy):
@@ -499,3 +501,98 @@ def test_unique_says_what_it_cannot_do(change):
     with pytest.raises(ValueError, match=r"^backend: unique needs single values of 16 bits.*Use fused"):
         edkm.cluster(**arguments, backend="unique")
     assert edkm.cluster(**arguments, backend="auto").weight.isfinite().all()
+
+
+def test_auto_takes_the_compiled_backend_where_it_can(monkeypatch):
+    weight = torch.randn(32, 64)
+    monkeypatch.setattr(compiled, "available", lambda: True)
+    assert edkm.choose_backend(weight, 32, 16, 1, None) == ("compiled", "16 centroids, on a CPU with a compiler")
+    assert edkm.choose_backend(weight, 32, 16, 1, None, torch.device("cuda"))[0] == "fused"
+    assert edkm.choose_backend(weight, 1, 32, 1, torch.bfloat16)[0] == "unique"
+    assert edkm.choose_backend(weight, 1, 8, 2, None)[0] == "fused"
+
+
+# The compiled kernels.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups, k, cols", [(1, 16, 700), (24, 8, 300), (8, 4, 3)])
+@pytest.mark.parametrize("backend", ["compiled"])
+def test_compiled_in_float32(backend, groups, k, cols, dtype):
+    """Several tiles and threads, rows shorter than a vector; against `fused` in float64."""
+    torch.manual_seed(groups)
+    weight, grad = torch.randn(2, 24, cols).to(dtype)
+    centroids, importance, tau = torch.randn(groups, k, 1).sort(1).values, torch.rand(24, cols), torch.rand(groups) * 0.05 + 0.01
+    rounding = torch.bfloat16 if dtype == torch.float32 else None
+    trajectory, _ = compiled.solve(weight, importance, centroids, tau, 2, rounding)
+    rounded = weight.bfloat16() if rounding else weight
+    wide = (rounded.double(), importance.double(), centroids.double(), tau.double())
+    truth, _ = fused.solve(*wide, 2, None)
+    torch.testing.assert_close(trajectory.double(), truth, rtol=1e-5, atol=1e-6)
+    decoded = compiled.decode(weight, trajectory, tau, rounding)
+    gradient = compiled.adjoint(grad, weight, importance, trajectory, tau, rounding)
+    assert decoded.dtype == gradient.dtype == dtype
+    error = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
+    torch.testing.assert_close(decoded.double(), fused.decode(wide[0], truth, wide[3], None), rtol=error, atol=error)
+    expected = fused.adjoint(grad.double(), wide[0], wide[1], truth, wide[3], None)
+    assert distance(gradient, expected) < 10 * error
+
+
+@pytest.mark.parametrize("backend", ["compiled"])
+def test_threads_do_not_change_a_bit(backend):
+    torch.manual_seed(0)
+    weight, centroids, tau = torch.randn(512, 256), torch.randn(64, 8, 1).sort(1).values, torch.full((64,), 0.1)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            trajectory, _ = compiled.solve(weight, None, centroids, tau, 1, torch.bfloat16)
+            results.append((trajectory, compiled.adjoint(weight, weight, None, trajectory, tau, torch.bfloat16)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.fixture
+def afresh(monkeypatch, tmp_path):
+    """Kernels that are not built yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cached in (compiled.available, compiled._library):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (compiled.available, compiled._library):
+        cached.cache_clear()
+
+
+def test_without_a_compiler(afresh, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert not compiled.available()
+    with pytest.raises(ValueError, match=r"compiled needs a CPU, a C compiler, .* no compiler"):
+        edkm.cluster(W, C, temperature=0.1, backend="compiled")
+    assert edkm.cluster(W, C, temperature=0.1, backend="auto").weight.shape == W.shape
+
+
+def test_switched_off(afresh, monkeypatch):
+    monkeypatch.setenv("EDKM_COMPILED", "0")
+    assert not compiled.available()
+
+
+def test_a_compiler_that_fails_is_reported_once(afresh, monkeypatch):
+    script = afresh / "cc"
+    script.write_text("#!/bin/sh\necho 'no such header' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    with pytest.warns(UserWarning, match="kernels.c could not be built, training will be slower: no such header"):
+        assert not compiled.available()
+    assert not compiled.available()
+
+
+@pytest.mark.parametrize("backend", ["compiled"])
+def test_kernels_are_built_once(backend, afresh, monkeypatch):
+    assert compiled.available()
+    (built,) = afresh.glob("edkm/*")
+    monkeypatch.setattr(compiled, "_build", None)  # would fail
+    compiled._library.cache_clear()
+    assert compiled._library(torch.float32) is not None and built.is_file()

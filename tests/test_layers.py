@@ -81,7 +81,7 @@ def assert_equal_states(a, b):
 
 @pytest.mark.parametrize("importance", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "unique", "fused", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "unique", "fused", "compiled", "auto"])
 def test_linear(backend, bias, importance):
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 8, bias=bias)))
     s = {"0.weight": random(1, 6).square()} if importance else None
@@ -220,7 +220,7 @@ def test_tied_weight_is_found_once():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["unique", "fused"])
+@pytest.mark.parametrize("backend", ["unique", "fused", "compiled"])
 def test_linear_keeps_what_a_linear_keeps_and_a_kibibyte(dtype, backend):
     plain = seeded(lambda: nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)), dtype)
     model = copy.deepcopy(plain)

@@ -78,6 +78,7 @@ class TestTimeline:
         ("fused", 512, 512, 1, 8, 1),
         ("fused", 512, 512, 32, 8, 1),
         ("fused", 512, 512, 8, 16, 2),
+        ("compiled", 512, 512, 32, 8, 1),
     ],
 )
 def test_scratch_is_what_the_backends_use(backend, rows, cols, groups, k, d):
@@ -113,6 +114,7 @@ CLUSTERINGS = {
     "unique": (edkm.ClusterConfig(**SMALL), "unique"),
     "one table": (edkm.ClusterConfig(rows_per_lut=0, **SMALL), "unique"),
     "fused": (edkm.ClusterConfig(embedding_bits=0), "fused"),
+    "compiled": (edkm.ClusterConfig(embedding_bits=0), "compiled"),
     "vectors": (edkm.ClusterConfig(dim=2, embedding_bits=0), "fused"),
     "straight through": (edkm.ClusterConfig(softness=0, **SMALL), "unique"),
 }
@@ -126,6 +128,7 @@ CLUSTERINGS = {
         ("unique", True, False),
         ("one table", False, True),
         ("fused", False, False),
+        ("compiled", False, False),
         ("vectors", True, True),
         ("straight through", False, False),
     ],
@@ -186,7 +189,7 @@ def test_a_large_model_without_data():
         ({}, {"block_tokens": 0}, "block_tokens: at least 1, got 0"),
         ({}, {"learners": 0}, "learners: at least 1, got 0"),
         ({}, {"device_type": "tpu"}, "device_type: cpu or cuda, got 'tpu'"),
-        ({}, {"backend": "quick"}, "backend: auto, unique or fused, got 'quick'"),
+        ({}, {"backend": "quick"}, "backend: unique, fused, compiled or auto, got 'quick'"),
         ({"fsdp": True}, {}, "fsdp: there is one learner and nothing to shard over"),
     ],
 )

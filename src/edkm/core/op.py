@@ -1,4 +1,4 @@
-"""`edkm.cluster`: one function, three implementations, registered with torch.library.
+"""`edkm.cluster`: one function, four implementations, registered with torch.library.
 
 `reference` is plain PyTorch, differentiated by autograd. A backend that keeps nothing is a module with three functions, listed in
 `BACKENDS`:
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core import fused, reference, unique
+from edkm.core import compiled, fused, reference, unique
 from edkm.core.reference import NOT_FINITE, compute_dtype
 
-BACKENDS = {"unique": unique, "fused": fused}
+BACKENDS = {"unique": unique, "fused": fused, "compiled": compiled}
 
 # Measured on a CPU, forward and backward, in ns (benchmarks op): a point and centroid of the maps, a weight's way through a table.
 _NS_PER_MAP_ENTRY = 14.0
@@ -70,7 +70,7 @@ def cluster(
         tol: stop after the iteration in which no centroid moved by more than this (weight units).
         round_to: 16-bit dtype that a wider weight is rounded to first, straight-through, whatever the backend; None keeps full
             width, which rules `unique` out.
-        backend: `reference`, `unique`, `fused`, or `auto` (see `choose_backend`).
+        backend: `reference`, `unique`, `fused`, `compiled`, or `auto` (see `choose_backend`).
 
     Returns:
         `Clustered(weight, centroids, iters)`.
@@ -81,8 +81,8 @@ def cluster(
 
     Cost:
         Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids. Passes over the weight: `unique` 3 to 4
-        forward and 2 to 3 backward; `fused` `max_iters + 1` forward, `max_iters` to `2 max_iters` backward. `reference` keeps
-        `O(max_iters n k)`.
+        forward and 2 to 3 backward; `fused` and `compiled` `max_iters + 1` forward, `max_iters` to `2 max_iters` backward.
+        `reference` keeps `O(max_iters n k)`.
     """
     check_shapes(weight, centroids, importance, max_iters)
     tau = torch.as_tensor(temperature, dtype=centroids.dtype, device=weight.device).detach().expand(centroids.shape[0])
@@ -96,15 +96,20 @@ def cluster(
     return Clustered(out, trajectory[-1], iters)
 
 
-def choose_backend(weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None) -> tuple[str, str]:
-    """What `auto` takes for a weight `[rows, cols]`, and why.
+def choose_backend(
+    weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None, device: torch.device | None = None
+) -> tuple[str, str]:
+    """What `auto` takes for a weight `[rows, cols]`, and why; `device` is where it will be, if not where it is.
 
-    Counts the distinct 16-bit values in a sample of the weight, which the tables of all groups share, and compares the map entries
-    that `unique` and `fused` would compute for a group, plus what a table costs per weight.
+    On a CPU `compiled` wherever it can, which is always the fastest (benchmarks op). Otherwise counts the distinct 16-bit values in a
+    sample of the weight, which the tables of all groups share, and compares the map entries that `unique` and `fused` would compute for
+    a group, plus what a table costs per weight.
 
     Returns:
         `(backend, reason)`.
     """
+    if compiled.takes(device or weight.device, k, d):
+        return "compiled", f"{k} centroids, on a CPU with a compiler"
     if d > 1:
         return "fused", f"vectors of {d} values"
     key = weight.dtype if weight.dtype.itemsize == 2 else round_to
@@ -230,6 +235,11 @@ def _backend(name: str, weight: Tensor, solution: Solution):
         raise ValueError(
             f"backend: unique needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={solution.round_to}. "
             "Use fused, or round_to=torch.bfloat16."
+        )
+    if name == "compiled" and not compiled.takes(weight.device, k, d):
+        raise ValueError(
+            f"backend: compiled needs a CPU, a C compiler, single values and at most {compiled.MOST_CENTROIDS} centroids, got "
+            f"{weight.device.type}, {'a compiler' if compiled.available() else 'no compiler'}, d={d}, {k} centroids. Use auto."
         )
     return BACKENDS[name]
 

@@ -12,18 +12,21 @@ that two ranks share is put together first: there are fewer such vectors than ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from edkm.core import fused, unique
+from edkm.core import compiled, fused, unique
 from edkm.core.assign import assign, lookup
 from edkm.core.fused import advance
 from edkm.core.op import Solution, check_problem
 from edkm.core.reference import NOT_FINITE, compute_dtype, group_importance, group_vectors
 
 Reduce = Callable[[Tensor], Tensor]
+# Of centroids `[g, k, d]` and temperature `[g]`: mass and total of every centroid, `[g, k, 1 + d]`.
+Sums = Callable[[Tensor, Tensor], Tensor]
 
 
 class Rows(NamedTuple):
@@ -101,7 +104,7 @@ def find(
 
     Args:
         importance: None, or broadcastable to the whole weight `[total, cols]`.
-        backend: `unique` or `fused`, the same on all ranks.
+        backend: `unique`, `fused` or `compiled`, the same on all ranks.
         The rest as for `edkm.cluster`, temperature `[g]`; the same on all ranks.
 
     Raises:
@@ -122,8 +125,8 @@ def find(
         points, seen = [], seen.fill_(torch.nan)
     for t in range(max_iters):
         total = trajectory.new_zeros(*centroids.shape[:2], 1 + d)
-        for of, grid, s, rounding in points:
-            total[of] += fused.sums(grid, s, trajectory[t, of], temperature[of], rounding)
+        for of, sums in points:
+            total[of] += sums(trajectory[t, of], temperature[of])
         total = reduce(total)
         trajectory[t + 1] = advance(total[..., 0], total[..., 1:], trajectory[t])
     table = None
@@ -146,24 +149,28 @@ def _points(
     round_to: torch.dtype | None,
     backend: str,
     seen: Tensor,
-) -> Iterator[tuple[slice, Tensor, Tensor | None, torch.dtype | None]]:
-    """For `fused.sums`: groups, points `[g, d, rows, cols]`, their importance, and how they are yet to be rounded."""
+) -> Iterator[tuple[slice, Sums]]:
+    """Groups, and what adds up an iteration over this rank's points in them."""
     d = centroids.shape[2]
     for part in mine:
         count, cols = part.groups.stop - part.groups.start, part.values.shape[1]
         s = None
         if importance is not None:
             s = importance.expand(total, cols)[part.start : part.start + len(part.values)]
+        rounding = round_to if part.values.dtype.itemsize > 2 else None
+        if backend == "compiled":
+            yield part.groups, partial(compiled.sums, part.values, s, round_to=rounding)
+            continue
         if backend == "fused":
-            rounding = round_to if part.values.dtype.itemsize > 2 else None
-            yield part.groups, group_vectors(part.values, count, d), group_importance(s, part.values.shape, count, d), rounding
+            grid, s = group_vectors(part.values, count, d), group_importance(s, part.values.shape, count, d)
+            yield part.groups, partial(fused.sums, grid, s, round_to=rounding)
             continue
         s = unique.grouped(s, part.values, count)
         for of, rows, key in unique.pieces(part.values, count, round_to):
             points, (mass,) = unique.find_points_and_sums(rows, key, centroids.dtype, [None if s is None else s[of]])
             seen[points.keys] = 1
             where = slice(part.groups.start + of.start, part.groups.start + of.stop)
-            yield where, points.values.unsqueeze(1), mass, None
+            yield where, partial(fused.sums, points.values.unsqueeze(1), mass, round_to=None)
 
 
 def freeze(rows: Rows, lut: Tensor, reduce: Reduce) -> tuple[Tensor, float]:

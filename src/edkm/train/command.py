@@ -66,7 +66,7 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
         choices=("fit", "kmeans"),
         help="fit weights and tables to the layers' inputs, or k-means only: quicker and much worse (fit)",
     )
-    what.add_argument("--backend", default="auto", choices=("auto", "unique", "fused"), help="how to compute it (auto)")
+    what.add_argument("--backend", default="auto", choices=("auto", "unique", "fused", "compiled"), help="how to compute it (auto)")
     how = parser.add_argument_group("training")
     length = how.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps; 0 clusters without training")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from edkm.config import ClusterConfig
+from edkm.core.op import BACKENDS
 from edkm.train.memory.gathering import Gathering
 from edkm.train.memory.sketch import Sketch, choices
 from edkm.train.memory.timeline import PARTS, Timeline
@@ -81,7 +82,7 @@ def plan_memory(
 
     bf16 = resolve_precision(settings.precision) == "bf16"
     timeline = Timeline()
-    clustered = {} if config is None else choices(model, config, backend)
+    clustered = {} if config is None else choices(model, config, backend, device_type)
     with FakeTensorMode(allow_non_fake_inputs=True), _unpacked():
         twin = _twin(model, settings.checkpointing)
         buffers = list(twin.buffers())
@@ -127,8 +128,8 @@ def _check(settings: TrainSettings, block_tokens: int, learners: int, device_typ
             raise ValueError(f"{name}: at least 1, got {value}.")
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"device_type: cpu or cuda, got {device_type!r}.")
-    if backend not in ("auto", "unique", "fused"):
-        raise ValueError(f"backend: auto, unique or fused, got {backend!r}.")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: {', '.join(BACKENDS)} or auto, got {backend!r}.")
     if settings.fsdp and learners == 1:
         raise ValueError("fsdp: there is one learner and nothing to shard over. Give learners=2 or more, or leave fsdp out.")
 

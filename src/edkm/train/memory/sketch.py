@@ -28,7 +28,7 @@ class Choice(NamedTuple):
     values: int
 
 
-def choices(model: nn.Module, config: ClusterConfig, backend: str) -> dict[str, Choice]:
+def choices(model: nn.Module, config: ClusterConfig, backend: str, device_type: str) -> dict[str, Choice]:
     """By name. Weights without data are taken for normally distributed ones."""
     parameters, found = dict(model.named_parameters()), {}
     for entry in plan(model, config).clustered:
@@ -38,7 +38,8 @@ def choices(model: nn.Module, config: ClusterConfig, backend: str) -> dict[str, 
             flat = _normal(min(flat.numel(), _SAMPLE_WEIGHTS))
         chosen = backend
         if backend == "auto":
-            chosen, _ = choose_backend(flat.view(1, -1), max(1, flat.numel() // group), 2**entry.bits, entry.dim, torch.bfloat16)
+            groups = max(1, flat.numel() // group)
+            chosen, _ = choose_backend(flat.view(1, -1), groups, 2**entry.bits, entry.dim, torch.bfloat16, torch.device(device_type))
         sample = flat[:: -(-flat.numel() // _SAMPLE_WEIGHTS)]
         keys = sample.to(torch.bfloat16).view(torch.int16).int() + unique.KEYS // 2
         found[entry.name] = Choice(entry, chosen, int((keys.bincount() > 0).sum()))
@@ -50,14 +51,19 @@ def _normal(count: int) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(0))
 
 
-def scratch_bytes(rows: int, cols: int, centroids: tuple[int, int, int], values: int, backend: str, device_type: str) -> int:
+def scratch_bytes(
+    rows: int, cols: int, centroids: tuple[int, int, int], values: int, backend: str, device_type: str, itemsize: int = 4
+) -> int:
     """What a backend uses beside its result while it works on a weight `[rows, cols]`, in `adjoint`, which uses the most.
 
     Args:
         centroids: `(g, k, d)`.
         values: distinct values of the weight, for `unique`.
-        backend: `unique` or `fused`.
+        backend: `unique`, `fused` or `compiled`.
+        itemsize: bytes of a weight.
     """
+    if backend == "compiled":
+        return 12 * rows * cols if itemsize == 2 else 0  # weight, gradient and result in float32
     groups, k, d = centroids
     weights, entries = rows * cols // groups, fused.map_entries(torch.device(device_type))
     if backend == "fused":
@@ -138,6 +144,6 @@ class Sketch(nn.Module):
 
     def _use_scratch(self, weight: Tensor) -> None:
         rows, cols = weight.flatten(1).shape
-        size = scratch_bytes(rows, cols, self.shape, self.choice.values, self.choice.backend, self.device_type)
+        size = scratch_bytes(rows, cols, self.shape, self.choice.values, self.choice.backend, self.device_type, weight.itemsize)
         self.timeline.add("clustering", size)
         self.timeline.add("clustering", -size)
