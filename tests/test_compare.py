@@ -75,7 +75,7 @@ def test_every_row_is_there_with_its_figures(compared):
     rows = rows_of(compared)
     assert list(rows) == ["original", "control", *MADE_HERE]
     for row in rows.values():
-        assert row["error"] is None and row["perplexity"] > 1 and row["windows"] == 3 and row["peak_mib"] > 0
+        assert row["error"] is None and row["perplexity"] > 1 and row["texts"]["heldout"]["windows"] == 3 and row["peak_mib"] > 0
     assert rows["original"]["linear_bits"] == rows["control"]["total_bits"] == 16
     assert rows["control"]["perplexity"] != rows["original"]["perplexity"]
     assert rows["rtn"]["linear_bits"] == 3 + (16 + 3) / 64
@@ -121,7 +121,7 @@ def test_tables(compared, capsys):
     assert any("heldout.txt" in line for line in lines) and any("8 bits" in line for line in lines)
     score = {"accuracy": 0.251, "accuracy_stderr": 0.0123}
     rows = [{**row, "tasks": {"piqa": score} if row["method"] == "rtn" else {}} for row in found["rows"]]
-    rows[3] |= {"perplexity": float("inf"), "error": "no memory"}
+    rows[3] |= {"perplexity": float("inf"), "texts": {"heldout": {"perplexity": float("inf")}}, "error": "no memory"}
     text = table.as_text(rows, found["notes"])
     assert "25.1 ± 1.2" in text and "(failed)" in text and "llm-qat failed: no memory" in text
     assert json.loads(table.as_json(rows, [], {}))["rows"][3]["perplexity"] == "inf"
@@ -151,13 +151,24 @@ def test_it_goes_on_where_it_stopped(tiny_dir, files, tmp_path, here, capsys, mo
     with monkeypatch.context() as broken:
         broken.setitem(making._MAKERS, "rtn", lambda job: (_ for _ in ()).throw(ValueError("no such luck")))
         assert make("--methods", "rtn") == 1
-    assert here == [("original", "make"), ("original", "perplexity"), ("control", "make"), ("control", "perplexity"), ("rtn", "make")]
+    assert here == [*((name, done) for name in ("original", "control") for done in ("make", "perplexity:heldout")), ("rtn", "make")]
     assert rows_of(tmp_path / "out")["rtn"]["error"] and rows_of(tmp_path / "out")["control"]["perplexity"]
     assert "failed" in capsys.readouterr().err
     assert make("--methods", "rtn") == 0
-    assert here == [("rtn", "make"), ("rtn", "perplexity")]
+    assert here == [("rtn", "make"), ("rtn", "perplexity:heldout")]
     assert make("--methods", "rtn", "--baselines", "elsewhere") == 0 and here == []
-    assert make("--methods", "rtn,llm-qat") == 0 and here == [("llm-qat", "make"), ("llm-qat", "perplexity")]
+    assert make("--methods", "rtn,llm-qat") == 0 and here == [("llm-qat", "make"), ("llm-qat", "perplexity:heldout")]
+    other = tmp_path / "other.txt"
+    other.write_text("one two three " * 100)
+    assert make("--methods", "rtn", "--text", str(other)) == 0
+    assert here == [(name, "perplexity:other") for name in ("original", "control", "rtn")]
+    assert make("--methods", "rtn") == 0 and here == []
+    header, original = (tmp_path / "out" / "table.md").read_text().splitlines()[0:3:2]
+    assert header.split(" | ")[4:6] == ["perplexity, heldout", "perplexity, other"] and original.count(" | ") == header.count(" | ")
+    other.write_text("four")
+    assert make("--methods", "rtn", "--text", str(other)) == 1
+    assert "texts: the comparison in" in capsys.readouterr().err
+    assert make("--methods", "rtn", "--text", str(tmp_path / "heldout.txt")) == 1
     assert make("--methods", "rtn", "--bits", "4") == 1
     assert "bits: the comparison in" in capsys.readouterr().err
     (tmp_path / "out" / "mine.txt").write_text("kept")

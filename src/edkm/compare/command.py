@@ -1,4 +1,4 @@
-"""`edkm compare`: every method on one model and one text, each in processes of its own, in one table."""
+"""`edkm compare`: every method on one model and the same texts, each in processes of its own, in one table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXT = """Compare edkm with other methods on one model: bits, size, perplexity, 
 
 Every method starts from the same 16-bit model; the model itself and plain fine-tuning with the same data and
 steps are always there. Each stage is a process of its own and is not repeated: the same command goes on where
-it stopped, and more methods or tasks may be named. gptq, awq and smoothquant need `make baselines`.
+it stopped, and more methods, texts or tasks may be named. gptq, awq and smoothquant need `make baselines`.
 
 DIR gets table.md, table.json and plot.svg, and METHOD/checkpoint for each method."""
 
@@ -41,7 +41,7 @@ def add_compare(subparsers: Any, command: Callable[..., argparse.ArgumentParser]
     parser = command(subparsers, "compare", run, text=TEXT, example=example)
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or a hub id")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training and calibration data")
-    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="held-out UTF-8 text for perplexity")
+    parser.add_argument("--text", required=True, type=Path, action="append", metavar="FILE", help="held-out UTF-8 text (repeatable)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where everything goes")
     parser.add_argument("--bits", type=int, default=3, metavar="N", help="bits of an index, 2 to 8 (3)")
     parser.add_argument("--methods", default=_DEFAULT, metavar="A,B", help=f"of {', '.join(list(METHODS)[2:])} (all)")
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     _check(args, methods, tasks)
     _open(args.out, settings, fresh=args.fresh)
+    stages = ["make", *(f"perplexity:{text}" for text in settings["texts"]), *(f"task:{task}" for task in tasks)]
     failures = {}
     for number, name in enumerate(methods, 1):
         print(f"{number}/{len(methods)}  {METHODS[name].title}", flush=True)
@@ -75,17 +76,17 @@ def run(args: argparse.Namespace) -> int:
         try:
             if start in failures:
                 raise StageError(f"it starts from {start}, which failed")
-            _run_stages(args.out, name, ["make", "perplexity", *(f"task:{task}" for task in tasks)])
+            _run_stages(args.out, name, stages)
         except StageError as error:
             if name == "original":
                 raise ValueError(str(error)) from None
             failures[name] = str(error)
             print(f"     failed: {error}", file=sys.stderr)
-    rows = [table.row(args.out, name, tasks, failures.get(name)) for name in methods]
+    rows = [table.row(args.out, name, list(settings["texts"]), tasks, failures.get(name)) for name in methods]
     notes = table.notes(settings, rows)
     write_whole(args.out / "table.json", table.as_json(rows, notes, settings))
     write_whole(args.out / "table.md", table.as_markdown(rows, notes))
-    write_whole(args.out / "plot.svg", plot(rows, settings["text"]))
+    write_whole(args.out / "plot.svg", plot(rows, next(iter(settings["texts"]))))
     print(f"\n{table.as_text(rows, notes)}\n\nwrote {args.out}/table.md, table.json, plot.svg")
     return 1 if failures else 0
 
@@ -98,13 +99,20 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "model": str(model.resolve()) if model.exists() else args.model,
         "data": str(args.data.resolve()),
         "data_sha256": _sha256(args.data),
-        "text": str(args.text.resolve()),
-        "text_sha256": _sha256(args.text),
+        "texts": _texts(args.text),
         "lr": dict(_learning_rate(word) for word in args.lr),
         # Not resolved: the link is what makes it that environment's.
         "baselines": str(args.baselines.absolute()),
         **{name: getattr(args, name) for name in same},
     }
+
+
+def _texts(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """By the name of the file without its ending."""
+    found = {path.stem: {"path": str(path.resolve()), "sha256": _sha256(path)} for path in paths}
+    if len(found) < len(paths):
+        raise ValueError("--text: two files of one name. Rename one: the table's columns are named after them.")
+    return found
 
 
 def _sha256(path: Path) -> str:
@@ -155,7 +163,12 @@ def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
             _delete(out)
         else:
             for key in sorted((set(before) | set(settings)) - {"baselines"}):
-                if before.get(key) != settings.get(key):
+                if key == "texts":  # more may be named
+                    settings["texts"] = before["texts"] | settings["texts"]
+                    changed = any(settings["texts"][name] != text for name, text in before["texts"].items())
+                else:
+                    changed = before.get(key) != settings.get(key)
+                if changed:
                     raise ValueError(
                         f"{key}: the comparison in {out} has {before.get(key)!r}, this one {settings.get(key)!r}. "
                         "Name another directory, or start over with --fresh."

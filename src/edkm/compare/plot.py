@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from html import escape
-from pathlib import Path
 from typing import Any
 
 _WIDTH, _HEIGHT = 760, 440
@@ -26,7 +25,7 @@ def plot(rows: list[dict[str, Any]], text: str) -> str:
 
     Args:
         rows: of `table.row`; those without a finite perplexity are left out.
-        text: path of the held-out text.
+        text: name of the held-out text.
     """
     shown = [r for r in rows if r["perplexity"] is not None and math.isfinite(r["perplexity"])]
     dots, levels = [r for r in shown if r["block"] is not None], [r for r in shown if r["block"] is None]
@@ -41,7 +40,7 @@ def plot(rows: list[dict[str, Any]], text: str) -> str:
         low, high = math.log(up[0]), math.log(up[-1])
         return base - (math.log(perplexity) - low) / (high - low) * (base - _TOP)
 
-    parts = [_text(_LEFT, 22, f"Perplexity on {Path(text).name} against bits per weight of the linear layers", "start")]
+    parts = [_text(_LEFT, 22, f"Perplexity on {text} against bits per weight of the linear layers", "start")]
     for value in across:
         parts += [_line(x(value), _TOP, x(value), base, "grid"), _text(x(value), base + 18, f"{value:g}", "middle", "muted")]
     for value in up:

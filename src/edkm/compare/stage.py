@@ -1,6 +1,6 @@
 """One stage of a comparison, in a process of its own so that its peak memory is its own: `python -m edkm.compare.stage DIR METHOD STAGE`.
 
-STAGE is `make`, `perplexity` or `task:NAME`. What it found goes into `DIR/METHOD/STAGE.json`, which is there only when it is done.
+STAGE is `make`, `perplexity:TEXT` or `task:NAME`. What it found goes into `DIR/METHOD/STAGE.json`, which is there only when it is done.
 """
 
 from __future__ import annotations
@@ -25,12 +25,8 @@ def main(arguments: list[str]) -> int:
     root, name, stage = Path(arguments[0]), arguments[1], arguments[2]
     job = Job(root, name, json.loads((root / SETTINGS).read_text()))
     try:
-        if stage == "make":
-            found = make(job)
-        elif stage == "perplexity":
-            found = _perplexity(job)
-        else:
-            found = _task(job, stage.removeprefix("task:"))
+        kind, _, what = stage.partition(":")
+        found = make(job) if kind == "make" else {"perplexity": _perplexity, "task": _task}[kind](job, what)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -73,13 +69,13 @@ def _load(job: Job) -> tuple[Any, Any]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def _perplexity(job: Job) -> dict[str, Any]:
+def _perplexity(job: Job, name: str) -> dict[str, Any]:
     """Perplexity, of a checkpoint that was first found to be quantized as the method says."""
     from edkm.evaluate import perplexity
 
     model, tokenizer = _load(job)
     distinct = check_quantized(job, model)
-    text = Path(job.settings["text"]).read_text(encoding="utf-8")
+    text = Path(job.settings["texts"][name]["path"]).read_text(encoding="utf-8")
     result = perplexity(model, tokenizer, text, window=job.settings["window"], max_windows=job.settings["max_windows"])
     return {"most_distinct": distinct, **asdict(result)}
 

@@ -12,12 +12,15 @@ from edkm.compare.stage import path_of
 from edkm.strict_json import dumps
 
 
-def row(out: Path, name: str, tasks: list[str], error: str | None) -> dict[str, Any]:
-    """The figures of a method; those of stages that are not done are None.
+def row(out: Path, name: str, texts: list[str], tasks: list[str], error: str | None) -> dict[str, Any]:
+    """The figures of a method; those of stages that are not done are missing or None.
 
-    `linear_bits` and `total_bits` are bits a weight; `tasks` maps a task to its `TaskScore`.
+    `linear_bits` and `total_bits` are bits a weight; `texts` maps a text to its `Perplexity`, `tasks` a task to its `TaskScore`;
+    `perplexity` is that of the first text.
     """
-    made, text = _read(out, name, "make"), _read(out, name, "perplexity")
+    made = _read(out, name, "make")
+    found = {text: stage for text in texts if (stage := _read(out, name, f"perplexity:{text}"))}
+    first = found.get(texts[0], {})
     scores: dict[str, Any] = {}
     for task in tasks:
         scores |= _read(out, name, f"task:{task}").get("scores", {})
@@ -26,10 +29,9 @@ def row(out: Path, name: str, tasks: list[str], error: str | None) -> dict[str, 
         "method": name,
         "title": METHODS[name].title,
         **{key: made.get(key) for key in keys},
-        "perplexity": text.get("perplexity"),
-        "tokens": text.get("tokens"),
-        "windows": text.get("windows"),
-        "most_distinct": text.get("most_distinct"),
+        "perplexity": first.get("perplexity"),
+        "texts": {text: {key: stage[key] for key in ("perplexity", "tokens", "windows")} for text, stage in found.items()},
+        "most_distinct": first.get("most_distinct"),
         "tasks": scores,
         "error": error,
     }
@@ -45,8 +47,11 @@ def notes(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     original = rows[0]
     groups = next((r["block"][1] for r in rows if METHODS[r["method"]].block == "group" and r["block"]), None)
     found = [
-        f"Perplexity: {Path(settings['text']).name} (sha256 {settings['text_sha256'][:12]}), {original['tokens']:,} tokens in "
-        f"{original['windows']} windows of {settings['window']}.",
+        *(
+            f"Perplexity: {Path(settings['texts'][name]['path']).name} (sha256 {settings['texts'][name]['sha256'][:12]}), "
+            f"{text['tokens']:,} tokens in {text['windows']} windows of {settings['window']}."
+            for name, text in original["texts"].items()
+        ),
         f"Training: {settings['steps']} steps of {settings['batch']} blocks of {settings['block_tokens']} tokens of "
         f"{Path(settings['data']).name}, seed {settings['seed']}; one run.",
         "Bits: a weight of the linear layers with tables, scales and zero points, and a weight of the whole model. Embeddings, and a last "
@@ -58,10 +63,10 @@ def notes(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     rows_per_table = next((r["block"][0] for r in rows if r["method"] == "edkm" and r["block"]), None)
     if rows_per_table is not None:
         tables = f"{rows_per_table} row(s) a table" if rows_per_table else "one table a tensor"
-        found.insert(3, f"edkm: what `edkm compress` does by default, {tables}: no more bits than the scales of groups.")
+        found.insert(-2, f"edkm: what `edkm compress` does by default, {tables}: no more bits than the scales of groups.")
     if groups:
         found.insert(
-            3, f"rtn, smoothquant, awq and gptq: asymmetric groups of {groups} columns, scale in 16 bits, zero point as the index."
+            -2, f"rtn, smoothquant, awq and gptq: asymmetric groups of {groups} columns, scale in 16 bits, zero point as the index."
         )
     return found
 
@@ -99,7 +104,13 @@ def brief(found: dict[str, Any]) -> str:
 
 
 def _header(rows: list[dict[str, Any]]) -> list[str]:
-    return ["method", "bits, linear", "bits, all", "size", "perplexity", *_tasks(rows), "making", "peak"]
+    texts = _texts(rows)
+    perplexity = ["perplexity"] if len(texts) < 2 else [f"perplexity, {text}" for text in texts]
+    return ["method", "bits, linear", "bits, all", "size", *perplexity, *_tasks(rows), "making", "peak"]
+
+
+def _texts(rows: list[dict[str, Any]]) -> list[str]:
+    return list(rows[0]["texts"])
 
 
 def _tasks(rows: list[dict[str, Any]]) -> list[str]:
@@ -116,7 +127,7 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         show("linear_bits", "{:.2f}".format),
         show("total_bits", "{:.2f}".format),
         show("bytes", lambda count: f"{count / 1e6:.1f} MB"),
-        show("perplexity", _number),
+        *(_number(row["texts"][text]["perplexity"]) if text in row["texts"] else "" for text in _texts(rows)),
         *(_score(row["tasks"][task]) if task in row["tasks"] else "" for task in _tasks(rows)),
         show("seconds", "{:.0f} s".format),
         show("peak_mib", lambda mib: f"{mib / 1024:.2f} GiB") + show("peak_gpu_mib", lambda mib: f" + {mib / 1024:.2f} GPU"),
