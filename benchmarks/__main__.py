@@ -2,9 +2,16 @@
 
 import sys
 
-from benchmarks import ablation, memory, offload, op, step
+from benchmarks import ablation, compare, memory, offload, op, step
 
-COMMANDS = {"ablation": ablation.main, "memory": memory.main, "offload": offload.main, "op": op.main, "step": step.main}
+COMMANDS = {
+    "ablation": ablation.main,
+    "compare": compare.main,
+    "memory": memory.main,
+    "offload": offload.main,
+    "op": op.main,
+    "step": step.main,
+}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -49,7 +49,7 @@ def test_compress_writes_a_directory_that_loads(tiny_dir, data, tmp_path, capsys
     out = tmp_path / "packed"
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 0
     printed = capsys.readouterr().out
-    assert "bits per weight" in printed and "trained 4 steps" in printed
+    assert "bits per weight" in printed and "plain fine-tuning: 2 steps" in printed and "training: 2 steps" in printed
     model, tokenizer = load_model(out)
     assert tokenizer.chat_template and not (out / "training").exists()
     packed = read(out)
@@ -77,22 +77,23 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
         assert torch.equal(hf.load(tmp_path / "packed")(ids).logits, expected)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, monkeypatch, accumulate):
-    more = ("--steps", "6", "--lr", "1e-3", "--accumulate", str(accumulate))
+@pytest.mark.parametrize(("accumulate", "plain", "after"), [(1, 0, 3), (2, 0, 3), (1, 4, 3), (1, 3, 5), (1, 6, 2)])
+def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, monkeypatch, accumulate, plain, after):
+    more = ("--steps", "6", "--lr", "1e-3", "--accumulate", str(accumulate), "--plain-steps", str(plain), "--distill", "0.5")
     assert main(arguments(tiny_dir, data, tmp_path / "whole", *more)) == 0
     taken = []
 
     def interrupt(self, args, state, control, **kwargs):
         taken.append(state.global_step)
-        if len(taken) == 3:
+        if len(taken) == after:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(trainer._Stop, "on_step_begin", interrupt)
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 130
-    assert taken == [0, 1, 2] and (tmp_path / "parts" / "training" / "run.json").is_file()
+    order = [*range(plain), *range(6 - plain)]
+    assert taken == order[:after] and (tmp_path / "parts" / "training" / "run.json").is_file()
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
-    assert taken == [0, 1, 2, 3, 4, 5]
+    assert taken == order and not (tmp_path / "parts" / "training").exists()
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
 
@@ -149,6 +150,7 @@ def test_steps_zero_clusters_without_training(tiny_dir, data, tmp_path, capsys):
         (("--bits", "9"), "bits: an integer from 1 to 8, got 9"),
         (("--rows-per-lut", "7"), "model.layers.0.self_attn.q_proj.weight: 64 rows do not divide into tables of 7 rows"),
         (("--steps", "-1"), "--steps: at least 0"),
+        (("--steps", "2", "--plain-steps", "3"), "--plain-steps: at most the 2 steps there are, got 3"),
         (("--lr", "0"), "--lr: a positive number"),
         (("--skip", "*"), "no weight is clustered"),
     ],
@@ -217,3 +219,31 @@ def test_the_start_is_chosen_and_distillation_is_an_option(tiny_dir, data, tmp_p
     assert main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "2", "--distill", "0.5")) == 0
     assert main(arguments(tiny_dir, data, tmp_path / "none", "--distill", "2")) == 1
     assert "--distill: from 0 to 1" in capsys.readouterr().err
+
+
+def test_every_step_of_a_short_run_counts():
+    shares = [trainer.rate_share(step, steps=12, warmup=1) for step in range(12)]
+    assert shares[0] == 0.5 and shares[1] == 1 and shares[-1] == pytest.approx(1 / 11)
+    assert shares[1:] == sorted(shares[1:], reverse=True)
+    assert [trainer.rate_share(0, steps=1, warmup=0), trainer.rate_share(12, steps=12, warmup=1)] == [1, 0]
+
+
+def test_clustered_steps_go_on_in_the_data_where_plain_ones_stopped(tiny_dir, data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer._Order, "__getitem__", lambda self, i: seen.append(int(self.order[i])) or self.blocks[seen[-1]])
+    orders = []
+    for more in (["--plain-steps", "0"], ["--plain-steps", "2"]):
+        seen.clear()
+        assert main(arguments(tiny_dir, data, tmp_path / more[1], "--steps", "5", "--batch", "1", *more)) == 0
+        orders.append(list(seen))
+    assert orders[0] == orders[1] and len(orders[0]) == 5
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(tiny_dir, data, tmp_path, monkeypatch):
+    more = ("--steps", "2", "--lr", "1e-3")
+    assert main(arguments(tiny_dir, data, tmp_path / "whole", *more)) == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(trainer._Stop, "on_step_begin", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("the power failed")))
+        assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 1
+    assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "parts" / "model.safetensors").read_bytes()

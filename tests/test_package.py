@@ -56,6 +56,7 @@ def test_public_names():
         "initial_centroids",
         "offload",
         "prepare",
+        "sensitivity",
         "soft_weights",
     ]
     for name in edkm.__all__:

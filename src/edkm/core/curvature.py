@@ -12,8 +12,9 @@ where importance sees only the diagonal of `H`. Every `q` is an entry of its row
 
 The first pass over the columns knows no `q` to the right and takes what they will make good into account, as GPTQ does
 (arXiv:2210.17323); later ones are plain coordinate descent (as in LNQ, arXiv:2505.07004). The targets of the last pass are what
-training starts from, once each entry's targets have been moved together so that their weighted mean is the entry: the indices are
-their nearest centroids then, and the tables are a fixed point of k-means, which would otherwise drift back from the least squares.
+training starts from, once each entry's targets have been moved together so that their mean, weighted as training weighs it, is the
+entry: the indices are their nearest centroids then, and the tables are a fixed point of k-means, which would otherwise drift back from
+the least squares.
 """
 
 from __future__ import annotations
@@ -46,15 +47,18 @@ class Fit(NamedTuple):
     errors: list[float]
 
 
-def fit(weight: Tensor, moment: Tensor, centroids: Tensor, *, turns: int = 2, damping: float = 0.01) -> Fit:
+def fit(
+    weight: Tensor, moment: Tensor, centroids: Tensor, *, turns: int = 2, damping: float = 0.01, importance: Tensor | None = None
+) -> Fit:
     """Bring the output error of a clustered weight down, given the second moment of its inputs. Deterministic.
 
     Args:
         weight: `[rows, cols]`, any float dtype.
-        moment: `[cols, cols]`, mean of `x x^T`, symmetric and non-negative definite.
+        moment: `[cols, cols]`, mean of `x x^T` or a weighted one, symmetric and non-negative definite.
         centroids: `[g, k, 1]` to start from, as `initial_centroids` returns them.
         turns: of tables and indices after the first pass.
         damping: added to the diagonal of `moment`, in units of its mean; columns that no input reached count as that alone.
+        importance: `[1, cols]`, of the clustering that will train the weight; None for the diagonal of `moment`.
 
     Raises:
         ValueError: shapes that do not fit, vectors (`d > 1`), values that are not finite.
@@ -82,7 +86,8 @@ def fit(weight: Tensor, moment: Tensor, centroids: Tensor, *, turns: int = 2, da
         slope = h @ (q - w)
         errors.append(float((slope * (q - w)).sum() / scale))
     whole = torch.empty_like(given)
-    whole[:, order] = tables.settled(target, q, h).T
+    mass = h.diagonal() if importance is None else importance.to(h.device, dtype).reshape(-1)[order]
+    whole[:, order] = tables.settled(target, q, mass.unsqueeze(1)).T
     return Fit(whole.to(weight.dtype), tables.entries.unsqueeze(2), errors)
 
 
@@ -134,9 +139,10 @@ class _Tables:
         """Sums of `x [cols, rows]` over the weights of each entry, `[g, k]`."""
         return x.new_zeros(self.entries.numel()).index_add_(0, cells.reshape(-1), x.reshape(-1)).view_as(self.entries)
 
-    def settled(self, target: Tensor, q: Tensor, h: Tensor) -> Tensor:
-        """Targets with each entry's moved together, within reach of the entry, so that their mean weighted by `diag H` is the entry."""
-        cells, mass = self.cells(q), h.diagonal().unsqueeze(1).expand_as(q)
+    def settled(self, target: Tensor, q: Tensor, mass: Tensor) -> Tensor:
+        """Targets with each entry's moved together, within reach of the entry, so that their mean weighted by `mass [cols, 1]` is the
+        entry."""
+        cells, mass = self.cells(q), mass.expand_as(q)
         ends = self.entries.new_full((self.groups, 1), torch.inf)
         between = (self.entries[:, 1:] + self.entries[:, :-1]) / 2
         # A weight halfway between two entries belongs to the lower one.

@@ -10,10 +10,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .stages import fingerprint, prepare_on, write
+from .stages import fingerprint, prepare_on, save_whole, write
 
 # torch and transformers are imported when a command runs: see cli.py.
 
@@ -71,13 +72,19 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
     length = how.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps; 0 clusters without training")
     length.add_argument("--epochs", type=float, metavar="X", help="passes over the data (1)")
+    how.add_argument(
+        "--plain-steps",
+        type=int,
+        metavar="N",
+        help="of these the first N fine-tune the model as it is, before it is clustered (half)",
+    )
     how.add_argument("--lr", type=float, default=2e-4, metavar="X", help="peak learning rate (2e-4)")
     how.add_argument(
         "--distill",
         type=float,
         default=0.0,
         metavar="X",
-        help="share of the loss that keeps to the original model's predictions, 0 to 1 (0)",
+        help="share of the clustered steps' loss that keeps to the predictions of the model before, 0 to 1 (0)",
     )
     how.add_argument("--block-tokens", type=int, default=512, metavar="N", help="tokens of a training block (512)")
     how.add_argument("--batch", type=int, default=2, metavar="N", help="blocks of a micro-batch (2)")
@@ -136,13 +143,16 @@ def _run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model)
     blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens)
     steps = _steps(args, len(blocks), ranks.world())
+    plain_steps = steps // 2 if args.plain_steps is None else args.plain_steps
+    if plain_steps > steps:
+        raise ValueError(f"--plain-steps: at most the {steps} steps there are, got {plain_steps}.")
     config = ClusterConfig(
         bits=args.bits,
         dim=args.dim,
         rows_per_lut=args.rows_per_lut,
         softness=args.softness,
         anneal=args.anneal,
-        anneal_steps=steps,
+        anneal_steps=steps - plain_steps,
         max_iters=args.iters,
         embedding_bits=args.embedding_bits,
         skip=tuple(args.skip),
@@ -153,6 +163,8 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.dry_run:
         return _dry_run(model, config, args, blocks.block_tokens)
+    from .trainer import check_same_run, remember_run
+
     settings = _settings(args, steps)
     # Not how the work is shared out, or when it is saved: another number of ranks may go on.
     free = ("batch", "accumulate", "fsdp", "save_every")
@@ -165,23 +177,60 @@ def _run(args: argparse.Namespace) -> int:
         "block_tokens": args.block_tokens,
         "backend": args.backend,
         "start": args.start,
+        "plain_steps": plain_steps,
     }
-    return _compress(args, model, tokenizer, blocks, config, settings, identity)
-
-
-def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int:
-    from . import ranks
-    from .trainer import check_same_run, remember_run, resolve_precision, train
-
     work = args.out / "training"
     if args.resume:
         check_same_run(work, identity)
     else:
         ranks.on_first(lambda: shutil.rmtree(work) if work.exists() else None)
+        if steps:
+            ranks.on_first(lambda: remember_run(work, identity))
+    if plain_steps:
+        model = _fine_tune(model, tokenizer, blocks, replace(settings, steps=plain_steps, distill=0.0), work / "plain")
+        if model is None:
+            return 130
+        settings = replace(settings, steps=steps - plain_steps, first_step=plain_steps)
+    return _compress(args, model, tokenizer, blocks, config, settings)
+
+
+def _fine_tune(model: Any, tokenizer: Any, blocks: Any, settings: Any, out: Path) -> Any:
+    """The model after plain fine-tuning, saved in `out`, or as it was saved there before; None if it was interrupted."""
+    from ..models import load_model
+    from . import ranks
+
+    if not out.is_dir():
+        if not _train(model, blocks, settings, out.with_name("plain-steps"), "plain fine-tuning"):
+            return None
+        save_whole(out, model, tokenizer)
+        ranks.on_first(lambda: shutil.rmtree(out.with_name("plain-steps")))
+    return load_model(out)[0]
+
+
+def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, teacher: Any = None) -> bool:
+    """Train from the last checkpoint in `work`, if there is one; False if it was interrupted."""
+    from .trainer import last_checkpoint, resolve_precision, train
+
+    resume = last_checkpoint(work) is not None
+    print(f"{what}: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}", flush=True)
+    result = train(model, blocks, settings, work, resume=resume, teacher=teacher)
+    if result.interrupted:
+        print(f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on", file=sys.stderr)
+        return False
+    print(f"trained {settings.steps} steps in {result.seconds:.0f} s; last loss {result.losses[-1][1]:.3f}", flush=True)
+    return True
+
+
+def _compress(args, model, tokenizer, blocks, config, settings) -> int:
+    from . import ranks
+    from .trainer import last_checkpoint
+
+    work = args.out / "training"
+    resumed = last_checkpoint(work / "clustered") is not None
     began = time.perf_counter()
     teacher = copy.deepcopy(model) if settings.distill else None
     # A resumed run takes weights and tables from its checkpoint.
-    report = prepare_on(model, config, blocks, start="kmeans" if args.resume else args.start, backend=args.backend)
+    report = prepare_on(model, config, blocks, start="kmeans" if resumed else args.start, backend=args.backend)
     print(
         f"clustered {len(report.clustered)} tensors, left {len(report.skipped)} alone ({time.perf_counter() - began:.0f} s)",
         flush=True,
@@ -189,20 +238,8 @@ def _compress(args, model, tokenizer, blocks, config, settings, identity) -> int
     for entry in report.skipped:
         if len(entry.shape) > 1:
             print(f"  {entry.name}: left alone, {entry.note}")
-    if settings.steps:
-        ranks.on_first(lambda: remember_run(work, identity))
-        print(
-            f"training: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}",
-            flush=True,
-        )
-        result = train(model, blocks, settings, work, resume=args.resume, teacher=teacher)
-        if result.interrupted:
-            print(
-                f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on",
-                file=sys.stderr,
-            )
-            return 130
-        print(f"trained {settings.steps} steps in {result.seconds:.0f} s; last loss {result.losses[-1][1]:.3f}")
+    if settings.steps and not _train(model, blocks, settings, work / "clustered", "training", teacher):
+        return 130
     write(args.out, model, tokenizer, config)
     ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))
     from ..compressed.checkpoint import summary
@@ -273,7 +310,7 @@ def _settings(args: argparse.Namespace, steps: int):
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    at_least = {"steps": 0, "save_every": 0, "block_tokens": 2, "batch": 1, "accumulate": 1, "learners": 1}
+    at_least = {"steps": 0, "plain_steps": 0, "save_every": 0, "block_tokens": 2, "batch": 1, "accumulate": 1, "learners": 1}
     for name, low in at_least.items():
         value = getattr(args, name)
         if value is not None and value < low:

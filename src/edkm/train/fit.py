@@ -2,12 +2,16 @@
 
 Each linear weight is fitted (`core.curvature`) to the second moment of its inputs. These are the inputs in the model as it is
 compressed so far: the layers before are on their tables already, and later ones make good what earlier ones lost.
+
+Not every token and not every output matters alike. `sensitivity` asks the gradient: tokens are weighed by the mean squared gradient at
+the outputs of a weight, those of every quarter of its rows by themselves (GuidedQuant, arXiv:2505.07004).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +25,72 @@ from edkm.core.centroids import initial_centroids
 from edkm.train.calibrate import call, evaluating
 from edkm.train.prepare import decisions, decoder_layers, plan, targets_of
 
+# Runs of rows that get a second moment of their own.
+_PARTS = 4
+
+
+def sensitivity(
+    model: nn.Module, config: ClusterConfig, batches: Iterable[Any], loss: Callable[[Any], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """How much every token matters to the outputs of every linear weight: the squared gradient of the loss, averaged over rows.
+
+    Args:
+        model: any module; run in `eval()`, and left in the mode it was in. Its gradients are not touched.
+        config: as for `fit`, which says what weights are fitted.
+        batches: as for `calibrate`.
+        loss: of a batch, a scalar; None for the language model's own, which predicts the next of a batch's `input_ids`.
+
+    Returns:
+        Parameter name -> `[tokens, parts]` float32 on the CPU, tokens in the order of the batches, a column for every one of `parts`
+        equal runs of rows, with mean 1. Weights that do not see every token (experts), or that no gradient reached, are absent.
+
+    Raises:
+        ValueError: no batches, or a gradient that is not finite (with the module's name).
+
+    Cost:
+        A forward and a backward pass over the batches, one at a time, without gradients of weights.
+    """
+    found: dict[str, list[Tensor]] = {}
+    most: list[int] = []
+
+    def watch(name: str):
+        def collect(gradient: Tensor) -> None:
+            rows = gradient.flatten(0, -2)
+            parts = math.gcd(_PARTS, rows.shape[1])
+            square = rows.float().square().view(len(rows), parts, -1).mean(2)
+            if not bool(square.isfinite().all()):
+                raise ValueError(f"{name}: the gradient at its output is NaN or infinite. Work in float32, or check the data.")
+            found.setdefault(name, []).append(square.cpu())
+            most[-1] = max(most[-1], len(rows))
+
+        def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            # The first that are reached start the graph; what follows may write into them, which leaves do not allow.
+            out = out if out.requires_grad else out.detach().requires_grad_().clone()
+            out.register_hook(collect)
+            return out
+
+        return hook
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [module.register_forward_hook(watch(name)) for module, (name, _) in _wanted(model, config).items()]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        with evaluating(model), _without_cache(model), torch.enable_grad():
+            for batch in batches:
+                most.append(0)
+                value = loss(batch) if loss is not None else model(**batch, labels=batch["input_ids"]).loss
+                value.backward()
+    finally:
+        for p in trained:
+            p.requires_grad_()
+        for hook in hooks:
+            hook.remove()
+    if not most:
+        raise ValueError("batches: at least one is needed.")
+    whole = {name: torch.cat(rows) for name, rows in found.items() if [len(r) for r in rows] == most}
+    return {name: rows / rows.mean(0) for name, rows in whole.items() if bool((rows.mean(0) > 0).all())}
+
 
 def fit(
     model: nn.Module,
@@ -28,6 +98,8 @@ def fit(
     batches: Iterable[Any],
     *,
     turns: int = 2,
+    importance: Mapping[str, Tensor] | None = None,
+    sensitivity: Mapping[str, Tensor] | None = None,
     report: Callable[[str, float], None] | None = None,
 ) -> dict[str, Tensor]:
     """Move a model's linear weights, in place, to where clustering costs least, and find the tables that go with them.
@@ -41,6 +113,8 @@ def fit(
         config: as for `prepare`. Embeddings, weights tied to them, convolutions and vectors (`dim > 1`) are left to `prepare`.
         batches: as for `calibrate`.
         turns: for `core.curvature.fit`.
+        importance: what `prepare` will be given, from `calibrate`.
+        sensitivity: of the same batches, from `sensitivity`; weights that it lacks, and all without it, take tokens and rows alike.
         report: called with the name and the relative output error of every weight that was fitted.
 
     Returns:
@@ -51,25 +125,22 @@ def fit(
             the work the model is of no use.
 
     Cost:
-        Three forward passes over `batches`, whose hidden states are kept; a product `x^T x` per linear input; a second copy of the
-        fitted weights; for every weight what `core.curvature.fit` says.
+        Three forward passes over `batches`, whose hidden states are kept; a product `x^T x` per linear input, with `sensitivity` four
+        for every weight; a second copy of the fitted weights; for every weight what `core.curvature.fit` says.
     """
     batches = list(batches)
     if not batches:
         raise ValueError("batches: fitting needs at least one batch.")
-    plan(model, config)  # refuses what cannot be clustered
-    wanted: dict[nn.Module, tuple[str, ClusterConfig]] = {}
-    for name, _, target, settings, _ in decisions(model, config, targets_of(model)):
-        if settings is not None and settings.dim == 1 and [type(m) for m in target.modules] == [nn.Linear]:
-            wanted[target.modules[0]] = name, settings
+    wanted = _wanted(model, config)
     centroids: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
 
     def stage(modules: Iterable[nn.Module], run: Callable[[], Any]) -> None:
         here = [m for m in modules if m in wanted and wanted[m][0] not in centroids]
-        for module, moment in _moments(here, run).items():
+        tokens = {m: _merged((sensitivity or {}).get(wanted[m][0]), m.weight, wanted[m][1]) for m in here}
+        for module, moments in _moments(tokens, run).items():
             name, settings = wanted[module]
-            centroids[name], targets[name], error = _fit_one(name, module.weight, settings, moment, turns)
+            centroids[name], targets[name], error = _fit_one(name, module.weight, settings, moments, turns, (importance or {}).get(name))
             if report is not None:
                 report(name, error)
 
@@ -89,40 +160,71 @@ def fit(
     return centroids
 
 
-def _fit_one(name: str, weight: Tensor, settings: ClusterConfig, moment: Tensor, turns: int) -> tuple[Tensor, Tensor, float]:
-    """`(centroids, targets, relative output error)`; the weight is put on its tables."""
-    importance = moment.diagonal().unsqueeze(0).to(weight.device)
-    start = initial_centroids(weight, settings.bits, rows_per_lut=settings.rows_per_lut or None, importance=importance, quick=True)
-    try:
-        found = curvature.fit(weight, moment, start, turns=turns)
-    except (ValueError, torch.linalg.LinAlgError) as error:
-        raise ValueError(f"{name}: {error}") from None
-    weight.copy_(lookup(assign(found.weight, found.centroids), found.centroids, weight.dtype))
-    return found.centroids, found.weight, found.errors[-1]
+def _wanted(model: nn.Module, config: ClusterConfig) -> dict[nn.Module, tuple[str, ClusterConfig]]:
+    """The layers whose weights are fitted, and their names and settings."""
+    plan(model, config)  # refuses what cannot be clustered
+    found: dict[nn.Module, tuple[str, ClusterConfig]] = {}
+    for name, _, target, settings, _ in decisions(model, config, targets_of(model)):
+        if settings is not None and settings.dim == 1 and [type(m) for m in target.modules] == [nn.Linear]:
+            found[target.modules[0]] = name, settings
+    return found
 
 
-def _moments(modules: list[nn.Module], run: Callable[[], Any]) -> dict[nn.Module, Tensor]:
-    """Mean of `x x^T` over the inputs of each linear module, float32; those with the same input share a tensor."""
-    totals: dict[nn.Module, Tensor] = {}
+def _fit_one(
+    name: str, weight: Tensor, settings: ClusterConfig, moments: list[Tensor], turns: int, importance: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
+    """`(centroids, targets, relative output error)`; the weight is put on its tables. A moment for every equal run of rows."""
+    found = []
+    for rows, moment in zip(weight.chunk(len(moments)), moments, strict=True):
+        mass = moment.diagonal().unsqueeze(0).to(weight.device)
+        start = initial_centroids(rows, settings.bits, rows_per_lut=settings.rows_per_lut or None, importance=mass, quick=True)
+        try:
+            found.append(curvature.fit(rows, moment, start, turns=turns, importance=importance))
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise ValueError(f"{name}: {error}") from None
+    centroids, target = torch.cat([part.centroids for part in found]), torch.cat([part.weight for part in found])
+    weight.copy_(lookup(assign(target, centroids), centroids, weight.dtype))
+    return centroids, target, sum(part.errors[-1] for part in found) / len(found)
+
+
+def _moments(tokens: dict[nn.Module, Tensor | None], run: Callable[[], Any]) -> dict[nn.Module, list[Tensor]]:
+    """Mean of `x x^T` over the inputs of each linear module, float32; weighed by each column of its `[tokens, parts]`.
+
+    Where these are None, modules that have the same input share a tensor.
+    """
+    totals: dict[nn.Module, list[Tensor]] = {}
     counts: dict[nn.Module, int] = {}
     last: list[Any] = [None, None]
 
     def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        if last[0] is not x:
-            rows = x.detach().flatten(0, -2).float()
-            last[:] = [x, rows.T @ rows]
-        totals[module] = totals[module] + last[1] if module in totals else last[1]
-        counts[module] = counts.get(module, 0) + x[..., 0].numel()
+        x, weights, seen = args[0].detach().flatten(0, -2).float(), tokens[module], counts.get(module, 0)
+        if weights is None:
+            if last[0] is not args[0]:
+                last[:] = [args[0], [x.T @ x]]
+            found = last[1]
+        else:
+            if seen + len(x) > len(weights):
+                raise ValueError("sensitivity: it has fewer tokens than the batches. Make it from the same batches.")
+            found = [(x * column.unsqueeze(1)).T @ x for column in weights[seen : seen + len(x)].to(x.device, x.dtype).unbind(1)]
+        totals[module] = [total + one for total, one in zip(totals[module], found, strict=True)] if seen else found
+        counts[module] = seen + len(x)
 
-    hooks = [module.register_forward_pre_hook(watch) for module in modules]
+    hooks = [module.register_forward_pre_hook(watch) for module in tokens]
     try:
-        if modules:
+        if tokens:
             run()
     finally:
         for hook in hooks:
             hook.remove()
-    return {module: total / counts[module] for module, total in totals.items()}
+    return {module: [total / counts[module] for total in found] for module, found in totals.items()}
+
+
+def _merged(tokens: Tensor | None, weight: Tensor, settings: ClusterConfig) -> Tensor | None:
+    """Weights of tokens `[tokens, parts]`, with only so many parts as the tables of a weight divide into."""
+    if tokens is None:
+        return None
+    tables = weight.shape[0] // (settings.rows_per_lut or weight.shape[0])
+    return tokens.view(len(tokens), math.gcd(tokens.shape[1], tables), -1).mean(2)
 
 
 _Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ def prepare_on(model: Any, config: Any, blocks: Any, *, start: str = "fit", back
     device = next(model.parameters()).device
     batches = [{"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen]
     importance = calibrate(model, batches)
-    centroids = _fit(model, config, batches) if start == "fit" else None
+    centroids = _fit(model, config, batches, importance) if start == "fit" else None
     return prepare(model, config, importance=importance, centroids=centroids, backend=backend)
 
 
-def _fit(model: Any, config: Any, batches: list[dict[str, Any]]) -> dict[str, Any]:
+def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any) -> dict[str, Any]:
     """`edkm.fit` with its progress on stderr; the same on all ranks to the bit."""
     from . import ranks
-    from .fit import fit
+    from .fit import fit, sensitivity
 
     errors: list[float] = []
 
@@ -38,7 +39,8 @@ def _fit(model: Any, config: Any, batches: list[dict[str, Any]]) -> dict[str, An
         if ranks.rank() == 0:
             print(f"\r  fitted {name:<60}", end="", file=sys.stderr, flush=True)
 
-    centroids = fit(model, config, batches, report=report)
+    tokens = sensitivity(model, config, batches)
+    centroids = fit(model, config, batches, importance=importance, sensitivity=tokens, report=report)
     ranks.as_on_first([*centroids.values(), *(p.data for name, p in model.named_parameters() if name in centroids)])
     if errors:
         print(f"\r{'':<70}\r", end="", file=sys.stderr)
@@ -64,6 +66,26 @@ def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
     from .shard import save as save_shards
 
     save_shards(model, save)
+
+
+def save_whole(out: Path, model: Any, tokenizer: Any) -> None:
+    """Write an ordinary checkpoint, all of it or nothing, from rank 0, where the weights of a sharded model are gathered."""
+    from . import ranks
+
+    state = None
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def save() -> None:
+        part = out.with_name(out.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, state_dict=state)
+        tokenizer.save_pretrained(part)
+        part.replace(out)
+
+    ranks.on_first(save)
 
 
 def fingerprint(model: Any) -> str:

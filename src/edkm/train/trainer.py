@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class TrainSettings:
 
     `precision`: `bf16` autocast, `fp32`, or `auto` (see `resolve_precision`). `save_every`: steps between checkpoints, 0 for none.
     `fsdp`: shard weights, gradients and optimizer over the ranks instead of repeating them. `distill`: share of the loss, 0 to 1, that
-    is the divergence from the teacher's predictions, on every token; the rest is the cross entropy of the labels.
+    is the divergence from the teacher's predictions, on every token; the rest is the cross entropy of the labels. `first_step`: where in
+    the order of the data to begin, after so many steps of an earlier training.
     """
 
     steps: int
@@ -53,6 +55,7 @@ class TrainSettings:
     save_every: int = 0
     fsdp: bool = False
     distill: float = 0.0
+    first_step: int = 0
 
     @property
     def blocks_per_step(self) -> int:
@@ -98,7 +101,7 @@ def train(
         ValueError: `resume` without a checkpoint, `fsdp` without other ranks, `distill` without a teacher.
         RankError: another rank died or failed.
     """
-    checkpoint = _last_checkpoint(work) if resume else None
+    checkpoint = last_checkpoint(work) if resume else None
     if resume and checkpoint is None:
         raise ValueError(f"{work}: there is no checkpoint to resume from. Start without --resume.")
     if settings.checkpointing:
@@ -116,7 +119,8 @@ def train(
         shard_model(model.to(arguments.device))
         if settings.distill:
             shard_model(teacher)
-    order = _Order(blocks, settings.steps * settings.blocks_per_step, settings.seed)
+    first, stop = (n * settings.blocks_per_step for n in (settings.first_step, settings.first_step + settings.steps))
+    order = _Order(blocks, first, stop, settings.seed)
     trainer = _Trainer(model=model, args=arguments, train_dataset=order, teacher=teacher, distill=settings.distill)
     began = time.perf_counter()
     remedy = (
@@ -135,7 +139,7 @@ def enable_checkpointing(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _last_checkpoint(work: Path) -> str | None:
+def last_checkpoint(work: Path) -> str | None:
     """The last that is whole: the trainer's state is written last."""
     whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
@@ -178,17 +182,22 @@ def divergence(logits: Tensor, expected: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), probabilities) - entropy
 
 
+def rate_share(step: int, *, steps: int, warmup: int) -> float:
+    """Linear, up and down. Unlike transformers', which makes the first step at a rate of zero: of twelve steps that is one."""
+    return min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+
+
 class _Order(Dataset):
-    """`length` blocks in the order of training: each permutation of the data is used up before the next.
+    """Blocks `first` to `stop` in the order of training: each permutation of the data is used up before the next.
 
     Cut into steps from front to back, whatever number of ranks shares a step.
     """
 
-    def __init__(self, blocks: Any, length: int, seed: int) -> None:
+    def __init__(self, blocks: Any, first: int, stop: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        passes = -(-length // len(blocks))
+        passes = -(-stop // len(blocks))
         self.blocks = blocks
-        self.order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(passes)])[:length]
+        self.order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(passes)])[first:stop]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -214,6 +223,13 @@ class _Trainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            share = partial(rate_share, steps=num_training_steps, warmup=self.args.get_warmup_steps(num_training_steps))
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
