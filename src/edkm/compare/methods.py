@@ -55,7 +55,7 @@ def _posttraining(title: str, maker: str, *, start: str = "original", library: b
 # In the order of the table. The first two are always there.
 METHODS: dict[str, Method] = {
     "original": Method("original, 16 bits", "original"),
-    "control": Method("plain fine-tuning (control), 16 bits", "control", lr=5e-5),
+    "control": Method("plain fine-tuning (control), 16 bits", "control", lr=2e-4),
     "rtn": _posttraining("round to nearest", "rtn", library=False),
     "smoothquant": _posttraining("SmoothQuant, weights only", "library"),
     "awq": _posttraining("AWQ", "library"),

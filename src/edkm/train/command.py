@@ -40,9 +40,9 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
     what.add_argument(
         "--rows-per-lut",
         type=int,
-        default=16,
+        default=1,
         metavar="N",
-        help="rows that share a table; 0: one table a tensor (16)",
+        help="rows that share a table; 0: one table a tensor (1)",
     )
     what.add_argument("--embedding-bits", type=int, default=8, metavar="N", help="bits of embeddings; 0 leaves them (8)")
     what.add_argument(
@@ -64,8 +64,8 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
     what.add_argument(
         "--start",
         default="fit",
-        choices=("fit", "kmeans"),
-        help="fit weights and tables to the layers' inputs, or k-means only: quicker and much worse (fit)",
+        choices=("fit", "guided", "kmeans"),
+        help="fit weights and tables to the layers' inputs; guided: to the tokens that matter; k-means only is much worse (fit)",
     )
     what.add_argument("--backend", default="auto", choices=("auto", "unique", "fused", "compiled"), help="how to compute it (auto)")
     how = parser.add_argument_group("training")
@@ -222,10 +222,14 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, teache
 
 
 def _compress(args, model, tokenizer, blocks, config, settings) -> int:
+    import torch
+
     from . import ranks
     from .trainer import last_checkpoint
 
     work = args.out / "training"
+    if torch.cuda.is_available() and not args.fsdp:  # what is to be sharded may be too large for one
+        model.to("cuda")
     resumed = last_checkpoint(work / "clustered") is not None
     began = time.perf_counter()
     teacher = copy.deepcopy(model) if settings.distill else None

@@ -10,11 +10,15 @@ from typing import Any
 
 # torch and transformers are imported when a command runs: see cli.py.
 
-CALIBRATION_BLOCKS = 16
+CALIBRATION_BLOCKS = 32
 
 
 def prepare_on(model: Any, config: Any, blocks: Any, *, start: str = "fit", backend: str = "auto") -> Any:
-    """Calibrate, fit (unless `start` is `kmeans`) and prepare a model on `CALIBRATION_BLOCKS` blocks spread over the training data."""
+    """Calibrate, fit and prepare a model on `CALIBRATION_BLOCKS` blocks spread over the training data.
+
+    Args:
+        start: `fit`, `guided` (a fit that knows how much every token matters) or `kmeans` (no fit).
+    """
     from .calibrate import calibrate
     from .prepare import prepare
 
@@ -23,11 +27,11 @@ def prepare_on(model: Any, config: Any, blocks: Any, *, start: str = "fit", back
     device = next(model.parameters()).device
     batches = [{"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen]
     importance = calibrate(model, batches)
-    centroids = _fit(model, config, batches, importance) if start == "fit" else None
+    centroids = None if start == "kmeans" else _fit(model, config, batches, importance, guided=start == "guided")
     return prepare(model, config, importance=importance, centroids=centroids, backend=backend)
 
 
-def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any) -> dict[str, Any]:
+def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any, *, guided: bool) -> dict[str, Any]:
     """`edkm.fit` with its progress on stderr; the same on all ranks to the bit."""
     from . import ranks
     from .fit import fit, sensitivity
@@ -39,7 +43,7 @@ def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any
         if ranks.rank() == 0:
             print(f"\r  fitted {name:<60}", end="", file=sys.stderr, flush=True)
 
-    tokens = sensitivity(model, config, batches)
+    tokens = sensitivity(model, config, batches) if guided else None
     centroids = fit(model, config, batches, importance=importance, sensitivity=tokens, report=report)
     ranks.as_on_first([*centroids.values(), *(p.data for name, p in model.named_parameters() if name in centroids)])
     if errors:
