@@ -19,6 +19,8 @@ from edkm.compressed.checkpoint import read
 RECORDS = [{"instruction": f"question {i} fox", "output": f"the answer {i} is a quick dog over {i * i} lazy foxes"} for i in range(60)]
 # The 8-bit tables of a vocabulary this small have centroids next to nothing, where rounding errors are all that moves them.
 SETTINGS = ["--lr", "1e-3", "--block-tokens", "64", "--seed", "3", "--precision", "fp32", "--anneal", "1", "--embedding-bits", "0"]
+# A fit is made of decisions: it turns rounding errors of the steps before into other indices.
+SETTINGS += ["--plain-steps", "0", "--rows-per-lut", "16"]
 
 
 # Ranks are forked from a process that has imported what they need: that takes longer than their work.
@@ -113,6 +115,16 @@ def test_ranks_make_the_model_of_one_process(alone, tiny_dir, tmp_path, ranks, o
     assert "clustered" not in run.text(1) and not (tmp_path / "out" / "training").exists()
 
 
+def test_plain_steps_of_sharded_ranks_are_those_of_one_process(tiny_dir, tmp_path):
+    plain = ("--plain-steps", "3")
+    alone = Run(tiny_dir, tmp_path, tmp_path / "alone", 1, *plain).finish()
+    sharded = Run(tiny_dir, tmp_path, tmp_path / "sharded", 2, "--fsdp", *plain).finish()
+    assert len(sharded.losses()) == 6 and sharded.losses()[:3] == pytest.approx(alone.losses()[:3], abs=2e-3)
+    assert sharded.losses()[3:] == pytest.approx(alone.losses()[3:], abs=2e-2)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("alone", "sharded")]
+    assert configs[0] == configs[1] and configs[0]["architectures"] == ["LlamaForCausalLM"]
+
+
 def torchrun(*argv):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "edkm"]
     return subprocess.run([*command, *argv], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -137,7 +149,7 @@ def test_a_rank_that_dies_is_named_and_the_rest_goes_on_with_other_ranks(alone, 
     ranks, *options = first
     run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options, "--save-every", "2")
     # Written when the checkpoint is whole.
-    wait_for(tmp_path / "out" / "training" / "checkpoint-2" / "trainer_state.json", run)
+    wait_for(tmp_path / "out" / "training" / "clustered" / "checkpoint-2" / "trainer_state.json", run)
     run.processes[1].kill()
     began = time.monotonic()
     codes = run.wait()

@@ -167,9 +167,10 @@ class _Call:
         self.weight = weight.to(dtype).contiguous()
         self.importance, stride = None, 0
         if importance is not None:
-            by_column = importance.ndim < 2 or importance.shape[0] == 1
+            importance = importance.expand(rows, cols)
+            by_column = importance.stride(0) == 0  # one row for all: not written out
             stride = 0 if by_column else cols
-            self.importance = importance.to(dtype).expand(1 if by_column else rows, cols).contiguous()
+            self.importance = (importance[:1] if by_column else importance).to(dtype).contiguous()
         at = None if self.importance is None else self.importance.data_ptr()
         self.points = _Points(self.weight.data_ptr(), at, stride, self.groups, rows // self.groups, cols, self.k, to_bf16)
 
