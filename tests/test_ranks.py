@@ -122,6 +122,8 @@ def test_plain_steps_of_sharded_ranks_are_those_of_one_process(tiny_dir, tmp_pat
     assert len(sharded.losses()) == 6 and sharded.losses()[:3] == pytest.approx(alone.losses()[:3], abs=2e-3)
     assert sharded.losses()[3:] == pytest.approx(alone.losses()[3:], abs=2e-2)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("alone", "sharded")]
+    for config in configs:
+        config.pop("quantization_config")  # holds the error of every tensor
     assert configs[0] == configs[1] and configs[0]["architectures"] == ["LlamaForCausalLM"]
 
 
