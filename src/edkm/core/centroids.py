@@ -126,7 +126,7 @@ def _kmeans_1d(values: Tensor, mass: Tensor, k: int, quick: bool) -> Tensor:
     values = values - offset
     prefixes = torch.stack([_prefix(mass), _prefix(mass * values), _prefix(mass * values**2)])  # [3, g, m + 1]
     if quick:
-        edges = _coarse(values, mass, prefixes, k, 4 * k) if k <= _COARSE_CENTROIDS else _quantiles(values, mass, k)
+        edges = _coarse(values, mass, prefixes, k, 3 * k) if k <= _COARSE_CENTROIDS else _quantiles(values, mass, k)
         return _means(values, prefixes, _lloyd_edges(values, prefixes, edges)) + offset
     found = [_search(prefixes, start) for start in _starts(values, mass, prefixes, k)]
     errors = torch.stack([_error(prefixes, edges) for edges in found])  # [starts, g]
