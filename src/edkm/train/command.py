@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import hashlib
 import math
 import shutil
@@ -187,24 +188,25 @@ def _run(args: argparse.Namespace) -> int:
         if steps:
             ranks.on_first(lambda: remember_run(work, identity))
     if plain_steps:
-        model = _fine_tune(model, tokenizer, blocks, replace(settings, steps=plain_steps, distill=0.0), work / "plain")
-        if model is None:
+        if not _fine_tune(model, tokenizer, blocks, replace(settings, steps=plain_steps, distill=0.0), work / "plain"):
             return 130
+        del model
+        gc.collect()  # the optimizer is part of cycles; weights and moments go before the next model comes
+        model = load_model(work / "plain")[0]
         settings = replace(settings, steps=steps - plain_steps, first_step=plain_steps)
     return _compress(args, model, tokenizer, blocks, config, settings)
 
 
-def _fine_tune(model: Any, tokenizer: Any, blocks: Any, settings: Any, out: Path) -> Any:
-    """The model after plain fine-tuning, saved in `out`, or as it was saved there before; None if it was interrupted."""
-    from ..models import load_model
+def _fine_tune(model: Any, tokenizer: Any, blocks: Any, settings: Any, out: Path) -> bool:
+    """Fine-tune and save in `out`, unless that was done before; False if it was interrupted. Any rank reads the same from there."""
     from . import ranks
 
     if not out.is_dir():
         if not _train(model, blocks, settings, out.with_name("plain-steps"), "plain fine-tuning"):
-            return None
+            return False
         save_whole(out, model, tokenizer)
         ranks.on_first(lambda: shutil.rmtree(out.with_name("plain-steps")))
-    return load_model(out)[0]
+    return True
 
 
 def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, teacher: Any = None) -> bool:
