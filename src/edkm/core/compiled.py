@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from edkm.core.cache import cache_folder
 from edkm.core.fused import advance
 from edkm.core.reference import compute_dtype
 
@@ -76,8 +77,9 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     flags = [*_FLAGS, "-DDOUBLE"] if dtype == torch.float64 else _FLAGS
     key = hashlib.sha256(_SOURCE.read_bytes() + repr((compiler, flags, _TUNING, _cpu())).encode()).hexdigest()[:16]
-    path = _cache() / f"kernels-{key}.so"
+    path = cache_folder() / f"kernels-{key}.so"
     if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder) / path.name
             _build([*compiler.split(), *flags], part)
@@ -102,12 +104,6 @@ def _cpu() -> str:
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _cache() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edkm"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 # The three functions that every backend has; op.py documents them.
 
 
@@ -122,8 +118,7 @@ def solve(
     trajectory = centroids.repeat(iters + 1, 1, 1, 1)
     points = _Call(weight, importance, centroids, round_to)
     for t in range(iters):
-        total = points.sums(trajectory[t], temperature)
-        trajectory[t + 1] = advance(total[..., 0], total[..., 1:], trajectory[t])
+        trajectory[t + 1] = advance(points.sums(trajectory[t], temperature), trajectory[t])
     return trajectory, None
 
 
