@@ -116,8 +116,9 @@ def moments(x: Tensor, w: Tensor, about: Tensor | None, spare: Tensor) -> Tensor
     return torch.stack(parts, -1)
 
 
-def advance(mass: Tensor, total: Tensor, centroids: Tensor) -> Tensor:
-    """The next centroids from `mass [g, k]` and `total [g, k, d]`."""
+def advance(sums: Tensor, centroids: Tensor) -> Tensor:
+    """The next centroids from the mass and total of every centroid, `[g, k, 1 + d]`."""
+    mass, total = sums[..., 0], sums[..., 1:]
     alive = ~(mass <= mass_floor(mass))  # NaN lives on, to be reported
     return torch.where(alive.unsqueeze(-1), total / torch.where(alive, mass, 1).unsqueeze(-1), centroids)
 
@@ -263,8 +264,7 @@ def iterate(
         of = chunk[0].groups
         for t in range(iters):
             c = trajectory[t, of]
-            total = _sums(chunk, buffers, grid, importance, c, temperature[of], round_to)
-            trajectory[t + 1, of] = advance(total[..., 0], total[..., 1:], c)
+            trajectory[t + 1, of] = advance(_sums(chunk, buffers, grid, importance, c, temperature[of], round_to), c)
     return trajectory
 
 

@@ -127,8 +127,7 @@ def find(
         total = trajectory.new_zeros(*centroids.shape[:2], 1 + d)
         for of, sums in points:
             total[of] += sums(trajectory[t, of], temperature[of])
-        total = reduce(total)
-        trajectory[t + 1] = advance(total[..., 0], total[..., 1:], trajectory[t])
+        trajectory[t + 1] = advance(reduce(total), trajectory[t])
     table = None
     if backend == "unique":
         seen = reduce(seen)
