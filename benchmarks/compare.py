@@ -14,6 +14,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 WINDOW = 512
 _PASSAGES = 400
@@ -37,9 +38,18 @@ def main(argv: list[str]) -> int:
     code = cli.main(command)
     results = Path("benchmarks/results")
     if code == 0 and results.is_dir():
-        for ending in ("json", "md"):
-            shutil.copy(out / f"table.{ending}", results / f"compare-{out.name}.{ending}")
+        shutil.copy(out / "table.md", results / f"compare-{out.name}.md")
+        found = json.loads((out / "table.json").read_text())
+        found["settings"] = without_folders(found["settings"])
+        (results / f"compare-{out.name}.json").write_text(json.dumps(found, indent=2) + "\n")
     return code
+
+
+def without_folders(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a comparison that mean something on another machine: files by their names."""
+    names = {key: Path(settings[key]).name for key in ("model", "data")}
+    texts = {name: {**text, "path": Path(text["path"]).name} for name, text in settings["texts"].items()}
+    return {key: value for key, value in settings.items() if key != "baselines"} | names | {"texts": texts}
 
 
 def make_data(folder: Path) -> dict[str, Path]:
