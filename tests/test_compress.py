@@ -13,7 +13,7 @@ from edkm.cli import main
 from edkm.compressed import hf
 from edkm.compressed.checkpoint import read
 from edkm.models import load_model
-from edkm.train import stages, trainer
+from edkm.train import layer, stages, trainer
 from edkm.train.data import load_blocks
 from edkm.train.prepare import plan, unclustered
 
@@ -92,6 +92,9 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 130
     order = [*range(plain), *range(6 - plain)]
     assert taken == order[:after] and (tmp_path / "parts" / "training" / "run.json").is_file()
+    if after > plain:  # in the clustered phase: tables come from the checkpoint, none are looked for
+        monkeypatch.setattr(layer, "initial_centroids", None)
+        monkeypatch.setattr(stages, "_fit", None)
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
     assert taken == order and not (tmp_path / "parts" / "training").exists()
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))

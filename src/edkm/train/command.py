@@ -235,8 +235,7 @@ def _compress(args, model, tokenizer, blocks, config, settings) -> int:
     resumed = last_checkpoint(work / "clustered") is not None
     began = time.perf_counter()
     teacher = copy.deepcopy(model) if settings.distill else None
-    # A resumed run takes weights and tables from its checkpoint.
-    report = prepare_on(model, config, blocks, start="kmeans" if resumed else args.start, backend=args.backend)
+    report = prepare_on(model, config, blocks, start="checkpoint" if resumed else args.start, backend=args.backend)
     print(
         f"clustered {len(report.clustered)} tensors, left {len(report.skipped)} alone ({time.perf_counter() - began:.0f} s)",
         flush=True,

@@ -17,7 +17,8 @@ def prepare_on(model: Any, config: Any, blocks: Any, *, start: str = "fit", back
     """Calibrate, fit and prepare a model on `CALIBRATION_BLOCKS` blocks spread over the training data.
 
     Args:
-        start: `fit`, `guided` (a fit that knows how much every token matters) or `kmeans` (no fit).
+        start: `fit`, `guided` (a fit that knows how much every token matters), `kmeans` (no fit), or `checkpoint`: weights and tables
+            will be read from there, and no time is spent on finding others.
     """
     from .calibrate import calibrate
     from .prepare import prepare
@@ -27,8 +28,24 @@ def prepare_on(model: Any, config: Any, blocks: Any, *, start: str = "fit", back
     device = next(model.parameters()).device
     batches = [{"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen]
     importance = calibrate(model, batches)
-    centroids = None if start == "kmeans" else _fit(model, config, batches, importance, guided=start == "guided")
+    centroids = None
+    if start == "checkpoint":
+        centroids = _placeholders(model, config)
+    elif start != "kmeans":
+        centroids = _fit(model, config, batches, importance, guided=start == "guided")
     return prepare(model, config, importance=importance, centroids=centroids, backend=backend)
+
+
+def _placeholders(model: Any, config: Any) -> dict[str, Any]:
+    """Centroids of the right shapes for every weight that will be clustered."""
+    import torch
+
+    from .prepare import plan
+
+    return {
+        entry.name: torch.linspace(-1, 1, 2**entry.bits).view(1, -1, 1).repeat(entry.tables, 1, entry.dim)
+        for entry in plan(model, config).clustered
+    }
 
 
 def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any, *, guided: bool) -> dict[str, Any]:
