@@ -32,7 +32,7 @@ def hard(weight, centroids):
 @pytest.mark.parametrize("rows_per_lut", [1, 8, 24])
 def test_every_turn_lowers_the_error_that_it_reports(rows_per_lut):
     weight, moment, start = problem(rows_per_lut=rows_per_lut)
-    found = curvature.fit(weight, moment, start, turns=4, damping=0.0)
+    found = curvature.fit(weight, moment, 3, rows_per_lut=rows_per_lut, turns=4, damping=0.0)
     assert len(found.errors) == 5
     # Rounding tables to float16 may cost a little.
     assert all(after <= before * 1.001 for before, after in itertools.pairwise(found.errors))
@@ -42,8 +42,8 @@ def test_every_turn_lowers_the_error_that_it_reports(rows_per_lut):
 
 
 def test_no_single_index_could_be_better():
-    weight, moment, start = problem(rows=4, cols=12, bits=2, rows_per_lut=4)
-    found = curvature.fit(weight, moment, start, turns=30, damping=0.0)
+    weight, moment, _ = problem(rows=4, cols=12, bits=2, rows_per_lut=4)
+    found = curvature.fit(weight, moment, 2, turns=30, damping=0.0)
     best = hard(found.weight, found.centroids)
     for row, col in itertools.product(range(4), range(12)):
         for entry in found.centroids.flatten():
@@ -67,15 +67,15 @@ def test_tables_are_least_squares():
 
 def test_uncorrelated_inputs_make_it_k_means():
     """The targets are the weights then, and the tables end as their means, but for float16 and turns."""
-    weight, _, start = problem()
-    found = curvature.fit(weight, torch.eye(40, dtype=torch.float64), start, turns=10)
+    weight, _, _ = problem()
+    found = curvature.fit(weight, torch.eye(40, dtype=torch.float64), 3, rows_per_lut=8, turns=10)
     torch.testing.assert_close(found.weight, weight, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("rows_per_lut", [1, 8, 24])
 def test_the_tables_are_the_means_of_the_weights_on_them(rows_per_lut):
-    weight, moment, start = problem(rows_per_lut=rows_per_lut)
-    found = curvature.fit(weight, moment, start)
+    weight, moment, _ = problem(rows_per_lut=rows_per_lut)
+    found = curvature.fit(weight, moment, 3, rows_per_lut=rows_per_lut)
     importance = moment.diagonal().unsqueeze(0)
     lut = round_lut(found.centroids)
     cells = assign(found.weight, lut).long().view(len(lut), -1)  # [g, weights]
@@ -86,17 +86,32 @@ def test_the_tables_are_the_means_of_the_weights_on_them(rows_per_lut):
     assert away.mean() < 0.01 * gap and away.max() < 0.2 * gap
 
 
+def test_without_a_compiler_the_same(monkeypatch):
+    weight, moment, _ = problem(cols=150)
+    found = curvature.fit(weight, moment, 3, rows_per_lut=8)
+    start = edkm.initial_centroids(weight, 3, rows_per_lut=8)
+    monkeypatch.setattr(curvature.compiled, "available", lambda: False)
+    monkeypatch.setattr(curvature, "initial_centroids", lambda *_, **__: start)
+    slow = curvature.fit(weight, moment, 3, rows_per_lut=8)
+    monkeypatch.undo()
+    monkeypatch.setattr(curvature, "initial_centroids", lambda *_, **__: start)
+    fast = curvature.fit(weight, moment, 3, rows_per_lut=8)
+    torch.testing.assert_close(fast.weight, slow.weight, rtol=0, atol=1e-12)
+    assert torch.equal(fast.centroids, slow.centroids)
+    assert found.errors[-1] < fast.errors[-1]  # importance of columns in the start pays
+
+
 def test_columns_that_no_input_reached_are_harmless():
-    weight, moment, start = problem()
+    weight, moment, _ = problem()
     moment[:, 5] = moment[5] = 0
-    found = curvature.fit(weight, moment, start)
+    found = curvature.fit(weight, moment, 3, rows_per_lut=8)
     assert found.weight.isfinite().all() and found.errors[-1] < found.errors[0]
 
 
 def test_the_nearest_centroids_of_the_result_are_the_ones_found_in_float32_and_bfloat16():
     for dtype in (torch.float32, torch.bfloat16):
-        weight, moment, start = problem(dtype=torch.float32)
-        found = curvature.fit(weight.to(dtype), moment, start.float())
+        weight, moment, _ = problem(dtype=torch.float32)
+        found = curvature.fit(weight.to(dtype), moment, 3, rows_per_lut=8)
         assert found.weight.dtype == dtype
         assert error(weight, hard(found.weight, found.centroids).float(), moment) == pytest.approx(found.errors[-1], rel=0.1)
 
@@ -105,13 +120,13 @@ def test_the_nearest_centroids_of_the_result_are_the_ones_found_in_float32_and_b
     "change, message",
     [
         ({"moment": torch.ones(3, 3)}, "moment: must be"),
-        ({"centroids": torch.ones(1, 8, 2)}, "centroids: must be"),
-        ({"centroids": torch.ones(7, 8, 1)}, "centroids: must be"),
+        ({"rows_per_lut": 7}, "rows do not divide into tables of 7"),
+        ({"bits": 9}, "bits: an index has 1 to 8"),
         ({"weight": torch.full((24, 40), torch.nan)}, "weight: NaN"),
         ({"moment": torch.full((40, 40), torch.inf)}, "moment: NaN or infinite"),
     ],
 )
 def test_bad_input_is_refused(change, message):
-    weight, moment, start = problem()
+    weight, moment, _ = problem()
     with pytest.raises(ValueError, match=message):
-        curvature.fit(**{"weight": weight, "moment": moment, "centroids": start, **change})
+        curvature.fit(**{"weight": weight, "moment": moment, "bits": 3, **change})

@@ -6,6 +6,7 @@ import torch
 import edkm
 from edkm.core.assign import lookup
 from edkm.models import load_model
+from edkm.train import fit
 
 CONFIG = edkm.ClusterConfig(bits=2, rows_per_lut=16)
 
@@ -149,3 +150,17 @@ def test_what_sensitivity_leaves_out():
         edkm.sensitivity(odd, config, [torch.full((2, 8), torch.nan)], loss=lambda x: odd(x).square().sum())
     with pytest.raises(ValueError, match="fewer tokens than the batches"):
         edkm.fit(odd, config, [torch.randn(10, 8)], sensitivity={"weight": torch.ones(9, 1)})
+
+
+def test_later_batches_are_called_as_the_first_and_the_model_is_left_as_it_was(tiny_dir):
+    model = load_model(tiny_dir)[0]
+    mine = model.model.layers[0].forward = model.model.layers[0].forward  # as a library does that wraps it
+    layers, calls = fit._chain(model, batches(3))
+    assert len(layers) == 2
+    assert layers[0].forward is mine and "forward" not in vars(layers[1])
+    for i, batch in enumerate(batches(3)):
+        _, alone = fit._chain(model, [batch])
+        for layer in layers:
+            (args, kwargs), (args_alone, kwargs_alone) = calls[layer][i], alone[layer][0]
+            assert (args[0] is None) == (layer is layers[1]) and kwargs.keys() == kwargs_alone.keys()
+            torch.testing.assert_close([*args[:1], *kwargs["position_embeddings"]], [*args_alone[:1], *kwargs_alone["position_embeddings"]])

@@ -1,10 +1,10 @@
 """Where clustering starts: importance-weighted k-means, and the temperature that goes with it.
 
-Scalars (`d = 1`) are clustered on the histogram of their 16-bit values. One-dimensional clusters are segments of the sorted
-values, and prefix sums give the error of any segment at once. Boundaries start where they share density^(1/3) evenly, the optimal
-density of centroids at high resolution (Panter & Dite 1951), and once more as the best among coarse places; then all of them move
-together, by dynamic programming over places near each, until none moves. The better end counts (docs/log.md compares it with the
-optimum). Vectors take k-means++ and Lloyd.
+One-dimensional clusters are segments of the sorted values, and prefix sums give the error of any segment at once. On a CPU with a
+compiler dynamic programming finds the optimum (`compiled.segments`). Elsewhere boundaries start where they share density^(1/3) evenly,
+the optimal density of centroids at high resolution (Panter & Dite 1951), and once more as the best among coarse places; then all of them
+move together, by dynamic programming over places near each, until none moves. The better end counts (docs/log.md compares it with the
+optimum). Large tables are clustered on the histogram of their 16-bit values. Vectors take k-means++ and Lloyd.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edkm.core import unique
+from edkm.core import compiled, unique
 from edkm.core.assign import assign, lookup
 from edkm.core.op import check_shapes
 from edkm.core.reference import NOT_FINITE, compute_dtype, group_importance, group_vectors
@@ -42,13 +42,14 @@ def initial_centroids(
     """Start centroids of every table of a weight, by importance-weighted k-means. Deterministic.
 
     Args:
-        weight: `[rows, cols]`, any float dtype; scalars wider than 16 bits are clustered by their bfloat16 rounding.
+        weight: `[rows, cols]`, any float dtype; where more than 65,536 scalars share a table, wider ones are clustered by their bfloat16
+            rounding.
         bits: of an index, 1 to 8; a table has `2**bits` centroids.
         dim: consecutive rows that one index stands for.
         rows_per_lut: rows that share a table; None for one table.
         importance: None, or non-negative and broadcastable to `weight`.
-        quick: Lloyd's steps from the best among coarse places instead of the search, for scalars: faster where tables are many,
-            and a few percent from the optimum.
+        quick: where the optimum is not found by `compiled`, Lloyd's steps from the best among coarse places instead of the search, for
+            scalars: faster where tables are many, and a few percent from the optimum.
 
     Returns:
         `[g, 2**bits, dim]` float32 (float64 for a float64 weight); ascending within a table when `dim = 1`. Tables with fewer
@@ -80,8 +81,7 @@ def initial_centroids(
     centroids = torch.empty(groups, k, 1, dtype=dtype, device=weight.device)
     s = unique.grouped(importance, weight, groups)
     for of, rows, key in unique.pieces(weight, groups, torch.bfloat16):
-        points, (mass, count) = unique.find_points_and_sums(rows, key, torch.float64, [None if s is None else s[of], None])
-        values, mass, count = points.values.flatten(1), mass.flatten(1), count.flatten(1)  # [g, m]
+        values, mass, count = _ascending(rows, None if s is None else s[of], key)
         # A group without any importance is clustered by density.
         mass = torch.where(mass.sum(1, keepdim=True) > 0, mass, count)
         centroids[of, :, 0] = _kmeans_1d(values, mass, k, quick).to(dtype)
@@ -115,6 +115,17 @@ def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None
     return (2 * softness * distortion).maximum(scale).clamp_min(torch.finfo(dtype).tiny * 1e6)
 
 
+def _ascending(rows: Tensor, importance: Tensor | None, key: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, importance and number `[g, m]` float64 of the weights `[g, rows, cols]`: of each by itself, or of each 16-bit value."""
+    if rows[0].numel() > unique.KEYS:
+        points, (mass, count) = unique.find_points_and_sums(rows, key, torch.float64, [importance, None])
+        return points.values.flatten(1), mass.flatten(1), count.flatten(1)
+    values, order = rows.flatten(1).sort(1)
+    count = torch.ones_like(values, dtype=torch.float64)
+    mass = count if importance is None else importance.flatten(1).gather(1, order).double()
+    return values.double(), mass, count
+
+
 def _prefix(values: Tensor) -> Tensor:
     """`[g, m]` -> `[g, m + 1]` sums of everything before."""
     return torch.nn.functional.pad(values.cumsum(1), (1, 0))
@@ -125,6 +136,9 @@ def _kmeans_1d(values: Tensor, mass: Tensor, k: int, quick: bool) -> Tensor:
     offset = (values * mass).sum(1, keepdim=True) / mass.sum(1, keepdim=True)
     values = values - offset
     prefixes = torch.stack([_prefix(mass), _prefix(mass * values), _prefix(mass * values**2)])  # [3, g, m + 1]
+    if values.device.type == "cpu" and compiled.available():
+        edges = compiled.segments(prefixes[0], prefixes[1], k)
+        return _means(values, prefixes, edges) + offset
     if quick:
         edges = _coarse(values, mass, prefixes, k, 3 * k) if k <= _COARSE_CENTROIDS else _quantiles(values, mass, k)
         return _means(values, prefixes, _lloyd_edges(values, prefixes, edges)) + offset

@@ -16,9 +16,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,23 +179,63 @@ class _Call:
         """Run a kernel over all groups, in as many threads as torch would use."""
         kept = [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
         assert all(x.dtype == self.weight.dtype for x in kept if isinstance(x, Tensor))
-        passed = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_int64(x) for x in kept]
-        kernel = getattr(_library(self.weight.dtype), name)
-        threads = max(1, min(torch.get_num_threads(), self.groups, self.weight.numel() // _WEIGHTS_PER_THREAD))
-        bounds = [self.groups * i // threads for i in range(threads + 1)]
-
-        def work(i: int) -> None:
-            kernel(ctypes.byref(self.points), *passed, ctypes.c_int64(bounds[i]), ctypes.c_int64(bounds[i + 1]))
-
-        _in_threads(work, threads)
+        kernel = _kernel(name, self.weight.dtype)
+        passed = [ctypes.byref(self.points), *_passed(kept)]
+        _in_threads(lambda first, stop: kernel(*passed, *_passed([first, stop])), self.groups, self.weight.numel())
 
 
-def _in_threads(work: Callable[[int], None], threads: int) -> None:
-    """`work(i)` for each i; ctypes lets go of the interpreter's lock meanwhile."""
+# For centroids.py and curvature.py.
+
+
+def segments(mass: Tensor, total: Tensor, k: int) -> Tensor:
+    """The `k` segments of ascending values that have the least squared error in all: boundaries `[g, k + 1]`, int64.
+
+    Args:
+        mass, total: of everything before each place, `[g, m + 1]` float64 on a CPU.
+
+    Cost:
+        `k m log m` rounds of some ten operations for every table.
+    """
+    groups, places = mass.shape
+    edges = torch.empty(groups, k + 1, dtype=torch.int64)
+    mass, total = mass.contiguous(), total.contiguous()
+    kernel = _kernel("edkm_segments", torch.float32)
+
+    def work(first: int, stop: int) -> None:
+        own = torch.empty(2, places, dtype=torch.float64), torch.empty(k, places, dtype=torch.int32)
+        kernel(*_passed([places - 1, k, mass, total, edges, *own, first, stop]))
+
+    _in_threads(work, groups, groups * places * k)
+    return edges
+
+
+def columns(target: Tensor, before: Tensor, spread: Tensor, entries: Tensor, middles: Tensor) -> Tensor:
+    """What `curvature.round_columns` says, float32 or float64 on a CPU."""
+    rows = target.shape[1]
+    out = torch.empty_like(target)
+    arguments = [*target.shape, len(entries), target, before, spread, entries, middles, out]
+    assert all(x.is_contiguous() and x.dtype == target.dtype for x in arguments if isinstance(x, Tensor))
+    kernel, passed = _kernel("edkm_columns", target.dtype), _passed(arguments)
+    _in_threads(lambda first, stop: kernel(*passed, *_passed([first, stop])), rows, target.numel())
+    return out
+
+
+def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    return getattr(_library(dtype), name)
+
+
+def _passed(arguments: Sequence[Tensor | int]) -> list[Any]:
+    return [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_int64(x) for x in arguments]
+
+
+def _in_threads(work: Callable[[int, int], None], count: int, size: int) -> None:
+    """`work(first, stop)` on parts of `count` in as many threads as torch would use; ctypes lets go of the interpreter's lock meanwhile."""
+    threads = max(1, min(torch.get_num_threads(), count, size // _WEIGHTS_PER_THREAD))
+    bounds = [count * i // threads for i in range(threads + 1)]
     if threads == 1:
-        work(0)
+        work(0, count)
     else:
-        list(_pool(os.getpid(), threads).map(work, range(threads)))
+        list(_pool(os.getpid(), threads).map(work, bounds[:-1], bounds[1:]))
 
 
 @functools.cache

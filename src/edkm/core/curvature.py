@@ -11,7 +11,9 @@ where importance sees only the diagonal of `H`. Every `q` is an entry of its row
   `w_j - (1/H_jj) sum_{i != j} H_ij (q_i - w_i)`, its *target*, and the best entry is the one nearest to it.
 
 The first pass over the columns knows no `q` to the right and takes what they will make good into account, as GPTQ does
-(arXiv:2210.17323); later ones are plain coordinate descent (as in LNQ, arXiv:2505.07004). The targets of the last pass are what
+(arXiv:2210.17323). A rounding error in column `j` then costs only what they cannot make good: its square times `1 / U_jj^2`, with
+`inv(H) = U^T U`, the variance of input `j` given the inputs to the right. That is the importance with which k-means finds the first
+tables. Later passes are plain coordinate descent (as in LNQ, arXiv:2505.07004). The targets of the last pass are what
 training starts from, once each entry's targets have been moved together so that their mean, weighted as training weighs it, is the
 entry: the indices are their nearest centroids then, and the tables are a fixed point of k-means, which would otherwise drift back from
 the least squares.
@@ -24,12 +26,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from edkm.core import compiled
 from edkm.core.assign import round_lut
+from edkm.core.centroids import initial_centroids
 from edkm.core.reference import compute_dtype
 
 # Columns that are worked through before the rest is told of their error.
 _BLOCK = 64
-_TABLE_STEPS = 8
+_TABLE_STEPS = 4
 _SETTLE_STEPS = 4
 
 
@@ -48,27 +52,35 @@ class Fit(NamedTuple):
 
 
 def fit(
-    weight: Tensor, moment: Tensor, centroids: Tensor, *, turns: int = 2, damping: float = 0.01, importance: Tensor | None = None
+    weight: Tensor,
+    moment: Tensor,
+    bits: int,
+    *,
+    rows_per_lut: int | None = None,
+    turns: int = 4,
+    damping: float = 0.01,
+    importance: Tensor | None = None,
 ) -> Fit:
     """Bring the output error of a clustered weight down, given the second moment of its inputs. Deterministic.
 
     Args:
         weight: `[rows, cols]`, any float dtype.
         moment: `[cols, cols]`, mean of `x x^T` or a weighted one, symmetric and non-negative definite.
-        centroids: `[g, k, 1]` to start from, as `initial_centroids` returns them.
+        bits: of an index.
+        rows_per_lut: rows that share a table; None for one table.
         turns: of tables and indices after the first pass.
         damping: added to the diagonal of `moment`, in units of its mean; columns that no input reached count as that alone.
         importance: `[1, cols]`, of the clustering that will train the weight; None for the diagonal of `moment`.
 
     Raises:
-        ValueError: shapes that do not fit, vectors (`d > 1`), values that are not finite.
+        ValueError: shapes that do not fit, values that are not finite.
 
     Cost:
-        `2 (1 + turns) rows cols^2` multiplications for indices and `2 turns (steps + 1)` times `rows cols^2` for tables, with 8 steps;
-        memory of four copies of the weight in float32 and two of the moment. Columns go one by one: `(1 + turns) cols` rounds of
-        small operations.
+        `1 + 2 turns` times `rows cols^2` multiplications for indices and `5 turns` times for tables; memory of some six copies of the
+        weight in float32 and three of the moment. Columns go one by one: where `compiled` is not available, `(1 + turns) cols`
+        rounds of small operations.
     """
-    _check(weight, moment, centroids)
+    _check(weight, moment)
     dtype = compute_dtype(weight.dtype)
     given, h = weight.detach().to(dtype), _damped(moment.to(weight.device, dtype), damping)
     # The columns that matter most go first: there is still much to the right that can make their errors good.
@@ -76,8 +88,12 @@ def fit(
     h = h[order][:, order]
     w = given[:, order].T.contiguous()  # [cols, rows]
     scale = ((h @ w) * w).sum().clamp_min(torch.finfo(dtype).tiny)
-    tables = _Tables(centroids.to(dtype), w.shape[1])
-    q, target = _first_pass(w, h, tables)
+    # What columns leave of each other: [j, j] is the deviation of input j given those after it, the rest their shares in it.
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    variance, upper = upper.diagonal().pow(-2), upper / upper.diagonal().unsqueeze(1)
+    start = initial_centroids(w.T, bits, rows_per_lut=rows_per_lut, importance=variance.unsqueeze(0), quick=True)
+    tables = _Tables(start, w.shape[1])
+    q, target = _first_pass(w, upper, tables)
     slope = h @ (q - w)  # half the gradient of the error
     errors = [float((slope * (q - w)).sum() / scale)]
     for _ in range(turns):
@@ -91,18 +107,13 @@ def fit(
     return Fit(whole.to(weight.dtype), tables.entries.unsqueeze(2), errors)
 
 
-def _check(weight: Tensor, moment: Tensor, centroids: Tensor) -> None:
+def _check(weight: Tensor, moment: Tensor) -> None:
     if weight.ndim != 2 or moment.shape != (weight.shape[1],) * 2:
         raise ValueError(
             f"moment: must be [cols, cols] for a weight [rows, cols], got {list(moment.shape)} for {list(weight.shape)}. "
             "Calibrate the layer whose weight this is."
         )
-    if centroids.ndim != 3 or centroids.shape[2] != 1 or weight.shape[0] % len(centroids):
-        raise ValueError(
-            f"centroids: must be [g, k, 1] with g dividing {weight.shape[0]} rows, got {list(centroids.shape)}. "
-            "Vectors (dim > 1) start from k-means."
-        )
-    for name, tensor in (("weight", weight), ("moment", moment), ("centroids", centroids)):
+    for name, tensor in (("weight", weight), ("moment", moment)):
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: NaN or infinite values. Calibrate in float32, or check the data.")
 
@@ -127,13 +138,28 @@ class _Tables:
         self.by_row = self.entries[self.of_row]  # [rows, k]
         self.midpoints = ((self.by_row[:, 1:] + self.by_row[:, :-1]) / 2).contiguous()
 
-    def nearest(self, values: Tensor) -> Tensor:
-        """The entry of its table nearest to each row's value, `[rows]`; halfway between two the lower one."""
-        return self.by_row.gather(1, torch.searchsorted(self.midpoints, values.unsqueeze(1))).squeeze(1)
+    def round_columns(self, target: Tensor, before: Tensor, spread: Tensor) -> Tensor:
+        """Columns to the nearest entries of their rows' tables, one after another, each moving the targets of those that follow.
+
+        Args:
+            target: `[columns, rows]`, contiguous; in place, `target_i += spread_ji (before_j - nearest_j)` for `i > j`.
+            before: like `target`, and may be the same.
+            spread: `[columns, columns]`.
+
+        Returns:
+            The entries, like `target`; for a value halfway between two the lower one.
+        """
+        if target.device.type == "cpu" and compiled.available():
+            return compiled.columns(target, before, spread.contiguous(), self.by_row.T.contiguous(), self.midpoints.T.contiguous())
+        nearest = torch.empty_like(target)
+        for j, value in enumerate(target):
+            nearest[j] = self.by_row.gather(1, torch.searchsorted(self.midpoints, value.unsqueeze(1))).squeeze(1)
+            target[j + 1 :].addr_(spread[j, j + 1 :], before[j] - nearest[j])
+        return nearest
 
     def cells(self, q: Tensor) -> Tensor:
         """Which entry of all tables each weight `[cols, rows]` is on."""
-        return torch.searchsorted(self.midpoints, q.T.contiguous()).T + self.entries.shape[1] * self.of_row
+        return torch.searchsorted(self.midpoints, q.T.contiguous()).T.contiguous() + self.entries.shape[1] * self.of_row
 
     def gather(self, x: Tensor, cells: Tensor) -> Tensor:
         """Sums of `x [cols, rows]` over the weights of each entry, `[g, k]`."""
@@ -173,32 +199,24 @@ class _Tables:
         self._set(self.entries + change)
 
 
-def _first_pass(w: Tensor, h: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
+def _first_pass(w: Tensor, upper: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
     """GPTQ's update: the error of each column is spread over those to its right, as they will make it good."""
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     target, q = w.clone(), torch.empty_like(w)
     for start in range(0, len(w), _BLOCK):
-        stop = min(start + _BLOCK, len(w))
-        errors = torch.empty_like(w[start:stop])
-        for j in range(start, stop):
-            q[j] = tables.nearest(target[j])
-            errors[j - start] = (target[j] - q[j]) / upper[j, j]
-            target[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
-        target[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        here = slice(start, start + _BLOCK)
+        q[here] = tables.round_columns(target[here], target[here], -upper[here, here])
+        target[start + _BLOCK :].addmm_(upper[here, start + _BLOCK :].T, target[here] - q[here], alpha=-1)
     return q, target
 
 
 def _descend(w: Tensor, h: Tensor, q: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
     """Each column in turn to the entry that is best while all others stay."""
-    q, target = q.clone(), torch.empty_like(w)
+    q, target, error = q.clone(), torch.empty_like(w), q - w
     diagonal = h.diagonal()
     for start in range(0, len(w), _BLOCK):
-        stop = min(start + _BLOCK, len(w))
-        slope = h[start:stop] @ (q - w)  # half the gradient of the error in these columns
-        for j in range(start, stop):
-            i = j - start
-            target[j] = q[j] - slope[i] / diagonal[j]
-            best = tables.nearest(target[j])
-            slope[i + 1 :].addr_(h[j, j + 1 : stop], best - q[j])
-            q[j] = best
+        here = slice(start, start + _BLOCK)
+        slope = h[here] @ error  # half the gradient of the error in these columns
+        target[here] = q[here] - slope / diagonal[here].unsqueeze(1)
+        q[here] = tables.round_columns(target[here], q[here], h[here, here] / diagonal[here])
+        error[here] = q[here] - w[here]
     return q, target

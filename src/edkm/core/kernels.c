@@ -240,3 +240,85 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
         }
     }
 }
+
+/* The loops of curvature.py: columns of a weight to entries of their tables, one column after another. Arrays have a row for every
+   column of the weight, so that the inner loops run along its rows, each of which has a table of its own.
+
+   target, from, out [columns, rows]; spread [columns, columns]; entries [k, rows] ascending and middles [k - 1, rows] between them. */
+#define LANES 64
+
+void edkm_columns(int64_t columns, int64_t rows, int64_t k, real *target, const real *from, const real *spread, const real *entries,
+                  const real *middles, real *out, int64_t first, int64_t stop) {
+    for (int64_t at = first, n; at < stop && (n = stop - at < LANES ? stop - at : LANES, 1); at += LANES)
+        for (int64_t j = 0; j < columns; j++) {
+            const real *t = target + j * rows + at, *before = from + j * rows + at;
+            real best[LANES], change[LANES];
+            for (int i = 0; i < n; i++) best[i] = entries[at + i];
+            for (int64_t m = 0; m + 1 < k; m++) {
+                const real *middle = middles + m * rows + at, *entry = entries + (m + 1) * rows + at;
+                for (int i = 0; i < n; i++) best[i] = t[i] > middle[i] ? entry[i] : best[i];
+            }
+            for (int i = 0; i < n; i++) change[i] = before[i] - best[i];
+            memcpy(out + j * rows + at, best, n * sizeof *best);
+            for (int64_t later = j + 1; later < columns; later++) {
+                const real share = spread[j * columns + later];
+                real *into = target + later * rows + at;
+                for (int i = 0; i < n; i++) into[i] += share * change[i];
+            }
+        }
+}
+
+/* The loops of centroids.py: k-means of single values, to the optimum. Clusters are segments of the m ascending values. One that holds
+   mass w and total x takes x^2 / w off the squared error, so `most[j][b]`, the most that j segments of the first b values can take off, is
+   the best over their last boundary a of most[j - 1][a] + x^2 / w. The best a never falls as b rises: halve the range of b and a
+   together (Gronlund et al. 2017, arXiv:1701.07204). */
+
+typedef struct {
+    const double *mass, *total; /* of all values before, [m + 1] */
+    const double *before;       /* most[j - 1] */
+    double *most;
+    int32_t *origin;
+} Cuts;
+
+static void cut(const Cuts *c, int64_t low, int64_t high, int64_t from, int64_t to) {
+    while (low <= high) {
+        const int64_t b = (low + high) / 2, end = to < b ? to : b;
+        int64_t best = from;
+        double most = -1;
+        for (int64_t a = from; a <= end; a++) {
+            const double w = c->mass[b] - c->mass[a], x = c->total[b] - c->total[a];
+            const double value = c->before[a] + (w > 0 ? x * x / w : 0);
+            if (value > most) most = value, best = a;
+        }
+        c->most[b] = most;
+        c->origin[b] = (int32_t)best;
+        cut(c, low, b - 1, from, best);
+        low = b + 1;
+        from = best;
+    }
+}
+
+/* edges [groups, k + 1] from mass and total [groups, m + 1]. work [2 (m + 1)] and origin [k (m + 1)] are a thread's own. */
+void edkm_segments(int64_t m, int64_t k, const double *mass, const double *total, int64_t *edges, double *work, int32_t *origin,
+                   int64_t first, int64_t stop) {
+    const int64_t n = m + 1;
+    for (int64_t g = first; g < stop; g++) {
+        double *before = work, *most = work + n;
+        for (int64_t b = 0; b < n; b++) {
+            const double w = mass[g * n + b], x = total[g * n + b];
+            before[b] = w > 0 ? x * x / w : 0;
+        }
+        for (int64_t j = 1; j < k; j++) {
+            Cuts c = {mass + g * n, total + g * n, before, most, origin + j * n};
+            cut(&c, j + 1 < k ? 0 : m, m, 0, m);
+            double *swap = before;
+            before = most, most = swap;
+        }
+        int64_t at = m;
+        for (int64_t j = k; j > 0; j--) {
+            edges[g * (k + 1) + j] = at;
+            at = j > 1 ? origin[(j - 1) * n + at] : 0;
+        }
+        edges[g * (k + 1)] = 0;
+    }
+}

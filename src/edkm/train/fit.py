@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from edkm.config import ClusterConfig
 from edkm.core import curvature
 from edkm.core.assign import assign, lookup
-from edkm.core.centroids import initial_centroids
 from edkm.train.calibrate import call, evaluating
 from edkm.train.prepare import decisions, decoder_layers, plan, targets_of
 
@@ -97,7 +96,7 @@ def fit(
     config: ClusterConfig,
     batches: Iterable[Any],
     *,
-    turns: int = 2,
+    turns: int = 4,
     importance: Mapping[str, Tensor] | None = None,
     sensitivity: Mapping[str, Tensor] | None = None,
     report: Callable[[str, float], None] | None = None,
@@ -125,7 +124,7 @@ def fit(
             the work the model is of no use.
 
     Cost:
-        Three forward passes over `batches`, whose hidden states are kept; a product `x^T x` per linear input, with `sensitivity` four
+        Two forward passes over `batches`, whose hidden states are kept; a product `x^T x` per linear input, with `sensitivity` four
         for every weight; a second copy of the fitted weights; for every weight what `core.curvature.fit` says.
     """
     batches = list(batches)
@@ -176,10 +175,9 @@ def _fit_one(
     """`(centroids, targets, relative output error)`; the weight is put on its tables. A moment for every equal run of rows."""
     found = []
     for rows, moment in zip(weight.chunk(len(moments)), moments, strict=True):
-        mass = moment.diagonal().unsqueeze(0).to(weight.device)
-        start = initial_centroids(rows, settings.bits, rows_per_lut=settings.rows_per_lut or None, importance=mass, quick=True)
         try:
-            found.append(curvature.fit(rows, moment, start, turns=turns, importance=importance))
+            per_lut = settings.rows_per_lut or None
+            found.append(curvature.fit(rows, moment, settings.bits, rows_per_lut=per_lut, turns=turns, importance=importance))
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise ValueError(f"{name}: {error}") from None
     centroids, target = torch.cat([part.centroids for part in found]), torch.cat([part.weight for part in found])
@@ -231,7 +229,10 @@ _Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]
 
 
 def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Calls]:
-    """The layers that can be run one after another, and how each was called for each batch; none if they are no chain."""
+    """The layers that can be run one after another, and how each was called for each batch; none if they are no chain.
+
+    Only the first batch is worked out. For the others the layers hand on what they are given, which is enough to see how they are called.
+    """
     layers = decoder_layers(model)
     calls: _Calls = {layer: [] for layer in layers}
     output: list[Any] = [None]
@@ -245,17 +246,53 @@ def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Call
 
     def after(layer: nn.Module, args: Any, out: Any) -> None:
         output[0] = _hidden(out)
+        tuples[layer] = isinstance(out, tuple)
 
+    tuples: dict[nn.Module, bool] = {}
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(after) for layer in layers]
     try:
-        for batch in batches if layers else ():
+        for batch in batches[:1] if layers else ():
             call(model, batch)
+        if chained[0]:
+            with _handing_on(layers, tuples):
+                for batch in batches[1:]:
+                    with suppress(_Enough):
+                        call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
     once = all(len(made) == len(batches) for made in calls.values())
     return (layers, calls) if chained[0] and once else ([], {})
+
+
+class _Enough(Exception):
+    """What follows the last layer is of no interest."""
+
+
+@contextmanager
+def _handing_on(layers: list[nn.Module], tuples: dict[nn.Module, bool]) -> Iterator[None]:
+    """Layers do nothing, and the last ends the model's forward."""
+
+    def hand_on(layer: nn.Module) -> Callable[..., Any]:
+        def forward(x: Tensor, *_: Any, **__: Any) -> Any:
+            if layer is layers[-1]:
+                raise _Enough
+            return (x,) if tuples[layer] else x
+
+        return forward
+
+    own = {layer: vars(layer).get("forward") for layer in layers}  # of the instance: other libraries put one there
+    try:
+        for layer in layers:
+            layer.forward = hand_on(layer)
+        yield
+    finally:
+        for layer, forward in own.items():
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 def _through(layer: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Tensor]:
