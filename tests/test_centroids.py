@@ -46,7 +46,7 @@ def assert_near_optimal(weight, bits, groups=1, importance=None, within=1e-3):
     mass = torch.ones_like(weight) if importance is None else importance.expand(weight.shape)
     found = inertia(weight, centroids, mass)
     for g in range(groups):
-        values, s = (t.double().view(groups, -1)[g] for t in (weight, mass))
+        values, s = (t.double().reshape(groups, -1)[g] for t in (weight, mass))
         distinct, inverse = values.unique(return_inverse=True)
         summed = torch.zeros_like(distinct).index_add_(0, inverse, s)
         if summed.sum() == 0:
