@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from edkm.cli import main
 from edkm.compare import command, llm_qat, making, stage, table
 from edkm.compare.dense import embedding_weights, inventory, linear_weights
-from edkm.compare.methods import METHODS, account, chosen, group_size, rows_per_table
+from edkm.compare.methods import METHODS, account, budget, chosen, group_size
 from edkm.compare.plot import plot
 from edkm.compare.rtn import most_distinct, round_to_nearest, symmetric
 from edkm.models import load_model
@@ -86,7 +86,7 @@ def test_every_row_is_there_with_its_figures(compared):
     assert rows["edkm"]["bytes"] == packed
 
 
-@pytest.mark.parametrize(("name", "block", "most"), [("rtn", (1, 64), 8), ("llm-qat", (1, 0), 7), ("dkm", (0, 0), 8), ("edkm", (8, 0), 8)])
+@pytest.mark.parametrize(("name", "block", "most"), [("rtn", (1, 64), 8), ("llm-qat", (1, 0), 7), ("dkm", (0, 0), 8)])
 def test_each_row_is_quantized(compared, name, block, most):
     model, _ = load_model(compared / name / "checkpoint")
     weights = linear_weights(model)
@@ -104,11 +104,22 @@ def test_each_row_is_quantized(compared, name, block, most):
     assert not torch.equal(dict(original.named_parameters())["model.embed_tokens.weight"], embedding)
 
 
+def test_the_packed_row_is_quantized_as_its_file_says(compared):
+    tables = json.loads((compared / "edkm" / "make.json").read_text())["tables"]
+    model, _ = load_model(compared / "edkm" / "checkpoint")
+    for name, weight in linear_weights(model).items():
+        rows, most = tables[name]
+        assert all(len(part.unique()) <= most for part in weight.detach().split(rows))
+    assert len({tuple(table) for table in tables.values()}) > 2  # not all alike
+    found = rows_of(compared)["edkm"]
+    assert found["target_bpw"] == 3.2 and 3.1 < found["linear_bits"] <= 3.2
+
+
 def test_a_checkpoint_that_is_not_quantized_is_refused(compared, tmp_path):
     (tmp_path / "rtn").mkdir()
     (tmp_path / "rtn" / "make.json").write_text(json.dumps({"block": [1, 64]}))
     model, _ = load_model(compared / "original" / "checkpoint")
-    with pytest.raises(ValueError, match=r"rtn: model\.layers\..* has \d+ distinct values where 3 bits allow 8"):
+    with pytest.raises(ValueError, match=r"rtn: model\.layers\..* has \d+ distinct values where 8 are allowed"):
         stage.check_quantized(making.Job(tmp_path, "rtn", {"bits": 3}), model)
 
 
@@ -262,9 +273,7 @@ def test_groups_and_tables():
     assert group_size([576, 1536]) == 64 and group_size([4096, 11008]) == 128
     with pytest.raises(ValueError, match="has 100 columns"):
         group_size([64, 100])
-    assert rows_per_table([(576, 576), (192, 576), (576, 1536)], 3, 0.297) == 1
-    assert rows_per_table([(576, 576), (192, 576)], 4, 0.3) == 2
-    assert rows_per_table([(5, 16), (7, 16)], 4, 0.1) == 0
+    assert budget(3, 64) == 3.2 and budget(4, 64) == 4.3 and budget(2, 128) == 2.1
     assert chosen(["edkm", "rtn"]) == ["original", "control", "rtn", "edkm"]
 
 

@@ -47,6 +47,7 @@ def test_public_names():
     assert edkm.__all__ == [
         "ClusterConfig",
         "__version__",
+        "allocate",
         "calibrate",
         "choose_backend",
         "cluster",

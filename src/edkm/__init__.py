@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from edkm.config import ClusterConfig
     from edkm.core.centroids import initial_centroids
     from edkm.core.op import choose_backend, cluster
+    from edkm.train.allocate import allocate
     from edkm.train.calibrate import calibrate
-    from edkm.train.fit import fit, sensitivity
+    from edkm.train.fit import fit
+    from edkm.train.gradients import sensitivity
     from edkm.train.layer import soft_weights
     from edkm.train.prepare import freeze, prepare
     from edkm.train.shard import distribute
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 # Imported when first used, so that `edkm --help` does not wait for torch.
 _HOME = {
     "ClusterConfig": "edkm.config",
+    "allocate": "edkm.train.allocate",
     "calibrate": "edkm.train.calibrate",
     "choose_backend": "edkm.core.op",
     "cluster": "edkm.core.op",
@@ -27,13 +30,14 @@ _HOME = {
     "freeze": "edkm.train.prepare",
     "initial_centroids": "edkm.core.centroids",
     "prepare": "edkm.train.prepare",
-    "sensitivity": "edkm.train.fit",
+    "sensitivity": "edkm.train.gradients",
     "soft_weights": "edkm.train.layer",
 }
 
 __all__ = [
     "ClusterConfig",
     "__version__",
+    "allocate",
     "calibrate",
     "choose_backend",
     "cluster",

@@ -1,4 +1,4 @@
-"""The demonstration, `make demo`: compress a real model to 3 bits while fine-tuning it, beside plain fine-tuning.
+"""The demonstration, `make demo`: compress a real model to 3.2 bits a weight while fine-tuning it, beside plain fine-tuning.
 
 Each stage runs in a process of its own, so that peak memory is its own too and the packed file is loaded by a process that has never
 seen the training. The last thing printed is one table.
@@ -19,7 +19,7 @@ from edkm.demo_data import fetch_smollm2, pydoc_data
 
 # Chosen by experiment: docs/log.md, 2026-11-21.
 STEPS = 12
-ROWS_PER_LUT = 1
+TARGET_BPW = 3.2
 LR = 2e-4
 WINDOWS = 8
 WINDOW = 512
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     titles = {
         "original": "original model",
         "control": "plain fine-tuning (control)",
-        "compress": "compress to 3 bits",
+        "compress": f"compress to {TARGET_BPW:g} bits a weight",
         "reload": "load the packed model afresh",
     }
     for number, (stage, title) in enumerate(titles.items(), 2):
@@ -116,16 +116,16 @@ def _control(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
-    """What `edkm compress` does: half of the steps on the model as it is, then clustered."""
+    """What `edkm compress` does: most of the steps on the model as it is, the rest clustered."""
     import edkm
     from edkm.train.stages import prepare_on, write
 
     model, tokenizer, blocks = _load(args)
-    plain = args.steps // 2
+    plain = args.steps * 3 // 4
     figures: dict[str, Any] = {"plain_steps": plain, "plain_seconds": _train(model, blocks, args, plain)}
     began = time.perf_counter()
-    config = edkm.ClusterConfig(bits=3, rows_per_lut=ROWS_PER_LUT, embedding_bits=8, anneal_steps=args.steps - plain)
-    report = prepare_on(model, config, blocks)
+    config = edkm.ClusterConfig(anneal_steps=args.steps - plain)
+    report, config = prepare_on(model, config, blocks, target_bpw=TARGET_BPW)
     figures["prepare_seconds"] = time.perf_counter() - began
     print(f"     {len(report.clustered)} tensors clustered in {figures['prepare_seconds']:.0f} s", flush=True)
     figures["start"] = _perplexity(model, tokenizer, args)
@@ -184,10 +184,10 @@ def _table(figures: dict[str, dict[str, Any]], args: argparse.Namespace, seconds
                 size(original["bytes"]),
                 *cost(control),
             ),
-            line(f"edkm, 3 bits, fitted after {compress['plain_steps']} plain steps", compress["start"]),
-            line("edkm, 3 bits, soft weights", compress["soft"]),
-            line("edkm, 3 bits, hard weights", compress["hard"], "", *cost(compress)),
-            line("edkm, 3 bits, packed file, fresh process", packed["perplexity"], size(packed["bytes"])),
+            line(f"edkm, fitted after {compress['plain_steps']} plain steps", compress["start"]),
+            line("edkm, soft weights", compress["soft"]),
+            line("edkm, hard weights", compress["hard"], "", *cost(compress)),
+            line("edkm, packed file, fresh process", packed["perplexity"], size(packed["bytes"])),
             "",
             f"the packed model is {same} the trained one; {packed['bits_per_weight']:.2f} bits per weight over everything, "
             f"{packed['clustered_bits_per_weight']:.2f} in the linear layers (tables counted); "

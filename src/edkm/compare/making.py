@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edkm.compare.methods import METHODS, Method, account, group_size, rows_per_table, side_bits
+from edkm.compare.methods import METHODS, Method, account, budget, group_size
 
 CHECKPOINT = "checkpoint"
 _CALIBRATION = "calibration.safetensors"
@@ -62,8 +62,8 @@ def make(job: Job) -> dict[str, Any]:
     """Make the checkpoint of a method.
 
     Returns:
-        `seconds`; `linear_bits`, `total_bits` and `bytes`; `block`, the `(rows, columns)` that share a scale or a table, None in 16 bits;
-        and what else the maker has to say.
+        `seconds`; `linear_bits`, `total_bits` and `bytes`; `block`, the `(rows, columns)` that share a scale; or `tables`, for each
+        tensor of a packed file the rows that share a table and its entries; neither in 16 bits; and what else the maker has to say.
     """
     began = time.perf_counter()
     found = _MAKERS[job.method.maker](job)
@@ -179,27 +179,27 @@ def _make_dkm(job: Job) -> dict[str, Any]:
     _train(job, model, blocks)
     seconds = time.perf_counter() - began
     write(job.directory / CHECKPOINT, model.cpu(), tokenizer, settings)
-    return {"seconds": seconds, **_packed(job, 0)}
+    return {"seconds": seconds, **_packed(job)}
 
 
 def _make_edkm(job: Job) -> dict[str, Any]:
-    """What `edkm compress` does with its own defaults, and tables that take no more bits than the scales of the methods with groups."""
+    """`edkm compress` with its own defaults, for no more bits than the methods with groups take."""
     from edkm.train import trainer  # noqa: F401  # now, so that its import is not measured
     from edkm.train.command import add_compress, run
 
     original, settings = job.original(), job.settings
-    rows = rows_per_table(original["model"]["linear"], job.bits, side_bits(job.bits, original["group"]))
+    target = budget(job.bits, original["group"])
     parser = argparse.ArgumentParser()
     add_compress(parser.add_subparsers(), lambda commands, name, run, **text: commands.add_parser(name))
-    command = ["compress", job.start, "--data", settings["data"], "--out", job.directory / CHECKPOINT, "--bits", job.bits]
-    command += ["--rows-per-lut", rows, "--steps", settings["steps"], "--block-tokens", settings["block_tokens"]]
+    command = ["compress", job.start, "--data", settings["data"], "--out", job.directory / CHECKPOINT, "--target-bpw", target]
+    command += ["--steps", settings["steps"], "--block-tokens", settings["block_tokens"]]
     command += ["--batch", settings["batch"], "--seed", settings["seed"], "--precision", settings["precision"]]
     command += [] if job.lr is None else ["--lr", job.lr]
     command += [word for name in original["untied_head"] for word in ("--skip", name)]
     began = time.perf_counter()
     if run(parser.parse_args([str(word) for word in command])):
         raise KeyboardInterrupt
-    return {"seconds": time.perf_counter() - began, **_packed(job, rows)}
+    return {"seconds": time.perf_counter() - began, "target_bpw": target, **_packed(job)}
 
 
 _MAKERS: dict[str, Callable[[Job], dict[str, Any]]] = {
@@ -255,10 +255,11 @@ def _bits(job: Job, model: dict[str, Any] | None = None, group: int = 0) -> dict
     return account(job.method, job.bits, group, model)
 
 
-def _packed(job: Job, rows: int) -> dict[str, Any]:
+def _packed(job: Job) -> dict[str, Any]:
     """The figures of a packed directory: of its files as they lie there."""
     from edkm.compressed.checkpoint import summary
 
     found = summary(job.directory / CHECKPOINT)
     names = {"clustered_bits_per_weight": "linear_bits", "bits_per_weight": "total_bits", "file_bytes": "bytes"}
-    return {"block": (rows, 0), **{ours: found[theirs] for theirs, ours in names.items()}}
+    blocks = {tensor["name"]: (tensor["shape"][0] // tensor["luts"], 2 ** tensor["bits"]) for tensor in found["tensors"]}
+    return {"tables": blocks, **{ours: found[theirs] for theirs, ours in names.items()}}

@@ -102,19 +102,9 @@ def side_bits(bits: int, group: int) -> float:
     return (SCALE_BITS + bits) / group
 
 
-def rows_per_table(shapes: Iterable[Shape], bits: int, budget: float) -> int:
-    """The fewest rows that can share a table in all of these weights, for tables that take at most `budget` bits a weight together.
-
-    0, one table a tensor, if there is no such number.
-    """
-    shapes = list(shapes)
-    weights = sum(rows * columns for rows, columns in shapes)
-    common = math.gcd(*(rows for rows, _ in shapes))
-    for rows in (r for r in range(1, common + 1) if common % r == 0):
-        tables = sum(shape[0] // rows for shape in shapes)
-        if tables * 2**bits * SCALE_BITS <= budget * weights:
-            return rows
-    return 0
+def budget(bits: int, group: int) -> float:
+    """Bits a weight for edkm: those of the methods with groups, rounded down to tenths."""
+    return math.floor(10 * (bits + side_bits(bits, group))) / 10
 
 
 def account(method: Method, bits: int, group: int, model: dict[str, Any]) -> dict[str, float]:

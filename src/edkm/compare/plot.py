@@ -28,7 +28,7 @@ def plot(rows: list[dict[str, Any]], text: str) -> str:
         text: name of the held-out text.
     """
     shown = [r for r in rows if r["perplexity"] is not None and math.isfinite(r["perplexity"])]
-    dots, levels = [r for r in shown if r["block"] is not None], [r for r in shown if r["block"] is None]
+    dots, levels = [r for r in shown if r["linear_bits"] < 16], [r for r in shown if r["linear_bits"] == 16]
     across = _ticks([r["linear_bits"] for r in dots] or [0.0, 1.0])
     up = _decades([r["perplexity"] for r in shown] or [1.0])
     right, base = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM

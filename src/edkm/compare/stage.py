@@ -84,19 +84,22 @@ def check_quantized(job: Job, model: Any) -> int | None:
     """The largest number of distinct values in a block that shares a scale or a table; None for a model in 16 bits.
 
     Raises:
-        ValueError: there are more than `2**bits`: what would be measured is not a quantized model.
+        ValueError: there are more than there may be: what would be measured is not a quantized model.
     """
     from edkm.compare.dense import linear_weights
     from edkm.compare.rtn import most_distinct
 
-    block = json.loads(path_of(job.root, job.name, "make").read_text()).get("block")
-    if block is None:
+    made = json.loads(path_of(job.root, job.name, "make").read_text())
+    block, tables = made.get("block"), made.get("tables")
+    if block is None and tables is None:
         return None
-    found = {name: most_distinct(weight, *block) for name, weight in linear_weights(model).items()}
-    worst = max(found, key=lambda name: found[name])
-    if found[worst] > 2**job.bits:
-        raise ValueError(f"{job.name}: {worst} has {found[worst]} distinct values where {job.bits} bits allow {2**job.bits}.")
-    return found[worst]
+    found = {}
+    for name, weight in linear_weights(model).items():
+        rows, most = tables[name] if tables else (block[0], 2**job.bits)
+        found[name] = most_distinct(weight, rows, block[1] if block else 0)
+        if found[name] > most:
+            raise ValueError(f"{job.name}: {name} has {found[name]} distinct values where {most} are allowed.")
+    return max(found.values())
 
 
 def _task(job: Job, task: str) -> dict[str, Any]:

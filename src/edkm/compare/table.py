@@ -24,7 +24,7 @@ def row(out: Path, name: str, texts: list[str], tasks: list[str], error: str | N
     scores: dict[str, Any] = {}
     for task in tasks:
         scores |= _read(out, name, f"task:{task}").get("scores", {})
-    keys = ("linear_bits", "total_bits", "bytes", "seconds", "peak_mib", "peak_gpu_mib", "block")
+    keys = ("linear_bits", "total_bits", "bytes", "seconds", "peak_mib", "peak_gpu_mib", "block", "target_bpw")
     return {
         "method": name,
         "title": METHODS[name].title,
@@ -60,10 +60,9 @@ def notes(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "Size: of the packed weight files for dkm and edkm; for the others what their bits come to, since they are stored dense here.",
         "Making: seconds to train or calibrate, and the largest resident set of that process (and its tensors on a GPU).",
     ]
-    rows_per_table = next((r["block"][0] for r in rows if r["method"] == "edkm" and r["block"]), None)
-    if rows_per_table is not None:
-        tables = f"{rows_per_table} row(s) a table" if rows_per_table else "one table a tensor"
-        found.insert(-2, f"edkm: what `edkm compress` does by default, {tables}: no more bits than the scales of groups.")
+    target = next((r["target_bpw"] for r in rows if r["method"] == "edkm"), None)
+    if target is not None:
+        found.insert(-2, f"edkm: `edkm compress --target-bpw {target:g}` with its defaults: no more bits than the methods with groups.")
     if groups:
         found.insert(
             -2, f"rtn, smoothquant, awq and gptq: asymmetric groups of {groups} columns, scale in 16 bits, zero point as the index."

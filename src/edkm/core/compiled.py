@@ -1,4 +1,4 @@
-"""`fused` in C for a CPU: single values, tables of at most 16 centroids. Many times faster, since a map never leaves the first cache.
+"""`fused` in C for a CPU: single values, tables of at most 64 centroids. Many times faster, since a map never leaves the first cache.
 
 `kernels.c` is built on first use with the machine's C compiler, in a second or two, and kept in the user's cache.
 
@@ -32,7 +32,7 @@ _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ["-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC"]
 # The first that the compiler takes. 512-bit vectors are a third faster here than the 256 that gcc prefers.
 _TUNING = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], [])
-MOST_CENTROIDS = 16
+MOST_CENTROIDS = 64
 # Below this many weights a second thread costs more than it saves.
 _WEIGHTS_PER_THREAD = 1 << 15
 

@@ -21,7 +21,7 @@ typedef float real;
 #endif
 
 #define TILE 256
-#define MOST 16 /* centroids of a table */
+#define MOST 64 /* centroids of a table */
 
 typedef real Map[MOST][TILE];
 

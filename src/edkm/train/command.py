@@ -6,6 +6,7 @@ import argparse
 import copy
 import gc
 import hashlib
+import json
 import math
 import shutil
 import sys
@@ -36,14 +37,20 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training data")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the packed model")
     what = parser.add_argument_group("clustering")
-    what.add_argument("--bits", type=int, default=3, metavar="N", help="bits of an index, 1 to 8 (3)")
+    size = what.add_mutually_exclusive_group()
+    size.add_argument("--bits", type=int, default=3, metavar="N", help="bits of an index, 1 to 8, for all linear weights (3)")
+    size.add_argument(
+        "--target-bpw",
+        type=float,
+        metavar="X",
+        help="or bits a linear weight in all, tables counted: each gets the bits and rows per table that its effect on the loss is worth",
+    )
     what.add_argument("--dim", type=int, default=1, metavar="N", help="weights that share an index (1)")
     what.add_argument(
         "--rows-per-lut",
         type=int,
-        default=1,
         metavar="N",
-        help="rows that share a table; 0: one table a tensor (1)",
+        help="rows that share a table; 0: one table a tensor (1, or chosen for --target-bpw)",
     )
     what.add_argument("--embedding-bits", type=int, default=8, metavar="N", help="bits of embeddings; 0 leaves them (8)")
     what.add_argument(
@@ -144,13 +151,13 @@ def _run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model)
     blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens)
     steps = _steps(args, len(blocks), ranks.world())
-    plain_steps = steps // 2 if args.plain_steps is None else args.plain_steps
+    plain_steps = steps * 3 // 4 if args.plain_steps is None else args.plain_steps
     if plain_steps > steps:
         raise ValueError(f"--plain-steps: at most the {steps} steps there are, got {plain_steps}.")
     config = ClusterConfig(
         bits=args.bits,
         dim=args.dim,
-        rows_per_lut=args.rows_per_lut,
+        rows_per_lut=1 if args.rows_per_lut is None else args.rows_per_lut,
         softness=args.softness,
         anneal=args.anneal,
         anneal_steps=steps - plain_steps,
@@ -162,6 +169,10 @@ def _run(args: argparse.Namespace) -> int:
         f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
         f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks"
     )
+    if args.target_bpw is not None:
+        from .allocate import check_target
+
+        check_target(model, config, args.target_bpw)
     if args.dry_run:
         return _dry_run(model, config, args, blocks.block_tokens)
     from .trainer import check_same_run, remember_run
@@ -178,6 +189,7 @@ def _run(args: argparse.Namespace) -> int:
         "block_tokens": args.block_tokens,
         "backend": args.backend,
         "start": args.start,
+        "target_bpw": args.target_bpw,
         "plain_steps": plain_steps,
     }
     work = args.out / "training"
@@ -226,16 +238,22 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, teache
 def _compress(args, model, tokenizer, blocks, config, settings) -> int:
     import torch
 
+    from ..config import ClusterConfig
     from . import ranks
     from .trainer import last_checkpoint
 
     work = args.out / "training"
     if torch.cuda.is_available() and not args.fsdp:  # what is to be sharded may be too large for one
         model.to("cuda")
-    resumed = last_checkpoint(work / "clustered") is not None
     began = time.perf_counter()
     teacher = copy.deepcopy(model) if settings.distill else None
-    report = prepare_on(model, config, blocks, start="checkpoint" if resumed else args.start, backend=args.backend)
+    if last_checkpoint(work / "clustered") is not None:
+        config = ClusterConfig.from_json(json.loads((work / "config.json").read_text()))
+        report, _ = prepare_on(model, config, blocks, start="checkpoint", backend=args.backend)
+    else:
+        report, config = prepare_on(model, config, blocks, target_bpw=args.target_bpw, start=args.start, backend=args.backend)
+        if settings.steps:
+            ranks.on_first(lambda: (work / "config.json").write_text(json.dumps(config.to_json())))
     print(
         f"clustered {len(report.clustered)} tensors, left {len(report.skipped)} alone ({time.perf_counter() - began:.0f} s)",
         flush=True,
@@ -267,6 +285,8 @@ def _dry_run(model: Any, config: Any, args: argparse.Namespace, block_tokens: in
     report = plan(model, config)
     print(report)
     total = sum(p.numel() for p in model.parameters())
+    if args.target_bpw is not None:
+        print(f"--target-bpw: bits are chosen in the run; this plan, its size and memory have {config.bits} in every linear weight")
     print(f"packed weights: {report.packed_bytes / 1e6:.1f} MB to expect (16-bit model: {total * 2 / 1e6:.1f} MB)")
     learners = args.learners or ranks.world()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -322,7 +342,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: at least {low}, got {value}.")
     if not 0 <= args.distill <= 1:
         raise ValueError(f"--distill: from 0 to 1, got {args.distill}.")
-    for name in ("lr", "epochs", "timeout"):
+    for name in ("lr", "epochs", "timeout", "target_bpw"):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf):
-            raise ValueError(f"--{name}: a positive number, got {value}.")
+            raise ValueError(f"--{name.replace('_', '-')}: a positive number, got {value}.")
+    if args.target_bpw is not None and (args.rows_per_lut is not None or args.dim != 1):
+        raise ValueError("--target-bpw: chooses rows per table too, of single weights. Leave out --rows-per-lut and --dim, or give --bits.")

@@ -2,15 +2,11 @@
 
 Each linear weight is fitted (`core.curvature`) to the second moment of its inputs. These are the inputs in the model as it is
 compressed so far: the layers before are on their tables already, and later ones make good what earlier ones lost.
-
-Not every token and not every output matters alike. `sensitivity` asks the gradient: tokens are weighed by the mean squared gradient at
-the outputs of a weight, those of every quarter of its rows by themselves (GuidedQuant, arXiv:2505.07004).
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -22,73 +18,8 @@ from edkm.config import ClusterConfig
 from edkm.core import curvature
 from edkm.core.assign import assign, lookup
 from edkm.train.calibrate import call, evaluating
-from edkm.train.prepare import decisions, decoder_layers, plan, targets_of
-
-# Runs of rows that get a second moment of their own.
-_PARTS = 4
-
-
-def sensitivity(
-    model: nn.Module, config: ClusterConfig, batches: Iterable[Any], loss: Callable[[Any], Tensor] | None = None
-) -> dict[str, Tensor]:
-    """How much every token matters to the outputs of every linear weight: the squared gradient of the loss, averaged over rows.
-
-    Args:
-        model: any module; run in `eval()`, and left in the mode it was in. Its gradients are not touched.
-        config: as for `fit`, which says what weights are fitted.
-        batches: as for `calibrate`.
-        loss: of a batch, a scalar; None for the language model's own, which predicts the next of a batch's `input_ids`.
-
-    Returns:
-        Parameter name -> `[tokens, parts]` float32 on the CPU, tokens in the order of the batches, a column for every one of `parts`
-        equal runs of rows, with mean 1. Weights that do not see every token (experts), or that no gradient reached, are absent.
-
-    Raises:
-        ValueError: no batches, or a gradient that is not finite (with the module's name).
-
-    Cost:
-        A forward and a backward pass over the batches, one at a time, without gradients of weights.
-    """
-    found: dict[str, list[Tensor]] = {}
-    most: list[int] = []
-
-    def watch(name: str):
-        def collect(gradient: Tensor) -> None:
-            rows = gradient.flatten(0, -2)
-            parts = math.gcd(_PARTS, rows.shape[1])
-            square = rows.float().square().view(len(rows), parts, -1).mean(2)
-            if not bool(square.isfinite().all()):
-                raise ValueError(f"{name}: the gradient at its output is NaN or infinite. Work in float32, or check the data.")
-            found.setdefault(name, []).append(square.cpu())
-            most[-1] = max(most[-1], len(rows))
-
-        def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            # The first that are reached start the graph; what follows may write into them, which leaves do not allow.
-            out = out if out.requires_grad else out.detach().requires_grad_().clone()
-            out.register_hook(collect)
-            return out
-
-        return hook
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    hooks = [module.register_forward_hook(watch(name)) for module, (name, _) in _wanted(model, config).items()]
-    try:
-        for p in trained:
-            p.requires_grad_(False)
-        with evaluating(model), _without_cache(model), torch.enable_grad():
-            for batch in batches:
-                most.append(0)
-                value = loss(batch) if loss is not None else model(**batch, labels=batch["input_ids"]).loss
-                value.backward()
-    finally:
-        for p in trained:
-            p.requires_grad_()
-        for hook in hooks:
-            hook.remove()
-    if not most:
-        raise ValueError("batches: at least one is needed.")
-    whole = {name: torch.cat(rows) for name, rows in found.items() if [len(r) for r in rows] == most}
-    return {name: rows / rows.mean(0) for name, rows in whole.items() if bool((rows.mean(0) > 0).all())}
+from edkm.train.gradients import linear_weights, merged, without_cache
+from edkm.train.prepare import decoder_layers
 
 
 def fit(
@@ -130,20 +61,20 @@ def fit(
     batches = list(batches)
     if not batches:
         raise ValueError("batches: fitting needs at least one batch.")
-    wanted = _wanted(model, config)
+    chosen = linear_weights(model, config)
     centroids: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
 
     def stage(modules: Iterable[nn.Module], run: Callable[[], Any]) -> None:
-        here = [m for m in modules if m in wanted and wanted[m][0] not in centroids]
-        tokens = {m: _merged((sensitivity or {}).get(wanted[m][0]), m.weight, wanted[m][1]) for m in here}
+        here = [m for m in modules if m in chosen and chosen[m][0] not in centroids]
+        tokens = {m: merged((sensitivity or {}).get(chosen[m][0]), m.weight, chosen[m][1]) for m in here}
         for module, moments in _moments(tokens, run).items():
-            name, settings = wanted[module]
+            name, settings = chosen[module]
             centroids[name], targets[name], error = _fit_one(name, module.weight, settings, moments, turns, (importance or {}).get(name))
             if report is not None:
                 report(name, error)
 
-    with evaluating(model), _without_cache(model):
+    with evaluating(model), without_cache(model):
         layers, calls = _chain(model, batches)
         for layer, after in itertools.zip_longest(layers, layers[1:]):
             made = calls.pop(layer)
@@ -153,20 +84,10 @@ def fit(
                 calls[after] = [((x, *args[1:]), kwargs) for x, (args, kwargs) in zip(outputs, calls[after], strict=True)]
         stage(model.modules(), lambda: [call(model, batch) for batch in batches])
         # Until here the model was on its tables.
-        for module, (name, _) in wanted.items():
+        for module, (name, _) in chosen.items():
             if name in targets:
                 module.weight.copy_(targets.pop(name))
     return centroids
-
-
-def _wanted(model: nn.Module, config: ClusterConfig) -> dict[nn.Module, tuple[str, ClusterConfig]]:
-    """The layers whose weights are fitted, and their names and settings."""
-    plan(model, config)  # refuses what cannot be clustered
-    found: dict[nn.Module, tuple[str, ClusterConfig]] = {}
-    for name, _, target, settings, _ in decisions(model, config, targets_of(model)):
-        if settings is not None and settings.dim == 1 and [type(m) for m in target.modules] == [nn.Linear]:
-            found[target.modules[0]] = name, settings
-    return found
 
 
 def _fit_one(
@@ -215,14 +136,6 @@ def _moments(tokens: dict[nn.Module, Tensor | None], run: Callable[[], Any]) -> 
         for hook in hooks:
             hook.remove()
     return {module: [total / counts[module] for total in found] for module, found in totals.items()}
-
-
-def _merged(tokens: Tensor | None, weight: Tensor, settings: ClusterConfig) -> Tensor | None:
-    """Weights of tokens `[tokens, parts]`, with only so many parts as the tables of a weight divide into."""
-    if tokens is None:
-        return None
-    tables = weight.shape[0] // (settings.rows_per_lut or weight.shape[0])
-    return tokens.view(len(tokens), math.gcd(tokens.shape[1], tables), -1).mean(2)
 
 
 _Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]
@@ -301,17 +214,3 @@ def _through(layer: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]
 
 def _hidden(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Keys and values are not kept: layers are run more than once."""
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    if cache is not None:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if cache is not None:
-            config.use_cache = cache

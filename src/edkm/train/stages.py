@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,18 @@ from typing import Any
 CALIBRATION_BLOCKS = 32
 
 
-def prepare_on(model: Any, config: Any, blocks: Any, *, start: str = "fit", backend: str = "auto") -> Any:
+def prepare_on(
+    model: Any, config: Any, blocks: Any, *, target_bpw: float | None = None, start: str = "fit", backend: str = "auto"
+) -> tuple[Any, Any]:
     """Calibrate, fit and prepare a model on `CALIBRATION_BLOCKS` blocks spread over the training data.
 
     Args:
+        target_bpw: bits a weight for `edkm.allocate`; None for the bits of the config.
         start: `fit`, `guided` (a fit that knows how much every token matters), `kmeans` (no fit), or `checkpoint`: weights and tables
             will be read from there, and no time is spent on finding others.
+
+    Returns:
+        The report of `prepare`, and the config it was done by.
     """
     from .calibrate import calibrate
     from .prepare import prepare
@@ -28,12 +36,31 @@ def prepare_on(model: Any, config: Any, blocks: Any, *, start: str = "fit", back
     device = next(model.parameters()).device
     batches = [{"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen]
     importance = calibrate(model, batches)
+    if target_bpw is not None:
+        config = _allocate(model, config, batches, importance, target_bpw)
     centroids = None
     if start == "checkpoint":
         centroids = _placeholders(model, config)
     elif start != "kmeans":
         centroids = _fit(model, config, batches, importance, guided=start == "guided")
-    return prepare(model, config, importance=importance, centroids=centroids, backend=backend)
+    return prepare(model, config, importance=importance, centroids=centroids, backend=backend), config
+
+
+def _allocate(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any, target_bpw: float) -> Any:
+    """`edkm.allocate`, the same on all ranks."""
+    import torch
+
+    from . import ranks
+    from .allocate import allocate
+
+    found = allocate(model, config, batches, target_bpw, importance=importance)
+    ours = {name: values for name, values in found.overrides.items() if name not in config.overrides}
+    choices = torch.tensor([[values["bits"], values["rows_per_lut"]] for values in ours.values()], device=next(model.parameters()).device)
+    ranks.as_on_first([choices])
+    ours = {name: {"bits": bits, "rows_per_lut": rows} for name, (bits, rows) in zip(ours, choices.tolist(), strict=True)}
+    counts = Counter(values["bits"] for values in ours.values())
+    print("bits: " + ", ".join(f"{bits} in {count} tensors" for bits, count in sorted(counts.items())), flush=True)
+    return replace(config, overrides={**ours, **config.overrides})
 
 
 def _placeholders(model: Any, config: Any) -> dict[str, Any]:
@@ -51,7 +78,8 @@ def _placeholders(model: Any, config: Any) -> dict[str, Any]:
 def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any, *, guided: bool) -> dict[str, Any]:
     """`edkm.fit` with its progress on stderr; the same on all ranks to the bit."""
     from . import ranks
-    from .fit import fit, sensitivity
+    from .fit import fit
+    from .gradients import sensitivity
 
     errors: list[float] = []
 

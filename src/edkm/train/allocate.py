@@ -1,0 +1,173 @@
+"""Bits where they matter: every linear weight gets its own bits and rows per table, within a budget for all of them.
+
+To second order a change of the outputs raises the loss by half its square, weighed by the squared gradient there (Fisher). Of a weight
+`w_ij` that goes to `q_ij`, with inputs and gradients taken to be independent, that is
+
+    1/2 G_i X_j (w_ij - q_ij)^2       G: mean squared gradient at output i, X: mean squared input j (importance)
+
+The sum is found for every choice of bits and rows per table, on some of the tables. Of all ways to spend the budget the one with the
+least sum is near that which goes, time and again, to the weight where a bit takes off most (choices below the convex hull of a weight are
+left out, so gains only shrink).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from edkm.config import ClusterConfig
+from edkm.core.assign import assign, lookup, round_lut
+from edkm.core.centroids import initial_centroids
+from edkm.train.gradients import linear_weights, output_gradients
+
+# 5 bits are left out: Core ML's tables have 2, 3, 4, 6 or 8.
+BITS = (2, 3, 4, 6)
+ROWS_PER_LUT = (1, 2, 4, 8, 16)
+_LUT_BITS = 16
+# Rows whose error stands for that of all.
+_SAMPLE = 16
+
+
+class Choice(NamedTuple):
+    """One way to store a weight: `cost` in bits in all, `loss` the rise that it makes."""
+
+    cost: float
+    loss: float
+    bits: int
+    rows_per_lut: int
+
+
+def allocate(
+    model: nn.Module,
+    config: ClusterConfig,
+    batches: Iterable[Any],
+    target: float,
+    *,
+    importance: Mapping[str, Tensor],
+    loss: Callable[[Any], Tensor] | None = None,
+) -> ClusterConfig:
+    """Choose bits and rows per table of every linear weight.
+
+    Args:
+        model: any module, as for `edkm.sensitivity`; not prepared yet.
+        config: as for `prepare`. Weights that one of its `overrides` names keep what it says; vectors (`dim > 1`) too.
+        batches: as for `calibrate`.
+        target: bits a weight that the linear weights may take together, tables counted. Embeddings and weights tied to them have
+            `embedding_bits` and do not count.
+        importance: from `calibrate`.
+        loss: as for `edkm.sensitivity`.
+
+    Returns:
+        The config with an override for every weight.
+
+    Raises:
+        ValueError: a target that no choice meets; no batches; gradients that are not finite; a weight that `importance` lacks.
+
+    Cost:
+        A forward and a backward pass over the batches, and k-means of 16 rows of each weight for each of 20 choices.
+    """
+    check_target(model, config, target)
+    squares: dict[str, Tensor] = {}
+
+    def collect(name: str, gradient: Tensor) -> None:
+        square = gradient.double().square().sum(0)
+        squares[name] = squares[name] + square if name in squares else square
+
+    output_gradients(model, config, batches, collect, loss=loss)
+    weights: dict[str, list[Choice]] = {}
+    fixed, size = set(), 0
+    for module, (name, settings) in linear_weights(model, config).items():
+        weight = module.weight.detach()
+        size += weight.numel()
+        if name not in importance:
+            raise ValueError(f"importance: {name} has none. Calibrate the same model.")
+        if _is_fixed(name, settings, config):
+            fixed.add(name)
+            weights[name] = [
+                Choice(_cost(weight, settings.bits, settings.rows_per_lut, settings.dim), 0.0, settings.bits, settings.rows_per_lut)
+            ]
+        else:
+            gradient = squares.get(name, torch.zeros(len(weight), dtype=torch.float64))
+            weights[name] = _choices(weight, importance[name].to(weight.device), gradient.to(weight.device))
+    found = {name: choice for name, choice in spend(weights, target * size).items() if name not in fixed}
+    given = {name: {"bits": choice.bits, "rows_per_lut": choice.rows_per_lut} for name, choice in found.items()}
+    return replace(config, overrides={**given, **config.overrides})
+
+
+def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None:
+    """Refuse a target that no choice meets.
+
+    Raises:
+        ValueError: with the least that is possible.
+    """
+    least = size = 0
+    for module, (name, settings) in linear_weights(model, config).items():
+        weight = module.weight
+        size += weight.numel()
+        if _is_fixed(name, settings, config):
+            least += _cost(weight, settings.bits, settings.rows_per_lut, settings.dim)
+        else:
+            least += min(_cost(weight, min(BITS), rows) for rows in ROWS_PER_LUT if len(weight) % rows == 0)
+    if least > target * size:
+        raise ValueError(f"target: {target:g} bits a weight are too few, {least / size:.3f} is the least. Raise it, or skip weights.")
+
+
+def _is_fixed(name: str, settings: ClusterConfig, config: ClusterConfig) -> bool:
+    return settings.dim > 1 or any(fnmatchcase(name, pattern) for pattern in config.overrides)
+
+
+def spend(weights: Mapping[str, list[Choice]], budget: float) -> dict[str, Choice]:
+    """One choice for each weight, at most `budget` in all; `weights` as `_hull` returns them, and the cheapest of all within the budget."""
+    chosen = {name: choices[0] for name, choices in weights.items()}
+    left = budget - sum(choice.cost for choice in chosen.values())
+    steps = [(before, after, name) for name, choices in weights.items() for before, after in itertools.pairwise(choices)]
+    steps.sort(key=lambda step: _worth(*step[:2]), reverse=True)
+    for before, after, name in steps:
+        # A weight that stopped short, for want of bits, stays there.
+        if chosen[name] == before and after.cost - before.cost <= left:
+            left -= after.cost - before.cost
+            chosen[name] = after
+    return chosen
+
+
+def _cost(weight: Tensor, bits: int, rows_per_lut: int, dim: int = 1) -> float:
+    tables = len(weight) // (rows_per_lut or len(weight))
+    return weight.numel() // dim * bits + tables * 2**bits * dim * _LUT_BITS
+
+
+def _choices(weight: Tensor, importance: Tensor, gradient: Tensor) -> list[Choice]:
+    found = []
+    for rows in (r for r in ROWS_PER_LUT if len(weight) % r == 0):
+        tables = len(weight) // rows
+        picked = torch.linspace(0, tables - 1, min(tables, max(1, _SAMPLE // rows)), device=weight.device).long().unique()
+        some, share = (x.view(tables, rows, -1)[picked].flatten(0, 1) for x in (weight, gradient))
+        for bits in BITS:
+            if 2**bits > rows * weight.shape[1]:
+                continue
+            lut = round_lut(initial_centroids(some, bits, rows_per_lut=rows, importance=importance, quick=True))
+            error = (some - lookup(assign(some, lut), lut, some.dtype)).double().square() * importance
+            loss = float((error.sum(1) @ share.flatten()) / share.sum().clamp_min(1e-300) * gradient.sum())
+            found.append(Choice(_cost(weight, bits, rows), loss, bits, rows))
+    return _hull(found)
+
+
+def _hull(choices: list[Choice]) -> list[Choice]:
+    """Those that are the best for some price of a bit: ascending cost, falling loss, each bit worth less than the one before."""
+    kept: list[Choice] = []
+    for choice in sorted(choices):
+        if kept and choice.loss >= kept[-1].loss:
+            continue
+        while len(kept) > 1 and _worth(kept[-1], choice) >= _worth(kept[-2], kept[-1]):
+            kept.pop()
+        kept.append(choice)
+    return kept
+
+
+def _worth(before: Choice, after: Choice) -> float:
+    return (before.loss - after.loss) / (after.cost - before.cost)

@@ -1,0 +1,138 @@
+"""What the loss says of the outputs of linear weights: which tokens, and which of a weight's rows, matter how much.
+
+`sensitivity` weighs tokens by the mean squared gradient at the outputs of a weight, those of every quarter of its rows by themselves
+(GuidedQuant, arXiv:2505.07004); `allocate` asks for rows (train/allocate.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edkm.config import ClusterConfig
+from edkm.train.calibrate import evaluating
+from edkm.train.prepare import decisions, plan, targets_of
+
+# Runs of rows that get a second moment of their own.
+_PARTS = 4
+
+
+def sensitivity(
+    model: nn.Module, config: ClusterConfig, batches: Iterable[Any], loss: Callable[[Any], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """How much every token matters to the outputs of every linear weight: the squared gradient of the loss, averaged over rows.
+
+    Args:
+        model: any module; run in `eval()`, and left in the mode it was in. Its gradients are not touched.
+        config: as for `fit`, which says what weights are fitted.
+        batches: as for `calibrate`.
+        loss: of a batch, a scalar; None for the language model's own, which predicts the next of a batch's `input_ids`.
+
+    Returns:
+        Parameter name -> `[tokens, parts]` float32 on the CPU, tokens in the order of the batches, a column for every one of `parts`
+        equal runs of rows, with mean 1. Weights that do not see every token (experts), or that no gradient reached, are absent.
+
+    Raises:
+        ValueError: no batches, or a gradient that is not finite (with the module's name).
+
+    Cost:
+        A forward and a backward pass over the batches, one at a time, without gradients of weights.
+    """
+    found: dict[str, list[Tensor]] = {}
+    most: list[int] = []
+
+    def collect(name: str, rows: Tensor) -> None:
+        parts = math.gcd(_PARTS, rows.shape[1])
+        found.setdefault(name, []).append(rows.square().view(len(rows), parts, -1).mean(2).cpu())
+        most[-1] = max(most[-1], len(rows))
+
+    output_gradients(model, config, batches, collect, before=lambda: most.append(0), loss=loss)
+    whole = {name: torch.cat(rows) for name, rows in found.items() if [len(r) for r in rows] == most}
+    return {name: rows / rows.mean(0) for name, rows in whole.items() if bool((rows.mean(0) > 0).all())}
+
+
+def output_gradients(
+    model: nn.Module,
+    config: ClusterConfig,
+    batches: Iterable[Any],
+    collect: Callable[[str, Tensor], None],
+    *,
+    before: Callable[[], None] = lambda: None,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> None:
+    """Run forward and backward on each batch; `collect(name, gradient [tokens, rows] float32)` for the output of every linear weight.
+
+    Args and errors are those of `sensitivity`; `before` is called before each batch.
+    """
+
+    def watch(name: str):
+        def check(gradient: Tensor) -> None:
+            rows = gradient.flatten(0, -2).float()
+            if not bool(rows.isfinite().all()):
+                raise ValueError(f"{name}: the gradient at its output is NaN or infinite. Work in float32, or check the data.")
+            collect(name, rows)
+
+        def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            # The first that are reached start the graph; what follows may write into them, which leaves do not allow.
+            out = out if out.requires_grad else out.detach().requires_grad_().clone()
+            out.register_hook(check)
+            return out
+
+        return hook
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [module.register_forward_hook(watch(name)) for module, (name, _) in linear_weights(model, config).items()]
+    seen = False
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        with evaluating(model), without_cache(model), torch.enable_grad():
+            for batch in batches:
+                seen = True
+                before()
+                value = loss(batch) if loss is not None else model(**batch, labels=batch["input_ids"]).loss
+                value.backward()
+    finally:
+        for p in trained:
+            p.requires_grad_()
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        raise ValueError("batches: at least one is needed.")
+
+
+def merged(tokens: Tensor | None, weight: Tensor, settings: ClusterConfig) -> Tensor | None:
+    """Weights of tokens `[tokens, parts]`, with only so many parts as the tables of a weight divide into."""
+    if tokens is None:
+        return None
+    tables = weight.shape[0] // (settings.rows_per_lut or weight.shape[0])
+    return tokens.view(len(tokens), math.gcd(tokens.shape[1], tables), -1).mean(2)
+
+
+def linear_weights(model: nn.Module, config: ClusterConfig) -> dict[nn.Module, tuple[str, ClusterConfig]]:
+    """The linear layers whose weights are clustered one by one, and their names and settings."""
+    plan(model, config)  # refuses what cannot be clustered
+    found: dict[nn.Module, tuple[str, ClusterConfig]] = {}
+    for name, _, target, settings, _ in decisions(model, config, targets_of(model)):
+        if settings is not None and settings.dim == 1 and [type(m) for m in target.modules] == [nn.Linear]:
+            found[target.modules[0]] = name, settings
+    return found
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Keys and values are not kept: layers are run more than once."""
+    config = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    if cache is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if cache is not None:
+            config.use_cache = cache

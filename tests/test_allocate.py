@@ -1,0 +1,83 @@
+"""`edkm.allocate`: bits and rows per table for every weight, within a budget."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import edkm
+from edkm.models import load_model
+from edkm.train import allocate
+from edkm.train.allocate import Choice
+from edkm.train.prepare import plan
+
+
+def batches(count=2):
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, 300, (2, 32), generator=generator)} for _ in range(count)]
+
+
+def allocated(model, config, target):
+    return edkm.allocate(model, config, batches(), target, importance=edkm.calibrate(model, batches()))
+
+
+def bits_of(model, config):
+    """Bits a linear weight that `prepare` would take, embeddings apart."""
+    entries = [e for e in plan(model, config).clustered if "proj" in e.name]
+    sizes = [torch.Size(e.shape).numel() for e in entries]
+    return sum(n / e.dim * e.bits + e.tables * 2**e.bits * e.dim * 16 for n, e in zip(sizes, entries, strict=True)) / sum(sizes)
+
+
+@pytest.mark.parametrize("target", [2.6, 3.2, 4.5])
+def test_the_budget_is_kept_and_nearly_spent(tiny_dir, target):
+    model = load_model(tiny_dir)[0]
+    config = allocated(model, edkm.ClusterConfig(), target)
+    assert len(config.overrides) == 14
+    assert target - 0.1 < bits_of(model, config) <= target
+    edkm.prepare(model, config)
+
+
+def test_bits_go_where_the_loss_depends_on_them(tiny_dir):
+    model = load_model(tiny_dir)[0]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "layers.1" in name and ("o_proj" in name or "down_proj" in name):
+                p *= 1e-4  # the layer hardly adds anything
+    found = allocated(model, edkm.ClusterConfig(), 3.2).overrides
+    first, second = (sum(found[name]["bits"] for name in found if f"layers.{i}." in name) for i in (0, 1))
+    assert first >= second + 7
+
+
+def test_what_the_user_set_stays_and_counts(tiny_dir):
+    model = load_model(tiny_dir)[0]
+    config = allocated(model, edkm.ClusterConfig(overrides={"*down_proj*": {"bits": 8}}, skip=("*q_proj*",)), 4.5)
+    assert config.for_tensor("model.layers.0.mlp.down_proj.weight").bits == 8
+    assert not any("q_proj" in name or "0.mlp.down_proj" in name for name in config.overrides)
+    assert 4.2 < bits_of(model, config) <= 4.5
+
+
+def test_bad_input_is_refused(tiny_dir):
+    model = load_model(tiny_dir)[0]
+    with pytest.raises(ValueError, match=r"target: 1 bits a weight are too few, 2\.\d+ is the least"):
+        allocated(model, edkm.ClusterConfig(), 1)
+    with pytest.raises(ValueError, match=r"importance: model.layers.0.*Calibrate"):
+        edkm.allocate(model, edkm.ClusterConfig(), batches(), 3, importance={})
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 50)), min_size=1, max_size=5), min_size=1, max_size=4), st.data())
+def test_spending_is_as_good_as_any_that_costs_as_much(points, data):
+    weights = {str(i): allocate._hull([Choice(c, e, 0, 0) for c, e in choices]) for i, choices in enumerate(points)}
+    for choices in weights.values():
+        worth = [allocate._worth(a, b) for a, b in itertools.pairwise(choices)]
+        assert worth == sorted(worth, reverse=True)
+    least = sum(choices[0].cost for choices in weights.values())
+    budget = data.draw(st.integers(int(least), 40))
+    chosen = allocate.spend(weights, budget)
+    cost, loss = (sum(getattr(choice, what) for choice in chosen.values()) for what in ("cost", "loss"))
+    assert cost <= budget
+    # What is left over is what the greedy way may lose: at most one step's gain.
+    best = min(sum(c[1] for c in combination) for combination in itertools.product(*points) if sum(c[0] for c in combination) <= budget)
+    gains = [a.loss - b.loss for choices in weights.values() for a, b in itertools.pairwise(choices)]
+    assert loss <= best + max(gains, default=0)
