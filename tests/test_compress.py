@@ -11,7 +11,7 @@ import torch
 import edkm
 from edkm.cli import main
 from edkm.compressed import hf
-from edkm.compressed.checkpoint import read
+from edkm.compressed.checkpoint import read, summary
 from edkm.models import load_model
 from edkm.train import layer, stages, trainer
 from edkm.train.data import load_blocks
@@ -49,7 +49,7 @@ def test_compress_writes_a_directory_that_loads(tiny_dir, data, tmp_path, capsys
     out = tmp_path / "packed"
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 0
     printed = capsys.readouterr().out
-    assert "bits per weight" in printed and "plain fine-tuning: 2 steps" in printed and "training: 2 steps" in printed
+    assert "bits per weight" in printed and "plain fine-tuning: 3 steps" in printed and "training: 1 steps" in printed
     model, tokenizer = load_model(out)
     assert tokenizer.chat_template and not (out / "training").exists()
     packed = read(out)
@@ -99,6 +99,46 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
     assert taken == order and not (tmp_path / "parts" / "training").exists()
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp_path, monkeypatch, capsys):
+    def arguments_of(out):
+        found = arguments(tiny_dir, data, out, "--steps", "4", "--plain-steps", "1", "--target-bpw", "3.2")
+        at = found.index("--rows-per-lut")
+        return found[:at] + found[at + 2 :]
+
+    assert main(arguments_of(tmp_path / "whole")) == 0
+    assert "bits: " in capsys.readouterr().out
+    found = summary(tmp_path / "whole")
+    assert 3.1 < found["clustered_bits_per_weight"] <= 3.2
+    assert len({(tensor["bits"], tensor["luts"]) for tensor in found["tensors"]}) > 3
+    stop = trainer._Stop.on_step_begin
+    monkeypatch.setattr(trainer._Stop, "on_step_begin", lambda self, args, state, control, **kw: setattr(self, "asked_at", 0.0))
+    assert main([*arguments_of(tmp_path / "parts")]) == 130  # in the plain step
+    assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 130  # in the clustered ones
+    assert (tmp_path / "parts" / "training" / "config.json").is_file()
+    monkeypatch.setattr(trainer._Stop, "on_step_begin", stop)
+    monkeypatch.setattr(stages, "_allocate", None)  # not once more
+    assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 0
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--target-bpw", "3.2"], "--target-bpw: chooses rows per table too"),
+        (["--target-bpw", "nan"], "--target-bpw: a positive number"),
+        (["--target-bpw", "1.5"], "target: 1.5 bits a weight are too few"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused_before_anything_is_done(tiny_dir, data, tmp_path, more, said, capsys):
+    found = arguments(tiny_dir, data, tmp_path / "out", *more)
+    if more[1] == "1.5":
+        at = found.index("--rows-per-lut")
+        del found[at : at + 2]
+    assert main(found) == 1
+    assert said in capsys.readouterr().err and not (tmp_path / "out" / "training").exists()
 
 
 def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsys):
