@@ -58,11 +58,20 @@ def test_what_the_user_set_stays_and_counts(tiny_dir):
     assert 4.2 < bits_of(model, config) <= 4.5
 
 
+def test_weights_that_no_batch_reached_keep_their_bits(tiny_dir):
+    model = load_model(tiny_dir)[0]
+    importance = edkm.calibrate(model, batches())
+    del importance["model.layers.0.mlp.up_proj.weight"]
+    found = edkm.allocate(model, edkm.ClusterConfig(bits=4), batches(), 3.2, importance=importance)
+    assert len(found.overrides) == 13 and bits_of(model, found) <= 3.2
+    assert found.for_tensor("model.layers.0.mlp.up_proj.weight").bits == 4
+
+
 def test_bad_input_is_refused(tiny_dir):
     model = load_model(tiny_dir)[0]
     with pytest.raises(ValueError, match=r"target: 1 bits a weight are too few, 2\.\d+ is the least"):
         allocated(model, edkm.ClusterConfig(), 1)
-    with pytest.raises(ValueError, match=r"importance: model.layers.0.*Calibrate"):
+    with pytest.raises(ValueError, match=r"importance: has none of the weights .* Calibrate"):
         edkm.allocate(model, edkm.ClusterConfig(), batches(), 3, importance={})
 
 

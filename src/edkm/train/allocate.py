@@ -6,8 +6,8 @@ To second order a change of the outputs raises the loss by half its square, weig
     1/2 G_i X_j (w_ij - q_ij)^2       G: mean squared gradient at output i, X: mean squared input j (importance)
 
 The sum is found for every choice of bits and rows per table, on some of the tables. Of all ways to spend the budget the one with the
-least sum is near that which goes, time and again, to the weight where a bit takes off most (choices below the convex hull of a weight are
-left out, so gains only shrink).
+least sum is near that which goes, time and again, to the weight where a bit takes off most (choices above the convex hull of a weight's
+(cost, sum) are left out, so gains only shrink).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def allocate(
 
     Args:
         model: any module, as for `edkm.sensitivity`; not prepared yet.
-        config: as for `prepare`. Weights that one of its `overrides` names keep what it says; vectors (`dim > 1`) too.
+        config: as for `prepare`. Weights keep what it says if one of its `overrides` names them, if they are stored as vectors
+            (`dim > 1`), or if no batch reached them.
         batches: as for `calibrate`.
         target: bits a weight that the linear weights may take together, tables counted. Embeddings and weights tied to them have
             `embedding_bits` and do not count.
@@ -64,10 +65,10 @@ def allocate(
         loss: as for `edkm.sensitivity`.
 
     Returns:
-        The config with an override for every weight.
+        The config with an override for every other weight.
 
     Raises:
-        ValueError: a target that no choice meets; no batches; gradients that are not finite; a weight that `importance` lacks.
+        ValueError: a target that no choice meets; no batches; gradients that are not finite; an `importance` of another model.
 
     Cost:
         A forward and a backward pass over the batches, and k-means of 16 rows of each weight for each of 20 choices.
@@ -80,22 +81,20 @@ def allocate(
         squares[name] = squares[name] + square if name in squares else square
 
     output_gradients(model, config, batches, collect, loss=loss)
+    if not set(squares) & set(importance):
+        raise ValueError("importance: has none of the weights that the batches reached. Calibrate the same model.")
     weights: dict[str, list[Choice]] = {}
-    fixed, size = set(), 0
+    kept, size = set(), 0
     for module, (name, settings) in linear_weights(model, config).items():
         weight = module.weight.detach()
         size += weight.numel()
-        if name not in importance:
-            raise ValueError(f"importance: {name} has none. Calibrate the same model.")
-        if _is_fixed(name, settings, config):
-            fixed.add(name)
-            weights[name] = [
-                Choice(_cost(weight, settings.bits, settings.rows_per_lut, settings.dim), 0.0, settings.bits, settings.rows_per_lut)
-            ]
+        if _is_fixed(name, settings, config) or name not in importance or name not in squares:
+            kept.add(name)
+            weights[name] = [Choice(_cost_as_set(weight, settings), 0.0, settings.bits, settings.rows_per_lut)]
         else:
-            gradient = squares.get(name, torch.zeros(len(weight), dtype=torch.float64))
-            weights[name] = _choices(weight, importance[name].to(weight.device), gradient.to(weight.device))
-    found = {name: choice for name, choice in spend(weights, target * size).items() if name not in fixed}
+            weights[name] = _choices(weight, importance[name].to(weight.device), squares[name].to(weight.device))
+    _check_least(sum(choices[0].cost for choices in weights.values()), target, size)
+    found = {name: choice for name, choice in spend(weights, target * size).items() if name not in kept}
     given = {name: {"bits": choice.bits, "rows_per_lut": choice.rows_per_lut} for name, choice in found.items()}
     return replace(config, overrides={**given, **config.overrides})
 
@@ -111,9 +110,13 @@ def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None
         weight = module.weight
         size += weight.numel()
         if _is_fixed(name, settings, config):
-            least += _cost(weight, settings.bits, settings.rows_per_lut, settings.dim)
+            least += _cost_as_set(weight, settings)
         else:
             least += min(_cost(weight, min(BITS), rows) for rows in ROWS_PER_LUT if len(weight) % rows == 0)
+    _check_least(least, target, size)
+
+
+def _check_least(least: float, target: float, size: int) -> None:
     if least > target * size:
         raise ValueError(f"target: {target:g} bits a weight are too few, {least / size:.3f} is the least. Raise it, or skip weights.")
 
@@ -139,6 +142,10 @@ def spend(weights: Mapping[str, list[Choice]], budget: float) -> dict[str, Choic
 def _cost(weight: Tensor, bits: int, rows_per_lut: int, dim: int = 1) -> float:
     tables = len(weight) // (rows_per_lut or len(weight))
     return weight.numel() // dim * bits + tables * 2**bits * dim * _LUT_BITS
+
+
+def _cost_as_set(weight: Tensor, settings: ClusterConfig) -> float:
+    return _cost(weight, settings.bits, settings.rows_per_lut, settings.dim)
 
 
 def _choices(weight: Tensor, importance: Tensor, gradient: Tensor) -> list[Choice]:
