@@ -11,7 +11,7 @@ BASELINES := .venv-baselines
 .PHONY: help setup demo test check format baselines bench bench-gpu clean
 
 help:
-	@echo "make demo       compress SmolLM2-135M to 3 bits while fine-tuning it, and print one table"
+	@echo "make demo       compress SmolLM2-135M to 3.2 bits a weight while fine-tuning it, and print one table"
 	@echo "make test       run the tests"
 	@echo "make check      format, lint and types"
 	@echo "make baselines  the environment of edkm compare's gptq, awq and smoothquant"

@@ -45,6 +45,12 @@ def arguments(tiny_dir, data, out, *more):
     ]
 
 
+def for_a_budget(found, target="3.2"):
+    """The same arguments with `--target-bpw` in the place of `--rows-per-lut`."""
+    at = found.index("--rows-per-lut")
+    return [*found[:at], "--target-bpw", target, *found[at + 2 :]]
+
+
 def test_compress_writes_a_directory_that_loads(tiny_dir, data, tmp_path, capsys):
     out = tmp_path / "packed"
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 0
@@ -103,9 +109,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
 
 def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp_path, monkeypatch, capsys):
     def arguments_of(out):
-        found = arguments(tiny_dir, data, out, "--steps", "4", "--plain-steps", "1", "--target-bpw", "3.2")
-        at = found.index("--rows-per-lut")
-        return found[:at] + found[at + 2 :]
+        return for_a_budget(arguments(tiny_dir, data, out, "--steps", "4", "--plain-steps", "1"))
 
     assert main(arguments_of(tmp_path / "whole")) == 0
     assert "bits: " in capsys.readouterr().out
@@ -124,20 +128,21 @@ def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp
     assert whole.read_bytes() == parts.read_bytes()
 
 
+def test_a_dry_run_says_that_bits_are_not_chosen_yet(tiny_dir, data, tmp_path, capsys):
+    assert main(for_a_budget(arguments(tiny_dir, data, tmp_path / "out", "--dry-run"))) == 0
+    assert "--target-bpw: bits are chosen in the run; this plan, its size and memory have 3 in every" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("target", "more", "said"),
     [
-        (["--target-bpw", "3.2"], "--target-bpw: chooses rows per table too"),
-        (["--target-bpw", "nan"], "--target-bpw: a positive number"),
-        (["--target-bpw", "1.5"], "target: 1.5 bits a weight are too few"),
+        ("3.2", ("--rows-per-lut", "16"), "--target-bpw: chooses rows per table too"),
+        ("nan", (), "--target-bpw: a positive number"),
+        ("1.5", (), "target: 1.5 bits a weight are too few"),
     ],
 )
-def test_a_budget_that_cannot_be_is_refused_before_anything_is_done(tiny_dir, data, tmp_path, more, said, capsys):
-    found = arguments(tiny_dir, data, tmp_path / "out", *more)
-    if more[1] == "1.5":
-        at = found.index("--rows-per-lut")
-        del found[at : at + 2]
-    assert main(found) == 1
+def test_a_budget_that_cannot_be_is_refused_before_anything_is_done(tiny_dir, data, tmp_path, target, more, said, capsys):
+    assert main(for_a_budget(arguments(tiny_dir, data, tmp_path / "out"), target) + [*more]) == 1
     assert said in capsys.readouterr().err and not (tmp_path / "out" / "training").exists()
 
 

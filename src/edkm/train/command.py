@@ -84,7 +84,7 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
         "--plain-steps",
         type=int,
         metavar="N",
-        help="of these the first N fine-tune the model as it is, before it is clustered (half)",
+        help="of these the first N fine-tune the model as it is, before it is clustered (three quarters)",
     )
     how.add_argument("--lr", type=float, default=2e-4, metavar="X", help="peak learning rate (2e-4)")
     how.add_argument(
