@@ -26,6 +26,7 @@ BACKENDS = {"unique": unique, "fused": fused, "compiled": compiled}
 
 # Measured on a CPU, forward and backward, in ns (benchmarks op): a point and centroid of the maps, a weight's way through a table.
 _NS_PER_MAP_ENTRY = 14.0
+_NS_PER_COMPILED_ENTRY = 6.0
 _NS_PER_WEIGHT = 30.0
 _SAMPLE_WEIGHTS = 1 << 16
 
@@ -101,26 +102,25 @@ def choose_backend(
 ) -> tuple[str, str]:
     """What `auto` takes for a weight `[rows, cols]`, and why; `device` is where it will be, if not where it is.
 
-    On a CPU `compiled` wherever it can, which is always the fastest (benchmarks op). Otherwise counts the distinct 16-bit values in a
-    sample of the weight, which the tables of all groups share, and compares the map entries that `unique` and `fused` would compute for
-    a group, plus what a table costs per weight.
+    Counts the distinct 16-bit values in a sample of the weight, which the tables of all groups share, and compares the map entries that
+    `unique` and `fused`, or `compiled` where there is a compiler, would compute for a group, plus what a table costs per weight.
 
     Returns:
         `(backend, reason)`.
     """
-    if compiled.takes(device or weight.device, k, d):
-        return "compiled", f"{k} centroids, on a CPU with a compiler"
     if d > 1:
         return "fused", f"vectors of {d} values"
-    key = weight.dtype if weight.dtype.itemsize == 2 else round_to
-    if key is None or key.itemsize != 2:
-        return "fused", "weights wider than 16 bits"
     n = weight.numel() // groups
-    sample = weight.detach().reshape(-1)[:_SAMPLE_WEIGHTS].to(key).view(torch.int16)
-    distinct = int((torch.bincount(sample.int() + unique.KEYS // 2) > 0).sum())
-    tables, maps = distinct * k * _NS_PER_MAP_ENTRY + n * _NS_PER_WEIGHT, n * k * _NS_PER_MAP_ENTRY
-    name = "unique" if tables < maps else "fused"
-    return name, f"{distinct} distinct values for {n} weights of a group, {k} centroids"
+    costs, reason = {"fused": n * k * _NS_PER_MAP_ENTRY}, "weights wider than 16 bits"
+    if compiled.takes(device or weight.device, k, d):
+        costs, reason = {"compiled": n * k * _NS_PER_COMPILED_ENTRY}, f"{k} centroids, on a CPU with a compiler"
+    key = weight.dtype if weight.dtype.itemsize == 2 else round_to
+    if key is not None and key.itemsize == 2:
+        sample = weight.detach().reshape(-1)[:_SAMPLE_WEIGHTS].to(key).view(torch.int16)
+        distinct = int((torch.bincount(sample.int() + unique.KEYS // 2) > 0).sum())
+        costs["unique"] = distinct * k * _NS_PER_MAP_ENTRY + n * _NS_PER_WEIGHT
+        reason = f"{distinct} distinct values for {n} weights of a group, {k} centroids"
+    return min(costs, key=lambda name: costs[name]), reason
 
 
 def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, max_iters: int = 1) -> None:
