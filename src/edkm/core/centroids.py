@@ -135,10 +135,10 @@ def _kmeans_1d(values: Tensor, mass: Tensor, k: int, quick: bool) -> Tensor:
     """Centroids `[g, k]` ascending, of ascending values `[g, m]` with mass `[g, m]`, all float64."""
     offset = (values * mass).sum(1, keepdim=True) / mass.sum(1, keepdim=True)
     values = values - offset
-    prefixes = torch.stack([_prefix(mass), _prefix(mass * values), _prefix(mass * values**2)])  # [3, g, m + 1]
+    prefixes = torch.stack([_prefix(mass), _prefix(mass * values)])  # [2, g, m + 1]
     if values.device.type == "cpu" and compiled.available():
-        edges = compiled.segments(prefixes[0], prefixes[1], k)
-        return _means(values, prefixes, edges) + offset
+        return _means(values, prefixes, compiled.segments(prefixes[0], prefixes[1], k)) + offset
+    prefixes = torch.cat([prefixes, _prefix(mass * values**2).unsqueeze(0)])
     if quick:
         edges = _coarse(values, mass, prefixes, k, 3 * k) if k <= _COARSE_CENTROIDS else _quantiles(values, mass, k)
         return _means(values, prefixes, _lloyd_edges(values, prefixes, edges)) + offset
