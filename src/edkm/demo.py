@@ -118,10 +118,10 @@ def _control(args: argparse.Namespace) -> dict[str, Any]:
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
     """What `edkm compress` does: most of the steps on the model as it is, the rest clustered."""
     import edkm
-    from edkm.train.stages import prepare_on, write
+    from edkm.train.stages import plain_steps_of, prepare_on, write
 
     model, tokenizer, blocks = _load(args)
-    plain = args.steps * 3 // 4
+    plain = plain_steps_of(args.steps)
     figures: dict[str, Any] = {"plain_steps": plain, "plain_seconds": _train(model, blocks, args, plain)}
     began = time.perf_counter()
     config = edkm.ClusterConfig(anneal_steps=args.steps - plain)

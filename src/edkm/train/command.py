@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .stages import fingerprint, prepare_on, save_whole, write
+from .stages import fingerprint, plain_steps_of, prepare_on, save_whole, write
 
 # torch and transformers are imported when a command runs: see cli.py.
 
@@ -151,7 +151,7 @@ def _run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model)
     blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens)
     steps = _steps(args, len(blocks), ranks.world())
-    plain_steps = steps * 3 // 4 if args.plain_steps is None else args.plain_steps
+    plain_steps = plain_steps_of(steps) if args.plain_steps is None else args.plain_steps
     if plain_steps > steps:
         raise ValueError(f"--plain-steps: at most the {steps} steps there are, got {plain_steps}.")
     config = ClusterConfig(
