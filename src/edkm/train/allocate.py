@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from edkm.config import ClusterConfig
 from edkm.core.assign import assign, lookup, round_lut
 from edkm.core.centroids import initial_centroids
-from edkm.train.gradients import linear_weights, output_gradients
+from edkm.train.gradients import output_gradients
+from edkm.train.prepare import clustered_linears
 
 # 5 bits are left out: Core ML's tables have 2, 3, 4, 6 or 8.
 BITS = (2, 3, 4, 6)
@@ -56,11 +56,10 @@ def allocate(
 
     Args:
         model: any module, as for `edkm.sensitivity`; not prepared yet.
-        config: as for `prepare`. Weights keep what it says if one of its `overrides` names them, if they are stored as vectors
-            (`dim > 1`), or if no batch reached them.
+        config: as for `prepare`. Weights keep what it says if one of its `overrides` names them, or if no batch reached them.
         batches: as for `calibrate`.
-        target: bits a weight that the linear weights may take together, tables counted. Embeddings and weights tied to them have
-            `embedding_bits` and do not count.
+        target: bits a weight that the linear weights may take together, tables counted. Embeddings, weights tied to them and weights
+            stored as vectors (`dim > 1`) keep what the config says and do not count.
         importance: from `calibrate`.
         loss: as for `edkm.sensitivity`.
 
@@ -85,12 +84,12 @@ def allocate(
         raise ValueError("importance: has none of the weights that the batches reached. Calibrate the same model.")
     weights: dict[str, list[Choice]] = {}
     kept, size = set(), 0
-    for module, (name, settings) in linear_weights(model, config).items():
+    for module, (name, settings) in clustered_linears(model, config).items():
         weight = module.weight.detach()
         size += weight.numel()
-        if _is_fixed(name, settings, config) or name not in importance or name not in squares:
+        if settings is not config or name not in importance or name not in squares:  # not the config itself: an override
             kept.add(name)
-            weights[name] = [Choice(_cost_as_set(weight, settings), 0.0, settings.bits, settings.rows_per_lut)]
+            weights[name] = [Choice(_cost(weight, settings.bits, settings.rows_per_lut), 0.0, settings.bits, settings.rows_per_lut)]
         else:
             weights[name] = _choices(weight, importance[name].to(weight.device), squares[name].to(weight.device))
     _check_least(sum(choices[0].cost for choices in weights.values()), target, size)
@@ -106,11 +105,11 @@ def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None
         ValueError: with the least that is possible.
     """
     least = size = 0
-    for module, (name, settings) in linear_weights(model, config).items():
+    for module, (_, settings) in clustered_linears(model, config).items():
         weight = module.weight
         size += weight.numel()
-        if _is_fixed(name, settings, config):
-            least += _cost_as_set(weight, settings)
+        if settings is not config:
+            least += _cost(weight, settings.bits, settings.rows_per_lut)
         else:
             least += min(_cost(weight, min(BITS), rows) for rows in ROWS_PER_LUT if len(weight) % rows == 0)
     _check_least(least, target, size)
@@ -119,10 +118,6 @@ def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None
 def _check_least(least: float, target: float, size: int) -> None:
     if least > target * size:
         raise ValueError(f"target: {target:g} bits a weight are too few, {least / size:.3f} is the least. Raise it, or skip weights.")
-
-
-def _is_fixed(name: str, settings: ClusterConfig, config: ClusterConfig) -> bool:
-    return settings.dim > 1 or any(fnmatchcase(name, pattern) for pattern in config.overrides)
 
 
 def spend(weights: Mapping[str, list[Choice]], budget: float) -> dict[str, Choice]:
@@ -139,13 +134,9 @@ def spend(weights: Mapping[str, list[Choice]], budget: float) -> dict[str, Choic
     return chosen
 
 
-def _cost(weight: Tensor, bits: int, rows_per_lut: int, dim: int = 1) -> float:
+def _cost(weight: Tensor, bits: int, rows_per_lut: int) -> float:
     tables = len(weight) // (rows_per_lut or len(weight))
-    return weight.numel() // dim * bits + tables * 2**bits * dim * _LUT_BITS
-
-
-def _cost_as_set(weight: Tensor, settings: ClusterConfig) -> float:
-    return _cost(weight, settings.bits, settings.rows_per_lut, settings.dim)
+    return weight.numel() * bits + tables * 2**bits * _LUT_BITS
 
 
 def _choices(weight: Tensor, importance: Tensor, gradient: Tensor) -> list[Choice]:

@@ -77,6 +77,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Keys and values are not kept: layers are run more than once."""
+    config = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    if cache is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if cache is not None:
+            config.use_cache = cache
+
+
 def call(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Mapping):
         model(**batch)

@@ -7,6 +7,7 @@ compressed so far: the layers before are on their tables already, and later ones
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 from edkm.config import ClusterConfig
 from edkm.core import curvature
 from edkm.core.assign import assign, lookup
-from edkm.train.calibrate import call, evaluating
-from edkm.train.gradients import linear_weights, merged, without_cache
-from edkm.train.prepare import decoder_layers
+from edkm.train.calibrate import call, evaluating, without_cache
+from edkm.train.prepare import clustered_linears, decoder_layers
 
 
 def fit(
@@ -61,13 +61,13 @@ def fit(
     batches = list(batches)
     if not batches:
         raise ValueError("batches: fitting needs at least one batch.")
-    chosen = linear_weights(model, config)
+    chosen = clustered_linears(model, config)
     centroids: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
 
     def stage(modules: Iterable[nn.Module], run: Callable[[], Any]) -> None:
         here = [m for m in modules if m in chosen and chosen[m][0] not in centroids]
-        tokens = {m: merged((sensitivity or {}).get(chosen[m][0]), m.weight, chosen[m][1]) for m in here}
+        tokens = {m: _merged((sensitivity or {}).get(chosen[m][0]), m.weight, chosen[m][1]) for m in here}
         for module, moments in _moments(tokens, run).items():
             name, settings = chosen[module]
             centroids[name], targets[name], error = _fit_one(name, module.weight, settings, moments, turns, (importance or {}).get(name))
@@ -136,6 +136,14 @@ def _moments(tokens: dict[nn.Module, Tensor | None], run: Callable[[], Any]) -> 
         for hook in hooks:
             hook.remove()
     return {module: [total / counts[module] for total in found] for module, found in totals.items()}
+
+
+def _merged(tokens: Tensor | None, weight: Tensor, settings: ClusterConfig) -> Tensor | None:
+    """Weights of tokens `[tokens, parts]`, with only so many parts as the tables of a weight divide into."""
+    if tokens is None:
+        return None
+    tables = weight.shape[0] // (settings.rows_per_lut or weight.shape[0])
+    return tokens.view(len(tokens), math.gcd(tokens.shape[1], tables), -1).mean(2)
 
 
 _Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]

@@ -7,16 +7,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edkm.config import ClusterConfig
-from edkm.train.calibrate import evaluating
-from edkm.train.prepare import decisions, plan, targets_of
+from edkm.train.calibrate import evaluating, without_cache
+from edkm.train.prepare import clustered_linears
 
 # Runs of rows that get a second moment of their own.
 _PARTS = 4
@@ -86,7 +85,7 @@ def output_gradients(
         return hook
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    hooks = [module.register_forward_hook(watch(name)) for module, (name, _) in linear_weights(model, config).items()]
+    hooks = [module.register_forward_hook(watch(name)) for module, (name, _) in clustered_linears(model, config).items()]
     seen = False
     try:
         for p in trained:
@@ -104,35 +103,3 @@ def output_gradients(
             hook.remove()
     if not seen:
         raise ValueError("batches: at least one is needed.")
-
-
-def merged(tokens: Tensor | None, weight: Tensor, settings: ClusterConfig) -> Tensor | None:
-    """Weights of tokens `[tokens, parts]`, with only so many parts as the tables of a weight divide into."""
-    if tokens is None:
-        return None
-    tables = weight.shape[0] // (settings.rows_per_lut or weight.shape[0])
-    return tokens.view(len(tokens), math.gcd(tokens.shape[1], tables), -1).mean(2)
-
-
-def linear_weights(model: nn.Module, config: ClusterConfig) -> dict[nn.Module, tuple[str, ClusterConfig]]:
-    """The linear layers whose weights are clustered one by one, and their names and settings."""
-    plan(model, config)  # refuses what cannot be clustered
-    found: dict[nn.Module, tuple[str, ClusterConfig]] = {}
-    for name, _, target, settings, _ in decisions(model, config, targets_of(model)):
-        if settings is not None and settings.dim == 1 and [type(m) for m in target.modules] == [nn.Linear]:
-            found[target.modules[0]] = name, settings
-    return found
-
-
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Keys and values are not kept: layers are run more than once."""
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    if cache is not None:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if cache is not None:
-            config.use_cache = cache

@@ -169,6 +169,16 @@ def decisions(
     return found
 
 
+def clustered_linears(model: nn.Module, config: ClusterConfig) -> dict[nn.Module, tuple[str, ClusterConfig]]:
+    """The linear layers whose weights are clustered one by one, and their names and settings."""
+    plan(model, config)  # refuses what cannot be clustered
+    found: dict[nn.Module, tuple[str, ClusterConfig]] = {}
+    for name, _, target, settings, _ in decisions(model, config, targets_of(model)):
+        if settings is not None and settings.dim == 1 and [type(m) for m in target.modules] == [nn.Linear]:
+            found[target.modules[0]] = name, settings
+    return found
+
+
 def targets_of(model: nn.Module) -> list[Target]:
     """Every parameter that is the weight of a module we know, with all its names and users."""
     found: dict[int, Target] = {}
