@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import ablation, compare, memory, offload, op, step
+from benchmarks import ablation, compare, memory, offload, op, recipe, step
 
 COMMANDS = {
     "ablation": ablation.main,
@@ -10,6 +10,7 @@ COMMANDS = {
     "memory": memory.main,
     "offload": offload.main,
     "op": op.main,
+    "recipe": recipe.main,
     "step": step.main,
 }
 

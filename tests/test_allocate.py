@@ -39,6 +39,14 @@ def test_the_budget_is_kept_and_nearly_spent(tiny_dir, target):
     edkm.prepare(model, config)
 
 
+def test_the_bits_of_a_config_are_a_target_that_is_kept(tiny_dir):
+    model = load_model(tiny_dir)[0]
+    config = edkm.ClusterConfig(bits=4, rows_per_lut=2, overrides={"*down_proj*": {"bits": 8}})
+    target = allocate.bits_of(model, config)
+    assert target == pytest.approx(bits_of(model, config), abs=1e-12)
+    assert bits_of(model, allocated(model, config, target)) <= target
+
+
 def test_bits_go_where_the_loss_depends_on_them(tiny_dir):
     model = load_model(tiny_dir)[0]
     with torch.no_grad():

@@ -130,7 +130,7 @@ def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp
 
 def test_a_dry_run_says_that_bits_are_not_chosen_yet(tiny_dir, data, tmp_path, capsys):
     assert main(for_a_budget(arguments(tiny_dir, data, tmp_path / "out", "--dry-run"))) == 0
-    assert "--target-bpw: bits are chosen in the run; this plan, its size and memory have 3 in every" in capsys.readouterr().out
+    assert "bits are chosen in the run; this plan, its size and memory have 3 in every" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,29 @@ def test_a_dry_run_says_that_bits_are_not_chosen_yet(tiny_dir, data, tmp_path, c
 def test_a_budget_that_cannot_be_is_refused_before_anything_is_done(tiny_dir, data, tmp_path, target, more, said, capsys):
     assert main(for_a_budget(arguments(tiny_dir, data, tmp_path / "out"), target) + [*more]) == 1
     assert said in capsys.readouterr().err and not (tmp_path / "out" / "training").exists()
+
+
+@pytest.mark.parametrize(("preset", "plain"), [("fast", 4), ("balanced", 3), ("best", 3)])
+def test_a_preset_is_what_its_options_are(tiny_dir, data, tmp_path, preset, plain, capsys):
+    def compressed(name, *more):
+        assert main(arguments(tiny_dir, data, tmp_path / name, "--steps", "4", *more)) == 0
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    named = compressed("named", "--preset", preset)
+    printed = capsys.readouterr().out
+    assert f"plain fine-tuning: {plain} steps" in printed and ("training: 1 steps" in printed) == (plain == 3)
+    assert ("bits: " in printed) == (preset == "best")
+    by_option = compressed("by option", "--plain-steps", str(plain))
+    assert (named == by_option) == (preset != "best")
+    bits = {name: summary(tmp_path / name)["clustered_bits_per_weight"] for name in ("named", "by option")}
+    assert bits["by option"] - 0.1 < bits["named"] <= bits["by option"] + 1e-9  # the same size, spent elsewhere
+    assert compressed("other", "--preset", preset, "--plain-steps", "0") != named  # what is given goes first
+    assert "plain fine-tuning" not in capsys.readouterr().out.rpartition("data:")[2]
+
+
+def test_a_preset_that_chooses_bits_takes_no_vectors(tiny_dir, data, tmp_path, capsys):
+    assert main(arguments(tiny_dir, data, tmp_path / "out", "--preset", "best", "--dim", "2")) == 1
+    assert "--preset best: chooses the bits of single weights" in capsys.readouterr().err
 
 
 def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsys):

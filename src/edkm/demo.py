@@ -118,7 +118,8 @@ def _control(args: argparse.Namespace) -> dict[str, Any]:
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
     """What `edkm compress` does: most of the steps on the model as it is, the rest clustered."""
     import edkm
-    from edkm.train.stages import plain_steps_of, prepare_on, write
+    from edkm.train.presets import plain_steps_of
+    from edkm.train.stages import prepare_on, write
 
     model, tokenizer, blocks = _load(args)
     plain = plain_steps_of(args.steps)

@@ -98,6 +98,13 @@ def allocate(
     return replace(config, overrides={**given, **config.overrides})
 
 
+def bits_of(model: nn.Module, config: ClusterConfig) -> float:
+    """Bits a linear weight, tables counted, if all have what the config says: the `target` of a model of the same size."""
+    found = [(module.weight, settings) for module, (_, settings) in clustered_linears(model, config).items()]
+    cost = sum(_cost(weight, settings.bits, settings.rows_per_lut) for weight, settings in found)
+    return cost / max(1, sum(weight.numel() for weight, _ in found))
+
+
 def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None:
     """Refuse a target that no choice meets.
 

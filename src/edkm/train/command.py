@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .stages import fingerprint, plain_steps_of, prepare_on, save_whole, write
+from .presets import DEFAULT, PRESETS, plain_steps_of
+from .stages import fingerprint, prepare_on, save_whole, write
 
 # torch and transformers are imported when a command runs: see cli.py.
 
@@ -36,6 +37,13 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or a hub id")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training data")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the packed model")
+    parser.add_argument(
+        "--preset",
+        default=DEFAULT,
+        choices=tuple(PRESETS),
+        help="fast: no clustered steps; balanced: the last quarter; best: and bits where they matter, in the same size. Other "
+        f"options go first ({DEFAULT})",
+    )
     what = parser.add_argument_group("clustering")
     size = what.add_mutually_exclusive_group()
     size.add_argument("--bits", type=int, default=3, metavar="N", help="bits of an index, 1 to 8, for all linear weights (3)")
@@ -50,7 +58,7 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
         "--rows-per-lut",
         type=int,
         metavar="N",
-        help="rows that share a table; 0: one table a tensor (1, or chosen for --target-bpw)",
+        help="rows that share a table; 0: one table a tensor (1; chosen for --target-bpw and --preset best)",
     )
     what.add_argument("--embedding-bits", type=int, default=8, metavar="N", help="bits of embeddings; 0 leaves them (8)")
     what.add_argument(
@@ -84,7 +92,7 @@ def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser
         "--plain-steps",
         type=int,
         metavar="N",
-        help="of these the first N fine-tune the model as it is, before it is clustered (three quarters)",
+        help="of these the first N fine-tune the model as it is, before it is clustered (three quarters; all with --preset fast)",
     )
     how.add_argument("--lr", type=float, default=2e-4, metavar="X", help="peak learning rate (2e-4)")
     how.add_argument(
@@ -151,7 +159,7 @@ def _run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model)
     blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens)
     steps = _steps(args, len(blocks), ranks.world())
-    plain_steps = plain_steps_of(steps) if args.plain_steps is None else args.plain_steps
+    plain_steps = plain_steps_of(steps, args.preset) if args.plain_steps is None else args.plain_steps
     if plain_steps > steps:
         raise ValueError(f"--plain-steps: at most the {steps} steps there are, got {plain_steps}.")
     config = ClusterConfig(
@@ -169,6 +177,11 @@ def _run(args: argparse.Namespace) -> int:
         f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
         f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks"
     )
+    if args.target_bpw is None and PRESETS[args.preset].chosen_bits:
+        from .allocate import bits_of
+
+        args.target_bpw = bits_of(model, config)
+        print(f"--preset {args.preset}: as many bits as --bits {args.bits} takes, {args.target_bpw:.3f} a linear weight with tables")
     if args.target_bpw is not None:
         from .allocate import check_target
 
@@ -286,7 +299,7 @@ def _dry_run(model: Any, config: Any, args: argparse.Namespace, block_tokens: in
     print(report)
     total = sum(p.numel() for p in model.parameters())
     if args.target_bpw is not None:
-        print(f"--target-bpw: bits are chosen in the run; this plan, its size and memory have {config.bits} in every linear weight")
+        print(f"bits are chosen in the run; this plan, its size and memory have {config.bits} in every linear weight")
     print(f"packed weights: {report.packed_bytes / 1e6:.1f} MB to expect (16-bit model: {total * 2 / 1e6:.1f} MB)")
     learners = args.learners or ranks.world()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -346,5 +359,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf):
             raise ValueError(f"--{name.replace('_', '-')}: a positive number, got {value}.")
+    if PRESETS[args.preset].chosen_bits and args.dim != 1:
+        raise ValueError(f"--preset {args.preset}: chooses the bits of single weights. Leave out --dim, or take another preset.")
     if args.target_bpw is not None and (args.rows_per_lut is not None or args.dim != 1):
         raise ValueError("--target-bpw: chooses rows per table too, of single weights. Leave out --rows-per-lut and --dim, or give --bits.")

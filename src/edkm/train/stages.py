@@ -15,11 +15,6 @@ from typing import Any
 CALIBRATION_BLOCKS = 32
 
 
-def plain_steps_of(steps: int) -> int:
-    """How many of the steps fine-tune the model as it is, if nobody says (docs/log.md)."""
-    return steps * 3 // 4
-
-
 def prepare_on(
     model: Any, config: Any, blocks: Any, *, target_bpw: float | None = None, start: str = "fit", backend: str = "auto"
 ) -> tuple[Any, Any]:

@@ -1,0 +1,238 @@
+"""`python -m benchmarks recipe`: what each part of the recipe adds, by the perplexity of SmolLM2-135M at 3 bits.
+
+Two tables, on the model, data and texts of `python -m benchmarks compare`; every row is a process of its own and is not repeated if
+`--out` holds its result already.
+
+**Identity** (`--identity-steps`): the same clustering (k-means, importance, one table a tensor, one iteration a step, embeddings
+left alone), trained by dense DKM's equations in plain autograd (`edkm.core.reference`, recomputed in backward, for its maps would not
+fit) and by each backend. Perplexities must agree to noise; seconds are a step's.
+
+**Recipe** (`--steps`): from DKM at coremltools' defaults to `edkm compress --preset best`, one change a row. All rows have the
+same steps, learning rate and data, embeddings in 8 bits; the last rows spend three quarters of the steps on the model before it is
+clustered. `soft` is the perplexity of the softly clustered weights, before they are put on their nearest entries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.compare import WINDOW, make_data
+from benchmarks.measure import machine, write
+
+BITS, LR = 3, 2e-4
+
+
+class Row(NamedTuple):
+    """One run. The defaults are those of DKM but for its temperature."""
+
+    title: str
+    backend: str = "auto"
+    start: str = "kmeans"
+    rows_per_lut: int = 0
+    importance: bool = True
+    absolute: bool = False  # temperature 1e-4 and three iterations a step, as coremltools has them
+    preset: str = ""  # its share of plain steps
+    chosen: bool = False  # bits by edkm.allocate
+
+
+IDENTITY = {
+    name: Row(title, backend=name)
+    for name, title in {
+        "reference": "dense DKM, plain autograd",
+        "unique": "unique",
+        "fused": "fused",
+        "compiled": "compiled",
+    }.items()
+}
+RECIPE = {
+    "dkm": Row("DKM: absolute temperature, no importance", importance=False, absolute=True),
+    "relative": Row("temperature from the error, annealed", importance=False),
+    "importance": Row("+ importance"),
+    "rows": Row("+ a table per row", rows_per_lut=1),
+    "fit": Row("+ fitted start", rows_per_lut=1, start="fit"),
+    "balanced": Row("+ plain steps first (balanced)", rows_per_lut=1, start="fit", preset="balanced"),
+    "best": Row("+ bits where they matter (best)", rows_per_lut=1, start="fit", preset="balanced", chosen=True),
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/recipe"))
+    parser.add_argument("--steps", type=int, default=24, help="of 1,024 tokens (24); 0 leaves the table out")
+    parser.add_argument("--identity-steps", type=int, default=4, help="of 1,024 tokens (4); 0 leaves the table out")
+    parser.add_argument("--rows", help="of the second table, with commas between them (all)")
+    parser.add_argument("--max-windows", type=int, default=8, help="of each text (8)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.row:
+        result = run(args, args.row)
+        (args.out / f"{args.row}.json").write_text(json.dumps(result))
+        return 0
+    data = make_data(args.out / "data")
+    _save_original(data["model"], args.out / "model")
+    wanted = [name for name in RECIPE if not args.rows or name in args.rows.split(",")]
+    tables = {"identity": (IDENTITY, list(IDENTITY), args.identity_steps), "recipe": (RECIPE, wanted, args.steps)}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for table, (rows, names, steps) in tables.items():
+        found[table] = [_result(args, f"{table}-{name}", rows[name].title, steps) for name in names] if steps else []
+        print(f"\n{table}, {steps} steps\n{_table(found[table])}\n", flush=True)
+    settings = {"bits": BITS, "lr": LR, "steps": args.steps, "identity_steps": args.identity_steps, "windows": args.max_windows}
+    write(args.json, {"benchmark": "recipe", **settings, "machine": machine("cpu"), **found})
+    return 0
+
+
+def _save_original(gguf: Path, out: Path) -> None:
+    if (out / "config.json").is_file():
+        return
+    from edkm.models import load_model
+
+    model, tokenizer = load_model(gguf)
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)  # the configuration comes last
+
+
+def _result(args: argparse.Namespace, name: str, title: str, steps: int) -> dict[str, Any]:
+    path = args.out / f"{name}.json"
+    if not path.is_file():
+        command = [sys.executable, "-m", "benchmarks", "recipe", "--row", name, "--out", args.out, "--max-windows", args.max_windows]
+        command += ["--identity-steps", steps] if name.startswith("identity") else ["--steps", steps]
+        subprocess.run([str(word) for word in command], check=True)
+    found = json.loads(path.read_text())
+    if found["steps"] != steps:
+        raise SystemExit(f"{path}: was made with {found['steps']} steps, not {steps}. Name another --out.")
+    return {"row": name, "title": title, **found}
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    texts = list(rows[0]["hard"])
+    lines = [f"{'':<44}{'bits':>6}" + "".join(f"{text:>12}{'soft':>10}" for text in texts) + f"{'s/step':>8}{'start':>8}"]
+    for row in rows:
+        cells = "".join(f"{row['hard'][text]:>12.3f}{row['soft'][text]:>10.3f}" for text in texts)
+        lines.append(f"{row['title']:<44}{row['bits']:>6.2f}{cells}{row['step_seconds']:>8.1f}{row['start_seconds']:>8.0f}")
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Make a row: train, and score soft and hard weights on every text."""
+    import edkm
+    from edkm.models import load_model
+    from edkm.train.data import load_blocks
+    from edkm.train.presets import plain_steps_of
+
+    table, _, key = name.partition("-")
+    row, steps = (IDENTITY[key], args.identity_steps) if table == "identity" else (RECIPE[key], args.steps)
+    model, tokenizer = load_model(args.out / "model")
+    blocks = load_blocks(args.out / "data" / "train.json", tokenizer, block_tokens=WINDOW)
+    plain = plain_steps_of(steps, row.preset) if row.preset else 0
+    if plain:
+        _train(model, blocks, plain, 0, args.out / f"{name}-training")
+    config = edkm.ClusterConfig(
+        bits=BITS,
+        rows_per_lut=row.rows_per_lut,
+        anneal_steps=steps - plain,
+        embedding_bits=0 if table == "identity" else 8,
+    )
+    began = time.perf_counter()
+    _prepare(model, blocks, config, row)
+    started = time.perf_counter()
+    if row.backend == "reference":
+        _make_dense(model)
+    _train(model, blocks, steps - plain, plain, args.out / f"{name}-training")
+    trained = time.perf_counter()
+    with edkm.soft_weights(model):
+        soft = _perplexities(model, tokenizer, args)
+    return {
+        "steps": steps,
+        "plain_steps": plain,
+        "bits": _linear_bits(model),
+        "hard": _perplexities(model, tokenizer, args),
+        "soft": soft,
+        "start_seconds": started - began,
+        "step_seconds": (trained - started) / (steps - plain),
+    }
+
+
+def _train(model: Any, blocks: Any, steps: int, first: int, work: Path) -> None:
+    from edkm.train.trainer import TrainSettings, train
+
+    if train(model, blocks, TrainSettings(steps=steps, lr=LR, first_step=first, precision="fp32"), work).interrupted:
+        raise KeyboardInterrupt
+
+
+def _prepare(model: Any, blocks: Any, config: Any, row: Row) -> None:
+    """Cluster the model as the row says, in place."""
+    import edkm
+    from edkm.compare.dkm import config as dkm_config
+    from edkm.compare.dkm import prepare_dkm
+    from edkm.train.allocate import bits_of
+    from edkm.train.stages import prepare_on
+
+    if row.absolute:
+        prepare_dkm(model, dkm_config(model, BITS))
+    elif row.importance:
+        target = bits_of(model, config) if row.chosen else None
+        prepare_on(model, config, blocks, target_bpw=target, start=row.start, backend=row.backend)
+    else:
+        edkm.prepare(model, config)
+
+
+def _make_dense(model: Any) -> None:
+    """Put dense DKM in the place of what keeps nothing, in place: plain autograd through the reference, layer by layer."""
+    import torch
+    from torch.nn import functional as F
+    from torch.utils.checkpoint import checkpoint
+
+    from edkm.core import reference
+    from edkm.train.layer import ClusteredLinear
+
+    class DenseLinear(ClusteredLinear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            if not self.clustering.is_soft:
+                return super().forward(input)
+            self.clustering.solve(self.weight)  # moves the state
+            return checkpoint(self._dense, input, use_reentrant=False)
+
+        def _dense(self, input: torch.Tensor) -> torch.Tensor:
+            found = self.clustering.solve(self.weight)
+            start, iters = found.trajectory[0], len(found.trajectory) - 1
+            soft, _ = reference.cluster(self.weight, found.importance, start, found.temperature, iters, torch.bfloat16)
+            return F.linear(input, soft, self.bias)
+
+    for module in model.modules():
+        if type(module) is ClusteredLinear:
+            module.__class__ = DenseLinear
+
+
+def _perplexities(model: Any, tokenizer: Any, args: argparse.Namespace) -> Mapping[str, float]:
+    from edkm.evaluate import perplexity
+
+    found = {}
+    for name in ("reference", "novels"):
+        text = (args.out / "data" / f"{name}.txt").read_text(encoding="utf-8")
+        found[name] = perplexity(model, tokenizer, text, window=WINDOW, max_windows=args.max_windows).perplexity
+    return found
+
+
+def _linear_bits(model: Any) -> float:
+    """Bits a linear weight, tables of float16 counted, of what is clustered but for the embeddings."""
+    from edkm.train.layer import ClusteredEmbedding
+    from edkm.train.prepare import clusterings
+
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, ClusteredEmbedding)}
+    cost = size = 0
+    for _, weight, clustering in clusterings(model):
+        if id(weight) not in embeddings:
+            tables, k, d = clustering.centroids.shape
+            cost += weight.numel() // d * (k - 1).bit_length() + tables * k * d * 16
+            size += weight.numel()
+    return cost / size
