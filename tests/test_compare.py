@@ -394,3 +394,19 @@ def test_tasks_are_scored_once_each(tiny_dir, files, tmp_path, here, monkeypatch
     row = rows_of(tmp_path / "out")["rtn"]
     assert row["tasks"]["piqa"]["items"] == 7 and row["tasks"]["boolq"]["normalised_accuracy_stderr"] == "nan"
     assert "50.0 ± 10.0" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_the_limit_may_change_until_a_task_was_run(tiny_dir, files, tmp_path, here, monkeypatch, capsys):
+    from edkm import tasks
+
+    def evaluate(model, tokenizer, names, *, limit):
+        return {name: tasks.TaskScore(0.5, 0.1, 0.25, float("nan"), limit) for name in names}
+
+    monkeypatch.setattr(tasks, "evaluate_tasks", evaluate)
+    monkeypatch.setattr(tasks, "check_tasks", lambda names, *, limit: None)
+    more = ["--methods", "rtn", "--steps", "0"]
+    assert main(arguments(tiny_dir, files, tmp_path / "out", *more)) == 0
+    assert main(arguments(tiny_dir, files, tmp_path / "out", *more, "--tasks", "piqa", "--limit", "7")) == 0
+    assert rows_of(tmp_path / "out")["rtn"]["tasks"]["piqa"]["items"] == 7
+    assert main(arguments(tiny_dir, files, tmp_path / "out", *more, "--tasks", "piqa", "--limit", "8")) == 1
+    assert "limit: the comparison in" in capsys.readouterr().err

@@ -166,6 +166,8 @@ def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
                 if key == "texts":  # more may be named
                     settings["texts"] = before["texts"] | settings["texts"]
                     changed = any(settings["texts"][name] != text for name, text in before["texts"].items())
+                elif key == "limit" and not any(out.glob("*/task-*.json")):  # no task has been run with the other
+                    changed = False
                 else:
                     changed = before.get(key) != settings.get(key)
                 if changed:

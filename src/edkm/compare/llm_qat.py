@@ -18,7 +18,7 @@ from edkm.train.data import Blocks
 
 # Tokens of every text that are the likeliest ones, before sampling begins (the paper: 3 to 5).
 GREEDY_TOKENS = 4
-_TEXTS_AT_ONCE = 16
+_TEXTS_AT_ONCE = 64
 
 
 @torch.no_grad()

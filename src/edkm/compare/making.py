@@ -148,7 +148,7 @@ def _make_library(job: Job) -> dict[str, Any]:
     weights = job.directory / "weights.safetensors"
     model.load_state_dict(load_file(weights), strict=False)
     weights.unlink()
-    return {**{key: figures[key] for key in ("seconds", "peak_mib", "peak_gpu_mib")}, **_finish(job, model, tokenizer)}
+    return {**{key: figures[key] for key in ("seconds", "blocks", "peak_mib", "peak_gpu_mib")}, **_finish(job, model, tokenizer)}
 
 
 def _make_llm_qat(job: Job) -> dict[str, Any]:

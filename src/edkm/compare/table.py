@@ -24,7 +24,7 @@ def row(out: Path, name: str, texts: list[str], tasks: list[str], error: str | N
     scores: dict[str, Any] = {}
     for task in tasks:
         scores |= _read(out, name, f"task:{task}").get("scores", {})
-    keys = ("linear_bits", "total_bits", "bytes", "seconds", "peak_mib", "peak_gpu_mib", "block", "target_bpw")
+    keys = ("linear_bits", "total_bits", "bytes", "seconds", "peak_mib", "peak_gpu_mib", "block", "blocks", "target_bpw")
     return {
         "method": name,
         "title": METHODS[name].title,
@@ -63,6 +63,9 @@ def notes(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     target = next((r["target_bpw"] for r in rows if r["method"] == "edkm"), None)
     if target is not None:
         found.insert(-2, f"edkm: `edkm compress --target-bpw {target:g}` with its defaults: no more bits than the methods with groups.")
+    calibrated = [f"{r['method']} {r['blocks']}" for r in rows if r["blocks"]]
+    if calibrated:
+        found.insert(-2, f"Calibration, in blocks of {settings['block_tokens']} tokens of the training data: {', '.join(calibrated)}.")
     if groups:
         found.insert(
             -2, f"rtn, smoothquant, awq and gptq: asymmetric groups of {groups} columns, scale in 16 bits, zero point as the index."
