@@ -29,10 +29,10 @@ from edkm.core.fused import advance
 from edkm.core.reference import compute_dtype
 
 _SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ["-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC"]
+MOST_CENTROIDS = 64
+_FLAGS = ["-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC", f"-DMOST={MOST_CENTROIDS}"]
 # The first that the compiler takes. 512-bit vectors are a third faster here than the 256 that gcc prefers.
 _TUNING = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], [])
-MOST_CENTROIDS = 64
 # Below this many weights a second thread costs more than it saves.
 _WEIGHTS_PER_THREAD = 1 << 15
 

@@ -21,9 +21,8 @@ typedef float real;
 #endif
 
 #define TILE 256
-#define MOST 64 /* centroids of a table */
 
-typedef real Map[MOST][TILE];
+typedef real Map[MOST][TILE]; /* MOST, of the centroids of a table, is given by compiled.py */
 
 /* Points and what is known of them. `importance` has a row of its own every `importance_stride` values (0: one row for all), or is 0. */
 typedef struct {
