@@ -56,7 +56,9 @@ def add_compare(subparsers: Any, command: Callable[..., argparse.ArgumentParser]
     how.add_argument("--batch", type=int, default=2, metavar="N", help="blocks of a step (2)")
     how.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="autocast (auto: bf16 where it is fast)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, and LLM-QAT's text (0)")
-    how.add_argument("--calibration-blocks", type=int, default=32, metavar="N", help="for gptq, awq and smoothquant (32)")
+    how.add_argument(
+        "--calibration-blocks", type=int, default=32, metavar="N", help="for gptq and smoothquant; awq takes every fourth (32)"
+    )
     how.add_argument("--baselines", type=Path, default=_BASELINES, metavar="PYTHON", help=f"their environment's ({_BASELINES})")
     parser.add_argument("--fresh", action="store_true", help="start over: delete what an earlier comparison left in DIR")
 
