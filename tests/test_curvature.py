@@ -29,10 +29,25 @@ def hard(weight, centroids):
     return lookup(assign(weight, lut), lut, weight.dtype)
 
 
+def test_shrinkage_is_made_for_other_inputs_than_the_calibration():
+    generator = torch.Generator().manual_seed(0)
+    found = {0.0: 0.0, 0.2: 0.0, 1.0: 0.0}
+    for _ in range(5):
+        scales = torch.randn(64, generator=generator, dtype=torch.float64).exp()
+        mix = torch.randn(64, 64, generator=generator, dtype=torch.float64) * scales
+        inputs = torch.randn(96, 64, generator=generator, dtype=torch.float64) @ mix
+        weight = torch.randn(24, 64, generator=generator, dtype=torch.float64)
+        for shrinkage in found:
+            fitted = curvature.fit(weight, inputs.T @ inputs / 96, 3, rows_per_lut=8, shrinkage=shrinkage)
+            found[shrinkage] += error(weight, hard(fitted.weight, fitted.centroids), mix.T @ mix)
+    assert found[0.2] < 0.95 * found[0.0] and found[0.2] < 0.8 * found[1.0]
+    assert curvature.fit.__kwdefaults__["shrinkage"] == 0.2
+
+
 @pytest.mark.parametrize("rows_per_lut", [1, 8, 24])
 def test_every_turn_lowers_the_error_that_it_reports(rows_per_lut):
     weight, moment, start = problem(rows_per_lut=rows_per_lut)
-    found = curvature.fit(weight, moment, 3, rows_per_lut=rows_per_lut, turns=4, damping=0.0)
+    found = curvature.fit(weight, moment, 3, rows_per_lut=rows_per_lut, turns=4, shrinkage=0.0)
     assert len(found.errors) == 5
     # Rounding tables to float16 may cost a little.
     assert all(after <= before * 1.001 for before, after in itertools.pairwise(found.errors))
@@ -43,7 +58,7 @@ def test_every_turn_lowers_the_error_that_it_reports(rows_per_lut):
 
 def test_no_single_index_could_be_better():
     weight, moment, _ = problem(rows=4, cols=12, bits=2, rows_per_lut=4)
-    found = curvature.fit(weight, moment, 2, turns=30, damping=0.0)
+    found = curvature.fit(weight, moment, 2, turns=30, shrinkage=0.0)
     best = hard(found.weight, found.centroids)
     for row, col in itertools.product(range(4), range(12)):
         for entry in found.centroids.flatten():
@@ -88,14 +103,14 @@ def test_the_tables_are_the_means_of_the_weights_on_them(rows_per_lut):
 
 def test_without_a_compiler_the_same(monkeypatch):
     weight, moment, _ = problem(cols=150)
-    found = curvature.fit(weight, moment, 3, rows_per_lut=8)
+    found = curvature.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
     start = edkm.initial_centroids(weight, 3, rows_per_lut=8)
     monkeypatch.setattr(curvature.compiled, "available", lambda: False)
     monkeypatch.setattr(curvature, "initial_centroids", lambda *_, **__: start)
-    slow = curvature.fit(weight, moment, 3, rows_per_lut=8)
+    slow = curvature.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
     monkeypatch.undo()
     monkeypatch.setattr(curvature, "initial_centroids", lambda *_, **__: start)
-    fast = curvature.fit(weight, moment, 3, rows_per_lut=8)
+    fast = curvature.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
     torch.testing.assert_close(fast.weight, slow.weight, rtol=0, atol=1e-12)
     assert torch.equal(fast.centroids, slow.centroids)
     assert found.errors[-1] < fast.errors[-1]  # importance of columns in the start pays
@@ -111,7 +126,7 @@ def test_columns_that_no_input_reached_are_harmless():
 def test_the_nearest_centroids_of_the_result_are_the_ones_found_in_float32_and_bfloat16():
     for dtype in (torch.float32, torch.bfloat16):
         weight, moment, _ = problem(dtype=torch.float32)
-        found = curvature.fit(weight.to(dtype), moment, 3, rows_per_lut=8)
+        found = curvature.fit(weight.to(dtype), moment, 3, rows_per_lut=8, shrinkage=0.01)
         assert found.weight.dtype == dtype
         assert error(weight, hard(found.weight, found.centroids).float(), moment) == pytest.approx(found.errors[-1], rel=0.1)
 
@@ -121,6 +136,7 @@ def test_the_nearest_centroids_of_the_result_are_the_ones_found_in_float32_and_b
     [
         ({"moment": torch.ones(3, 3)}, "moment: must be"),
         ({"rows_per_lut": 7}, "rows do not divide into tables of 7"),
+        ({"shrinkage": 1.5}, "shrinkage: must be between 0 and 1"),
         ({"bits": 9}, "bits: an index has 1 to 8"),
         ({"weight": torch.full((24, 40), torch.nan)}, "weight: NaN"),
         ({"moment": torch.full((40, 40), torch.inf)}, "moment: NaN or infinite"),

@@ -58,7 +58,7 @@ def fit(
     *,
     rows_per_lut: int | None = None,
     turns: int = 4,
-    damping: float = 0.01,
+    shrinkage: float = 0.2,
     importance: Tensor | None = None,
 ) -> Fit:
     """Bring the output error of a clustered weight down, given the second moment of its inputs. Deterministic.
@@ -69,7 +69,8 @@ def fit(
         bits: of an index.
         rows_per_lut: rows that share a table; None for one table.
         turns: of tables and indices after the first pass.
-        damping: added to the diagonal of `moment`, in units of its mean; columns that no input reached count as that alone.
+        shrinkage: between 0 and 1, share of its correlations that the moment loses: those of few inputs are too large, and call
+            directions free that other inputs need. Zero is for moments of full rank. Columns that no input reached count a little.
         importance: `[1, cols]`, of the clustering that will train the weight; None for the diagonal of `moment`.
 
     Raises:
@@ -80,9 +81,9 @@ def fit(
         weight in float32 and three of the moment. Columns go one by one: where `compiled` is not available, `(1 + turns) cols`
         rounds of small operations.
     """
-    _check(weight, moment)
+    _check(weight, moment, shrinkage)
     dtype = compute_dtype(weight.dtype)
-    given, h = weight.detach().to(dtype), _damped(moment.to(weight.device, dtype), damping)
+    given, h = weight.detach().to(dtype), _shrunk(moment.to(weight.device, dtype), shrinkage)
     # The columns that matter most go first: there is still much to the right that can make their errors good.
     order = h.diagonal().argsort(descending=True, stable=True)
     h = h[order][:, order]
@@ -107,22 +108,29 @@ def fit(
     return Fit(whole.to(weight.dtype), tables.entries.unsqueeze(2), errors)
 
 
-def _check(weight: Tensor, moment: Tensor) -> None:
+def _check(weight: Tensor, moment: Tensor, shrinkage: float) -> None:
     if weight.ndim != 2 or moment.shape != (weight.shape[1],) * 2:
         raise ValueError(
             f"moment: must be [cols, cols] for a weight [rows, cols], got {list(moment.shape)} for {list(weight.shape)}. "
             "Calibrate the layer whose weight this is."
         )
+    if not 0 <= shrinkage <= 1:
+        raise ValueError(f"shrinkage: must be between 0 and 1, got {shrinkage}. 0.2 is the default.")
     for name, tensor in (("weight", weight), ("moment", moment)):
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: NaN or infinite values. Calibrate in float32, or check the data.")
 
 
-def _damped(moment: Tensor, damping: float) -> Tensor:
-    """Symmetric to the bit, and positive definite."""
-    h = (moment + moment.T) / 2
-    mean = h.diagonal().mean()
-    return h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * mean + torch.finfo(h.dtype).tiny)
+def _shrunk(moment: Tensor, shrinkage: float) -> Tensor:
+    """The moment with correlations of `1 - shrinkage` times the size, symmetric to the bit, and positive definite.
+
+    Shrinkage towards the own diagonal (Schäfer and Strimmer, 2005, target D), which knows the scale of every input: GPTQ's damping adds a
+    share of the mean to all, and drowns the small ones.
+    """
+    mass = moment.diagonal()
+    h = (moment + moment.T) * ((1 - shrinkage) / 2)
+    h.diagonal().copy_(mass.clamp_min(1e-4 * mass.mean() + torch.finfo(h.dtype).tiny))
+    return h
 
 
 class _Tables:
