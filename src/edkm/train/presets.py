@@ -23,7 +23,7 @@ PRESETS = {
     # Plain fine-tuning and the fit: no step costs more than a plain one.
     "fast": Preset(1.0),
     DEFAULT: Preset(0.75),
-    # The best where the text is of the kind that was trained on.
+    # The same size, better on every text measured; calibration takes longer.
     "best": Preset(0.75, chosen_bits=True),
 }
 
