@@ -122,7 +122,7 @@ def test_sensitivity_moves_the_fit_where_it_matters():
         edkm.prepare(model, config, centroids=start)
         error = (model.eval()(x) - truth).square()
         errors[name] = float(error[5, :16].mean()), float(error[torch.arange(64) != 5, 16:].mean())
-    assert errors["weighed"][0] < 0.1 * errors["plain"][0]
+    assert errors["weighed"][0] < 0.05 * errors["plain"][0]
     assert errors["weighed"][1] < 1.05 * errors["plain"][1]
 
 
