@@ -300,16 +300,14 @@ def test_stored_tensors_refused(saved: Path, change: Callable[[dict[str, torch.T
     refuses(saved, message)
 
 
-def test_checksums_must_be_there_and_match_the_names(saved: Path):
+def test_checksums_must_be_there(saved: Path):
     path = saved / "model.safetensors"
     tensors = load_file(path)
     for metadata in (None, {"edkm": "{"}, {"edkm": "[]"}, {"edkm": '{"crc32": {"a": 1}}'}):
         save_file(tensors, path, metadata)
         refuses(saved, "has no edkm checksums")
     save_file(tensors, path, {"edkm": '{"crc32": {}}'})
-    refuses(saved, "has no tensor or no checksum")
-    save_file(tensors, path, {"edkm": json.dumps({"crc32": dict.fromkeys([*tensors, "more"], "00000000")})})
-    refuses(saved, "more has no tensor or no checksum")
+    refuses(saved, "has no checksum")
 
 
 def same(a: checkpoint.Packed, b: checkpoint.Packed) -> bool:

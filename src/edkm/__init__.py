@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from edkm._version import __version__
+from edkm.register import register
 
 if TYPE_CHECKING:
     from edkm import offload
@@ -58,3 +59,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'edkm' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+register()

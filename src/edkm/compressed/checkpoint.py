@@ -21,7 +21,7 @@ from torch import Tensor
 
 from edkm.compressed import layout
 from edkm.compressed.layout import FORMAT_VERSION, LUT_SUFFIX, QUANT_METHOD, Entry
-from edkm.compressed.packing import pack_indices, unpack_indices
+from edkm.compressed.packing import check_padding, pack_indices, unpack_indices
 from edkm.compressed.shards import FormatError, Pending, Stored, open_shards, write_shards
 from edkm.core.assign import LUT_DTYPE, Frozen, Later, lookup
 
@@ -43,11 +43,17 @@ class Item(NamedTuple):
         shape: of the weight in its module.
         dtype: of a dense tensor; None for a clustered one.
         load: reads, checks and returns it.
+        check: reads and checks it; many times faster than `load` for a clustered one.
+        entry: how a clustered tensor is cut; None for a dense one.
+        k: centroids in each of its tables.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     load: Callable[[], Frozen | Tensor]
+    check: Callable[[], object]
+    entry: Entry | None = None
+    k: int = 0
 
 
 def write(
@@ -158,10 +164,11 @@ def open_items(directory: str | Path) -> Iterator[dict[str, Item]]:
         items = {}
         for name, tensor in stored.items():
             if (entry := entries.get(name)) is not None:
-                load = partial(_load, directory, name, entry, tensor, stored[name + LUT_SUFFIX])
-                items[name] = Item(entry.shape, None, load)
+                lut = stored[name + LUT_SUFFIX]
+                parts = (directory, name, entry, tensor, lut)
+                items[name] = Item(entry.shape, None, partial(_load, *parts), partial(_check, *parts), entry, lut.shape[1])
             elif name.removesuffix(LUT_SUFFIX) not in entries:
-                items[name] = Item(tensor.shape, tensor.dtype, tensor.load)
+                items[name] = Item(tensor.shape, tensor.dtype, tensor.load, tensor.load)
         yield items
 
 
@@ -259,6 +266,20 @@ def _load(directory: Path, name: str, entry: Entry, packed: Stored, lut: Stored)
     frozen = Frozen(indices.view(entry.grid), lut.load(), entry.shape, float(entry.error))
     layout.check_values(f"{directory / packed.file}: {name}", frozen)
     return frozen
+
+
+def _check(directory: Path, name: str, entry: Entry, packed: Stored, lut: Stored) -> None:
+    """What `_load` checks, without the indices where every index has its centroid."""
+    if lut.shape[1] < 1 << entry.bits:
+        _load(directory, name, entry, packed, lut)
+        return
+    try:
+        check_padding(packed.load(), entry.bits, math.prod(entry.grid))
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"{directory / packed.file}: {name}: {error}") from error
+    layout.check_centroids(f"{directory / lut.file}: {name}", lut.load())
 
 
 def _is_embedding(name: str) -> bool:

@@ -62,9 +62,12 @@ def save_pretrained(
         model = _build(copy.deepcopy(config), torch.float32)
     shapes = {name: tensor.shape for name, tensor in frozen.items()}
     shapes |= {name: tuple(tensor.shape) for name, tensor in dense.items()}
-    _match(model, shapes, "what is to be saved")
+    match_names(model, shapes, "what is to be saved")
     content = json.loads(config.to_json_string(use_diff=True))
     content["architectures"] = content.get("architectures") or [type(model).__name__]
+    if content.get("dtype") is None:  # transformers would take that of the first tensor it finds, a table
+        floating = {tensor.dtype for tensor in dense.values() if tensor.is_floating_point()}
+        content["dtype"] = str(floating.pop() if len(floating) == 1 else torch.float32).removeprefix("torch.")
     content["quantization_config"] = checkpoint.write(directory, frozen, dense, settings)
     write_json(directory / "config.json", content)
     if tokenizer is not None:
@@ -103,7 +106,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTraine
         with no_init_weights():
             model = _build(config, dtype)
         model.tie_weights()
-        targets = _match(model, {name: item.shape for name, item in items.items()}, str(directory))
+        targets = match_names(model, {name: item.shape for name, item in items.items()}, str(directory))
         with torch.no_grad():
             for name, item in items.items():
                 tensor = item.load()
@@ -162,15 +165,21 @@ def unpack(directory: str | Path, out: str | Path) -> None:
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    """A model of the class that the config names, if it is one of transformers'; else a causal language model."""
+    import transformers
 
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return named._from_config(config, dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _match(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Tensor]:
-    """The model's tensor for every name; raises FormatError unless each tensor has exactly one name and its
+def match_names(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Tensor]:
+    """The model's tensor for every name; those that are tied are one. Raises FormatError unless each tensor has exactly one name and its
     shape."""
-    targets = dict(model.state_dict(keep_vars=True))
+    state = model.state_dict(keep_vars=True)
+    # While transformers loads a model, what it ties is not tied yet.
+    targets = {name: state[model.all_tied_weights_keys.get(name, name)] for name in state}
     by_tensor: dict[int, list[str]] = {}
     for name, tensor in targets.items():
         by_tensor.setdefault(id(tensor), []).append(name)

@@ -128,7 +128,12 @@ def check_values(name: str, frozen: Frozen | Later) -> None:
     k = frozen.lut.shape[1]
     if isinstance(frozen, Frozen) and k < 256 and (largest := int(frozen.indices.max())) >= k:
         raise FormatError(f"{name}: indices must be below {k}, got {largest}. Save the model again.")
-    if not frozen.lut.isfinite().all():
+    check_centroids(name, frozen.lut)
+
+
+def check_centroids(name: str, lut: torch.Tensor) -> None:
+    """Raises FormatError for a centroid that is not finite."""
+    if not lut.isfinite().all():
         raise FormatError(f"{name}: every centroid must be finite. Look for NaN in the weight before it was frozen.")
 
 

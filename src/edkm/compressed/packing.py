@@ -98,12 +98,7 @@ def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{count} indices of {bits} bits are uint8 [{expected}], got {packed.dtype} "
             f"{list(packed.shape)}. Give the width and count that the stream was packed with."
         )
-    used = count * bits % 8
-    if used and int(packed[-1]) >> used:
-        raise ValueError(
-            f"the {8 - used} padding bits after index {count - 1} must be zero, got byte {int(packed[-1])}. "
-            "Give the width and count that the stream was packed with, or fetch the file again."
-        )
+    check_padding(packed, bits, count)
     packed = packed.contiguous()
     indices = packed.new_empty(count)
     period, width = _period(bits)
@@ -126,6 +121,16 @@ def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
             out[:, column] = value & mask
         indices[start : start + size] = out.view(-1)[:size]
     return indices
+
+
+def check_padding(packed: Tensor, bits: int, count: int) -> None:
+    """Raises ValueError if a bit after the last index of a stream is not zero."""
+    used = count * bits % 8
+    if used and int(packed[-1]) >> used:
+        raise ValueError(
+            f"the {8 - used} padding bits after index {count - 1} must be zero, got byte {int(packed[-1])}. "
+            "Give the width and count that the stream was packed with, or fetch the file again."
+        )
 
 
 def _period(bits: int) -> tuple[int, int]:

@@ -1,0 +1,102 @@
+"""The quantization method `edkm` of transformers: `from_pretrained` loads a packed directory as a model of packed modules.
+
+    import edkm
+    model = AutoModelForCausalLM.from_pretrained("./packed")
+
+`import edkm` registers it, now or when transformers is imported (edkm/register.py). Everything is checked before a byte is used: names and
+shapes against the model, sizes and checksums against the files. `save_pretrained` writes the same tensors again, `dequantize` makes an
+ordinary model of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from edkm.compressed import checkpoint
+from edkm.compressed.hf import match_names
+from edkm.compressed.layout import QUANT_METHOD
+from edkm.compressed.linear import Packed, pack_module, tie_module, unpack_modules
+from edkm.compressed.shards import FormatError, checksum_metadata
+
+
+@register_quantization_config(QUANT_METHOD)
+class EdkmConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed directory, as it stands there (docs/format.md)."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = QUANT_METHOD  # pyright: ignore
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+
+@register_quantizer(QUANT_METHOD)
+class EdkmQuantizer(HfQuantizer):
+    """Makes packed modules before transformers reads the weights."""
+
+    requires_calibration = True  # cannot pack a model while loading it: that is what `edkm compress` is for
+
+    def is_serializable(self) -> bool:  # pyright: ignore
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore
+        """Adapters on top are; the packed weights are constants."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        files, dtype = kwargs.get("checkpoint_files"), kwargs.get("dtype")
+        if not files:
+            raise FormatError("from_pretrained: a packed model is read from its files. Give its directory, not a state dict.")
+        folders = {Path(file).parent for file in files}
+        if len(folders) > 1:
+            raise FormatError(f"from_pretrained: the files lie in {len(folders)} directories. Put the packed model into one.")
+        _prepare(model, folders.pop(), dtype or torch.get_default_dtype())
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            # Tying pads the bias of an output layer to the length of the weight: here that counts bytes.
+            if isinstance(module, nn.Linear) and isinstance(module, Packed) and module.bias is not None:
+                module.bias.data = module.bias.data[: module.out_features]
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        unpack_modules(model, dtype)
+        return model if dtype is None else model.to(dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # pyright: ignore
+        state = {}
+        seen: set[int] = set()
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:  # of tied tensors the first
+                seen.add(id(tensor))
+                state[name] = tensor.detach()
+        return state, checksum_metadata(state)
+
+
+def _prepare(model: Any, directory: Path, dtype: torch.dtype) -> None:
+    """Check the whole checkpoint, and put packed modules, still empty, into the model."""
+    with checkpoint.open_items(directory) as items:
+        targets = match_names(model, {name: item.shape for name, item in items.items()}, str(directory))
+        users: dict[int, list[str]] = {}
+        for alias, tensor in targets.items():
+            users.setdefault(id(tensor), []).append(alias)
+        for name, item in items.items():
+            item.check()
+            if item.entry is None:
+                continue
+            aliases = users[id(targets[name])]
+            for alias in [name, *(alias for alias in aliases if alias != name)]:
+                path, _, parameter = alias.rpartition(".")
+                module = model.get_submodule(path)
+                pack_module(module, parameter, item.entry, item.k, dtype)
+                if alias != name:
+                    owner = model.get_submodule(name.rpartition(".")[0])
+                    tie_module(module, parameter, owner)

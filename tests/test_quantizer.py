@@ -1,0 +1,343 @@
+"""`from_pretrained` on a packed directory: the same numbers as the dense model, from the bytes of the file."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline
+
+import edkm
+from edkm.compressed import hf
+from edkm.compressed.checkpoint import FormatError, dequantize
+from edkm.compressed.layout import entry_of
+from edkm.compressed.linear import Packed, PackedEmbedding, PackedLinear, PackedWeight, linear, pack_module, unpack_modules
+from edkm.compressed.packing import pack_indices
+from edkm.core.assign import Frozen
+
+TOKENS = torch.arange(24).view(2, 12) * 5 % 128
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+}
+
+
+def freeze(shape, bits, luts=1, dim=1, k=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    k = k or 2**bits
+    indices = torch.randint(k, (shape[0] // dim, torch.Size(shape[1:]).numel()), generator=generator, dtype=torch.uint8)
+    lut = torch.randn(luts, k, dim, generator=generator).sort(1).values.mul_(0.05).half()
+    return Frozen(indices, lut, tuple(shape), 0.0)
+
+
+def packed(frozen):
+    return PackedWeight(pack_indices(frozen.indices, frozen.bits), frozen.lut, entry_of("weight", frozen))
+
+
+def pack(model, directory, bits=3):
+    """Every matrix at some bits, a table per row (one for embeddings); the dense model that it stands for comes back."""
+    frozen, dense = {}, {}
+    for name, weight in model.named_parameters():
+        if weight.dim() >= 2 and not name.endswith(("cls_token", "position_embeddings")):
+            embedding = "embed_tokens" in name
+            frozen[name] = freeze(weight.shape, 8 if embedding else bits, 1 if embedding else weight.shape[0], seed=len(frozen))
+            weight.data.copy_(dequantize(frozen[name]))
+        else:
+            dense[name] = weight.detach()
+    model.config.architectures = [type(model).__name__]
+    hf.save_pretrained(directory, frozen, dense, {"bits": bits}, model.config)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def saved(request, tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("packed")
+    model = pack(LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=request.param)), directory)
+    return directory, model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("shape", "luts", "dim"), [((24, 20), 24, 1), ((24, 20), 3, 1), ((24, 7), 1, 1), ((24, 5), 2, 4)])
+def test_the_linear_layer_is_the_dense_one(bits, shape, luts, dim):
+    frozen = freeze(shape, bits, luts, dim)
+    dense = dequantize(frozen)
+    x = torch.randn(3, 2, shape[1], requires_grad=True)
+    out = linear(x, packed(frozen))
+    torch.testing.assert_close(out, x @ dense.T)
+    out.square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * (x.detach() @ dense.T) @ dense)
+
+
+def test_tiles_are_the_whole(monkeypatch):
+    import edkm.compressed.linear as module
+
+    frozen = freeze((40, 9), 3, 20)
+    x = torch.randn(2, 9)
+    whole = linear(x, packed(frozen))
+    monkeypatch.setattr(module, "_TILE_WEIGHTS", 100)
+    assert len(module._tiles(packed(frozen))) == 5
+    torch.testing.assert_close(linear(x, packed(frozen)), whole)
+
+
+@pytest.mark.parametrize(("bits", "luts", "k"), [(8, 1, 256), (3, 16, 8), (5, 4, 19), (1, 1, 2)])
+def test_the_embedding_is_the_dense_one(bits, luts, k):
+    frozen = freeze((16, 13), bits, luts, k=k)
+    module = nn.Embedding(16, 13)
+    pack_module(module, "weight", entry_of("weight", frozen), k, torch.float32, "cpu")
+    module.load_state_dict({"weight": pack_indices(frozen.indices, bits), "weight_lut": frozen.lut})
+    assert isinstance(module, PackedEmbedding)
+    tokens = torch.tensor([[0, 15, 7], [3, 3, 14]])
+    assert torch.equal(module(tokens), dequantize(frozen)[tokens])
+    assert module.to(torch.bfloat16)(tokens).dtype == torch.bfloat16
+    assert module.weight_lut.dtype == torch.float16
+
+
+def test_other_modules_read_dense_weights():
+    frozen = freeze((8, 4, 3, 3), 2, 8)
+    module = nn.Conv2d(4, 8, 3)
+    bias = module.bias
+    pack_module(module, "weight", entry_of("weight", frozen), 4, torch.float32, "cpu")
+    module.load_state_dict({"weight": pack_indices(frozen.indices, 2), "weight_lut": frozen.lut, "bias": bias})
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(module(x), nn.functional.conv2d(x, dequantize(frozen), bias))
+    assert isinstance(module, nn.Conv2d) and isinstance(module, Packed)
+    unpack_modules(module)
+    assert type(module) is nn.Conv2d and torch.equal(module.weight, dequantize(frozen))
+
+
+def test_from_pretrained_is_the_dense_model(saved):
+    directory, model = saved
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.equal(logits(loaded), logits(model))
+    kinds = [type(m).__name__ for m in loaded.modules() if isinstance(m, Packed)]
+    assert kinds.count("PackedLinear") == 2 * 7 + 1 and kinds.count("PackedEmbedding") == 1
+    assert not any(p.is_floating_point() and p.dim() > 1 for p in loaded.parameters())
+
+
+def test_a_tied_output_layer_shares_the_bytes(saved):
+    directory, model = saved
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    tied = loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    assert tied is model.config.tie_word_embeddings
+    assert loaded.get_memory_footprint() < 1.1 * (directory / "model.safetensors").stat().st_size
+
+
+def test_save_pretrained_writes_the_same_bits(saved, tmp_path):
+    directory, model = saved
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path)
+    before, after = (load_file(d / "model.safetensors") for d in (directory, tmp_path))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    configs = [json.loads((d / "config.json").read_text())["quantization_config"] for d in (directory, tmp_path)]
+    assert configs[0] == configs[1]
+    assert torch.equal(logits(hf.load(tmp_path)), logits(model))  # edkm's own reader, checksums and all
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_save_pretrained_in_several_files(saved, tmp_path):
+    directory, model = saved
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    assert torch.equal(logits(hf.load(tmp_path)), logits(model))
+
+
+def test_dequantize_gives_an_ordinary_model(saved, tmp_path):
+    directory, model = saved
+    dense = AutoModelForCausalLM.from_pretrained(directory).dequantize()
+    assert {type(m).__name__ for m in dense.modules()} == {type(m).__name__ for m in model.modules()}
+    assert torch.equal(logits(dense), logits(model))
+    assert (dense.lm_head.weight is dense.model.embed_tokens.weight) is model.config.tie_word_embeddings
+    dense.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_device_map_and_dtype(saved):
+    directory, model = saved
+    auto = AutoModelForCausalLM.from_pretrained(directory, device_map="auto")
+    assert torch.equal(logits(auto), logits(model))
+    for narrow in (
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16),
+        AutoModelForCausalLM.from_pretrained(directory).to(torch.bfloat16),
+    ):
+        assert logits(narrow).dtype == torch.bfloat16 == narrow.dtype
+        # The tables keep their 16 bits, whatever the rest computes in.
+        assert all(b.dtype == torch.float16 for name, b in narrow.named_buffers() if name.endswith("_lut"))
+        torch.testing.assert_close(logits(narrow).float(), logits(model), rtol=0.1, atol=0.02)
+
+
+def test_generate_and_pipeline(saved, tiny_tokenizer, tmp_path):
+    directory, model = saved
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(TOKENS[:1], **options), model.generate(TOKENS[:1], **options))
+    folder = tmp_path / "model"
+    shutil.copytree(directory, folder)
+    tiny_tokenizer.save_pretrained(folder)
+    said = pipeline("text-generation", model=str(folder))("the quick", max_new_tokens=4, do_sample=False)
+    expected = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)("the quick", max_new_tokens=4, do_sample=False)
+    assert said == expected
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")  # lm-eval hands transformers the file's own
+def test_lm_eval_takes_it(saved, tiny_tokenizer, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    directory, model = saved
+    folder = tmp_path / "model"
+    shutil.copytree(directory, folder)
+    tiny_tokenizer.save_pretrained(folder)
+    request = [("", ("the quick", " brown fox")), ("", ("over", " the lazy dog"))]
+
+    class Request:
+        def __init__(self, args):
+            self.args = args
+
+    found = []
+    for source in (str(folder), model):
+        lm = HFLM(pretrained=source, tokenizer=tiny_tokenizer, device="cpu", dtype="float32", batch_size=1)
+        found.append(lm.loglikelihood([Request(args) for _, args in request], disable_tqdm=True))
+    assert found[0] == found[1] and found[0][0][0] < 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_adapters_train_on_it(saved, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    directory, _ = saved
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(directory)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    with pytest.raises((RuntimeError, TypeError)):  # there is no dense weight to add to
+        model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path)
+    torch.testing.assert_close(logits(again), logits(model.eval()))
+    assert not torch.equal(logits(again), logits(AutoModelForCausalLM.from_pretrained(directory)))
+
+
+def test_a_vision_transformer(tmp_path):
+    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8)
+    torch.manual_seed(0)
+    model = pack(ViTForImageClassification(config), tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels).logits, model(pixels).logits)
+    assert any(isinstance(m, Packed) and isinstance(m, nn.Conv2d) for m in loaded.modules())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: flip(d / "model.safetensors"), "checksum"),
+        (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]), "not a whole safetensors file"),
+        (lambda d: edit(d, lambda q: q.update(format_version=99)), "format_version"),
+        (lambda d: edit(d, lambda q: q["tensors"].pop("model.layers.0.mlp.up_proj.weight")), "does not fit|has shape"),
+    ],
+    ids=["flipped", "truncated", "version", "entry"],
+)
+def test_a_damaged_directory_is_refused(saved, tmp_path, damage, message):
+    folder = tmp_path / "model"
+    shutil.copytree(saved[0], folder)
+    damage(folder)
+    with pytest.raises(FormatError, match=message) as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def flip(path: Path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+
+
+def edit(directory: Path, change):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def test_it_cannot_compress_while_loading(tiny_dir):
+    from edkm.compressed.quantizer import EdkmConfig
+
+    with pytest.raises(ValueError, match="pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(tiny_dir, quantization_config=EdkmConfig())
+
+
+@pytest.mark.parametrize("first", ["edkm", "transformers"])
+def test_either_may_be_imported_first(packed_dir, first):
+    lines = ["import edkm", "from transformers import AutoModelForCausalLM"]
+    lines = lines if first == "edkm" else lines[::-1]
+    lines.append(f"print(type(AutoModelForCausalLM.from_pretrained({str(packed_dir)!r}).model.layers[0].mlp.up_proj).__name__)")
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "PackedLinear"
+
+
+MEMORY = """
+import resource, sys
+import edkm, torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM  # what importing takes is not of interest
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(peak() - before)
+"""
+
+
+def test_loading_takes_the_file_and_a_layer(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = TINY | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**size))
+    pack(model, tmp_path)
+    file = (tmp_path / "model.safetensors").stat().st_size
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
+    # The pages of the mapped file count as well; the dense model is some 10 times the file.
+    assert int(done.stdout) < 2 * file + 4 * 1024 * 4096 + 2**24
+    assert 4 * sum(p.numel() for p in model.parameters()) > 9 * file
+
+
+def test_importing_edkm_does_not_import_transformers():
+    code = "import edkm, sys; assert 'transformers' not in sys.modules and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert edkm.__version__
+
+
+def test_linear_is_a_linear(saved):
+    loaded = AutoModelForCausalLM.from_pretrained(saved[0])
+    layer = loaded.model.layers[0].mlp.up_proj
+    assert isinstance(layer, nn.Linear) and type(layer) is PackedLinear
+    assert (layer.in_features, layer.out_features) == (64, 96)
+    assert "3 bits, 96 tables" in repr(layer)
