@@ -9,6 +9,7 @@ content. Weights are constants here; gradients reach the inputs, which is what a
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,11 @@ class PackedWeight(NamedTuple):
     def rows(self) -> int:
         """Rows of the weight as a matrix."""
         return self.entry.grid[0] * self.entry.dim
+
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        """Bits, rows and columns."""
+        return self.entry.bits, self.rows, self.entry.grid[1]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight in its own shape; float32 and float16 hold it exactly."""
@@ -91,10 +97,23 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _multiply(x: Tensor, weight: PackedWeight) -> Tensor:
+    kernels = _kernels(x.device.type)
+    if kernels is not None and kernels.takes(x, weight.stream, weight.lut, *weight.matrix):
+        return kernels.linear(x, weight.stream, weight.lut, *weight.matrix)
     tiles = _tiles(weight)
     if len(tiles) == 1:
         return F.linear(x, weight.decode(0, weight.rows, x.dtype))
     return torch.cat([F.linear(x, weight.decode(*tile, x.dtype)) for tile in tiles], -1)
+
+
+@cache
+def _kernels(device_type: str) -> Any:
+    """The module of kernels for this kind of device, or None."""
+    if device_type == "cuda" and find_spec("triton") is not None:
+        from edkm.compressed import gpu
+
+        return gpu
+    return None
 
 
 def _tiles(weight: PackedWeight) -> list[tuple[int, int]]:

@@ -1,0 +1,121 @@
+"""y = x W^T on a GPU, W packed: Triton kernels that read the stream of indices and the tables, and never write a dense weight.
+
+32 columns of a row are `bits` words of 32 bits, whatever the bits. Few rows of x: a thread has some such groups of a few rows of W, shifts
+the indices out and looks the entries up in the first cache; x comes permuted, so that neighbouring threads read neighbouring values. Up to
+64 rows of x: a tile of W is decoded into registers and goes through the tensor cores. More: decoding the layer once and a plain product
+costs less (linear.py does that).
+
+Under `TRITON_INTERPRET=1` the kernels run on a CPU, which is how the tests check them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_ROWS = 64
+# Up to here each row of x goes over the weight by itself: it comes from the second cache.
+_SINGLE_ROWS = 4
+_GROUP = 32
+
+
+def takes(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
+    """Whether `linear` can multiply this: few rows of x, whole groups of columns, single values."""
+    return lut.shape[2] == 1 and cols % _GROUP == 0 and 0 < x.numel() <= MOST_ROWS * cols and x.dtype != torch.float64
+
+
+def linear(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    """`x @ W.T`.
+
+    Args:
+        x: `[..., cols]` float32, float16 or bfloat16, at most 64 rows.
+        stream: uint8 `[rows * cols * bits / 8]`, docs/format.md.
+        lut: `[luts, k, 1]`; `luts` divides `rows`.
+        bits: of an index, 1 to 8.
+        rows, cols: of W; `cols` is a multiple of 32.
+
+    Returns:
+        `[..., rows]` in the dtype of `x`; up to 4 rows of `x` are multiplied and summed in float32, more as a product of matrices in the
+        dtype of `x`, summed in float32.
+
+    Cost:
+        One pass over the stream for up to 64 rows of `x` (one for each of up to 4). Besides the result a copy of `x` for up to 4 rows.
+    """
+    flat = x.reshape(-1, cols)
+    batch, words = flat.shape[0], stream.view(torch.int32)
+    luts, k = lut.shape[:2]
+    out = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
+    if batch <= _SINGLE_ROWS:
+        flat = flat.view(batch, cols // _GROUP, _GROUP).transpose(1, 2).contiguous()  # [batch, 32, groups]
+        height = 4
+        grid = (triton.cdiv(rows, height), batch)
+        _rows[grid](flat, words, lut, out, rows, cols // _GROUP, rows // luts, k, bits, height, 128, num_warps=4)
+    else:
+        flat = flat.contiguous()
+        height = 32
+        grid = (triton.cdiv(rows, height),)
+        _tile[grid](flat, words, lut, out, batch, rows, cols, rows // luts, k, bits, max(16, triton.next_power_of_2(batch)), height, 64)
+    return out.view(*x.shape[:-1], rows)
+
+
+@triton.jit
+def _entry(lut, table, index, k: tl.constexpr, bits: tl.constexpr, mask):
+    """The entries [n, m] of the tables of n rows."""
+    index = index & ((1 << bits) - 1)
+    if k < (1 << bits):  # an index beyond its table reads no other memory
+        index = tl.minimum(index, k - 1)
+    return tl.load(lut + (table * k)[:, None] + index.to(tl.int32), mask=mask, other=0.0)
+
+
+@triton.jit
+def _rows(x, words, lut, out, rows, groups, rows_per_lut, k: tl.constexpr, bits: tl.constexpr, height: tl.constexpr, width: tl.constexpr):
+    """A few rows of W times one row of x, [32, groups]."""
+    n = tl.program_id(0) * height + tl.arange(0, height)
+    row = tl.program_id(1)
+    table = n // rows_per_lut
+    total = tl.zeros([height, width], tl.float32)
+    for start in range(0, groups, width):
+        g = start + tl.arange(0, width)
+        mask = (n < rows)[:, None] & (g < groups)[None, :]
+        at = words + (n.to(tl.int64) * groups * bits)[:, None] + (g * bits)[None, :]
+        for w in tl.static_range(bits):
+            word = tl.load(at + w, mask=mask, other=0).to(tl.uint32, bitcast=True)
+            for j in tl.static_range(32):
+                if (j * bits) // 32 == w:
+                    index = word >> (j * bits - 32 * w)
+                    if j * bits - 32 * w + bits > 32:
+                        after = tl.load(at + w + 1, mask=mask, other=0).to(tl.uint32, bitcast=True)
+                        index = index | (after << (32 * w + 32 - j * bits))
+                    value = tl.load(x + (row * 32 + j) * groups + g, mask=g < groups, other=0.0).to(tl.float32)
+                    total += _entry(lut, table, index, k, bits, mask).to(tl.float32) * value[None, :]
+    tl.store(out + row * rows + n, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=n < rows)
+
+
+@triton.jit
+def _tile(
+    x, words, lut, out, batch, rows, cols, rows_per_lut,
+    k: tl.constexpr, bits: tl.constexpr, block: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """`height` rows of W times all rows of x."""
+    n = tl.program_id(0) * height + tl.arange(0, height)
+    b = tl.arange(0, block)
+    table = n // rows_per_lut
+    at = words + (n.to(tl.int64) * (cols // 32) * bits)[:, None]
+    total = tl.zeros([block, height], tl.float32)
+    for start in range(0, cols, width):
+        c = start + tl.arange(0, width)
+        mask = (n < rows)[:, None] & (c < cols)[None, :]
+        shift = ((c * bits) % 32).to(tl.uint32)[None, :]
+        word = tl.load(at + (c * bits // 32)[None, :], mask=mask, other=0).to(tl.uint32, bitcast=True)
+        index = word >> shift
+        if 32 % bits != 0:
+            crosses = shift + bits > 32
+            after = tl.load(at + (c * bits // 32 + 1)[None, :], mask=mask & crosses, other=0).to(tl.uint32, bitcast=True)
+            index = tl.where(crosses, index | (after << ((32 - shift) % 32)), index)
+        weight = _entry(lut, table, index, k, bits, mask).to(x.dtype.element_ty)  # [height, width]
+        part = tl.load(x + b[:, None] * cols + c[None, :], mask=(b < batch)[:, None] & (c < cols)[None, :], other=0.0)
+        total = tl.dot(part, tl.trans(weight), total, input_precision="ieee")
+    mask = (b < batch)[:, None] & (n < rows)[None, :]
+    tl.store(out + b[:, None] * rows + n[None, :], total.to(out.dtype.element_ty), mask=mask)
