@@ -246,6 +246,21 @@ def test_adapters_train_on_it(saved, tmp_path):
     assert not torch.equal(logits(again), logits(AutoModelForCausalLM.from_pretrained(directory)))
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_experts(tmp_path, implementation):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    model = pack(MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=4)), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=implementation)
+    torch.testing.assert_close(logits(loaded), logits(model))
+    names = {name for m in loaded.modules() if isinstance(m, Packed) for name in m.packed_entries}
+    assert {"gate_up_proj", "down_proj"} <= names
+    loaded.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
+    torch.testing.assert_close(logits(loaded.dequantize()), logits(model))
+
+
 def test_a_vision_transformer(tmp_path):
     config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8)
     torch.manual_seed(0)

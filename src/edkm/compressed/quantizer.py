@@ -67,7 +67,10 @@ class EdkmQuantizer(HfQuantizer):
                 module.bias.data = module.bias.data[: module.out_features]
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # what save_pretrained leaves in the config
+            dtype = getattr(torch, dtype)
+        assert not isinstance(dtype, str)
         unpack_modules(model, dtype)
         return model if dtype is None else model.to(dtype)
 
