@@ -200,7 +200,7 @@ def _make_dense(model: Any) -> None:
             return F.linear(input, soft, self.bias)
 
     for module in model.modules():
-        if type(module) is ClusteredLinear:
+        if isinstance(module, ClusteredLinear):
             module.__class__ = DenseLinear
 
 

@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from edkm.core.op import choose_backend, cluster
     from edkm.train.allocate import allocate
     from edkm.train.calibrate import calibrate
+    from edkm.train.callback import Callback
     from edkm.train.fit import fit
     from edkm.train.gradients import sensitivity
     from edkm.train.layer import soft_weights
     from edkm.train.prepare import freeze, prepare
     from edkm.train.shard import distribute
+    from edkm.train.stages import save
 
 # Imported when first used, so that `edkm --help` does not wait for torch.
 _HOME = {
+    "Callback": "edkm.train.callback",
     "ClusterConfig": "edkm.config",
     "allocate": "edkm.train.allocate",
     "calibrate": "edkm.train.calibrate",
@@ -31,11 +34,13 @@ _HOME = {
     "freeze": "edkm.train.prepare",
     "initial_centroids": "edkm.core.centroids",
     "prepare": "edkm.train.prepare",
+    "save": "edkm.train.stages",
     "sensitivity": "edkm.train.gradients",
     "soft_weights": "edkm.train.layer",
 }
 
 __all__ = [
+    "Callback",
     "ClusterConfig",
     "__version__",
     "allocate",
@@ -48,6 +53,7 @@ __all__ = [
     "initial_centroids",
     "offload",
     "prepare",
+    "save",
     "sensitivity",
     "soft_weights",
 ]

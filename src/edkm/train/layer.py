@@ -113,6 +113,7 @@ class Clustering(nn.Module):
         self.register_buffer("importance", importance)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=matrix.device))
         self.config, self.backend = config, backend
+        self.prepared_by = config  # `prepare` puts the whole model's here: it goes into the packed file
         self.soft_in_eval = False
         self._key: tuple[Any, ...] | None = None
         self._solution: Solution | None = None
@@ -321,9 +322,21 @@ class ClusteredLinear(nn.Linear):
     clustering: Clustering
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = self._parameters["weight"]
         if not self.clustering.is_soft:
-            return F.linear(input, self.clustering.hard(self.weight), self.bias)
-        return _Linear.apply(input, *self.clustering.live(self.weight), self.bias, self.clustering)
+            return F.linear(input, self.clustering.hard(weight), self.bias)
+        return _Linear.apply(input, *self.clustering.live(weight), self.bias, self.clustering)
+
+
+class ClusteredHead(ClusteredLinear):
+    """A model's output layer. Fused losses (TRL's, Liger's) never call it: they multiply by its `weight`, so that is the clustered one.
+
+    The parameter stays where optimizers and checkpoints find it, in `parameters()`.
+    """
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return clustered_weight(self._parameters["weight"], self.clustering)
 
 
 class ClusteredEmbedding(nn.Embedding):
@@ -352,9 +365,14 @@ class ClusteredWeight(nn.Module):
         self.clustering = clustering
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not self.clustering.is_soft:
-            return self.clustering.hard(weight)
-        return _Decode.apply(*self.clustering.live(weight), self.clustering)
+        return clustered_weight(weight, self.clustering)
+
+
+def clustered_weight(weight: Tensor, clustering: Clustering) -> Tensor:
+    """The weight that a layer uses, with its gradient."""
+    if not clustering.is_soft:
+        return clustering.hard(weight)
+    return _Decode.apply(*clustering.live(weight), clustering)
 
 
 @contextmanager

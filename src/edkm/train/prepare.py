@@ -14,7 +14,7 @@ from edkm.core.assign import Frozen
 from edkm.core.op import check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
 from edkm.train.calibrate import CONVOLUTIONS
-from edkm.train.layer import ClusteredEmbedding, ClusteredLinear, ClusteredWeight, Clustering
+from edkm.train.layer import ClusteredEmbedding, ClusteredHead, ClusteredLinear, ClusteredWeight, Clustering
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,12 @@ def prepare(
         clustering, note = _clustering(name, parameter, settings, weigh, start, backend)
         entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
         made.append((target, clustering))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for target, clustering in made:
+        clustering.prepared_by = config
         install(target, clustering)
+    if type(head) is ClusteredLinear:
+        head.__class__ = ClusteredHead
     return Report(tuple(entries))
 
 
@@ -280,7 +284,7 @@ def clusterings(model: nn.Module) -> list[tuple[str, nn.Parameter, Clustering]]:
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
         if isinstance(module, (ClusteredLinear, ClusteredEmbedding)) and "clustering" in module._modules:
-            found.append((f"{dot}weight", module.weight, module.clustering))
+            found.append((f"{dot}weight", module._parameters["weight"], module.clustering))
         elif parametrize.is_parametrized(module, "weight"):
             chain = module.parametrizations["weight"]
             for step in chain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 import sys
@@ -28,13 +29,20 @@ def prepare_on(
     Returns:
         The report of `prepare`, and the config it was done by.
     """
-    from .calibrate import calibrate
-    from .prepare import prepare
-
     stride = max(1, len(blocks) // CALIBRATION_BLOCKS)
     chosen = range(0, len(blocks), stride)[:CALIBRATION_BLOCKS]
     device = next(model.parameters()).device
     batches = [{"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen]
+    return prepare_from(model, config, batches, target_bpw=target_bpw, start=start, backend=backend)
+
+
+def prepare_from(
+    model: Any, config: Any, batches: list[dict[str, Any]], *, target_bpw: float | None = None, start: str = "fit", backend: str = "auto"
+) -> tuple[Any, Any]:
+    """`prepare_on`, given the batches."""
+    from .calibrate import calibrate
+    from .prepare import prepare
+
     importance = calibrate(model, batches)
     if target_bpw is not None:
         config = _allocate(model, config, batches, importance, target_bpw)
@@ -97,17 +105,50 @@ def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any
     return centroids
 
 
+def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
+    """Freeze a prepared model and write its packed directory; the model stays as it is, and can be trained on.
+
+    A model of transformers is written with its config, ready for `edkm.compressed.hf.load` and the command line; of any other module
+    the weights, for `edkm.compressed.checkpoint.read`. Under torch.distributed call it on all ranks, after `edkm.distribute`: rank 0 writes.
+
+    Args:
+        model: prepared by `edkm.prepare`; wrapped by DDP, FSDP2, Accelerate or torch.compile or not.
+        directory: made if it does not exist; a packed model in it is replaced.
+        tokenizer: of transformers, written beside the model.
+
+    Raises:
+        ValueError: the model is not prepared, has PEFT adapters, or its ranks differ; `directory` holds something else.
+
+    Cost:
+        One pass over each weight; one byte a weight in memory (with several ranks a byte for each weight of the largest tensor).
+    """
+    from .prepare import clusterings
+
+    model = unwrapped(model)
+    check_no_adapters(model)
+    found = clusterings(model)
+    if not found:
+        raise ValueError("model: nothing in it is clustered. Call edkm.prepare first.")
+    check_replaceable(Path(directory))
+    write(Path(directory), model, tokenizer, found[0][2].prepared_by)
+
+
 def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
     """Freeze a prepared model and write the packed directory."""
-    from ..compressed import hf
+    from ..compressed import checkpoint, hf, shards
     from . import ranks
     from .prepare import freeze, unclustered
 
-    model.config.use_cache = True
-    generation_config = getattr(model, "generation_config", None)
-
     def save(frozen: Any, dense: Any) -> None:
-        hf.save_pretrained(out, frozen, dense, config.to_json(), model.config, tokenizer, generation_config)
+        if not hasattr(getattr(model, "config", None), "model_type"):
+            found = checkpoint.write(out, frozen, dense, config.to_json())
+            shards.write_json(out / "config.json", {"quantization_config": found})
+            if tokenizer is not None:
+                tokenizer.save_pretrained(out)
+            return
+        described = copy.deepcopy(model.config)
+        described.use_cache = True  # switched off for training
+        hf.save_pretrained(out, frozen, dense, config.to_json(), described, tokenizer, getattr(model, "generation_config", None))
 
     if ranks.world() == 1:
         save(freeze(model), unclustered(model))
@@ -115,6 +156,45 @@ def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
     from .shard import save as save_shards
 
     save_shards(model, save)
+
+
+def unwrapped(model: Any) -> Any:
+    """Without what torch.compile, DDP and DataParallel put around a model."""
+    import torch
+
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def check_no_adapters(model: Any) -> None:
+    """Refuse a model with PEFT adapters, whose small matrices would be clustered, and whose checkpoints lack the clustering."""
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "model: it has PEFT adapters, and clustering trains the weights themselves. Call merge_and_unload() first and train all weights, "
+            "or put adapters on the packed model afterwards."
+        )
+
+
+def check_replaceable(directory: Path) -> None:
+    """Refuse to write a packed model over anything but another.
+
+    Raises:
+        ValueError: `directory` is a file, or holds something else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: is a file, expected a directory to write. Name another.")
+    if directory.is_dir() and any(directory.iterdir()):
+        try:
+            from ..compressed import layout
+
+            layout.quantization_config(directory)
+        except (ValueError, OSError):
+            raise ValueError(f"{directory}: holds something other than a packed model. Name another directory.") from None
 
 
 def save_whole(out: Path, model: Any, tokenizer: Any) -> None:

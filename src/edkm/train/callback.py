@@ -1,0 +1,212 @@
+"""`edkm.Callback`: the clustering of `edkm compress` in a Trainer of one's own (transformers' or TRL's). Needs transformers.
+
+The parameters stay what they are, so the optimizer that the Trainer made stays valid. The clustering's state is in buffers and travels
+in the Trainer's checkpoints with the weights. A run is resumed from them by a model that is not prepared yet: a hook on
+`load_state_dict` sees the clustering in what is about to be loaded, and prepares the model for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from edkm.config import ClusterConfig
+from edkm.train import ranks
+from edkm.train.prepare import clusterings, plan, prepare
+from edkm.train.presets import DEFAULT, PRESETS
+from edkm.train.stages import CALIBRATION_BLOCKS, check_no_adapters, check_replaceable, prepare_from, save
+
+# What one of `edkm compress`'s calibration blocks has.
+_EXAMPLE_TOKENS = 512
+# Where a layer keeps its clustering: its own, or that of a parametrization.
+_PLACES = ("clustering.", "parametrizations.weight.0.clustering.")
+
+
+class Callback(TrainerCallback):
+    """Cluster a model while a Trainer fine-tunes it, and write the packed model when training ends.
+
+    Training begins as always. After `plain_share` of its steps the model is calibrated on the training data, fitted and prepared in
+    place, and the rest of the steps trains clustered weights; `eval_loss` is that of the packed model from then on, and the search
+    for the best checkpoint starts anew. The optimizer goes on with its moments and its schedule: choose one that does not reach zero
+    before the end of the clustered steps. Checkpoints and `resume_from_checkpoint` work as always. A model that was prepared before is
+    trained as it is. Give it to the Trainer when that is made: `Trainer(..., callbacks=[edkm.Callback("packed")])`.
+
+    Args:
+        out: directory of the packed model, new, empty or holding another packed model; not the Trainer's `output_dir`.
+        config: what to do; None: as `edkm compress` does, 3 bits and a table per row. With `anneal_steps` 0, annealed over the
+            clustered steps.
+        plain_share: of all steps, those that train the model as it is; 0 for a model that is fine-tuned already, 1 to cluster at the end.
+        start: `fit`, `guided` or `kmeans`, as for `edkm compress`.
+        calibration_tokens: of the training data, to calibrate and fit on. Examples without `input_ids` count for 512.
+        backend: for `edkm.cluster`.
+
+    Raises:
+        ValueError: an argument out of range, `out` holding something else; when the Trainer is made or starts: PEFT adapters, sharding
+            (FSDP, DeepSpeed), DataParallel, torch.compile, a callback that was added too late to resume.
+
+    Cost:
+        Once, that of `edkm.calibrate` and `edkm.fit` (with `kmeans` of the former); then per step as stated at `edkm.cluster`.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        config: ClusterConfig | None = None,
+        *,
+        plain_share: float = PRESETS[DEFAULT].plain_share,
+        start: str = "fit",
+        calibration_tokens: int = CALIBRATION_BLOCKS * _EXAMPLE_TOKENS,
+        backend: str = "auto",
+    ) -> None:
+        if not 0 <= plain_share <= 1:
+            raise ValueError(f"plain_share: a number from 0 to 1, got {plain_share!r}.")
+        if start not in ("fit", "guided", "kmeans"):
+            raise ValueError(f"start: fit, guided or kmeans, got {start!r}.")
+        if calibration_tokens < 1:
+            raise ValueError(f"calibration_tokens: at least 1, got {calibration_tokens!r}.")
+        self.out = Path(out)
+        check_replaceable(self.out)
+        self.config = ClusterConfig(rows_per_lut=1) if config is None else config
+        self.plain_share, self.start, self.backend = plain_share, start, backend
+        self.calibration_tokens = calibration_tokens
+        self.report: Any = None  # of `prepare`
+        self._model: nn.Module | None = None
+        self._hook: Any = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        _refuse(model, args, self.out)
+        self._watch(model)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self._model is not model:
+            if state.global_step:
+                raise ValueError(
+                    "Callback: the checkpoint was loaded before the callback knew the model, and its clustering is lost. Give the callback to "
+                    "Trainer(callbacks=[...]), and a model instead of model_init."
+                )
+            _refuse(model, args, self.out)
+            self._watch(model)
+        self._plain_steps = int(state.max_steps * self.plain_share)
+        if clusterings(model):
+            self._begin(model, state)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step >= self._plain_steps and not clusterings(model):
+            self._cluster(model, state, kwargs["train_dataloader"])
+
+    def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if not clusterings(model):
+            if state.global_step < self._plain_steps:
+                warnings.warn(
+                    f"edkm.Callback: training ended after {state.global_step} steps, before clustering began at {self._plain_steps}; "
+                    "the packed model is fitted and not trained.",
+                    stacklevel=2,
+                )
+            self._cluster(model, state, kwargs["train_dataloader"])
+        save(model, self.out, processing_class)
+        self._watch(None)
+
+    def _watch(self, model: nn.Module | None) -> None:
+        """Prepare the model if a state with clustering is loaded into it; None to end that."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._model = model
+        self._hook = None if model is None else model.register_load_state_dict_pre_hook(self._before_load)
+
+    def _before_load(self, model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        prepared = clusterings(model)
+        stored = any(f".{place}centroids" in name for name in state for place in _PLACES)
+        if prepared and not stored and all(f"{prefix}{name}" in state for name, *_ in prepared):
+            raise ValueError("Callback: the checkpoint is from before clustering began, and the model is clustered. Load the model afresh.")
+        if stored and not prepared:
+            self.report = _prepare_for(model, self.config, state, prefix, self.backend)
+
+    def _cluster(self, model: nn.Module, state: Any, loader: Any) -> None:
+        with _own_forward(model):
+            batches = _batches(model, loader, self.calibration_tokens)
+            self.report, _ = prepare_from(model, self.config, batches, start=self.start, backend=self.backend)
+        # The best so far had 16 bits.
+        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        self._begin(model, state)
+
+    def _begin(self, model: nn.Module, state: Any) -> None:
+        """What is not in a checkpoint: how long to anneal, and who else trains."""
+        if self.report is not None and not self.config.anneal_steps:
+            for *_, clustering in clusterings(model):
+                for name in ("config", "prepared_by"):
+                    setattr(clustering, name, replace(getattr(clustering, name), anneal_steps=state.max_steps - self._plain_steps))
+        if ranks.world() > 1:
+            from edkm.train.shard import distribute
+
+            distribute(model)
+
+
+def _refuse(model: Any, args: Any, out: Path) -> None:
+    """Raise ValueError for what would go wrong later."""
+    from accelerate.state import AcceleratorState
+
+    check_no_adapters(model)
+    if out.resolve() == Path(args.output_dir).resolve():
+        raise ValueError(f"out: {out} is the Trainer's output_dir, where its checkpoints go. Name another directory.")
+    kind = str(AcceleratorState().distributed_type.value)
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
+        raise ValueError(f"Callback: it works in one process and with DDP, not with {kind}. `edkm compress --fsdp` shards with FSDP2.")
+    if args.n_gpu > 1:
+        raise ValueError("Callback: nn.DataParallel copies the model for each step. Start with torchrun, or set CUDA_VISIBLE_DEVICES=0.")
+    if args.torch_compile:
+        raise ValueError("Callback: the layers change while training goes on, which torch.compile does not see. Set torch_compile=False.")
+
+
+def _prepare_for(model: nn.Module, config: ClusterConfig, state: dict[str, Tensor], prefix: str, backend: str) -> Any:
+    """Prepare a model for the clustering in a state; the values are loaded afterwards."""
+    importance, centroids = {}, {}
+    for entry in plan(model, config).clustered:
+        module = prefix + entry.name.removesuffix("weight")
+        place = next((module + place for place in _PLACES if f"{module}{place}centroids" in state), None)
+        if place is None:
+            raise ValueError(
+                f"{entry.name}: the config clusters it and this part of the checkpoint does not. Use the config the checkpoint was made "
+                "with; one in several files cannot be resumed."
+            )
+        centroids[entry.name] = state[f"{place}centroids"]
+        if f"{place}importance" in state:
+            importance[entry.name] = state[f"{place}importance"]
+    return prepare(model, config, importance=importance, centroids=centroids, backend=backend)
+
+
+def _batches(model: nn.Module, loader: Any, tokens: int) -> list[dict[str, Any]]:
+    """Examples spread over the training data, one in each batch: nothing is padded. The loader itself stays where it is."""
+    data, device = loader.dataset, next(model.parameters()).device
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+        examples: Iterator[Any] = (data[i] for i in order)
+    else:
+        examples = islice(data, tokens)
+    found: list[dict[str, Any]] = []
+    for example in examples:
+        batch = loader.collate_fn([example])
+        found.append({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+        tokens -= batch["input_ids"].numel() if "input_ids" in batch else _EXAMPLE_TOKENS
+        if tokens <= 0:
+            break
+    return found
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that Accelerate wraps around `forward`: second moments in 16 bits are not positive definite."""
+    wrapped = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
