@@ -1,14 +1,14 @@
 """`edkm.Callback` in transformers' and TRL's Trainer, and `edkm.save`."""
 
 import json
-import socket
 import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import edkm
@@ -52,12 +52,6 @@ def logits(model):
         return model.eval()(torch.arange(40).view(2, 20)).logits
 
 
-@pytest.fixture
-def fresh(tiny_model):
-    """Copies of the tiny model."""
-    return lambda: type(tiny_model)(tiny_model.config).train(), tiny_model.state_dict()
-
-
 def test_plain_steps_then_clustered_ones_then_a_packed_directory(tiny_model, tiny_tokenizer, tmp_path):
     callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.5, calibration_tokens=128)
     trainer = trainer_of(tiny_model, tmp_path, callback=callback, eval_strategy="steps", eval_steps=6)
@@ -76,7 +70,7 @@ def test_plain_steps_then_clustered_ones_then_a_packed_directory(tiny_model, tin
     assert config["use_cache"] is True and config["quantization_config"]["settings"]["anneal_steps"] == 3
 
 
-def test_the_plain_steps_are_plain(tiny_model, tmp_path, monkeypatch):
+def test_the_plain_steps_are_plain(tiny_model, tmp_path):
     """Until clustering begins the run is what it would be without the callback, and so is the order of its data."""
     other = type(tiny_model)(tiny_model.config)
     other.load_state_dict(tiny_model.state_dict())
@@ -123,7 +117,7 @@ def test_the_best_checkpoint_is_a_clustered_one(tiny_model, tmp_path):
 def test_training_that_ends_early_says_so_and_writes(tiny_model, tmp_path):
     trainer = trainer_of(tiny_model, tmp_path)
 
-    class Stop(type(trainer.callback_handler.callbacks[0]).__mro__[1]):
+    class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = True
 
@@ -141,9 +135,8 @@ def test_a_prepared_model_is_trained_as_it_is(tiny_model, tmp_path):
     assert (settings["bits"], settings["embedding_bits"], settings["anneal_steps"]) == (2, 4, 9)
 
 
-def test_bf16_calibrates_outside_autocast(tiny_model, tmp_path, monkeypatch):
+def test_bf16_calibrates_outside_autocast(tiny_model, tmp_path):
     seen = []
-    monkeypatch.setattr(stages, "prepare_from", stages.prepare_from)
     handle = tiny_model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, out: seen.append((m.training, out.dtype)))
     trainer_of(tiny_model, tmp_path, bf16=True).train()
     handle.remove()
@@ -153,13 +146,21 @@ def test_bf16_calibrates_outside_autocast(tiny_model, tmp_path, monkeypatch):
 
 def test_trl_trains_the_clustered_head(tiny_model, chat_tokenizer, tmp_path):
     """TRL multiplies by the head's weight itself: loss, gradient and evaluation must be those of the clustered weight all the same."""
-    from datasets import Dataset
-
     data = Dataset.from_list([{"prompt": "the quick brown", "completion": " fox jumps over"}] * 12)
-    args = SFTConfig(**{k: v for k, v in arguments(tmp_path).to_dict().items() if k in ("output_dir", "max_steps", "report_to", "use_cpu")})
-    args.save_strategy = "no"
+    args = SFTConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=4,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        activation_checkpointing=True,  # the old name, TRL's default, warns
+    )
     callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.5, calibration_tokens=64)
-    trainer = SFTTrainer(tiny_model, args=args, train_dataset=data, eval_dataset=data, processing_class=chat_tokenizer, callbacks=[callback])
+    trainer = SFTTrainer(
+        tiny_model, args=args, train_dataset=data, eval_dataset=data, processing_class=chat_tokenizer, callbacks=[callback]
+    )
     trainer.train()
     packed = hf.load(tmp_path / "packed")
     assert type(tiny_model.lm_head) is ClusteredHead
@@ -177,4 +178,88 @@ def test_the_heads_weight_is_the_clustered_one_with_its_gradient(tiny_model):
     (by_layer,) = torch.autograd.grad(tiny_model.lm_head(x).square().sum(), weight)
     (by_hand,) = torch.autograd.grad((x @ tiny_model.lm_head.weight.T).square().sum(), weight)
     torch.testing.assert_close(by_layer, by_hand)
-    assert tiny_model.lm_head.weight is not weight
+    assert not torch.equal(tiny_model.lm_head.weight, weight)
+
+
+def test_what_would_go_wrong_later_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="plain_share: a number from 0 to 1"):
+        edkm.Callback(tmp_path / "packed", plain_share=2)
+    with pytest.raises(ValueError, match="start: fit, guided or kmeans"):
+        edkm.Callback(tmp_path / "packed", start="checkpoint")
+    with pytest.raises(ValueError, match="calibration_tokens: at least 1"):
+        edkm.Callback(tmp_path / "packed", calibration_tokens=0)
+    tiny_model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="dense: holds something other than a packed model"):
+        edkm.Callback(tmp_path / "dense")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: is a file"):
+        edkm.Callback(tmp_path / "file")
+    with pytest.raises(ValueError, match="is the Trainer's output_dir"):
+        trainer_of(tiny_model, tmp_path, callback=edkm.Callback(tmp_path / "run"))
+    with pytest.raises(ValueError, match="Set torch_compile=False"):
+        trainer_of(tiny_model, tmp_path, torch_compile=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        lora = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"PEFT adapters.*merge_and_unload"):
+        trainer_of(lora, tmp_path)
+    with pytest.raises(ValueError, match="PEFT adapters"):
+        edkm.save(lora, tmp_path / "packed")
+
+
+def test_sharding_is_refused(tiny_model, tmp_path, monkeypatch):
+    callback = edkm.Callback(tmp_path / "packed", CONFIG)
+    trainer = trainer_of(tiny_model, tmp_path, callback=callback)
+    for name, value, complaint in [
+        ("fsdp", True, "not with FSDP"),
+        ("deepspeed", "zero3.json", "not with DEEPSPEED"),
+        ("_n_gpu", 2, "DataParallel"),
+    ]:
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=complaint):
+            patch.setattr(trainer.args, name, value)
+            callback.on_init_end(trainer.args, trainer.state, trainer.control, model=tiny_model)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what `accelerate launch --use_fsdp` sets
+    with pytest.raises(ValueError, match="not with FSDP"):
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=tiny_model)
+
+
+def test_a_callback_added_too_late_to_resume_says_so(tiny_model, tmp_path):
+    trainer_of(tiny_model, tmp_path, save_strategy="steps", save_steps=4).train()
+    late = Trainer(model=tiny_model, args=arguments(tmp_path), train_dataset=rows())
+    late.add_callback(edkm.Callback(tmp_path / "packed", CONFIG))
+    with pytest.raises(ValueError, match=r"Give the callback to Trainer\(callbacks"):
+        late.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_a_checkpoint_of_another_time_or_config_is_refused(tiny_model, tmp_path):
+    plain = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    trainer_of(tiny_model, tmp_path)
+    edkm.prepare(tiny_model, CONFIG)
+    with pytest.raises(ValueError, match="from before clustering began"):
+        tiny_model.load_state_dict(plain, strict=False)
+    state = tiny_model.state_dict()
+    for config, complaint in [(edkm.ClusterConfig(bits=2, rows_per_lut=16), "centroids: expected"), (edkm.ClusterConfig(), None)]:
+        other = type(tiny_model)(tiny_model.config)
+        trainer = trainer_of(other, tmp_path, callback=edkm.Callback(tmp_path / "packed", config))
+        if complaint is None:
+            del state["model.layers.0.mlp.down_proj.clustering.centroids"]
+            complaint = "down_proj.weight: the config clusters it and this part of the checkpoint does not"
+        with pytest.raises(ValueError, match=complaint):
+            trainer.model.load_state_dict(state, strict=False)
+
+
+def test_save_of_any_module(tmp_path):
+    model = nn.Sequential(nn.Conv1d(8, 16, 1), nn.Flatten(), nn.Linear(64, 32)).eval()
+    with pytest.raises(ValueError, match="nothing in it is clustered"):
+        edkm.save(model, tmp_path / "packed")
+    config = edkm.ClusterConfig(bits=2, rows_per_lut=16, overrides={"2.weight": {"bits": 3}})
+    edkm.prepare(model, config)
+    model.eval()
+    edkm.save(nn.DataParallel(model), tmp_path / "packed")
+    edkm.save(model, tmp_path / "packed")  # replaces it
+    stored = checkpoint.read(tmp_path / "packed")
+    assert stored.quantization_config["settings"] == config.to_json()
+    loaded = nn.Sequential(nn.Conv1d(8, 16, 1), nn.Flatten(), nn.Linear(64, 32)).eval()
+    loaded.load_state_dict({**stored.dense, **{name: checkpoint.dequantize(found) for name, found in stored.frozen.items()}})
+    x = torch.randn(3, 8, 4)
+    assert torch.equal(loaded(x), model(x))

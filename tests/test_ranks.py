@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+import edkm
 from edkm.cli import main
 from edkm.compressed.checkpoint import read
 
@@ -25,7 +26,9 @@ SETTINGS += ["--plain-steps", "0", "--rows-per-lut", "16"]
 
 # Ranks are forked from a process that has imported what they need: that takes longer than their work.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["edkm.train.command", "edkm.train.trainer", "edkm.train.shard", "transformers.models.llama.modeling_llama"])
+FORKS.set_forkserver_preload(
+    ["edkm.train.command", "edkm.train.trainer", "edkm.train.shard", "edkm.train.callback", "transformers.models.llama.modeling_llama"]
+)
 
 
 def be_a_rank(argv, log, place):
@@ -36,6 +39,24 @@ def be_a_rank(argv, log, place):
     os.environ.update(place)
     torch.set_num_threads(1)
     sys.exit(main(argv))
+
+
+def be_a_trainer(directory, batch, place):
+    """transformers' own Trainer with our callback, in a process of its own."""
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    os.environ.update(place)
+    torch.set_num_threads(1)
+    work, model = directory.parent, AutoModelForCausalLM.from_pretrained(directory.parent / "model", dtype=torch.float32)
+    ids = torch.randint(0, 250, (12, 48), generator=torch.Generator().manual_seed(0)).tolist()
+    config = edkm.ClusterConfig(rows_per_lut=16, anneal=1.0, embedding_bits=0)
+    training = {"max_steps": 3, "per_device_train_batch_size": batch, "learning_rate": 1e-3, "save_strategy": "no", "seed": 3}
+    arguments = TrainingArguments(work / f"run-{directory.name}", use_cpu=True, report_to=[], dataloader_pin_memory=False, **training)
+    callback = edkm.Callback(directory, config, plain_share=0, calibration_tokens=200)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def free_port():
@@ -113,6 +134,22 @@ def test_ranks_make_the_model_of_one_process(alone, tiny_dir, tmp_path, ranks, o
     assert_same_model(alone[1], tmp_path / "out")
     # One rank speaks for all, and nothing of the run is left behind.
     assert "clustered" not in run.text(1) and not (tmp_path / "out" / "training").exists()
+
+
+def test_the_callback_on_two_ranks_makes_the_model_of_one(tiny_dir, tmp_path):
+    (tmp_path / "model").symlink_to(tiny_dir)
+    runs = []
+    for ranks in (1, 2):
+        port = free_port()
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            runs.append(FORKS.Process(target=be_a_trainer, args=(tmp_path / f"on-{ranks}", 4 // ranks, place)))
+            runs[-1].start()
+    for run in runs:
+        run.join(240)
+    assert [run.exitcode for run in runs] == [0, 0, 0]
+    assert_same_model(tmp_path / "on-1", tmp_path / "on-2")
 
 
 def test_plain_steps_of_sharded_ranks_are_those_of_one_process(tiny_dir, tmp_path):

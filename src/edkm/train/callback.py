@@ -7,6 +7,7 @@ in the Trainer's checkpoints with the weights. A run is resumed from them by a m
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,8 +91,8 @@ class Callback(TrainerCallback):
         if self._model is not model:
             if state.global_step:
                 raise ValueError(
-                    "Callback: the checkpoint was loaded before the callback knew the model, and its clustering is lost. Give the callback to "
-                    "Trainer(callbacks=[...]), and a model instead of model_init."
+                    "Callback: the checkpoint was loaded before the callback knew the model, and its clustering is lost. Give the callback "
+                    "to Trainer(callbacks=[...]), and a model instead of model_init."
                 )
             _refuse(model, args, self.out)
             self._watch(model)
@@ -152,14 +153,12 @@ class Callback(TrainerCallback):
 
 def _refuse(model: Any, args: Any, out: Path) -> None:
     """Raise ValueError for what would go wrong later."""
-    from accelerate.state import AcceleratorState
-
     check_no_adapters(model)
     if out.resolve() == Path(args.output_dir).resolve():
         raise ValueError(f"out: {out} is the Trainer's output_dir, where its checkpoints go. Name another directory.")
-    kind = str(AcceleratorState().distributed_type.value)
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
-        raise ValueError(f"Callback: it works in one process and with DDP, not with {kind}. `edkm compress --fsdp` shards with FSDP2.")
+    for kind, asked in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed), ("MEGATRON_LM", None)):
+        if asked or os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true", "yes"):
+            raise ValueError(f"Callback: it works in one process and with DDP, not with {kind}. `edkm compress --fsdp` shards with FSDP2.")
     if args.n_gpu > 1:
         raise ValueError("Callback: nn.DataParallel copies the model for each step. Start with torchrun, or set CUDA_VISIBLE_DEVICES=0.")
     if args.torch_compile:

@@ -109,7 +109,8 @@ def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
     """Freeze a prepared model and write its packed directory; the model stays as it is, and can be trained on.
 
     A model of transformers is written with its config, ready for `edkm.compressed.hf.load` and the command line; of any other module
-    the weights, for `edkm.compressed.checkpoint.read`. Under torch.distributed call it on all ranks, after `edkm.distribute`: rank 0 writes.
+    the weights, for `edkm.compressed.checkpoint.read`. Under torch.distributed call it on all ranks, after `edkm.distribute`: rank 0
+    writes.
 
     Args:
         model: prepared by `edkm.prepare`; wrapped by DDP, FSDP2, Accelerate or torch.compile or not.
@@ -175,8 +176,8 @@ def check_no_adapters(model: Any) -> None:
     """Refuse a model with PEFT adapters, whose small matrices would be clustered, and whose checkpoints lack the clustering."""
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "model: it has PEFT adapters, and clustering trains the weights themselves. Call merge_and_unload() first and train all weights, "
-            "or put adapters on the packed model afterwards."
+            "model: it has PEFT adapters, and clustering trains the weights themselves. Call merge_and_unload() first and train all "
+            "weights, or put adapters on the packed model afterwards."
         )
 
 
