@@ -8,13 +8,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
 import edkm
 from edkm.compressed import checkpoint, hf
 from edkm.train import stages
-from edkm.train.layer import ClusteredHead, Clustering
+from edkm.train.callback import _batches
+from edkm.train.layer import Clustering
 from edkm.train.prepare import clusterings
 
 CONFIG = edkm.ClusterConfig(bits=3, rows_per_lut=16)
@@ -163,22 +164,44 @@ def test_trl_trains_the_clustered_head(tiny_model, chat_tokenizer, tmp_path):
     )
     trainer.train()
     packed = hf.load(tmp_path / "packed")
-    assert type(tiny_model.lm_head) is ClusteredHead
-    assert torch.equal(tiny_model.eval().lm_head.weight, packed.lm_head.weight)
+    tiny_model.eval()
     ids = torch.arange(20).view(1, 20)
     with torch.no_grad():
         fused = tiny_model(input_ids=ids, labels=ids, fused_lm_head=True).loss
         torch.testing.assert_close(fused, packed(input_ids=ids, labels=ids).loss)
 
 
-def test_the_heads_weight_is_the_clustered_one_with_its_gradient(tiny_model):
+def test_a_head_that_is_read_instead_of_called(tiny_model):
+    """Within a forward pass its weight is the clustered one, with its gradient; else the parameter, so that reading it moves no state."""
+
+    class Fused(type(tiny_model)):
+        def forward(self, x):
+            return x @ self.lm_head.weight.T
+
     edkm.prepare(tiny_model.train(), CONFIG)
     x = torch.randn(5, 64)
     weight = tiny_model.get_parameter("model.embed_tokens.weight")
-    (by_layer,) = torch.autograd.grad(tiny_model.lm_head(x).square().sum(), weight)
-    (by_hand,) = torch.autograd.grad((x @ tiny_model.lm_head.weight.T).square().sum(), weight)
-    torch.testing.assert_close(by_layer, by_hand)
-    assert not torch.equal(tiny_model.lm_head.weight, weight)
+    (called,) = torch.autograd.grad(tiny_model.lm_head(x).square().sum(), weight)
+    tiny_model.__class__ = Fused
+    (read,) = torch.autograd.grad(tiny_model(x).square().sum(), weight)
+    torch.testing.assert_close(read, called)
+    with pytest.raises(RuntimeError):
+        tiny_model(x[:, :3])
+    assert tiny_model.lm_head.weight is weight
+
+
+def test_calibration_takes_whole_examples_until_there_are_enough(tiny_model):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows())
+
+    for data in (rows(), Stream()):
+        loader = torch.utils.data.DataLoader(data, batch_size=8, collate_fn=default_data_collator)
+        batches = _batches(tiny_model, loader, 100)
+        assert [tuple(batch["input_ids"].shape) for batch in batches] == [(1, 32)] * 4
+        assert len(_batches(tiny_model, loader, 10**6)) == 24
+    pictures = torch.utils.data.DataLoader([{"pixels": torch.zeros(2)}] * 9, collate_fn=default_data_collator)
+    assert len(_batches(tiny_model, pictures, 2000)) == 4
 
 
 def test_what_would_go_wrong_later_is_refused(tiny_model, tmp_path):

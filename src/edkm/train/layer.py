@@ -329,14 +329,31 @@ class ClusteredLinear(nn.Linear):
 
 
 class ClusteredHead(ClusteredLinear):
-    """A model's output layer. Fused losses (TRL's, Liger's) never call it: they multiply by its `weight`, so that is the clustered one.
-
-    The parameter stays where optimizers and checkpoints find it, in `parameters()`.
+    """A model's output layer. Fused losses (TRL's, Liger's) never call it: they multiply by its `weight`. So within a forward pass of the
+    model that is the clustered weight; at all other times it is the parameter.
     """
+
+    shown = False
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return clustered_weight(self._parameters["weight"], self.clustering)
+        parameter = self._parameters["weight"]
+        return clustered_weight(parameter, self.clustering) if self.shown else parameter
+
+
+def show_in_forward(model: nn.Module, head: ClusteredLinear) -> None:
+    """Make a model's output layer a `ClusteredHead`."""
+    head.__class__ = ClusteredHead
+    model.register_forward_pre_hook(_show)
+    model.register_forward_hook(_hide, always_call=True)
+
+
+def _show(model: Any, args: Any) -> None:
+    model.get_output_embeddings().shown = True
+
+
+def _hide(model: Any, args: Any, output: Any) -> None:
+    model.get_output_embeddings().shown = False
 
 
 class ClusteredEmbedding(nn.Embedding):

@@ -14,7 +14,7 @@ from edkm.core.assign import Frozen
 from edkm.core.op import check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
 from edkm.train.calibrate import CONVOLUTIONS
-from edkm.train.layer import ClusteredEmbedding, ClusteredHead, ClusteredLinear, ClusteredWeight, Clustering
+from edkm.train.layer import ClusteredEmbedding, ClusteredLinear, ClusteredWeight, Clustering, show_in_forward
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def prepare(
         clustering.prepared_by = config
         install(target, clustering)
     if type(head) is ClusteredLinear:
-        head.__class__ = ClusteredHead
+        show_in_forward(model, head)
     return Report(tuple(entries))
 
 
