@@ -22,11 +22,11 @@ NAME = "layers.0.proj.weight"
 DOCS = Path(__file__).parents[1] / "docs" / "format.md"
 
 
-def frozen(shape: tuple[int, ...], bits: int, luts: int = 1, dim: int = 1, k: int | None = None) -> Frozen:
+def frozen(shape: tuple[int, ...], bits: int, luts: int = 1, dim: int = 1, k: int | None = None, row_axes: int = 1) -> Frozen:
     generator = torch.Generator().manual_seed(sum(shape) + bits)
     k = k or 2**bits
-    cols = int(np.prod(shape[1:]))
-    indices = torch.randint(0, k, (shape[0] // dim, cols), dtype=torch.uint8, generator=generator)
+    rows = int(np.prod(shape[:row_axes]))
+    indices = torch.randint(0, k, (rows // dim, int(np.prod(shape[row_axes:]))), dtype=torch.uint8, generator=generator)
     lut = torch.randn(luts, k, dim, generator=generator).sort(1).values.half()
     return Frozen(indices, lut, shape, 0.25)
 
@@ -82,7 +82,9 @@ def clustered(draw: st.DrawFn) -> Frozen:
     bits, luts, dim = draw(st.integers(1, 8)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     rest = draw(st.lists(st.integers(1, 5), max_size=2))
     k = draw(st.integers(2 ** (bits - 1) + 1, 2**bits))
-    return frozen((luts * dim * draw(st.integers(1, 4)), *rest), bits, luts, dim, k)
+    before = draw(st.lists(st.integers(1, 4), max_size=2))
+    shape = (*before, luts * dim * draw(st.integers(1, 4)), *rest)
+    return frozen(shape, bits, luts, dim, k, row_axes=len(before) + 1)
 
 
 @given(tensor=clustered())
@@ -194,16 +196,20 @@ def test_summary_keeps_embeddings_apart_and_reads_no_data(tmp_path: Path):
     refuses(directory, "do not have their checksum")
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("limit", [5_000_000_000, 60])
-def test_reader_of_the_format_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int):
+def test_reader_of_the_format_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, version: int):
     monkeypatch.setattr(shards, "MAX_SHARD_BYTES", limit)
     tensors = {f"layers.{bits}.weight": frozen((12, 5), bits, luts=2, dim=3) for bits in range(1, 9)}
     tensors |= {"fused.weight": frozen((4, 3, 2), 3), "bias": frozen((6,), 2, k=3)}
+    if version == 2:
+        tensors |= {"experts.up": frozen((2, 6, 5), 3, luts=4, dim=3, row_axes=2), "experts.down": frozen((2, 3, 5), 2, luts=6, row_axes=2)}
     directory = save(tmp_path, tensors, {"norm.weight": torch.ones(3, dtype=torch.bfloat16)})
     code = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[-1]
     scope: dict[str, Any] = {}
     exec(code, scope)
     weights = scope["read_clustered"](directory)
+    assert read(directory).quantization_config["format_version"] == version
     assert weights.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert np.array_equal(weights[name], dequantize(tensor, torch.float16).numpy())
@@ -215,7 +221,7 @@ def test_fields_of_the_format_page(saved: Path):
     example = json.loads(re.findall(r"```json\n(.*?)```", text, re.DOTALL)[0])
     assert example.keys() == config.keys()
     assert next(iter(example["tensors"].values())).keys() == config["tensors"][NAME].keys()
-    fields = {*config, *config["tensors"][NAME]}
+    fields = {*config, *config["tensors"][NAME], "rows"}
     assert fields <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
 
 
@@ -223,8 +229,11 @@ def test_fields_of_the_format_page(saved: Path):
     ("change", "message"),
     [
         (lambda c: c.update(quant_method="gptq"), "quant_method must be 'edkm', got 'gptq'"),
-        (lambda c: c.update(format_version=2), "format_version must be 1, got 2. Use a newer edkm"),
-        (lambda c: c.update(format_version=True), "format_version must be 1, got True"),
+        (lambda c: c.update(format_version=3), "format_version must be 1 to 2, got 3. Use a newer edkm"),
+        (lambda c: c.update(format_version=0), "format_version must be 1 to 2, got 0"),
+        (lambda c: c.update(format_version=True), "format_version must be 1 to 2, got True"),
+        (lambda c: c.update(format_version=2), f"{NAME}: lacks rows"),
+        (lambda c: c["tensors"][NAME].update(rows=6), f"{NAME}: has unknown fields rows"),
         (lambda c: c.pop("settings"), "quantization_config: lacks settings"),
         (lambda c: c.update(scales=1), "unknown fields scales. Use a newer edkm"),
         (lambda c: c.update(tensors=[]), "tensors must be an object"),
@@ -249,6 +258,44 @@ def test_fields_of_the_format_page(saved: Path):
 def test_config_refused(saved: Path, change: Callable[[dict[str, Any]], Any], message: str):
     edit_config(saved, change)
     refuses(saved, message)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, f"{NAME}: lacks rows"),
+        (2, r"must divide the 2 rows, got dim 3 and luts 4"),
+        (4, r"rows must be the product of the first lengths of \[2, 12, 5\], got 4"),
+        (24.0, r"rows must be the product of the first lengths"),
+        (True, r"rows must be the product of the first lengths"),
+        (0, r"rows must be the product of the first lengths"),
+        (120, "must divide the 120 rows, got dim 3 and luts 16"),
+    ],
+)
+def test_rows_refused(tmp_path: Path, rows: Any, message: str):
+    luts = 16 if rows == 120 else 4
+    directory = save(tmp_path / "model", {NAME: frozen((2, 12, 5), 3, luts=4, dim=3, row_axes=2)}, {})
+    fields = read(directory).quantization_config
+    assert fields["format_version"] == 2 and fields["tensors"][NAME]["rows"] == 24
+
+    def change(config: dict[str, Any]) -> None:
+        tensor = config["tensors"][NAME]
+        tensor["luts"] = luts
+        if rows is None:
+            del tensor["rows"]
+        else:
+            tensor["rows"] = rows
+
+    edit_config(directory, change)
+    refuses(directory, message)
+
+
+def test_version_1_is_written_where_it_can_say_it(saved: Path, tmp_path: Path):
+    config = read(saved).quantization_config
+    assert config["format_version"] == 1 and all("rows" not in tensor for tensor in config["tensors"].values())
+    one, three = frozen((3, 4), 2, row_axes=1), frozen((1, 3, 4), 2, row_axes=2)
+    assert write(tmp_path / "a", {NAME: one, "stack": three}, {}, {})["format_version"] == 2
+    assert write(tmp_path / "b", {NAME: one}, {}, {})["format_version"] == 1
 
 
 @pytest.mark.parametrize(
@@ -400,7 +447,8 @@ def test_write_refuses(tmp_path: Path):
     weight = torch.ones(2, 2)
     cases: list[tuple[dict[str, Frozen], dict[str, torch.Tensor], str]] = [
         ({NAME: good._replace(lut=good.lut.float())}, {}, "lut must be float16"),
-        ({NAME: good._replace(shape=(7, 6))}, {}, r"indices must be uint8 \[7, 6\]"),
+        ({NAME: good._replace(shape=(7, 6))}, {}, r"rows must be the product of the first lengths of \[7, 6\], got 6"),
+        ({NAME: good._replace(shape=(6, 8))}, {}, r"indices must be uint8 \[6, 8\]"),
         ({NAME: good._replace(indices=good.indices.int())}, {}, "indices must be uint8"),
         ({NAME: good._replace(lut=good.lut.repeat(4, 1, 1))}, {}, "must divide the 6 rows"),
         ({NAME: good._replace(lut=good.lut[:, :1])}, {}, "bits must be 1 to 8, got 0"),

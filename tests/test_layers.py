@@ -559,7 +559,8 @@ class Zoo(nn.Module):
         self.embed = nn.Embedding(8, 4)
         self.limited = nn.Embedding(8, 4, max_norm=1.0)
         self.conv = nn.Conv1d(4, 8, 3)
-        self.bilinear = nn.Bilinear(4, 4, 4)
+        self.grid = nn.Parameter(torch.randn(4, 4))
+        self.positions = nn.Parameter(torch.randn(1, 4, 4))
         self.norm = nn.LayerNorm(4)
         self.up = nn.Linear(4, 8)
         self.down = nn.Linear(8, 4)
@@ -576,7 +577,8 @@ def test_report_has_every_parameter_and_a_reason():
     notes = {e.name: e.note for e in report.entries}
     assert notes["down.weight"] == "matches skip"
     assert notes["limited.weight"] == "an embedding with max_norm or sparse gradients"
-    assert notes["bilinear.weight"] == "not the weight of a Linear, Embedding, Conv1d or Conv2d"
+    assert notes["grid"] == notes["positions"]
+    assert notes["grid"] == "neither the weight of a Linear, Embedding, Conv1d or Conv2d nor a stack of matrices"
     assert notes["norm.weight"] == notes["up.bias"] == "a vector"
     assert {e.name: (e.bits, e.tables, e.dim) for e in report.clustered} == {
         "embed.weight": (4, 1, 1),

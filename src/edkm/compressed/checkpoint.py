@@ -97,11 +97,13 @@ def write(
         if tensor.numel() and (other := memory.setdefault((tensor.data_ptr(), *tensor.shape), name)) != name:
             raise FormatError(f"{name}: is the same memory as {other}. Leave one of them out.")
     write_shards(Path(directory), groups)
+    # The lowest version that can say it, for older readers.
+    version = max((entry.version for entry in entries.values()), default=1)
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "settings": settings,
-        "tensors": {name: entry.to_json() for name, entry in entries.items()},
+        "tensors": {name: entry.to_json(version) for name, entry in entries.items()},
     }
 
 
@@ -195,8 +197,8 @@ def summary(directory: str | Path) -> dict[str, Any]:
         directory: holds `config.json` and the weights.
 
     Returns:
-        A JSON object. `tensors`: one object per clustered tensor (`name`, `shape`, `bits`, `luts`, `dim`,
-        `embedding`, `stored_bytes` and `bits_per_weight` with the tables counted, `error`).
+        A JSON object. `tensors`: one object per clustered tensor (`name`, `shape`, `rows`, `bits`, `luts`,
+        `dim`, `embedding`, `stored_bytes` and `bits_per_weight` with the tables counted, `error`).
         `dense_tensors`, `dense_weights`: what is not clustered. `weights`: all, tied ones once.
         `file_bytes`: the weight files. `bits_per_weight`: the files over all weights.
         `clustered_bits_per_weight`: over clustered tensors that are not embeddings, None if there are none.
@@ -217,7 +219,7 @@ def summary(directory: str | Path) -> dict[str, Any]:
             size = entry.packed_bytes + math.prod(stored[name + LUT_SUFFIX].shape) * LUT_DTYPE.itemsize
             weights = math.prod(entry.shape)
             row = {"name": name, "embedding": _is_embedding(name), "stored_bytes": size}
-            rows.append(row | {"bits_per_weight": 8 * size / weights} | entry.to_json())
+            rows.append(row | {"bits_per_weight": 8 * size / weights} | entry.to_json(FORMAT_VERSION))
         dense = [math.prod(item.shape) for item in items.values() if item.dtype is not None]
         weights = sum(math.prod(item.shape) for item in items.values())
         file_bytes = sum((directory / file).stat().st_size for file in {tensor.file for tensor in stored.values()})

@@ -5,7 +5,9 @@ Everything a file claims is checked here, by the rules of docs/format.md, before
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,31 +19,38 @@ from edkm.compressed.shards import FormatError, Stored, read_json
 from edkm.core.assign import LUT_DTYPE, Frozen, Later
 
 QUANT_METHOD = "edkm"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LUT_SUFFIX = "_lut"
 _CONFIG_KEYS = {"quant_method", "format_version", "settings", "tensors"}
 
 
 class Entry(NamedTuple):
-    """One clustered tensor: the fields of its object in `quantization_config`, in their order there."""
+    """One clustered tensor: the fields of its object in `quantization_config`, in their order there; `rows` from version 2 on."""
 
     bits: int
     shape: tuple[int, ...]
     dim: int
     luts: int
     error: float
+    rows: int
+
+    @property
+    def version(self) -> int:
+        """The lowest that can say it."""
+        return 1 if self.rows == self.shape[0] else 2
 
     @property
     def grid(self) -> tuple[int, int]:
         """Shape of the indices: a row of them stands for `dim` rows of the weight."""
-        return self.shape[0] // self.dim, math.prod(self.shape[1:])
+        return self.rows // self.dim, math.prod(self.shape) // self.rows
 
     @property
     def packed_bytes(self) -> int:
         return packed_bytes(math.prod(self.grid), self.bits)
 
-    def to_json(self) -> dict[str, Any]:
-        return self._asdict() | {"shape": list(self.shape)}
+    def to_json(self, version: int) -> dict[str, Any]:
+        fields = self._asdict() | {"shape": list(self.shape)}
+        return {key: fields[key] for key in _fields(version)}
 
 
 def entry_of(name: str, frozen: Frozen | Later) -> Entry:
@@ -49,7 +58,7 @@ def entry_of(name: str, frozen: Frozen | Later) -> Entry:
     if frozen.lut.dtype != LUT_DTYPE or frozen.lut.dim() != 3:
         raise FormatError(f"{name}: lut must be float16 [g, k, d], got {_say(frozen.lut)}. Use core.assign.round_lut.")
     groups, _, dim = frozen.lut.shape
-    entry = Entry(frozen.bits, tuple(frozen.shape), dim, groups, float(frozen.error))
+    entry = Entry(frozen.bits, tuple(frozen.shape), dim, groups, float(frozen.error), frozen.rows)
     _check_entry(name, entry)
     if isinstance(frozen, Frozen):
         check_indices(name, entry, frozen.indices)
@@ -75,8 +84,8 @@ def quantization_config(directory: Path) -> dict[str, Any]:
     method, version = config.get("quant_method"), config.get("format_version")
     if method != QUANT_METHOD:
         raise FormatError(f"{path}: quant_method must be '{QUANT_METHOD}', got {method!r}. Load it with transformers.")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise FormatError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}. Use a newer edkm.")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise FormatError(f"{path}: format_version must be 1 to {FORMAT_VERSION}, got {version!r}. Use a newer edkm.")
     _check_keys(f"{path}: quantization_config", config, _CONFIG_KEYS)
     for key in ("settings", "tensors"):
         if not isinstance(config[key], dict):
@@ -86,15 +95,16 @@ def quantization_config(directory: Path) -> dict[str, Any]:
 
 def entries(directory: Path) -> dict[str, Entry]:
     """The checked entries of `config.json`."""
-    found = {}
-    for name, fields in quantization_config(directory)["tensors"].items():
+    found, config = {}, quantization_config(directory)
+    for name, fields in config["tensors"].items():
         if not isinstance(fields, dict):
             raise FormatError(f"config.json: {name}: must be an object, got {fields!r}. Fetch the file again.")
-        _check_keys(f"config.json: {name}", fields, set(Entry._fields))
+        _check_keys(f"config.json: {name}", fields, set(_fields(config["format_version"])))
         shape = fields["shape"]
         if not isinstance(shape, list):
             raise FormatError(f"config.json: {name}: shape must be a list, got {shape!r}. Fetch the file again.")
-        values: dict[str, Any] = fields | {"shape": tuple(shape)}
+        # Version 1 has no other rows than the first length; of an empty shape the check tells.
+        values: dict[str, Any] = {"rows": shape[0] if shape else 0} | fields | {"shape": tuple(shape)}
         found[name] = Entry(**values)
         _check_entry(f"config.json: {name}", found[name])
     return found
@@ -138,19 +148,26 @@ def check_centroids(name: str, lut: torch.Tensor) -> None:
 
 
 def _check_entry(name: str, entry: Entry) -> None:
-    bits, shape, dim, luts, error = entry
+    bits, shape, dim, luts, error, rows = entry
     # `type`, not isinstance: JSON's true is no number.
     if type(bits) is not int or not 1 <= bits <= 8:
         raise FormatError(f"{name}: bits must be 1 to 8, got {bits!r}. A table has 2 to 256 centroids.")
     if not shape or not all(type(length) is int and length > 0 for length in shape):
         raise FormatError(f"{name}: shape must be a list of positive numbers, got {list(shape)}. Save the model again.")
-    if any(type(count) is not int or count < 1 for count in (dim, luts)) or shape[0] % (dim * luts):
+    if type(rows) is not int or rows not in itertools.accumulate(shape, operator.mul):
+        raise FormatError(f"{name}: rows must be the product of the first lengths of {list(shape)}, got {rows!r}. Save the model again.")
+    if any(type(count) is not int or count < 1 for count in (dim, luts)) or rows % (dim * luts):
         raise FormatError(
-            f"{name}: dim * luts must divide the {shape[0]} rows, got dim {dim!r} and luts {luts!r}. "
+            f"{name}: dim * luts must divide the {rows} rows, got dim {dim!r} and luts {luts!r}. "
             "Choose others, or leave the tensor out of the clustering."
         )
     if type(error) not in (int, float) or not 0 <= error <= sys.float_info.max:
         raise FormatError(f"{name}: error must be a finite number from 0, got {error!r}. Look for NaN in the weight.")
+
+
+def _fields(version: int) -> tuple[str, ...]:
+    """Of a tensor's object."""
+    return Entry._fields if version > 1 else Entry._fields[:-1]
 
 
 def _check_keys(name: str, fields: dict[str, Any], known: set[str]) -> None:

@@ -22,7 +22,7 @@ class Frozen(NamedTuple):
     Attributes:
         indices: `[rows // d, cols]` uint8, the centroid that each vector of `d` consecutive rows takes.
         lut: `[g, k, d]` float16; consecutive rows are split evenly over the `g` tables.
-        shape: shape of the weight in its module (`rows = shape[0]`, `cols` the product of the rest).
+        shape: shape of the weight in its module; the first lengths make `rows`, the others `cols` (`core.matrix`).
         error: `sum (w - w_hat)^2 / sum w^2` against the weight that was frozen.
     """
 
@@ -35,12 +35,17 @@ class Frozen(NamedTuple):
     def bits(self) -> int:
         return (self.lut.shape[1] - 1).bit_length()
 
+    @property
+    def rows(self) -> int:
+        return len(self.indices) * self.lut.shape[2]
+
 
 class Later(NamedTuple):
     """A `Frozen` whose indices are made when they are written, each time anew."""
 
     lut: Tensor
     shape: tuple[int, ...]
+    rows: int
     error: float
     make: Callable[[], Tensor]
 

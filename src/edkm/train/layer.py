@@ -25,6 +25,7 @@ from edkm.config import ClusterConfig
 from edkm.core import sharded
 from edkm.core.assign import Frozen, assign, lookup, round_lut
 from edkm.core.centroids import initial_centroids, temperature_for
+from edkm.core.matrix import as_matrix, count_tables
 from edkm.core.op import Solution, find
 from edkm.core.reference import compute_dtype
 from edkm.core.sharded import Reduce, Rows
@@ -94,16 +95,18 @@ class Clustering(nn.Module):
         importance: Tensor | None = None,
         backend: str = "auto",
         centroids: Tensor | None = None,
+        row_axes: int = 1,
     ) -> None:
         super().__init__()
-        matrix = weight.detach().flatten(1)
+        matrix = as_matrix(weight.detach(), row_axes)
+        tables = count_tables(weight.shape, row_axes, config.rows_per_lut)
         if importance is not None:
             importance = importance.to(matrix.device, compute_dtype(matrix.dtype))
         if centroids is None:
-            per_lut = config.rows_per_lut or None
+            per_lut = len(matrix) // tables
             centroids = initial_centroids(matrix, config.bits, dim=config.dim, rows_per_lut=per_lut, importance=importance)
         else:
-            shape = (matrix.shape[0] // (config.rows_per_lut or matrix.shape[0]), 2**config.bits, config.dim)
+            shape = (tables, 2**config.bits, config.dim)
             if centroids.shape != shape:
                 raise ValueError(f"centroids: expected {list(shape)} by the config, got {list(centroids.shape)}.")
             centroids = centroids.to(matrix.device, compute_dtype(matrix.dtype))
@@ -112,7 +115,7 @@ class Clustering(nn.Module):
         self.register_buffer("temperature", temperature)
         self.register_buffer("importance", importance)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=matrix.device))
-        self.config, self.backend = config, backend
+        self.config, self.backend, self.row_axes = config, backend, row_axes
         self.prepared_by = config  # `prepare` puts the whole model's here: it goes into the packed file
         self.soft_in_eval = False
         self._key: tuple[Any, ...] | None = None
@@ -186,7 +189,7 @@ class Clustering(nn.Module):
             rows, reduce = self._shard.rows(), self._shard.reduce
             iters, backend = self.config.max_iters, self._shard.backend
             return sharded.find(rows, self.importance, start, tau, iters, torch.bfloat16, backend, reduce)
-        matrix = weight.detach().flatten(1)
+        matrix = self.matrix(weight)
         return find(matrix, self.importance, start, tau, self.config.max_iters, 0.0, torch.bfloat16, self.backend)
 
     def live(self, weight: Tensor) -> tuple[Tensor, Solution]:
@@ -203,18 +206,18 @@ class Clustering(nn.Module):
 
     def decode(self, weight: Tensor, solution: Solution) -> Tensor:
         """The soft weight, like `weight`; no gradient."""
-        return solution.decode(weight.detach().flatten(1)).view(weight.shape)
+        return solution.decode(self.matrix(weight)).view(weight.shape)
 
     def backward(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
         """`dL/dweight` from the gradient of the soft weight."""
         if self.config.softness == 0:
             return grad.to(weight.dtype)
-        matrix = weight.detach().flatten(1)
+        matrix = self.matrix(weight)
         return solution.adjoint(grad.reshape(matrix.shape), matrix).view(weight.shape)
 
     def freeze(self, weight: Tensor) -> Frozen:
         """Indices and tables of the weight as it is now; what `eval()` uses and what is packed."""
-        matrix = weight.detach().flatten(1)
+        matrix = self.matrix(weight)
         lut = round_lut(self.centroids)
         indices = assign(matrix, lut)
         wide = matrix.to(compute_dtype(matrix.dtype))
@@ -223,9 +226,13 @@ class Clustering(nn.Module):
 
     def hard(self, weight: Tensor) -> Tensor:
         """The weight with every value on its nearest centroid, like `weight`; no gradient."""
-        matrix = weight.detach().flatten(1)
+        matrix = self.matrix(weight)
         lut = round_lut(self.centroids)
         return lookup(assign(matrix, lut), lut, weight.dtype).view(weight.shape)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight `[rows, cols]`, detached."""
+        return as_matrix(weight.detach(), self.row_axes)
 
     @property
     def tables(self) -> int:
@@ -279,19 +286,6 @@ class _Linear(torch.autograd.Function):
         return dx, g, None, db, None
 
 
-class _Decode(torch.autograd.Function):
-    """The clustered weight itself, for layers that are not linear."""
-
-    @staticmethod
-    def forward(ctx, live, solution, clustering):
-        return clustering.decode(live, solution)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return g, None, None
-
-
 class _Embedding(torch.autograd.Function):
     """Rows of `clustered(weight)`, keeping no clustered weight."""
 
@@ -309,6 +303,19 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, dy):
         (ids,) = ctx.saved_tensors
         return torch.ops.aten.embedding_dense_backward(dy, ids, *ctx.options), *[None] * 5
+
+
+class _Decode(torch.autograd.Function):
+    """The clustered weight itself."""
+
+    @staticmethod
+    def forward(ctx, live, solution, clustering):
+        return clustering.decode(live, solution)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g, None, None
 
 
 class ClusteredLinear(nn.Linear):
@@ -370,26 +377,11 @@ class ClusteredEmbedding(nn.Embedding):
         return clustering.hard(self.weight[input.flatten()]).view(*input.shape, -1)
 
 
-class ClusteredWeight(nn.Module):
-    """Parametrization (`torch.nn.utils.parametrize`) for layers that read `self.weight`, such as convolutions.
-
-    Cost:
-        The layer keeps the clustered weight for backward as it would keep its own.
-    """
-
-    def __init__(self, clustering: Clustering) -> None:
-        super().__init__()
-        self.clustering = clustering
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return clustered_weight(weight, self.clustering)
-
-
 def clustered_weight(weight: Tensor, clustering: Clustering) -> Tensor:
     """The weight that a layer uses, with its gradient."""
     if not clustering.is_soft:
         return clustering.hard(weight)
-    return _Decode.apply(*clustering.live(weight), clustering)
+    return _Decode.apply(*clustering.live(weight), clustering)  # pyright: ignore[reportReturnType]
 
 
 @contextmanager

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen
+from edkm.core.matrix import as_matrix, count_tables
 from edkm.core.op import check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
-from edkm.train.calibrate import CONVOLUTIONS
-from edkm.train.layer import ClusteredEmbedding, ClusteredLinear, ClusteredWeight, Clustering, show_in_forward
+from edkm.train.layer import ClusteredEmbedding, ClusteredLinear, Clustering, show_in_forward
+from edkm.train.parametrized import clustered_weights, parametrize_weight
+from edkm.train.targets import NO_WEIGHT, Target, targets_of
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,6 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclass
-class Target:
-    """A parameter and the modules that use it as their weight."""
-
-    names: list[str]
-    modules: list[nn.Module]
-    weight: nn.Parameter
-
-
 def prepare(
     model: nn.Module,
     config: ClusterConfig,
@@ -78,15 +70,17 @@ def prepare(
     centroids: Mapping[str, Tensor] | None = None,
     backend: str = "auto",
 ) -> Report:
-    """Cluster a model's weights from now on, in place: linear layers, embeddings, and Conv1d/2d through a parametrization.
+    """Cluster a model's weights from now on, in place: linear layers, embeddings, Conv1d/2d, and stacks of matrices such as experts.
 
-    Parameters stay what they were, so optimizers and tied weights do too; a tied tensor is clustered once. All tables are made before
-    anything is changed: a refused tensor leaves the model as it was.
+    Each matrix of a stack has tables of its own (`rows_per_lut` divides its rows; 0 is one table for each). Parameters stay what they
+    were, so optimizers and tied weights do too; a tied tensor is clustered once. All tables are made before anything is changed: a
+    refused tensor leaves the model as it was.
 
     Args:
         model: any module.
         config: what to do; `config.for_tensor(name)` decides for each weight.
-        importance: parameter name -> non-negative, broadcastable to `weight.flatten(1)`, as `edkm.calibrate` returns it.
+        importance: parameter name -> non-negative, broadcastable to the weight as `core.matrix.as_matrix` sees it, as `edkm.calibrate`
+            returns it.
         centroids: parameter name -> `[g, k, d]` to start from, as `edkm.fit` returns it; k-means for those that are not named.
         backend: for `edkm.cluster`.
 
@@ -113,7 +107,8 @@ def prepare(
             continue
         assert target is not None
         weigh, start = (next((given[n] for n in target.names if n in given), None) for given in (importance, centroids))
-        clustering, note = _clustering(name, parameter, settings, weigh, start, backend)
+        clustering, note = _clustering(name, target, settings, weigh, start, backend)
+        note += "; tables by k-means" if centroids and start is None else ""
         entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
         made.append((target, clustering))
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -132,27 +127,20 @@ def plan(model: nn.Module, config: ClusterConfig) -> Report:
         ValueError: as `prepare`, as far as shapes can tell.
     """
     entries = []
-    for name, parameter, _, settings, reason in decisions(model, config, targets_of(model)):
+    for name, parameter, target, settings, reason in decisions(model, config, targets_of(model)):
         shape = tuple(parameter.shape)
         if settings is None:
             entries.append(Entry(name, shape, 0, 0, 1, reason))
             continue
-        per_lut = settings.rows_per_lut or shape[0]
-        matrix = parameter.detach().flatten(1)
-        tables = torch.empty(
-            max(1, shape[0] // per_lut),
-            2**settings.bits,
-            settings.dim,
-            dtype=compute_dtype(matrix.dtype),
-            device="meta",
-        )
+        assert target is not None
+        matrix = as_matrix(parameter.detach(), target.row_axes)
         try:
-            if shape[0] % per_lut:
-                raise ValueError(f"{shape[0]} rows do not divide into tables of {per_lut} rows. Choose another rows_per_lut or skip it.")
-            check_shapes(matrix, tables, None)
+            tables = count_tables(shape, target.row_axes, settings.rows_per_lut)
+            lut = torch.empty(tables, 2**settings.bits, settings.dim, dtype=compute_dtype(matrix.dtype), device="meta")
+            check_shapes(matrix, lut, None)
         except ValueError as error:
             raise ValueError(f"{name}: {str(error).removeprefix('weight: ')}") from None
-        entries.append(Entry(name, shape, settings.bits, len(tables), settings.dim, ""))
+        entries.append(Entry(name, shape, settings.bits, tables, settings.dim, ""))
     return Report(tuple(entries))
 
 
@@ -183,19 +171,6 @@ def clustered_linears(model: nn.Module, config: ClusterConfig) -> dict[nn.Module
     return found
 
 
-def targets_of(model: nn.Module) -> list[Target]:
-    """Every parameter that is the weight of a module we know, with all its names and users."""
-    found: dict[int, Target] = {}
-    for prefix, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or not isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS)):
-            continue
-        target = found.setdefault(id(weight), Target([], [], weight))
-        target.names.append(f"{prefix}.weight".lstrip("."))
-        target.modules.append(module)
-    return list(found.values())
-
-
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The modules of the types that the model names in `_no_split_modules`, as transformers' models do; none if it names none."""
     names = set(getattr(model, "_no_split_modules", None) or ())
@@ -205,10 +180,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def _settings(config: ClusterConfig, name: str, parameter: Tensor, target: Target | None) -> tuple[ClusterConfig | None, str]:
     """The settings of a parameter, or None and why it is left alone."""
     if target is None:
-        return (
-            None,
-            "a vector" if parameter.ndim < 2 else "not the weight of a Linear, Embedding, Conv1d or Conv2d",
-        )
+        return None, "a vector" if parameter.ndim < 2 else NO_WEIGHT
     embedding = next((m for m in target.modules if isinstance(m, nn.Embedding)), None)
     if embedding is not None:
         if not config.embedding_bits:
@@ -222,36 +194,35 @@ def _settings(config: ClusterConfig, name: str, parameter: Tensor, target: Targe
 
 
 def _clustering(
-    name: str, weight: Tensor, settings: ClusterConfig, importance: Tensor | None, start: Tensor | None, backend: str
+    name: str, target: Target, settings: ClusterConfig, importance: Tensor | None, start: Tensor | None, backend: str
 ) -> tuple[Clustering, str]:
     try:
-        clustering = Clustering(weight, settings, importance, backend, start)
+        clustering = Clustering(target.weight, settings, importance, backend, start, target.row_axes)
     except ValueError as error:
         message = str(error)
         raise ValueError(f"{name}: {message.removeprefix('weight: ')}") from None
-    matrix = weight.detach().flatten(1)
     chosen, why = (backend, "as asked")
     if backend == "auto":
-        chosen, why = choose_backend(matrix, *clustering.centroids.shape, torch.bfloat16)
-    return clustering, f"{chosen}: {why}" + ("" if importance is not None else "; no importance")
+        chosen, why = choose_backend(clustering.matrix(target.weight), *clustering.centroids.shape, torch.bfloat16)
+    note = f"{chosen}: {why}" + ("" if importance is not None else "; no importance")
+    return clustering, note + (f"; a stack of {len(target.weight)} matrices" if target.row_axes > 1 else "")
 
 
 def install(target: Target, clustering: nn.Module) -> None:
     """Make layers use `clustering`, a `Clustering` or what stands in for one."""
-    owner = target.modules[0]
-    for module in target.modules:
+    for i, (name, module) in enumerate(zip(target.names, target.modules, strict=True)):
+        user: nn.Module = module
         if type(module) is nn.Linear:
             module.__class__ = ClusteredLinear
         elif type(module) is nn.Embedding:
             module.__class__ = ClusteredEmbedding
         else:
-            parametrize.register_parametrization(module, "weight", ClusteredWeight(clustering), unsafe=True)
-            continue
-        if module is owner:
-            module.clustering = clustering
+            user = parametrize_weight(module, name.rpartition(".")[2])
+        if i == 0:
+            user.clustering = clustering
         else:
-            # Tied: the owner has the state; a second registration would store it twice.
-            module.__dict__["clustering"] = clustering
+            # Tied: the first has the state; a second registration would store it twice.
+            user.__dict__["clustering"] = clustering
 
 
 def freeze(model: nn.Module) -> dict[str, Frozen]:
@@ -282,14 +253,11 @@ def clusterings(model: nn.Module) -> list[tuple[str, nn.Parameter, Clustering]]:
     """`(name of the weight, the weight, its clustering)`, each once."""
     found = []
     for prefix, module in model.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        if isinstance(module, (ClusteredLinear, ClusteredEmbedding)) and "clustering" in module._modules:
-            found.append((f"{dot}weight", module._parameters["weight"], module.clustering))
-        elif parametrize.is_parametrized(module, "weight"):
-            chain = module.parametrizations["weight"]
-            for step in chain:
-                if isinstance(step, ClusteredWeight):
-                    found.append((f"{dot}weight", chain.original, step.clustering))
+        users: dict[str, tuple[nn.Parameter, nn.Module]] = {**clustered_weights(module)}
+        if isinstance(module, (ClusteredLinear, ClusteredEmbedding)):
+            users["weight"] = module._parameters["weight"], module
+        # The first user of a tied weight has registered its clustering.
+        found += [(f"{prefix}.{key}".lstrip("."), w, user.clustering) for key, (w, user) in users.items() if "clustering" in user._modules]
     return found
 
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from edkm.core import sharded
 from edkm.core.assign import Frozen, Later, round_lut
+from edkm.core.matrix import as_matrix
 from edkm.core.op import choose_backend
 from edkm.core.sharded import Rows
 from edkm.train.layer import Clustering, Shard
@@ -64,7 +65,7 @@ def distribute(model: nn.Module, group: ProcessGroup | None = None) -> None:
             for buffer in clustering.buffers():
                 dist.broadcast(buffer, _first(mesh), group=mesh)
         backend = _same_backend(weight, clustering, mesh)
-        rows = partial(_rows, weight, mesh)
+        rows = partial(_rows, weight, clustering, mesh)
         clustering.share(Shard(weight, rows, partial(_add_up, group=mesh), backend, isinstance(weight, DTensor)))
 
 
@@ -128,7 +129,7 @@ def _announce(number: int, weight: Tensor, clustering: Clustering, found: list, 
         assert indices is not None
         return indices
 
-    return Later(lut.cpu(), tuple(weight.shape), error, ask)
+    return Later(lut.cpu(), tuple(weight.shape), _rows(weight, clustering, group).total, error, ask)
 
 
 def _request(number: int, like: Tensor, group: ProcessGroup | None) -> int:
@@ -139,13 +140,13 @@ def _request(number: int, like: Tensor, group: ProcessGroup | None) -> int:
 
 
 def _freeze(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> tuple[Tensor, float]:
-    return sharded.freeze(_rows(weight, group), round_lut(clustering.centroids), partial(_add_up, group=group))
+    return sharded.freeze(_rows(weight, clustering, group), round_lut(clustering.centroids), partial(_add_up, group=group))
 
 
 def _send_indices(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> Tensor | None:
     """The indices of the whole weight on rank 0, None elsewhere."""
     mine, _ = _freeze(weight, clustering, group)
-    vectors, cols = weight.shape[0] // clustering.config.dim, mine.shape[1]
+    vectors, cols = _rows(weight, clustering, group).total // clustering.config.dim, mine.shape[1]
     world = dist.get_world_size(group)
     counts = mine.new_zeros(world, dtype=torch.int64)
     counts[dist.get_rank(group)] = len(mine)
@@ -161,13 +162,14 @@ def _send_indices(weight: Tensor, clustering: Clustering, group: ProcessGroup | 
     return whole.cpu()
 
 
-def _rows(weight: Tensor, group: ProcessGroup | None) -> Rows:
-    """This rank's rows; `fully_shard` cuts as `torch.chunk` does, and so do we."""
+def _rows(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> Rows:
+    """This rank's rows; `fully_shard` cuts the first axis as `torch.chunk` does, and so do we."""
     total, rank, world = weight.shape[0], dist.get_rank(group), dist.get_world_size(group)
     size = -(-total // world)
     start = min(rank * size, total)
     local = weight.detach().to_local() if isinstance(weight, DTensor) else weight.detach()[start : start + size]
-    return Rows(local.reshape(len(local), weight.shape[1:].numel()), start, total)
+    each = weight.shape[1 : clustering.row_axes].numel()  # rows of the matrix in one of the first axis
+    return Rows(as_matrix(local, clustering.row_axes), start * each, total * each)
 
 
 def _add_up(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -195,7 +197,7 @@ def _same_backend(weight: Tensor, clustering: Clustering, group: ProcessGroup | 
     groups, k, d = clustering.centroids.shape
     choice: list[Any] = [clustering.backend]
     if choice[0] == "auto":
-        rows = _rows(weight, group)
+        rows = _rows(weight, clustering, group)
         here = max(1, len(rows.values) * groups // rows.total)
         choice[0] = choose_backend(rows.values, here, k, d, torch.bfloat16)[0]
     dist.broadcast_object_list(choice, _first(group), group=group)

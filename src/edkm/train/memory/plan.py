@@ -18,7 +18,8 @@ from edkm.core.op import BACKENDS
 from edkm.train.memory.gathering import Gathering
 from edkm.train.memory.sketch import Sketch, choices
 from edkm.train.memory.timeline import PARTS, Timeline
-from edkm.train.prepare import install, targets_of
+from edkm.train.prepare import install
+from edkm.train.targets import targets_of
 
 if TYPE_CHECKING:
     from edkm.train.trainer import TrainSettings
@@ -90,7 +91,7 @@ def plan_memory(
         for target in targets_of(twin):
             if target.names[0] in clustered:
                 choice = clustered[target.names[0]]
-                install(target, Sketch(target.weight, choice, config, timeline, device_type, gathers=settings.fsdp))
+                install(target, Sketch(target, choice, config, timeline, device_type, gathers=settings.fsdp))
         held = list(twin.parameters()) if gathering is None else list(gathering.shards.values())
         for tensor in [*held, *buffers]:
             timeline.count(tensor, "weights")

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from edkm.config import ClusterConfig
 from edkm.core import fused, unique
+from edkm.core.matrix import as_matrix
 from edkm.core.op import Solution, choose_backend
 from edkm.core.reference import compute_dtype
 from edkm.train.layer import Gate
 from edkm.train.memory.timeline import Timeline
 from edkm.train.prepare import Entry, plan
+from edkm.train.targets import Target
 
 # Weights of a tensor that are looked at to guess the number of its distinct values.
 _SAMPLE_WEIGHTS = 1 << 20
@@ -93,12 +95,12 @@ class Sketch(nn.Module):
     """Takes the memory of a `Clustering`, as the layers use it, and computes nothing. Make it within a `FakeTensorMode`.
 
     Args:
-        weight: the whole one.
+        target: the whole weight.
         gathers: FSDP makes the whole weight for each pass and frees it.
     """
 
     def __init__(
-        self, weight: Tensor, choice: Choice, config: ClusterConfig, timeline: Timeline, device_type: str, *, gathers: bool
+        self, target: Target, choice: Choice, config: ClusterConfig, timeline: Timeline, device_type: str, *, gathers: bool
     ) -> None:
         super().__init__()
         entry = choice.entry
@@ -106,7 +108,8 @@ class Sketch(nn.Module):
         self.choice, self.timeline, self.device_type, self.gathers = choice, timeline, device_type, gathers
         self.tables, self.shape = entry.tables, (entry.tables, 2**entry.bits, entry.dim)
         self._live: Tensor | None = None
-        dtype, cols, weights = compute_dtype(weight.dtype), weight[0].numel(), weight.numel() // entry.tables
+        weight, self.row_axes = target.weight, target.row_axes
+        dtype, cols, weights = compute_dtype(weight.dtype), as_matrix(weight, self.row_axes).shape[1], weight.numel() // entry.tables
         importance, temperature = torch.empty(1, cols, dtype=dtype), torch.empty(self.tables, dtype=dtype)
         trajectory = torch.empty(config.max_iters + 1, *self.shape, dtype=dtype)
         # `unique` keeps keys of 8 bytes for every chunk, and a single group's importance.
@@ -143,7 +146,7 @@ class Sketch(nn.Module):
         return self.decode(weight, solution)
 
     def _use_scratch(self, weight: Tensor) -> None:
-        rows, cols = weight.flatten(1).shape
+        rows, cols = as_matrix(weight, self.row_axes).shape
         size = scratch_bytes(rows, cols, self.shape, self.choice.values, self.choice.backend, self.device_type, weight.itemsize)
         self.timeline.add("clustering", size)
         self.timeline.add("clustering", -size)
