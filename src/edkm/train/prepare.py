@@ -204,8 +204,8 @@ def _clustering(
     chosen, why = (backend, "as asked")
     if backend == "auto":
         chosen, why = choose_backend(clustering.matrix(target.weight), *clustering.centroids.shape, torch.bfloat16)
-    note = f"{chosen}: {why}" + ("" if importance is not None else "; no importance")
-    return clustering, note + (f"; a stack of {len(target.weight)} matrices" if target.row_axes > 1 else "")
+    remarks = [f"{chosen}: {why}", "" if importance is not None else "no importance", target.note]
+    return clustering, "; ".join(remark for remark in remarks if remark)
 
 
 def install(target: Target, clustering: nn.Module) -> None:

@@ -29,6 +29,13 @@ class Target:
     weight: nn.Parameter
     row_axes: int
 
+    @property
+    def note(self) -> str:
+        """What a report says of how the weight is taken, if it is not the usual way."""
+        if self.row_axes > 1:
+            return f"a stack of {len(self.weight)} matrices"
+        return "its rows are inputs" if isinstance(self.modules[0], transposed_linear()) else ""
+
 
 def targets_of(model: nn.Module) -> list[Target]:
     """Every parameter that can be clustered, with all its names and users."""

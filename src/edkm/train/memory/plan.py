@@ -84,7 +84,7 @@ def plan_memory(
     bf16 = resolve_precision(settings.precision) == "bf16"
     timeline = Timeline()
     clustered = {} if config is None else choices(model, config, backend, device_type)
-    with FakeTensorMode(allow_non_fake_inputs=True), _unpacked():
+    with FakeTensorMode(allow_non_fake_inputs=True), _without_data():
         twin = _twin(model, settings.checkpointing)
         buffers = list(twin.buffers())
         gathering = Gathering(twin, timeline, learners) if settings.fsdp else None
@@ -167,6 +167,9 @@ def _twin(model: nn.Module, checkpointing: bool) -> nn.Module:
         memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
     twin = copy.deepcopy(model, memo).train()
     twin.config.use_cache = False
+    if getattr(twin.config, "_experts_implementation", None) == "eager" and twin._can_set_experts_implementation():
+        # A loop over the experts that have tokens, which only data can tell.
+        twin.set_experts_implementation("grouped_mm")
     if checkpointing:
         from edkm.train.trainer import enable_checkpointing
 
@@ -175,9 +178,14 @@ def _twin(model: nn.Module, checkpointing: bool) -> nn.Module:
 
 
 @contextmanager
-def _unpacked() -> Iterator[None]:
-    """transformers looks into the positions for several texts in a block, and where it cannot look it makes a mask."""
+def _without_data() -> Iterator[None]:
+    """transformers looks into the positions for several texts in a block, and where it cannot look it makes a mask; and PyTorch knows
+    what its grouped product returns in bfloat16 only, where transformers' own does in any dtype."""
     from transformers import masking_utils
+    from transformers.integrations import moe
 
-    with patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None, create=True):
+    with (
+        patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None, create=True),
+        patch.object(moe, "_can_use_grouped_mm", lambda *_, **__: False, create=True),
+    ):
         yield
