@@ -1,0 +1,443 @@
+"""Model families, by tiny random models of their shapes: what is clustered, that it is right, and that the file is the model."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import edkm
+from benchmarks.memory import peak_of_tensors, training
+from edkm.compressed import checkpoint, hf
+from edkm.core.matrix import as_matrix
+from edkm.train import shard
+from edkm.train.layer import Clustering
+from edkm.train.memory import plan_memory
+from edkm.train.prepare import clusterings, unclustered
+from edkm.train.targets import NO_WEIGHT
+from edkm.train.trainer import TrainSettings
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+FAMILIES = {
+    "llama": TIED,
+    "mistral": UNTIED,
+    "qwen2": TIED,
+    "qwen3": {**UNTIED, "head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8},
+    "phi3": UNTIED,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": {**EXPERTS, "head_dim": 8},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "rope_scaling": None},
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8},
+}
+# What is left alone though it is no vector; everything else must be clustered.
+ROUTERS = {
+    "mixtral": ("mlp.gate.weight",),
+    "qwen2_moe": ("mlp.gate.weight", "mlp.shared_expert_gate.weight"),
+    "qwen3_moe": ("mlp.gate.weight",),
+    "gpt_oss": ("mlp.router.weight", "experts.gate_up_proj_bias", "experts.down_proj_bias"),
+}
+CONFIG = edkm.ClusterConfig(bits=3, rows_per_lut=4, embedding_bits=5, skip=("*shared_expert_gate*",))
+IDS = torch.randint(1, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def build(family, **changes):
+    shape = {key: SHAPE[key] for key in ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")} if family == "gpt2" else SHAPE
+    config = transformers.AutoConfig.for_model(family, **{**shape, **FAMILIES[family], **changes})
+    config.use_cache = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def loss_of(model):
+    return model(input_ids=IDS, labels=IDS).loss
+
+
+def reference_gradients(plain, prepared):
+    """Loss and gradients by plain autograd through the equations, from the state of a prepared model; nothing is moved."""
+    leaves, soft = {}, {}
+    for name, weight, clustering in clusterings(prepared):
+        leaves[name] = weight.detach().clone().requires_grad_()
+        result = edkm.cluster(
+            as_matrix(leaves[name], clustering.row_axes),
+            clustering.centroids.clone(),
+            temperature=clustering.current_temperature(),
+            importance=clustering.importance,
+            max_iters=clustering.config.max_iters,
+            backend="reference",
+        )
+        soft[name] = result.weight.view(weight.shape)
+    out = torch.func.functional_call(plain, soft, kwargs={"input_ids": IDS, "labels": IDS})
+    return out.loss, dict(zip(leaves, torch.autograd.grad(out.loss, list(leaves.values())), strict=True))
+
+
+def trained(model, config=CONFIG, steps=2, **kwargs):
+    report = edkm.prepare(model, config, **kwargs)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+    for _ in range(steps):
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return report
+
+
+# From a model to a file, and back.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_from_prepare_to_the_file(family, tmp_path):
+    model = build(family)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    importance = edkm.calibrate(model, [{"input_ids": IDS}])
+    report = trained(model, importance=importance)
+    assert {entry.name: entry.shape for entry in report.entries} == shapes
+    left = {entry.name: entry.note for entry in report.skipped if entry.note != "a vector"}
+    ends = ROUTERS.get(family, ())
+    assert len(left) == 2 * len(ends) and all(name.endswith(ends) for name in left)
+    assert set(left.values()) <= {NO_WEIGHT, "matches skip"}
+
+    frozen = edkm.freeze(model)
+    assert frozen.keys() == {entry.name for entry in report.clustered}
+    hf.save_pretrained(tmp_path / "packed", frozen, unclustered(model), CONFIG.to_json(), model.config)
+    quantization = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert quantization["format_version"] == (2 if any(len(shape) == 3 for shape in shapes.values()) else 1)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=IDS).logits
+        assert torch.equal(hf.load(tmp_path / "packed")(input_ids=IDS).logits, logits)
+        hf.unpack(tmp_path / "packed", tmp_path / "dense")
+        dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+        assert torch.equal(dense(input_ids=IDS).logits, logits)
+
+
+CASES = [(family, None) for family in ("gemma3_text", "phi3", "gpt2", "llama4_text")]
+CASES += [(family, how) for family in ("mixtral", "gpt_oss") for how in ("eager", "batched_mm", "grouped_mm")]
+
+
+@pytest.mark.parametrize("family, experts", CASES)
+def test_gradients_are_those_of_the_equations(family, experts):
+    plain = build(family)
+    if experts is not None:
+        plain.set_experts_implementation(experts)
+    model = copy.deepcopy(plain).train()
+    edkm.prepare(model, CONFIG, importance=edkm.calibrate(model, [{"input_ids": IDS}]))
+    expected, gradients = reference_gradients(plain.train(), model)
+    loss = loss_of(model)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, weight, _ in clusterings(model):
+        wanted = gradients[name]
+        assert wanted.norm() > 0 and (weight.grad - wanted).norm() < 1e-3 * wanted.norm(), name
+
+
+# Embeddings.
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 3.0
+
+
+class Ties(nn.Module):
+    """A weight that two modules share, in either order; either may be of a class that nobody knows."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+        self.second.weight = self.first.weight
+
+    def forward(self, ids):
+        modules = {isinstance(m, nn.Embedding): m for m in (self.first, self.second)}
+        x = modules[True](ids)
+        return modules[False](x) if False in modules else self.first(ids) + self.second(ids)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Ties(Scaled(12, 8), nn.Linear(8, 12, bias=False)),
+        lambda: Ties(nn.Linear(8, 12, bias=False), Scaled(12, 8)),
+        lambda: Ties(Scaled(12, 8), Scaled(12, 8)),
+        lambda: Ties(nn.Embedding(12, 8), Scaled(12, 8)),
+    ],
+)
+def test_a_subclass_of_embedding_may_be_tied_in_any_order(make):
+    model, ids = make(), torch.tensor([[0, 3, 3, 11]])
+    report = edkm.prepare(model, edkm.ClusterConfig(embedding_bits=3))
+    assert [entry.name for entry in report.entries] == ["first.weight"] and len(report.clustered) == 1
+    assert list(edkm.freeze(model)) == ["first.weight"] and unclustered(model) == {}
+    assert sum("centroids" in name for name in model.state_dict()) == 1
+    ((_, weight, clustering),) = clusterings(model)
+    leaf = weight.detach().clone().requires_grad_()
+    soft = edkm.cluster(leaf, clustering.centroids.clone(), temperature=clustering.temperature, max_iters=1, backend="reference").weight
+    plain = make()
+    expected = torch.func.functional_call(plain, {"first.weight": soft}, (ids,))
+    (gradient,) = torch.autograd.grad(expected.square().sum(), leaf)
+    out = model(ids)
+    out.square().sum().backward()
+    assert torch.allclose(out, expected, rtol=1e-5)
+    assert torch.allclose(weight.grad, gradient, rtol=1e-4, atol=1e-5)
+    hard = torch.func.functional_call(plain, {"first.weight": clustering.hard(weight)}, (ids,))
+    assert torch.equal(model.eval()(ids), hard)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(ids), hard) and list(edkm.freeze(twin)) == ["first.weight"]
+
+
+# Stacks of matrices.
+
+
+class Stack(nn.Module):
+    """Experts that read their weights in a loop, and fail for tokens that are not finite."""
+
+    def __init__(self, experts=3, rows=8, cols=6):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(experts, rows, cols, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x):
+        with torch.no_grad():
+            assert self.up.shape[2] == x.shape[-1] and bool(x.isfinite().all())
+        return sum(F.linear(x, self.up[i]) for i in range(len(self.up)))
+
+
+@pytest.mark.parametrize("rows_per_lut, tables", [(0, 3), (8, 3), (2, 12)])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_every_matrix_of_a_stack_has_tables_of_its_own(rows_per_lut, tables, dim):
+    model = Stack()
+    given = torch.rand(1, 6)
+    config = edkm.ClusterConfig(bits=2, dim=dim, rows_per_lut=rows_per_lut)
+    (entry,) = edkm.prepare(model, config, importance={"up": given}).entries
+    assert (entry.shape, entry.tables) == ((3, 8, 6), tables) and entry.note.endswith("; a stack of 3 matrices")
+    ((name, weight, clustering),) = clusterings(model)
+    assert name == "up" and clustering.centroids.shape == (tables, 4, dim)
+    if dim == 1:
+        alone = [edkm.initial_centroids(w, 2, rows_per_lut=rows_per_lut or 8, importance=given) for w in weight.detach()]
+        assert torch.equal(clustering.centroids, torch.cat(alone))
+    frozen = edkm.freeze(model)["up"]
+    assert frozen.indices.shape == (24 // dim, 6) and frozen.rows == 24
+    assert torch.equal(checkpoint.dequantize(frozen), model.eval().up)
+
+
+def test_a_matrix_of_a_stack_must_divide_into_tables():
+    # 24 rows in all, which 12 would divide.
+    message = r"^up: 8 rows of each matrix do not divide into tables of 12 rows. Choose another rows_per_lut or skip it\.$"
+    with pytest.raises(ValueError, match=message):
+        edkm.prepare(Stack(), edkm.ClusterConfig(rows_per_lut=12))
+
+
+def test_what_is_no_stack():
+    model = nn.Sequential(nn.ConvTranspose1d(4, 8, 3), nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3)), nn.Linear(4, 8))
+    model.token, model.steps = nn.Parameter(torch.randn(1, 4, 8)), nn.Parameter(torch.ones(2, 2, 2).int(), requires_grad=False)
+    report = edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4))
+    assert [entry.name for entry in report.clustered] == ["2.weight"]
+    assert {e.note for e in report.skipped} == {NO_WEIGHT, "a vector"} and len(report.entries) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("family, experts", CASES)
+def test_a_weight_is_clustered_once_in_a_forward(family, experts, monkeypatch):
+    model = build(family)
+    if experts is not None:
+        model.set_experts_implementation(experts)
+    edkm.prepare(model, CONFIG)
+    counts = {}
+
+    def count(method):
+        plain = getattr(Clustering, method)
+
+        def counted(self, *args):
+            counts[method, id(self)] = counts.get((method, id(self)), 0) + 1
+            return plain(self, *args)
+
+        monkeypatch.setattr(Clustering, method, counted)
+
+    for method in ("_find", "decode", "hard"):
+        count(method)
+    names = {id(clustering): name for name, _, clustering in clusterings(model)}
+    # A linear layer decodes again in backward; so does the head that shares its weight with the embedding of Gemma, which reads it twice.
+    once = {key: 1 for key, name in names.items() if "experts" in name or ".c_" in name}
+    wanted = once | {key: 3 for key, name in names.items() if family == "gemma3_text" and "embed" in name}
+    loss_of(model.train()).backward()
+    assert all(counts["_find", key] == 1 for key in names)
+    assert wanted.items() <= {key: counts["decode", key] for key in names}.items() and (wanted or family == "phi3")
+    with torch.no_grad():
+        loss_of(model.eval())
+    assert all(counts["hard", key] == 1 for key in once)
+
+
+def test_nothing_is_held_after_a_forward_or_an_error():
+    model = Stack()
+    edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4))
+    x = torch.randn(5, 6)
+    step = model.parametrizations["up"][0]
+    first = model(x)
+    first.sum().backward()
+    assert step._held is None and model.parametrizations["up"].original.grad.norm() > 0
+    with pytest.raises(AssertionError):
+        model(x / 0)
+    assert step._held is None
+    with torch.no_grad():
+        model.parametrizations["up"].original.mul_(2)
+    assert not torch.allclose(model(x), first) and torch.equal(model(x), sum(F.linear(x, w) for w in model.up))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_importance_of_experts_is_that_of_their_inputs(family):
+    model, seen, prefix = build(family), [], "model.layers.0.mlp.experts"
+    model.get_submodule(prefix).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    importance = edkm.calibrate(model, [{"input_ids": IDS}])
+    mean = seen[0].square().mean(0)
+    expected = mean.unsqueeze(0) if family == "mixtral" else mean.repeat(4).unsqueeze(1)
+    assert torch.allclose(importance[f"{prefix}.gate_up_proj"], expected, rtol=1e-5)
+    assert f"{prefix}.down_proj" not in importance
+    notes = {entry.name: entry.note for entry in edkm.prepare(model, CONFIG, importance=importance).entries}
+    assert "no importance" not in notes[f"{prefix}.gate_up_proj"] and "no importance" in notes[f"{prefix}.down_proj"]
+
+
+def test_importance_of_a_transposed_linear_layer():
+    model, seen = build("gpt2"), []
+    layer = model.transformer.h[0].mlp.c_fc
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    importance = edkm.calibrate(model, [{"input_ids": IDS}])["transformer.h.0.mlp.c_fc.weight"]
+    assert torch.allclose(importance, seen[0].square().mean(0).unsqueeze(1), rtol=1e-5) and importance.shape == (32, 1)
+    report = edkm.prepare(model, CONFIG)
+    assert next(e.note for e in report.entries if e.name.endswith("c_fc.weight")).endswith("; its rows are inputs")
+
+
+def test_fit_leaves_experts_to_kmeans():
+    model = build("mixtral")
+    batches = [{"input_ids": IDS}]
+    importance = edkm.calibrate(model, batches)
+    centroids = edkm.fit(model, CONFIG, batches, turns=1, importance=importance)
+    report = edkm.prepare(model, CONFIG, importance=importance, centroids=centroids)
+    by_kmeans = {entry.name for entry in report.clustered if entry.note.split("; ")[-1] == "tables by k-means"}
+    assert by_kmeans == {e.name for e in report.clustered if "experts" in e.name or "embed" in e.name} and "lm_head.weight" in centroids
+
+
+# Ranks and memory.
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_ranks_share_out_the_rows_of_a_stack(monkeypatch, world):
+    model = Stack()
+    edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4))
+    ((_, weight, clustering),) = clusterings(model)
+    monkeypatch.setattr(shard.dist, "get_world_size", lambda group: world)
+    pieces = []
+    for rank in range(world):
+        monkeypatch.setattr(shard.dist, "get_rank", lambda group, rank=rank: rank)
+        rows = shard._rows(weight, clustering, None)
+        assert rows.total == 24 and rows.start == sum(len(piece) for piece in pieces)
+        pieces.append(rows.values)
+    assert torch.equal(torch.cat(pieces), as_matrix(weight.detach(), 2))
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
+def test_memory_of_experts_is_planned(experts):
+    model = build("mixtral", num_hidden_layers=1)
+    model.set_experts_implementation(experts)
+    settings = TrainSettings(steps=1, lr=1e-4, batch=2, precision="fp32")
+    config = edkm.ClusterConfig(bits=3, rows_per_lut=4, embedding_bits=0)
+    budget = plan_memory(model, config, settings, block_tokens=32, backend="fused")
+    assert model.config._experts_implementation == experts
+    edkm.prepare(model, config, backend="fused")
+    optimizer, step = training(model, torch.randint(1, 96, (2, 32)))
+    step()
+    assert budget.peak == pytest.approx(peak_of_tensors(model, optimizer, step), rel=0.15)
+
+
+# Not only language models.
+
+
+def quadrants(count, size=16, seed=0):
+    """Noisy pictures with one bright quarter, and which it is."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    pictures = torch.randn(count, 1, size, size, generator=generator)
+    half = size // 2
+    for picture, label in zip(pictures, labels.tolist(), strict=True):
+        row, col = label // 2 * half, label % 2 * half
+        picture[0, row : row + half, col : col + half] += 1.0
+    return pictures, labels
+
+
+def vit():
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        num_channels=1,
+        num_labels=4,
+        hidden_dropout_prob=0.0,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def resnet():
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+def convnet():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(128, 4)
+    )
+
+
+@pytest.mark.parametrize("make", [vit, resnet, convnet])
+def test_pictures(make, tmp_path):
+    def logits(model, pictures):
+        out = model(pictures)
+        return getattr(out, "logits", out)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, fresh = make(), make()
+    pictures, labels = quadrants(128)
+    steps = 40
+    config = edkm.ClusterConfig(bits=3, rows_per_lut=4, anneal_steps=steps)
+    importance = edkm.calibrate(model, [pictures])
+    report = edkm.prepare(model, config, importance=importance)
+    # Every linear layer and every convolution; not the class token and the positions of a ViT.
+    assert {e.name for e in report.clustered} == {f"{n}.weight" for n, m in fresh.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert all("no importance" not in entry.note for entry in report.clustered)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(logits(model, pictures), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 5
+
+    quantization = checkpoint.write(tmp_path, edkm.freeze(model), unclustered(model), config.to_json())
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    packed = checkpoint.read(tmp_path)
+    fresh.load_state_dict({**packed.dense, **{name: checkpoint.dequantize(tensor) for name, tensor in packed.frozen.items()}})
+    unseen, answers = quadrants(256, seed=1)
+    with torch.no_grad():
+        assert torch.equal(logits(fresh.eval(), unseen), logits(model.eval(), unseen))
+        assert (logits(fresh, unseen).argmax(1) == answers).float().mean() > 0.9
