@@ -315,7 +315,7 @@ def test_config_file_refused(saved: Path, text: str, message: str):
 
 def test_missing_files_refused(saved: Path, tmp_path: Path):
     (saved / "model.safetensors").rename(tmp_path / "elsewhere")
-    refuses(saved, "model.safetensors: no such file")
+    refuses(saved, "model.safetensors: No such file or directory")
     (saved / "config.json").unlink()
     refuses(saved, "config.json: No such file or directory")
 

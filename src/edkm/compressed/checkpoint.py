@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from edkm.compressed import layout
+from edkm.compressed.jsonfile import FormatError
 from edkm.compressed.layout import FORMAT_VERSION, LUT_SUFFIX, QUANT_METHOD, Entry
 from edkm.compressed.packing import check_padding, pack_indices, unpack_indices
-from edkm.compressed.shards import FormatError, Pending, Stored, open_shards, write_shards
+from edkm.compressed.shards import Pending, Stored, open_shards, write_shards
 from edkm.core.assign import LUT_DTYPE, Frozen, Later, lookup
 
 __all__ = ["FormatError", "Item", "Packed", "dequantize", "iterate", "open_items", "read", "summary", "write"]
@@ -91,6 +92,8 @@ def write(
     for name in (name for group in groups for name in group):
         if name in taken:
             raise FormatError(f"{name}: the name is taken ({LUT_SUFFIX} marks tables). Rename the tensor.")
+        if not name.isprintable():
+            raise FormatError(f"{name}: a name must be printable. Rename the tensor.")
         taken.add(name)
     memory: dict[tuple[int, ...], str] = {}
     for name, tensor in dense.items():
@@ -163,6 +166,7 @@ def open_items(directory: str | Path) -> Iterator[dict[str, Item]]:
     with open_shards(directory) as stored:
         for name, entry in entries.items():
             layout.check_stored(directory, name, entry, stored)
+        layout.check_description(directory, entries, stored)
         items = {}
         for name, tensor in stored.items():
             if (entry := entries.get(name)) is not None:
@@ -249,7 +253,7 @@ def _announce(name: str, frozen: Frozen | Later, entry: Entry) -> dict[str, Pend
         return pack_indices(indices, entry.bits)
 
     return {
-        name: Pending(torch.uint8, (entry.packed_bytes,), pack),
+        name: Pending(torch.uint8, (entry.packed_bytes,), pack, entry.about()),
         name + LUT_SUFFIX: Pending(LUT_DTYPE, tuple(frozen.lut.shape), partial(_same, frozen.lut)),
     }
 

@@ -6,6 +6,7 @@ Everything a file claims is checked here, by the rules of docs/format.md, before
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import operator
 import sys
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from edkm.compressed.jsonfile import FormatError, read_json, show
 from edkm.compressed.packing import packed_bytes
-from edkm.compressed.shards import FormatError, Stored, read_json
+from edkm.compressed.shards import Stored, addressable, description
 from edkm.core.assign import LUT_DTYPE, Frozen, Later
 
 QUANT_METHOD = "edkm"
@@ -52,6 +54,11 @@ class Entry(NamedTuple):
         fields = self._asdict() | {"shape": list(self.shape)}
         return {key: fields[key] for key in _fields(version)}
 
+    def about(self) -> str:
+        """What the stored bytes mean, as the header's checksum covers it: all fields but the error, which changes no weight."""
+        fields = {key: value for key, value in self.to_json(FORMAT_VERSION).items() if key != "error"}
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
 
 def entry_of(name: str, frozen: Frozen | Later) -> Entry:
     """The entry of a tensor about to be written; raises FormatError if its parts do not fit together."""
@@ -83,9 +90,9 @@ def quantization_config(directory: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: has no quantization_config. This is an ordinary model: load it with transformers.")
     method, version = config.get("quant_method"), config.get("format_version")
     if method != QUANT_METHOD:
-        raise FormatError(f"{path}: quant_method must be '{QUANT_METHOD}', got {method!r}. Load it with transformers.")
+        raise FormatError(f"{path}: quant_method must be '{QUANT_METHOD}', got {show(method)}. Load it with transformers.")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise FormatError(f"{path}: format_version must be 1 to {FORMAT_VERSION}, got {version!r}. Use a newer edkm.")
+        raise FormatError(f"{path}: format_version must be 1 to {FORMAT_VERSION}, got {show(version)}. Use a newer edkm.")
     _check_keys(f"{path}: quantization_config", config, _CONFIG_KEYS)
     for key in ("settings", "tensors"):
         if not isinstance(config[key], dict):
@@ -98,11 +105,11 @@ def entries(directory: Path) -> dict[str, Entry]:
     found, config = {}, quantization_config(directory)
     for name, fields in config["tensors"].items():
         if not isinstance(fields, dict):
-            raise FormatError(f"config.json: {name}: must be an object, got {fields!r}. Fetch the file again.")
+            raise FormatError(f"config.json: {name}: must be an object, got {show(fields)}. Fetch the file again.")
         _check_keys(f"config.json: {name}", fields, set(_fields(config["format_version"])))
         shape = fields["shape"]
         if not isinstance(shape, list):
-            raise FormatError(f"config.json: {name}: shape must be a list, got {shape!r}. Fetch the file again.")
+            raise FormatError(f"config.json: {name}: shape must be a list, got {show(shape)}. Fetch the file again.")
         # Version 1 has no other rows than the first length; of an empty shape the check tells.
         values: dict[str, Any] = {"rows": shape[0] if shape else 0} | fields | {"shape": tuple(shape)}
         found[name] = Entry(**values)
@@ -122,7 +129,7 @@ def check_stored(directory: Path, name: str, entry: Entry, stored: dict[str, Sto
     if packed.dtype != torch.uint8 or packed.shape != (entry.packed_bytes,):
         raise FormatError(
             f"{packed.file}: {name}: must be uint8 [{entry.packed_bytes}] for {entry.bits} bits and shape "
-            f"{list(entry.shape)}, got {_say(packed)}. Fetch config.json and the file again."
+            f"{show(list(entry.shape))}, got {_say(packed)}. Fetch config.json and the file again."
         )
     k_range = range((1 << entry.bits - 1) + 1, (1 << entry.bits) + 1)
     fits = len(lut.shape) == 3 and lut.shape[0] == entry.luts and lut.shape[2] == entry.dim and lut.shape[1] in k_range
@@ -131,6 +138,14 @@ def check_stored(directory: Path, name: str, entry: Entry, stored: dict[str, Sto
             f"{lut.file}: {lut_name}: must be float16 [{entry.luts}, {k_range[0]} to {k_range[-1]}, "
             f"{entry.dim}], got {_say(lut)}. Fetch config.json and the file again."
         )
+
+
+def check_description(directory: Path, entries: dict[str, Entry], stored: dict[str, Stored]) -> None:
+    """Raises FormatError if a dtype, a shape or an entry is not what it was when the files were written: sizes that still
+    fit, as those of two 16-bit types, do not make them the same tensors."""
+    now = description(stored, {name: entry.about() for name, entry in entries.items()})
+    if odd := {tensor.file for tensor in stored.values() if tensor.described not in (None, now)}:
+        raise FormatError(f"{directory / min(odd)}: its header and config.json are not of one model. Fetch both files again.")
 
 
 def check_values(name: str, frozen: Frozen | Later) -> None:
@@ -151,18 +166,19 @@ def _check_entry(name: str, entry: Entry) -> None:
     bits, shape, dim, luts, error, rows = entry
     # `type`, not isinstance: JSON's true is no number.
     if type(bits) is not int or not 1 <= bits <= 8:
-        raise FormatError(f"{name}: bits must be 1 to 8, got {bits!r}. A table has 2 to 256 centroids.")
-    if not shape or not all(type(length) is int and length > 0 for length in shape):
-        raise FormatError(f"{name}: shape must be a list of positive numbers, got {list(shape)}. Save the model again.")
+        raise FormatError(f"{name}: bits must be 1 to 8, got {show(bits)}. A table has 2 to 256 centroids.")
+    if not shape or not all(type(length) is int and length > 0 for length in shape) or not addressable(shape):
+        raise FormatError(f"{name}: shape must be a list of positive numbers, got {show(list(shape))}. Save the model again.")
     if type(rows) is not int or rows not in itertools.accumulate(shape, operator.mul):
-        raise FormatError(f"{name}: rows must be the product of the first lengths of {list(shape)}, got {rows!r}. Save the model again.")
+        said = show(list(shape))
+        raise FormatError(f"{name}: rows must be the product of the first lengths of {said}, got {show(rows)}. Save the model again.")
     if any(type(count) is not int or count < 1 for count in (dim, luts)) or rows % (dim * luts):
         raise FormatError(
-            f"{name}: dim * luts must divide the {rows} rows, got dim {dim!r} and luts {luts!r}. "
+            f"{name}: dim * luts must divide the {rows} rows, got dim {show(dim)} and luts {show(luts)}. "
             "Choose others, or leave the tensor out of the clustering."
         )
     if type(error) not in (int, float) or not 0 <= error <= sys.float_info.max:
-        raise FormatError(f"{name}: error must be a finite number from 0, got {error!r}. Look for NaN in the weight.")
+        raise FormatError(f"{name}: error must be a finite number from 0, got {show(error)}. Look for NaN in the weight.")
 
 
 def _fields(version: int) -> tuple[str, ...]:
@@ -178,4 +194,4 @@ def _check_keys(name: str, fields: dict[str, Any], known: set[str]) -> None:
 
 
 def _say(tensor: torch.Tensor | Stored) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+    return f"{tensor.dtype} {show(list(tensor.shape))}".removeprefix("torch.")

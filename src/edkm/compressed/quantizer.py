@@ -75,13 +75,17 @@ class EdkmQuantizer(HfQuantizer):
         return model if dtype is None else model.to(dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # pyright: ignore
-        state = {}
-        seen: set[int] = set()
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:  # of tied tensors the first
-                seen.add(id(tensor))
-                state[name] = tensor.detach()
-        return state, checksum_metadata(state)
+        named = self.quantization_config.tensors  # pyright: ignore
+        state = model.state_dict(keep_vars=True)
+        kept: dict[int, str] = {}  # of tied tensors one: that which the file named, or the one that the others are tied to
+        for name in [*named, *(name for name in state if name not in model.all_tied_weights_keys), *state]:
+            kept.setdefault(id(state[name]), name)
+        state = {name: tensor.detach() for name, tensor in state.items() if kept[id(tensor)] == name}
+        about = {}
+        for name in named:
+            path, _, parameter = name.rpartition(".")
+            about[name] = model.get_submodule(path).packed_entries[parameter].about()
+        return state, checksum_metadata(state, about)
 
 
 def _prepare(model: Any, directory: Path, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ safetensors, which has checked that sizes and offsets agree with the file before
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from edkm.compressed.jsonfile import FormatError, file_bytes, parse_json, read_json, show, text_limit, write_json
+
+__all__ = ["FormatError", "Pending", "Stored", "addressable", "description", "open_shards", "read_json", "write_json", "write_shards"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,16 +47,13 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLANK = "0" * 8
 
 
-class FormatError(ValueError):
-    """A checkpoint that is not what docs/format.md describes. One line: file or tensor, rule, remedy."""
-
-
 class Pending(NamedTuple):
-    """A tensor that is made when it is written."""
+    """A tensor that is made when it is written. `about` is what `config.json` says of it: the header's checksum covers it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    about: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -62,12 +64,14 @@ class Pending(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor that lies in a file; `load` reads its bytes into memory and checks them."""
+    """A tensor that lies in a file; `load` reads its bytes into memory and checks them. `described` is what `description` gave
+    when the file was written; None in files that are older than it."""
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
+    described: str | None = None
 
 
 def write_shards(directory: Path, groups: list[dict[str, Pending]]) -> None:
@@ -84,6 +88,7 @@ def write_shards(directory: Path, groups: list[dict[str, Pending]]) -> None:
 
     Raises:
         ValueError: a tensor's dtype has no name in safetensors.
+        FormatError: so many small tensors that a reader would refuse the header (see `text_limit`).
 
     Cost:
         The memory of the largest tensor. One pass over the bytes.
@@ -94,9 +99,11 @@ def write_shards(directory: Path, groups: list[dict[str, Pending]]) -> None:
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     temporary = [directory / f".{name}.part" for name in names]
+    everything = {name: pending for shard in shards for name, pending in shard.items()}
+    described = description(everything, {name: pending.about for name, pending in everything.items()})
     try:
         for path, shard in zip(temporary, shards, strict=True):
-            _write_file(path, shard)
+            _write_file(path, shard, described)
         for path, name in zip(temporary, names, strict=True):
             path.replace(directory / name)
     finally:
@@ -110,38 +117,6 @@ def write_shards(directory: Path, groups: list[dict[str, Pending]]) -> None:
     for path in [directory / SINGLE, directory / INDEX, *directory.glob("model-?????-of-?????.safetensors")]:
         if path.name not in names and (path.name != INDEX or len(shards) == 1):
             path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file atomically; NaN and infinities, which JSON does not have, raise ValueError."""
-    temporary = path.with_name(f".{path.name}.part")
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises FormatError if the file is missing or is anything else."""
-
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is not JSON")
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except OSError as error:
-        reason = error.strerror or "not readable"
-        raise FormatError(f"{path}: {reason}. Give the directory that the model was saved to.") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not a JSON file ({error}). Fetch the file again.") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: must hold a JSON object, got {type(content).__name__}. Fetch the file again.")
-    return content
 
 
 @contextmanager
@@ -159,9 +134,8 @@ def open_shards(directory: Path) -> Iterator[dict[str, Stored]]:
     with ExitStack() as stack:
         for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
             path = directory / file
-            if not path.is_file():
-                raise FormatError(f"{path}: no such file. Fetch the whole checkpoint.")
             try:
+                _check_header_size(path)
                 handle = stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise FormatError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from error
@@ -169,9 +143,8 @@ def open_shards(directory: Path) -> Iterator[dict[str, Stored]]:
             if weight_map is not None:
                 mapped = {name for name, where in weight_map.items() if where == file}
                 if mapped != found.keys():
-                    raise FormatError(
-                        f"{path}: {INDEX} lists other tensors for this file, e.g. {min(mapped ^ found.keys())}. Fetch both files again."
-                    )
+                    odd = min(mapped ^ found.keys())
+                    raise FormatError(f"{path}: {INDEX} lists other tensors for this file, e.g. {odd}. Fetch both files again.")
             stored |= found
         yield dict(sorted(stored.items()))
 
@@ -190,14 +163,15 @@ def _divide(groups: list[dict[str, Pending]]) -> list[dict[str, Pending]]:
     return shards
 
 
-def _write_file(path: Path, tensors: dict[str, Pending]) -> None:
+def _write_file(path: Path, tensors: dict[str, Pending], described: str) -> None:
     # Wide dtypes first: every tensor then starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     ordered = {name: tensors[name] for name in order}
     checksums = dict.fromkeys(order, _BLANK)
     with path.open("wb") as file:
         # Checksums have a fixed width, so the header can be written again, in place, when they are known.
-        blank = _header_bytes(ordered, checksums)
+        blank = _header_bytes(ordered, checksums, described)
+        _check_header(path, len(blank) - 8, sum(pending.size_bytes for pending in tensors.values()))
         file.write(blank)
         for name, pending in ordered.items():
             tensor = pending.make()
@@ -206,7 +180,7 @@ def _write_file(path: Path, tensors: dict[str, Pending]) -> None:
             data = _as_bytes(tensor)
             checksums[name] = _checksum(data)
             file.write(data)
-        header = _header_bytes(ordered, checksums)
+        header = _header_bytes(ordered, checksums, described)
         assert len(header) == len(blank)
         file.seek(0)
         file.write(header)
@@ -214,21 +188,19 @@ def _write_file(path: Path, tensors: dict[str, Pending]) -> None:
         os.fsync(file.fileno())
 
 
-def checksum_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What a file's `__metadata__` must say of its tensors' bytes, for a writer that is not ours."""
-    return _metadata({name: _checksum(_as_bytes(tensor)) for name, tensor in tensors.items()})
+def checksum_metadata(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> dict[str, str]:
+    """What a file's `__metadata__` must say of its tensors, for a writer that is not ours; `about` is what `config.json` says of them."""
+    return _metadata({name: _checksum(_as_bytes(tensor)) for name, tensor in tensors.items()}, description(tensors, about))
 
 
-def _metadata(checksums: dict[str, str]) -> dict[str, str]:
-    return {"edkm": json.dumps({"crc32": checksums}, separators=(",", ":"))}
+def _metadata(checksums: dict[str, str], described: str) -> dict[str, str]:
+    return {"edkm": json.dumps({"crc32": checksums, "described": described}, separators=(",", ":"))}
 
 
-def _header_bytes(tensors: dict[str, Pending], checksums: dict[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | _metadata(checksums)}
+def _header_bytes(tensors: dict[str, Pending], checksums: dict[str, str], described: str) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | _metadata(checksums, described)}
     offset = 0
     for name, pending in tensors.items():
-        if pending.dtype not in _DTYPE_NAMES:
-            raise ValueError(f"{name}: {pending.dtype} cannot be stored. Convert it to {', '.join(_DTYPES)}.")
         end = offset + pending.size_bytes
         header[name] = {
             "dtype": _DTYPE_NAMES[pending.dtype],
@@ -244,7 +216,8 @@ def _header_bytes(tensors: dict[str, Pending], checksums: dict[str, str]) -> byt
 def _weight_map(directory: Path) -> dict[str, str] | None:
     """The index's tensor -> file map; None where the checkpoint is a single file."""
     path = directory / INDEX
-    if not path.is_file():
+    # lexists: a dangling link, or a directory of that name, is an index that cannot be read, not a missing one.
+    if not os.path.lexists(path):
         return None
     if (directory / SINGLE).is_file():
         raise FormatError(f"{directory}: holds both {SINGLE} and {INDEX}. Remove the older one.")
@@ -253,32 +226,74 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
         raise FormatError(f"{path}: weight_map must be an object of tensor names. Fetch the file again.")
     for name, file in weight_map.items():
         # Only a plain name stays inside the directory, on every system's rules for separators and drives.
-        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\:\0")
+        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\:") and file.isprintable()
         if not plain or file.startswith("."):
             raise FormatError(
-                f"{path}: {name} must lie in a plain *.safetensors file of this directory, got {file!r}. "
+                f"{path}: {name} must lie in a plain *.safetensors file of this directory, got {show(file)}. "
                 "Do not use this checkpoint unless you know where it comes from."
             )
     return weight_map
 
 
+def _check_header_size(path: Path) -> None:
+    """Raises FormatError for a header too large to be parsed; what else may be wrong with it safetensors finds."""
+    size = file_bytes(path)
+    with path.open("rb") as file:
+        _check_header(path, int.from_bytes(file.read(8), "little"), size)
+
+
+def _check_header(path: Path, header_bytes: int, file_bytes: int) -> None:
+    if header_bytes > text_limit(file_bytes):
+        raise FormatError(
+            f"{path}: a header of at most {text_limit(file_bytes)} bytes can describe {file_bytes} bytes, got {header_bytes}. "
+            "Fetch the file again, or join its small tensors."
+        )
+
+
 def _header(path: Path, handle: Any) -> dict[str, Stored]:
-    try:
-        checksums = json.loads((handle.metadata() or {})["edkm"])["crc32"]
-        checksums = {name: int(value, 16) for name, value in checksums.items()}
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path}: has no edkm checksums in its metadata. Save the model with edkm.") from error
+    checksums, described = _checksums(path, handle)
     found = {}
     for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
         piece = handle.get_slice(name)
-        if piece.get_dtype() not in _DTYPES:
-            raise FormatError(f"{path}: {name}: dtype {piece.get_dtype()} is unknown. Use a newer edkm.")
-        load = _loader(path, handle, name, checksums.get(name))
-        found[name] = Stored(path.name, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()), load)
+        dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
+        if dtype not in _DTYPES:
+            raise FormatError(f"{path}: {name}: dtype {dtype} is unknown. Use a newer edkm.")
+        if not addressable(shape):
+            raise FormatError(f"{path}: {name}: shape {show(list(shape))} is too large for a tensor. Fetch the file again.")
+        found[name] = Stored(path.name, _DTYPES[dtype], shape, _loader(path, handle, name, checksums.get(name)), described)
     # transformers writes the checksums of all into each file.
     if odd := found.keys() - checksums.keys():
         raise FormatError(f"{path}: {min(odd)} has no checksum. Fetch the file again.")
     return found
+
+
+def _checksums(path: Path, handle: Any) -> tuple[dict[str, int], str | None]:
+    """The checksums of the tensors by name, and that of their description, which older files lack."""
+    try:
+        fields = parse_json((handle.metadata() or {})["edkm"])
+        checksums = {name: int(value, 16) for name, value in fields.pop("crc32").items()}
+        described = fields.pop("described", None)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path}: has no edkm checksums in its metadata. Save the model with edkm.") from error
+    if fields:
+        raise FormatError(f"{path}: its edkm metadata has unknown fields {show(sorted(fields))}. Use a newer edkm.")
+    return checksums, described
+
+
+def addressable(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape has a place: torch counts elements and strides in 63 bits, and at most 64 dimensions."""
+    return len(shape) <= 64 and all(length < 1 << 63 for length in shape) and math.prod(max(length, 1) for length in shape) < 1 << 63
+
+
+def description(tensors: Mapping[str, Pending | Stored | Tensor], about: Mapping[str, str]) -> str:
+    """CRC-32 over what gives the bytes of a checkpoint their meaning and is in no other checksum: one line for each tensor, in
+    the order of names, with its dtype, its shape and what `config.json` says of it."""
+    lines = []
+    for name, tensor in sorted(tensors.items()):
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(f"{name}: {tensor.dtype} cannot be stored. Convert it to {', '.join(_DTYPES)}.")
+        lines.append(f"{name} {_DTYPE_NAMES[tensor.dtype]} {','.join(map(str, tensor.shape))} {about.get(name, '')}\n")
+    return _checksum(memoryview("".join(lines).encode()))
 
 
 def _loader(path: Path, handle: Any, name: str, checksum: int | None) -> Callable[[], Tensor]:
