@@ -2,11 +2,12 @@
 
 import sys
 
-from benchmarks import ablation, compare, memory, offload, op, recipe, step
+from benchmarks import ablation, compare, fuzz, memory, offload, op, recipe, step
 
 COMMANDS = {
     "ablation": ablation.main,
     "compare": compare.main,
+    "fuzz": fuzz.main,
     "memory": memory.main,
     "offload": offload.main,
     "op": op.main,

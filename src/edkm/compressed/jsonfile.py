@@ -56,6 +56,15 @@ def file_bytes(path: Path) -> int:
     return status.st_size
 
 
+def check_header(path: Path, header_bytes: int, weights_bytes: int) -> None:
+    """Raises FormatError for a safetensors header that is too large to be parsed."""
+    if header_bytes > (limit := text_limit(weights_bytes)):
+        raise FormatError(
+            f"{path}: {weights_bytes} bytes of weights have a header of at most {limit} bytes, got {header_bytes}. "
+            "Fetch the file again, or join its small tensors."
+        )
+
+
 def parse_json(text: str) -> Any:
     """Parses JSON as every reader understands it: raises ValueError for NaN and for a key that occurs twice; RecursionError."""
     return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
@@ -68,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: must have 1 to {limit} bytes beside these weights, got {size}. Fetch the whole checkpoint.")
     try:
         with path.open("rb") as file:
-            content = parse_json(file.read(limit).decode())
+            content = parse_json(file.read(size).decode())
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror or 'not readable'}. Give the directory that the model was saved to.") from error
     except (ValueError, RecursionError) as error:

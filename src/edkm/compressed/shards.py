@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edkm.compressed.jsonfile import FormatError, file_bytes, parse_json, read_json, show, text_limit, write_json
+from edkm.compressed.jsonfile import FormatError, check_header, file_bytes, parse_json, read_json, show, write_json
 
 __all__ = ["FormatError", "Pending", "Stored", "addressable", "description", "open_shards", "read_json", "write_json", "write_shards"]
 
@@ -134,11 +134,7 @@ def open_shards(directory: Path) -> Iterator[dict[str, Stored]]:
     with ExitStack() as stack:
         for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
             path = directory / file
-            try:
-                _check_header_size(path)
-                handle = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise FormatError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from error
+            handle = stack.enter_context(_opened(path))
             found = _header(path, handle)
             if weight_map is not None:
                 mapped = {name for name, where in weight_map.items() if where == file}
@@ -171,7 +167,7 @@ def _write_file(path: Path, tensors: dict[str, Pending], described: str) -> None
     with path.open("wb") as file:
         # Checksums have a fixed width, so the header can be written again, in place, when they are known.
         blank = _header_bytes(ordered, checksums, described)
-        _check_header(path, len(blank) - 8, sum(pending.size_bytes for pending in tensors.values()))
+        check_header(path, len(blank) - 8, sum(pending.size_bytes for pending in tensors.values()))
         file.write(blank)
         for name, pending in ordered.items():
             tensor = pending.make()
@@ -235,19 +231,17 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _check_header_size(path: Path) -> None:
-    """Raises FormatError for a header too large to be parsed; what else may be wrong with it safetensors finds."""
-    size = file_bytes(path)
-    with path.open("rb") as file:
-        _check_header(path, int.from_bytes(file.read(8), "little"), size)
-
-
-def _check_header(path: Path, header_bytes: int, file_bytes: int) -> None:
-    if header_bytes > text_limit(file_bytes):
-        raise FormatError(
-            f"{path}: a header of at most {text_limit(file_bytes)} bytes can describe {file_bytes} bytes, got {header_bytes}. "
-            "Fetch the file again, or join its small tensors."
-        )
+def _opened(path: Path) -> Any:
+    """A safetensors handle; raises FormatError for what is no whole safetensors file, and waits for no pipe."""
+    try:
+        size = file_bytes(path)
+        with path.open("rb") as file:
+            check_header(path, int.from_bytes(file.read(8), "little"), size)
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from error
+    except MemoryError as error:
+        raise FormatError(f"{path}: is too large to be mapped. Fetch it again, or raise the limit of address space.") from error
 
 
 def _header(path: Path, handle: Any) -> dict[str, Stored]:
@@ -256,6 +250,8 @@ def _header(path: Path, handle: Any) -> dict[str, Stored]:
     for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
         piece = handle.get_slice(name)
         dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
+        if not name.isprintable():
+            raise FormatError(f"{path}: {name}: a name must be printable. Fetch the file again.")
         if dtype not in _DTYPES:
             raise FormatError(f"{path}: {name}: dtype {dtype} is unknown. Use a newer edkm.")
         if not addressable(shape):

@@ -1,0 +1,64 @@
+"""The packed models that are damaged: small, and with every variety that the format has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+
+def save_originals(directory: Path) -> list[Path]:
+    """Writes `one` (a single file), `several` (the same in shards) and `large` (8 MiB of weights); returns their directories."""
+    from edkm.compressed import shards
+
+    _save(directory / "one", width=18)
+    with patch.object(shards, "MAX_SHARD_BYTES", 1500):
+        _save(directory / "several", width=18)
+    _save(directory / "large", width=636)
+    return [directory / name for name in ("one", "several", "large")]
+
+
+def _save(directory: Path, width: int) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from edkm.compressed import hf
+
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        vocab_size=24,
+        max_position_embeddings=16,
+        bos_token_id=None,
+        eos_token_id=0,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    frozen, dense = {}, {}
+    # bits, centroids, tables, dim
+    kinds = {"q_proj": (1, 2, 1, 1), "k_proj": (2, 3, 2, 1), "v_proj": (4, 16, 1, 2), "gate_proj": (3, 8, 4, 1), "up_proj": (3, 5, 1, 1)}
+    kinds |= {"embed_tokens": (8, 200, 1, 1)}
+    for name, weight in model.named_parameters():
+        kind = kinds.get(name.split(".")[-2])
+        if kind is None:
+            # 16 bits, where another 16-bit type has the same size.
+            dense[name] = weight.detach().bfloat16() if "norm" in name else weight.detach()
+        else:
+            frozen[name] = _freeze(weight.detach(), *kind[1:])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, "a")))
+    hf.save_pretrained(directory, frozen, dense, {"bits": 3}, config, tokenizer, GenerationConfig())
+
+
+def _freeze(weight: torch.Tensor, k: int, luts: int, dim: int) -> object:
+    from edkm.core.assign import Frozen, assign, round_lut
+
+    lut = round_lut(torch.linspace(-0.05, 0.05, k).view(1, k, 1) * torch.linspace(1, 2, luts).view(luts, 1, 1))
+    lut = lut.repeat(1, 1, dim)
+    return Frozen(assign(weight, lut), lut, tuple(weight.shape), 0.0125)
