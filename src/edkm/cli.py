@@ -18,6 +18,7 @@ from typing import Any
 
 from ._version import __version__
 from .compare.command import add_compare
+from .report.command import add_report
 from .strict_json import dumps
 from .train.command import add_compress, check_output
 
@@ -60,8 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"edkm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    add_compress(subparsers, _command)
+    add_compress(subparsers, _command, _perplexity)
     add_compare(subparsers, _command)
+    add_report(subparsers, _command)
     for add in (_add_eval, _add_generate, _add_inspect, _add_unpack):
         add(subparsers)
     return parser
@@ -80,6 +82,12 @@ def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
     return parser
+
+
+def _perplexity(*args: Any, **options: Any) -> dict[str, Any]:
+    from .evaluate import perplexity
+
+    return vars(perplexity(*args, **options))
 
 
 def _add_eval(subparsers: Any) -> None:
@@ -243,7 +251,15 @@ def _run_inspect(args: argparse.Namespace) -> int:
         print(dumps(summary))
     else:
         print(_summary_table(summary))
+        print(_told(args.directory), end="")
     return 0
+
+
+def _told(directory: Path) -> str:
+    """What was recorded of the run, as lines after the totals; nothing if nothing was."""
+    from .report.record import in_words
+
+    return "".join(f"{line}\n" for line in in_words(directory))
 
 
 def _summary_table(summary: dict[str, Any]) -> str:

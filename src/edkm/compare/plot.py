@@ -6,6 +6,8 @@ import math
 from html import escape
 from typing import Any
 
+from edkm.report.svg import line, text
+
 _WIDTH, _HEIGHT = 760, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 150, 40, 50
 _LABEL_HEIGHT = 14
@@ -20,12 +22,12 @@ _STYLE = """
 """
 
 
-def plot(rows: list[dict[str, Any]], text: str) -> str:
+def plot(rows: list[dict[str, Any]], text_name: str) -> str:
     """Quantized methods as dots, 16-bit models as lines across: their bits would leave no room for the others.
 
     Args:
         rows: of `table.row`; those without a finite perplexity are left out.
-        text: name of the held-out text.
+        text_name: name of the held-out text.
     """
     shown = [r for r in rows if r["perplexity"] is not None and math.isfinite(r["perplexity"])]
     dots, levels = [r for r in shown if r["linear_bits"] < 16], [r for r in shown if r["linear_bits"] == 16]
@@ -40,15 +42,15 @@ def plot(rows: list[dict[str, Any]], text: str) -> str:
         low, high = math.log(up[0]), math.log(up[-1])
         return base - (math.log(perplexity) - low) / (high - low) * (base - _TOP)
 
-    parts = [_text(_LEFT, 22, f"Perplexity on {text} against bits per weight of the linear layers", "start")]
+    parts = [text(_LEFT, 22, f"Perplexity on {text_name} against bits per weight of the linear layers", "start")]
     for value in across:
-        parts += [_line(x(value), _TOP, x(value), base, "grid"), _text(x(value), base + 18, f"{value:g}", "middle", "muted")]
+        parts += [line(x(value), _TOP, x(value), base, "grid"), text(x(value), base + 18, f"{value:g}", "middle", "muted")]
     for value in up:
-        parts += [_line(_LEFT, y(value), right, y(value), "grid"), _text(_LEFT - 8, y(value) + 4, f"{value:,g}", "end", "muted")]
-    parts += [_line(_LEFT, base, right, base, "axis"), _line(_LEFT, _TOP, _LEFT, base, "axis")]
-    parts.append(_text((_LEFT + right) / 2, _HEIGHT - 12, "bits per weight: indices, tables, scales, zero points", "middle", "muted"))
+        parts += [line(_LEFT, y(value), right, y(value), "grid"), text(_LEFT - 8, y(value) + 4, f"{value:,g}", "end", "muted")]
+    parts += [line(_LEFT, base, right, base, "axis"), line(_LEFT, _TOP, _LEFT, base, "axis")]
+    parts.append(text((_LEFT + right) / 2, _HEIGHT - 12, "bits per weight: indices, tables, scales, zero points", "middle", "muted"))
     for r in levels:
-        parts.append(_line(_LEFT, y(r["perplexity"]), right, y(r["perplexity"]), "level"))
+        parts.append(line(_LEFT, y(r["perplexity"]), right, y(r["perplexity"]), "level"))
     for r in dots:
         kind = "ours" if r["method"] == "edkm" else "dot"
         title = f"<title>{escape(r['title'])}: {r['linear_bits']:.3f} bits, perplexity {r['perplexity']:.2f}</title>"
@@ -72,7 +74,7 @@ def _labels(names: list[tuple[float, float, str]], kind: str) -> list[str]:
             if abs(left - other) < 90 and abs(height - above) < _LABEL_HEIGHT:
                 height = above + _LABEL_HEIGHT
         taken.append((height, left))
-        parts.append(_text(left, height + 4, name, "start", kind))
+        parts.append(text(left, height + 4, name, "start", kind))
     return parts
 
 
@@ -92,12 +94,3 @@ def _decades(values: list[float]) -> list[float]:
     if len(inside) > 9:
         return [10.0**e for e in range(low, high + 1)]
     return inside
-
-
-def _text(x: float, y: float, words: str, anchor: str, kind: str = "") -> str:
-    mark = f' class="{kind}"' if kind else ""
-    return f'<text{mark} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'

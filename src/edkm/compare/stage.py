@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edkm.compare.making import CHECKPOINT, Job, make
+from edkm.train.peak import peak_gpu_mib, peak_mib
 
 SETTINGS = "compare.json"
 
@@ -39,25 +40,6 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-def peak_mib() -> float:
-    """Largest resident set of this process. Not `ru_maxrss`, which a process inherits from the one that started it."""
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
-
-
-def peak_gpu_mib() -> float | None:
-    """Most memory that this process's tensors took on a GPU; None if it used none."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return None
-    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def _load(job: Job) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from edkm.compressed import checkpoint
+from edkm.compressed.layout import RECORD
 from edkm.compressed.shards import INDEX, FormatError, Pending, read_json, write_json, write_shards
 from edkm.core.assign import Frozen, Later
 
@@ -158,7 +159,7 @@ def unpack(directory: str | Path, out: str | Path) -> None:
         part["dtype"] = str(dtype).removeprefix("torch.")
     write_json(out / "config.json", config)
     for path in directory.iterdir():
-        if path.suffix in _COMPANION_SUFFIXES and path.name not in ("config.json", INDEX) and path.is_file():
+        if path.suffix in _COMPANION_SUFFIXES and path.name not in ("config.json", INDEX, RECORD) and path.is_file():
             shutil.copyfile(path, out / path.name)
     if (directory / _CHAT_TEMPLATES).is_dir():
         shutil.copytree(directory / _CHAT_TEMPLATES, out / _CHAT_TEMPLATES, dirs_exist_ok=True)

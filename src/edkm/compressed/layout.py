@@ -23,6 +23,8 @@ from edkm.core.assign import LUT_DTYPE, Frozen, Later
 QUANT_METHOD = "edkm"
 FORMAT_VERSION = 2
 LUT_SUFFIX = "_lut"
+# Beside the weights and not of the model: what `edkm compress` recorded for a report.
+RECORD = "edkm_report.json"
 _CONFIG_KEYS = {"quant_method", "format_version", "settings", "tensors"}
 
 

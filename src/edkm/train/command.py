@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .presets import DEFAULT, PRESETS, plain_steps_of
+from .record import Recorder, said_of
 from .stages import fingerprint, prepare_on, save_whole, write
 
 # torch and transformers are imported when a command runs: see cli.py.
@@ -30,13 +31,19 @@ saves; the same command with --resume goes on to the same result.
 Several GPUs: torchrun --nproc-per-node N -m edkm compress ...; --batch is then per GPU."""
 
 
-def add_compress(subparsers: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Describe the command; `command` is cli's way to add one."""
+def add_compress(
+    subparsers: Any, command: Callable[..., argparse.ArgumentParser], perplexity: Callable[..., dict[str, Any]] | None = None
+) -> None:
+    """Describe the command; `command` is cli's way to add one, `perplexity` measures for --eval-text: training knows no evaluation."""
     example = "edkm compress ./SmolLM2-135M --data train.json --out ./packed --bits 3 --steps 100"
     parser = command(subparsers, "compress", run, text=TEXT, example=example)
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or a hub id")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training data")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the packed model")
+    if perplexity is not None:
+        text = "held-out UTF-8 text: its perplexity before and after goes into the report, in windows of --block-tokens"
+        parser.add_argument("--eval-text", type=Path, metavar="FILE", help=text)
+    parser.set_defaults(perplexity=perplexity, eval_text=None)
     parser.add_argument(
         "--preset",
         default=DEFAULT,
@@ -173,6 +180,7 @@ def _run(args: argparse.Namespace) -> int:
         embedding_bits=args.embedding_bits,
         skip=tuple(args.skip),
     )
+    text = None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8")
     print(
         f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
         f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks"
@@ -212,35 +220,41 @@ def _run(args: argparse.Namespace) -> int:
         ranks.on_first(lambda: shutil.rmtree(work) if work.exists() else None)
         if steps:
             ranks.on_first(lambda: remember_run(work, identity))
+    recorder = Recorder(work / "record.json", args, said_of(args, blocks, settings, plain_steps))
+    recorder.keep(model, config)
+    recorder.measure("original", model, tokenizer, text)
     if plain_steps:
-        if not _fine_tune(model, tokenizer, blocks, replace(settings, steps=plain_steps, distill=0.0), work / "plain"):
+        if not _fine_tune(model, tokenizer, blocks, replace(settings, steps=plain_steps, distill=0.0), work / "plain", recorder):
             return 130
         del model
         gc.collect()  # the optimizer is part of cycles; weights and moments go before the next model comes
         model = load_model(work / "plain")[0]
         settings = replace(settings, steps=steps - plain_steps, first_step=plain_steps)
-    return _compress(args, model, tokenizer, blocks, config, settings)
+    return _compress(args, model, tokenizer, blocks, config, settings, recorder, text)
 
 
-def _fine_tune(model: Any, tokenizer: Any, blocks: Any, settings: Any, out: Path) -> bool:
+def _fine_tune(model: Any, tokenizer: Any, blocks: Any, settings: Any, out: Path, recorder: Recorder) -> bool:
     """Fine-tune and save in `out`, unless that was done before; False if it was interrupted. Any rank reads the same from there."""
     from . import ranks
 
     if not out.is_dir():
-        if not _train(model, blocks, settings, out.with_name("plain-steps"), "plain fine-tuning"):
+        if not _train(model, blocks, settings, out.with_name("plain-steps"), "plain fine-tuning", recorder):
             return False
         save_whole(out, model, tokenizer)
         ranks.on_first(lambda: shutil.rmtree(out.with_name("plain-steps")))
     return True
 
 
-def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, teacher: Any = None) -> bool:
+def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, recorder: Recorder, teacher: Any = None) -> bool:
     """Train from the last checkpoint in `work`, if there is one; False if it was interrupted."""
     from .trainer import last_checkpoint, resolve_precision, train
 
     resume = last_checkpoint(work) is not None
     print(f"{what}: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}", flush=True)
     result = train(model, blocks, settings, work, resume=resume, teacher=teacher)
+    phase = "clustered training" if what == "training" else what
+    recorder.phase(phase, result.seconds)
+    recorder.losses(phase, settings.first_step, result.losses, interrupted=result.interrupted)
     if result.interrupted:
         print(f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on", file=sys.stderr)
         return False
@@ -248,7 +262,7 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, teache
     return True
 
 
-def _compress(args, model, tokenizer, blocks, config, settings) -> int:
+def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) -> int:
     import torch
 
     from ..config import ClusterConfig
@@ -265,6 +279,8 @@ def _compress(args, model, tokenizer, blocks, config, settings) -> int:
         report, _ = prepare_on(model, config, blocks, start="checkpoint", backend=args.backend)
     else:
         report, config = prepare_on(model, config, blocks, target_bpw=args.target_bpw, start=args.start, backend=args.backend)
+        recorder.weights(model, "fitted")
+        recorder.phase("calibration and fit", time.perf_counter() - began)
         if settings.steps:
             ranks.on_first(lambda: (work / "config.json").write_text(json.dumps(config.to_json())))
     print(
@@ -274,10 +290,16 @@ def _compress(args, model, tokenizer, blocks, config, settings) -> int:
     for entry in report.skipped:
         if len(entry.shape) > 1:
             print(f"  {entry.name}: left alone, {entry.note}")
-    if settings.steps and not _train(model, blocks, settings, work / "clustered", "training", teacher):
+    if settings.steps and not _train(model, blocks, settings, work / "clustered", "training", recorder, teacher):
         return 130
+    if settings.steps:
+        recorder.weights(model, "trained")
+    began = time.perf_counter()
     write(args.out, model, tokenizer, config)
+    recorder.phase("writing", time.perf_counter() - began)
+    recorder.measure("packed", model, tokenizer, text)
     ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))
+    ranks.on_first(lambda: recorder.finish(args.out))
     from ..compressed.checkpoint import summary
 
     totals = summary(args.out)

@@ -238,13 +238,14 @@ def freeze(model: nn.Module) -> dict[str, Frozen]:
         One pass over each weight; one byte a weight for the result.
     """
     # A weight that FSDP has sharded is gathered, one at a time, on all ranks.
-    frozen = {name: clustering.freeze(_whole(weight)) for name, weight, clustering in clusterings(model)}
+    frozen = {name: clustering.freeze(whole(weight)) for name, weight, clustering in clusterings(model)}
     if not frozen:
         raise ValueError("model: nothing in it is clustered. Call edkm.prepare first.")
     return frozen
 
 
-def _whole(weight: Tensor) -> Tensor:
+def whole(weight: Tensor) -> Tensor:
+    """A weight, gathered on all ranks if FSDP has sharded it."""
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else gather()
 

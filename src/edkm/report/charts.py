@@ -1,0 +1,146 @@
+"""The charts of a report. Each is 460 units wide: nearly the width of a phone, so that its letters stay readable there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from edkm.report.histogram import REACH
+from edkm.report.svg import Frame, box, figure, line, path, text, ticks
+
+WIDTH = 460
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve: `points` [x, y], drawn as `kind` ("one", "two"; "dashed" beside it for the other model)."""
+
+    name: str
+    kind: str
+    points: list[list[float]]
+
+
+def losses(series: list[Series], starts: list[tuple[float, str]]) -> str:
+    """Loss over optimizer steps.
+
+    Args:
+        series: at least one, each with at least one point, all finite.
+        starts: steps after which something else begins, and what.
+    """
+    steps = [x for s in series for x, _ in s.points]
+    values = [y for s in series for _, y in s.points]
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    frame = Frame(46, 24, WIDTH - 12, 206, (0.0, max(steps)), (low - margin, high + margin))
+    parts = frame.axis_y(ticks(*frame.y_range))
+    parts += frame.axis_x(ticks(0.0, max(steps), whole=True), "optimizer steps")
+    for step, what in starts:
+        right = frame.x(step) > 0.6 * WIDTH
+        parts.append(line(frame.x(step), frame.top - 8, frame.x(step), frame.bottom, "mark"))
+        parts.append(text(frame.x(step) + (-6 if right else 6), frame.top - 1, what, "end" if right else "start", "muted"))
+    for s in series:
+        parts.append(path([(frame.x(x), frame.y(y)) for x, y in s.points], f"curve {s.kind}"))
+        # A single value is no line; the ends are where one looks.
+        x, y = s.points[-1]
+        parts.append(f'<circle class="dot {s.kind}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5"/>')
+    told = "; ".join(f"{s.name} from {s.points[0][1]:.3f} to {s.points[-1][1]:.3f}" for s in series)
+    return figure(WIDTH, 244, "Training loss", told, parts)
+
+
+def heat(cells: dict[tuple[int, str], float], title: str, say: str, *, logarithmic: bool = False) -> str:
+    """A value for every layer (across) and projection (down), stronger where it is more.
+
+    Args:
+        cells: `(layer, projection)` to value, at least one.
+        title: what the values are.
+        say: how a value is written, a format such as `.2f`.
+        logarithmic: shades by the logarithm, from the least value above 0; else from one whole number to another.
+    """
+    layers = sorted({layer for layer, _ in cells})
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    low, high = min(cells.values()), max(cells.values())
+    if logarithmic:
+        low = min((v for v in cells.values() if v > 0), default=1.0)
+        high = max(high, low)
+    else:  # whole numbers at the ends: small differences look small
+        low, high = float(math.floor(low)), float(math.floor(low) + max(1, math.ceil(high) - math.floor(low)))
+
+    def shade(value: float) -> float:
+        value, first, last = (math.log(max(v, low)) for v in (value, low, high)) if logarithmic else (value, low, high)
+        return 0.1 + 0.9 * (value - first) / ((last - first) or 1.0)
+
+    left, top, cell = 84.0, 6.0, 22.0
+    width = (WIDTH - 8 - left) / len(layers)
+    column = {layer: left + i * width for i, layer in enumerate(layers)}
+    parts = []
+    for row, kind in enumerate(kinds):
+        parts.append(text(left - 8, top + row * cell + 15, _short(kind), "end", "muted"))
+        for layer in layers:
+            if (value := cells.get((layer, kind))) is not None:
+                says = f"layer {layer}, {kind}: {value:{say}}"
+                parts.append(box(column[layer], top + row * cell, width - 1, cell - 1, "heat", says=says, opacity=shade(value)))
+    bottom = top + len(kinds) * cell
+    for i in {round(t) for t in ticks(0, len(layers) - 1, whole=True)}:
+        parts.append(text(column[layers[i]] + width / 2, bottom + 14, str(layers[i]), "middle", "muted"))
+    parts.append(text(left, bottom + 34, "layer", "start", "muted"))
+    scale = WIDTH - 8 - 190
+    parts.append(text(scale - 8, bottom + 34, f"{low:{say}}", "end", "muted"))
+    parts += [box(scale + i * 12, bottom + 25, 12, 11, "heat", opacity=0.1 + 0.9 * i / 9) for i in range(10)]
+    parts.append(text(scale + 128, bottom + 34, f"{high:{say}}", "start", "muted"))
+    told = f"{len(layers)} layers by {len(kinds)} projections, from {low:{say}} to {high:{say}}"
+    return figure(WIDTH, round(bottom + 44), title, told, parts)
+
+
+def histogram(panels: list[tuple[str, dict[str, Any], dict[str, Any] | None]], title: str) -> str:
+    """Weights as areas and their centroids as lines through them, one panel below the other.
+
+    Args:
+        panels: `(what it is, a panel of a record, another to outline over it or None)`.
+        title: of the picture.
+    """
+    height, gap = 104, 32
+    parts: list[str] = []
+    for i, (what, panel, outline) in enumerate(panels):
+        top = 20 + i * (height + gap)
+        most = max([1, *panel["counts"], *(outline["counts"] if outline else [])])
+        frame = Frame(10, top, WIDTH - 10, top + height, (-REACH, REACH), (0.0, 1.06 * most))
+        parts.append(text(frame.left, top - 6, what, "start"))
+        parts.append(path([(frame.left, frame.bottom), *_steps(frame, panel["counts"]), (frame.right, frame.bottom)], "area", closed=True))
+        if outline:
+            parts.append(path(_steps(frame, outline["counts"]), "outline"))
+        parts += _centroids(frame, panel["centroids"])
+        last = i == len(panels) - 1
+        parts += frame.axis_x(
+            [-3, -2, -1, 0, 1, 2, 3] if last else [], "weight, in root mean squares of its table" if last else "", "{:g}".format
+        )
+    told = "; ".join(f"{what}: {sum(panel['counts']):,} weights, {len(panel['centroids'])} centroids a table" for what, panel, _ in panels)
+    return figure(WIDTH, 20 + len(panels) * (height + gap) + 8, title, told, parts)
+
+
+def _steps(frame: Frame, counts: list[int]) -> list[tuple[float, float]]:
+    """The outline of the bins."""
+    width = 2 * REACH / len(counts)
+    edges = [frame.x(-REACH + i * width) for i in range(len(counts) + 1)]
+    return [(edges[i + side], frame.y(count)) for i, count in enumerate(counts) for side in (0, 1)]
+
+
+def _centroids(frame: Frame, centroids: list[list[float]]) -> list[str]:
+    """A line at each centroid's middle table, and a band over the middle half of the tables."""
+    parts = []
+    for low, middle, high in centroids:
+        low, high = max(low, -REACH), min(high, REACH)
+        # With many centroids the bands would be one.
+        if high > low and len(centroids) <= 16:
+            parts.append(box(frame.x(low), frame.top, frame.x(high) - frame.x(low), frame.bottom - frame.top, "band"))
+        if abs(middle) <= REACH:
+            parts.append(
+                line(frame.x(middle), frame.top, frame.x(middle), frame.bottom, "centroid" if len(centroids) <= 16 else "centroid fine")
+            )
+    return parts
+
+
+def _short(kind: str) -> str:
+    """The last part of a projection's name, as much as there is room for."""
+    last = kind.rpartition(".")[2]
+    return last if len(last) <= 12 else last[:11] + "…"

@@ -1,0 +1,158 @@
+"""What `edkm compress` writes down about a run: `edkm_report.json` beside the packed weights.
+
+It is a report's data and nothing else: no reader of the weights looks at it. It names the weights that it belongs to, so that one
+that was left beside other weights is found out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+from edkm.compressed.layout import RECORD
+
+VERSION = 1
+PAGE = "report.html"  # beside it, the page that `edkm compress` makes of it
+_REMEDY = "Compress again, or delete the file: the model loads without it"
+_NOT_FINITE = {"nan", "inf", "-inf"}  # how edkm.strict_json writes them
+
+_MEASURED = "measured"
+_SHAPE: dict[str, Any] = {
+    "report_version": int,
+    "weights": str,
+    "edkm": str,
+    "model": str,
+    "settings": {str: (str, int, float, bool, None)},
+    "phases": [{"name": str, "seconds": float, "peak_mib": float, "peak_gpu_mib": (float, None)}],
+    "lost_runs": int,
+    "losses": [{"name": str, "first_step": int, "points": [[float]]}],
+    "layers": [{"name": str, "tables": int, "panels": [{"when": str, "counts": [int], "outside": int, "centroids": [[float]]}]}],
+    "scores": [{str: _MEASURED}],
+}
+
+
+class RecordError(ValueError):
+    """A record that cannot be read; the message names the file, the field, the rule and the remedy."""
+
+
+def save(directory: Path, record: dict[str, Any]) -> None:
+    """Write the record of a run beside the weights it made.
+
+    Args:
+        directory: holds the packed weights.
+        record: every field of the record but `report_version` and `weights`.
+
+    Raises:
+        RecordError: a field is missing, unknown or of another kind; OSError: the file cannot be written.
+
+    Cost:
+        The headers of the weights are read.
+    """
+    from edkm.strict_json import dumps
+
+    content = {"report_version": VERSION, "weights": identity(directory), **record}
+    path = directory / RECORD
+    _checked(content, _SHAPE, f"{path}: ")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(dumps(content) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read(directory: Path) -> dict[str, Any] | None:
+    """The record beside packed weights, None if there is none; numbers that are not finite are floats again.
+
+    Raises:
+        RecordError: it is damaged, of a newer version, or belongs to other weights.
+
+    Cost:
+        The headers of the weights are read.
+    """
+    from edkm.compressed.shards import FormatError, read_json
+
+    path = directory / RECORD
+    if not path.is_file():
+        return None
+    try:
+        content = read_json(path)
+    except FormatError as error:
+        raise RecordError(f"{str(error).removesuffix(' Fetch the file again.')} {_REMEDY}.") from None
+    version = content.get("report_version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise RecordError(f"{path}: report_version is {version!r}, this edkm reads up to {VERSION}. Use a newer edkm, or delete the file.")
+    found = _checked(content, _SHAPE, f"{path}: ")
+    for series in found["losses"]:
+        if any(len(point) != 2 for point in series["points"]):
+            raise RecordError(f"{path}: losses: a point is [step, loss]. {_REMEDY}.")
+    if found["weights"] != identity(directory):
+        raise RecordError(f"{path}: belongs to other weights than those beside it. {_REMEDY}.")
+    return found
+
+
+def identity(directory: Path) -> str:
+    """Of the weights in a directory: a hash of the headers of their files, which have the checksums of all tensors."""
+    found = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            first = file.read(8)
+            found.update(first + file.read(min(int.from_bytes(first, "little"), 100_000_000)))
+    return found.hexdigest()
+
+
+def _checked(value: Any, shape: Any, where: str) -> Any:
+    """The value, if it has the shape: a type, a tuple of choices, `[shape of each]` or `{key: shape}` (`{str: shape}`: any keys)."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        if str in shape:
+            return {key: _checked(item, shape[str], f"{where}{key}: ") for key, item in value.items()}
+        if odd := sorted(shape.keys() ^ value.keys()):
+            what = "is missing" if odd[0] in shape else "is unknown"
+            raise RecordError(f"{where}{odd[0]} {what}. {_REMEDY}.")
+        return {key: _checked(value[key], item, f"{where}{key}: ") for key, item in shape.items()}
+    if isinstance(shape, list) and isinstance(value, list):
+        return [_checked(item, shape[0], f"{where}{i}: ") for i, item in enumerate(value)]
+    if shape == _MEASURED:  # what `edkm eval --json` wrote; the page looks at what it shows
+        return value
+    for choice in shape if isinstance(shape, tuple) else (shape,):
+        if choice is None and value is None:
+            return None
+        if choice is float and (type(value) in (int, float) or value in _NOT_FINITE):
+            return float(value)
+        if choice is int and type(value) is int and value >= 0:
+            return value
+        if choice in (str, bool) and type(value) is choice:
+            return value
+    raise RecordError(f"{where}expected {_say(shape)}, got {_shorten(value)}. {_REMEDY}.")
+
+
+def _say(shape: Any) -> str:
+    words = {str: "text", int: "a whole number from 0", float: "a number", bool: "true or false", None: "null"}
+    if isinstance(shape, tuple):
+        return " or ".join(words[choice] for choice in shape)
+    return "an object" if isinstance(shape, dict) else "a list" if isinstance(shape, list) else words[shape]
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def finite(points: list[list[float]]) -> list[list[float]]:
+    """The points whose values can be drawn."""
+    return [point for point in points if all(map(math.isfinite, point))]
+
+
+def in_words(directory: Path) -> list[str]:
+    """The record in a few lines for a terminal, none without a record; raises as `read`."""
+    record = read(directory)
+    if record is None:
+        return []
+    seconds = sum(phase["seconds"] for phase in record["phases"])
+    peak = max((phase["peak_mib"] for phase in record["phases"]), default=0.0)
+    lines = [f"made in    {seconds:,.0f} s, {peak / 1024:.2f} GiB at most; {PAGE} has the whole story"]
+    for series in record["losses"]:
+        if points := series["points"]:
+            lines.append(
+                f"{series['name']}: loss {points[0][1]:.3f} to {points[-1][1]:.3f} by step {series['first_step'] + points[-1][0]:.0f}"
+            )
+    return lines

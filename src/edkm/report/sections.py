@@ -1,0 +1,288 @@
+"""The sections of the page. Each says what is missing instead of leaving it out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from edkm.report import charts, parts
+from edkm.report.record import finite
+from edkm.report.subject import Subject, in_order, place_of
+
+_SAME = ("text", "tokens", "windows", "window", "stride")  # perplexities are of one kind if these are equal
+_HOW = "edkm eval MODEL --text FILE --json scores.json, then edkm report DIR --eval scores.json"
+
+
+def comparable(score: dict[str, Any], scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The other perplexities of the same windows of the same text."""
+    return [
+        other
+        for other in scores
+        if other is not score and "perplexity" in other and all(other.get(field) == score.get(field) for field in _SAME)
+    ]
+
+
+def side_by_side(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
+    """The figures of both models in one table."""
+
+    def time(s: Subject) -> str:
+        return parts.duration(sum(p["seconds"] for p in s.record["phases"])) if s.record else "not recorded"
+
+    def peak(s: Subject) -> str:
+        return parts.memory(max((p["peak_mib"] for p in s.record["phases"]), default=None)) if s.record else "not recorded"
+
+    def perplexity(s: Subject) -> str:
+        found = [parts.fraction(x["perplexity"], 2) for x in scores if x["of"] == s.name and "perplexity" in x]
+        return ", ".join(found) or "not measured"
+
+    rows = [
+        ("Size", *(parts.megabytes(s.summary["file_bytes"]) for s in subjects)),
+        ("Weights", *(f"{s.summary['weights']:,}" for s in subjects)),
+        ("Bits per weight, over all", *(parts.fraction(s.summary["bits_per_weight"]) for s in subjects)),
+        ("Bits per weight, linear layers", *(parts.fraction(s.summary["clustered_bits_per_weight"]) for s in subjects)),
+        ("Clustered tensors", *(f"{len(s.summary['tensors']):,}" for s in subjects)),
+        ("Clustering error, median of the linear layers", *(_median(s) for s in subjects)),
+        ("Perplexity", *(perplexity(s) for s in subjects)),
+        ("Made in", *(time(s) for s in subjects)),
+        ("Memory at most", *(peak(s) for s in subjects)),
+    ]
+    return parts.section("beside", "Side by side", parts.table("Both models", ["", *(s.name for s in subjects)], rows))
+
+
+def _median(subject: Subject) -> str:
+    return f"{statistics.median(t['error'] for t in subject.linear):.2e}" if subject.linear else "—"
+
+
+def size(subjects: list[Subject]) -> str:
+    """Bars for the model in 16 bits, packed, and the other one."""
+    subject = subjects[0]
+    rows = [(f"{subject.name}, in 16 bits", _bytes(subject, packed=False))]
+    rows += [(s.name + (", packed" if s.packed else ", dense"), _bytes(s, packed=True)) for s in subjects]
+    marks = [("linear", "", "linear layers"), ("embedding", "", "embeddings"), ("dense", "", "not clustered")]
+    return parts.section("size", "Size", parts.bars(rows), parts.key(marks))
+
+
+def _bytes(subject: Subject, *, packed: bool) -> dict[str, int]:
+    """Bytes of linear layers, embeddings, and everything else with the files' headers."""
+    found = {"linear": 0, "embedding": 0}
+    for tensor in subject.summary["tensors"]:
+        found["embedding" if tensor["embedding"] else "linear"] += tensor["stored_bytes"] if packed else 2 * math.prod(tensor["shape"])
+    total = subject.summary["file_bytes" if packed else "bytes_in_16_bits"]
+    return {**found, "dense": total - sum(found.values())}
+
+
+def quality(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
+    """Perplexities and accuracies, as far as they were measured."""
+    texts = [score for score in scores if "perplexity" in score]
+    body = []
+    if texts:
+        head = ["model", "text", "perplexity", "tokens scored", "windows"]
+        rows = [
+            (s["of"], Path(str(s.get("text", "—"))).name, parts.fraction(s["perplexity"]), f"{s.get('tokens', 0):,}", _windows(s))
+            for s in texts
+        ]
+        body += [parts.table("Perplexity", head, rows), parts.note("Lower is better. Only equal texts and windows can be compared.")]
+    else:
+        body.append(parts.missing(f"Perplexity was not measured. To have it here: {_HOW}."))
+    tasks = [(s["of"], name, task) for s in scores for name, task in s.get("tasks", {}).items()]
+    if tasks:
+        rows = [(of, name, f"{t.get('items', 0):,}", _accuracy(t, ""), _accuracy(t, "normalised_")) for of, name, t in tasks]
+        body.append(parts.table("Tasks", ["model", "task", "items", "accuracy", "normalised accuracy"], rows))
+    return parts.section("quality", "Quality", *body)
+
+
+def _windows(score: dict[str, Any]) -> str:
+    return f"{score['windows']:,} of {score['window']:,} tokens" if {"windows", "window"} <= score.keys() else "—"
+
+
+def _accuracy(task: dict[str, Any], kind: str) -> str:
+    value, error = (task.get(f"{kind}accuracy{end}") for end in ("", "_stderr"))
+    if value in (None, "nan"):
+        return "—"
+    return parts.fraction(value, 4) + ("" if error in (None, "nan") else f" ± {parts.fraction(error, 4)}")
+
+
+def training(subjects: list[Subject]) -> str:
+    """Loss curves, and time and memory by phase."""
+    subject = subjects[0]
+    record = subject.record
+    if record is None:
+        body = [parts.missing(f"Losses, time and memory were not recorded: {subject.why_none}.")]
+        return parts.section("training", "Training", *body)
+    phases = record["phases"]
+    gpu = any(phase["peak_gpu_mib"] is not None for phase in phases)
+    rows = [
+        (p["name"], parts.duration(p["seconds"]), parts.memory(p["peak_mib"]), *([parts.memory(p["peak_gpu_mib"])] if gpu else []))
+        for p in phases
+    ]
+    rows.append(("in all", parts.duration(sum(p["seconds"] for p in phases)), *[""] * (2 if gpu else 1)))
+    head = ["phase", "time", "memory at most, so far", *(["on the GPU"] if gpu else [])]
+    costs = parts.table("Time and memory", head, rows, total=True)
+    if record["lost_runs"]:
+        costs += parts.missing(f"Partial: {record['lost_runs']} interrupted run(s) ended before their time could be saved.")
+    return parts.section("training", "Training", parts.columns([f"<div>{_losses(subjects)}</div>", f"<div>{costs}</div>"]))
+
+
+def _losses(subjects: list[Subject]) -> str:
+    """The curves of both models, and a table of their values."""
+    series, marks, starts, lost, rows = [], [], [], 0, []
+    for i, subject in enumerate(subjects):
+        for number, one in enumerate(subject.record["losses"] if subject.record else []):
+            shifted = [[one["first_step"] + step, loss] for step, loss in one["points"]]
+            points = finite(shifted)
+            lost += len(shifted) - len(points)
+            rows += [(subject.name, one["name"], f"{step:g}", parts.fraction(loss, 4)) for step, loss in shifted]
+            if not points:
+                continue
+            kind = ("one", "two")[number % 2] if i == 0 else "other"
+            series.append(charts.Series(f"{subject.name}, {one['name']}", kind, points))
+            if i == 0 and one["first_step"]:
+                starts.append((one["first_step"], "clustered from here"))
+            words = one["name"] if len(subjects) == 1 else f"{subject.name}: {one['name']}"
+            marks.append(("dashed" if i else "line", f"border-color:var(--{'three' if i else kind})", words))
+    body = []
+    if series:
+        body += [parts.picture(charts.losses(series, starts)), parts.key(marks)]
+        head = ["model", "phase", "step", "loss"]
+        body.append(parts.folded("Losses as a table", parts.table("Losses", head, rows, tall=True)))
+    elif not rows:
+        body.append(parts.missing("There was no training: the weights were clustered as they are."))
+    if lost:
+        body.append(parts.missing(f"{lost} of the losses are not finite and are not drawn: the training diverged."))
+    body += [parts.missing(f"{s.name}: no losses, {s.why_none}.") for s in subjects[1:] if s.record is None]
+    return "".join(body)
+
+
+def layers(subjects: list[Subject]) -> str:
+    """Bits and error of every layer and projection."""
+    body = [
+        parts.note(
+            "Bits count indices and tables. The error is the sum of squared differences between the stored weights and those they "
+            "stand for, over the sum of their squares."
+        )
+    ]
+    for subject in subjects:
+        heading = f"{subject.name}: " if len(subjects) > 1 else ""
+        bits, errors = _cells(subject, "bits_per_weight"), _cells(subject, "error")
+        if bits:
+            pictures = [
+                parts.picture(charts.heat(bits, "Bits per weight", ".2f"), f"{heading}bits per weight"),
+                parts.picture(charts.heat(errors, "Clustering error", ".1e", logarithmic=True), f"{heading}clustering error"),
+            ]
+            body.append(parts.columns(pictures))
+        elif not subject.packed:
+            body.append(parts.missing(f"{subject.name}: nothing is clustered in it."))
+        rows = [_row(tensor) for tensor in sorted(subject.summary["tensors"], key=lambda t: in_order(t["name"]))]
+        head = ["tensor", "shape", "bits", "values per index", "tables", "bytes", "bits per weight", "error"]
+        if rows:
+            body.append(
+                parts.folded(f"{heading}all {len(rows):,} clustered tensors", parts.table("Clustered tensors", head, rows, tall=True))
+            )
+    return parts.section("layers", "Layers", *body)
+
+
+def _row(tensor: dict[str, Any]) -> tuple[str, ...]:
+    shape = " x ".join(map(str, tensor["shape"]))
+    counts = [f"{tensor[key]:,}" for key in ("bits", "dim", "luts", "stored_bytes")]
+    return (tensor["name"], shape, *counts, f"{tensor['bits_per_weight']:.3f}", f"{tensor['error']:.2e}")
+
+
+def _cells(subject: Subject, field: str) -> dict[tuple[int, str], float]:
+    """`(layer, projection)` to a mean over the weights there, which is one tensor unless there are experts."""
+    sums: dict[tuple[int, str], list[float]] = {}
+    for tensor in sorted(subject.linear, key=lambda t: in_order(t["name"])):
+        if (place := place_of(tensor["name"])) is not None:
+            weights = math.prod(tensor["shape"])
+            total = sums.setdefault(place, [0.0, 0.0])
+            total[0] += weights * tensor[field]
+            total[1] += weights
+    return {place: value / weights for place, (value, weights) in sums.items()}
+
+
+_PANELS = {
+    "fitted": "Before training: weights and tables of the fit",
+    "trained": "After training: weights and packed tables",
+    "packed": "The packed values and their tables",
+}
+
+
+def weights(subject: Subject) -> str:
+    """Histograms of a few weights with their centroids."""
+    if not subject.layers:
+        return parts.section("weights", "Weights and tables", parts.missing("No linear layer is clustered: there is nothing to draw."))
+    words = (
+        "A few weights of different kinds, from the first layers to the last. Rows that share a table are in units of their own root mean "
+        "square, so that all tables lie on one axis."
+    )
+    if subject.record is None:
+        words += f" The weights before packing were not recorded ({subject.why_none}): these are the packed values, which have no others."
+    pictures, beyond, vectors = [], 0, False
+    for layer in subject.layers:
+        by_name = {panel["when"]: panel for panel in layer["panels"]}
+        original = by_name.get("original")
+        drawn = [(_PANELS[when], by_name[when], original) for when in _PANELS if when in by_name]
+        beyond += sum(panel["outside"] for panel in by_name.values())
+        vectors |= any(not panel["centroids"] for _, panel, _ in drawn)
+        one = layer["tables"] == 1
+        pictures.append(
+            parts.picture(
+                charts.histogram(drawn, layer["name"]), layer["name"], f"{layer['tables']:,} table{'' if one else 's'}" + _median_words(one)
+            )
+        )
+    marks = [
+        ("line", "border-color:var(--two)", "centroids, the middle one of all tables"),
+        ("", "background:var(--two);opacity:.3", "where they lie in half of the tables"),
+        ("", "background:var(--three);opacity:.6", "weights"),
+    ]
+    if subject.record is not None:
+        marks.append(("line", "border-color:var(--soft)", "the original weights"))
+    body = [parts.note(words), parts.key(marks), parts.columns(pictures)]
+    if beyond:
+        body.append(parts.note(f"{beyond:,} weights lie beyond the edges of these pictures."))
+    if vectors:
+        body.append(parts.note("Centroids that are vectors have no place on one axis and are not drawn."))
+    return parts.section("weights", "Weights and tables", *body)
+
+
+def _median_words(one: bool) -> str:
+    return "" if one else "; lines are medians over them"
+
+
+def settings(subjects: list[Subject]) -> str:
+    """The model's dimensions, and how it was clustered and trained."""
+    subject = subjects[0]
+    names = {
+        "num_hidden_layers": "layers",
+        "hidden_size": "hidden size",
+        "intermediate_size": "feed-forward size",
+        "num_attention_heads": "attention heads",
+        "num_key_value_heads": "key and value heads",
+        "vocab_size": "vocabulary",
+        "max_position_embeddings": "longest context",
+    }
+    config = {**(subject.config.get("text_config") or {}), **subject.config}
+    model = [(words, _say(config[key])) for key, words in names.items() if config.get(key) is not None]
+    how = {key.replace("_", " "): _say(value) for key, value in subject.settings.items() if key != "overrides"}
+    chosen = len(subject.settings.get("overrides") or {})
+    if chosen:
+        how["settings of their own"] = f"{chosen:,} tensors"
+    body = [parts.facts(model)]
+    body.append(parts.heading("Clustering") + (parts.facts(how.items()) if how else parts.missing("No settings are stored.")))
+    recorded = subject.record["settings"] if subject.record else {}
+    run = parts.facts((k.replace("_", " "), _say(v)) for k, v in recorded.items()) if recorded else ""
+    body.append(parts.heading("Training") + (run or parts.missing(f"Not recorded: {subject.why_none}.")))
+    return parts.section("settings", "Model and settings", *body)
+
+
+def _say(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "—"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
