@@ -48,20 +48,21 @@ def losses(series: list[Series], starts: list[tuple[float, str]]) -> str:
     return figure(WIDTH, 244, "Training loss", told, parts)
 
 
-def heat(cells: dict[tuple[int, str], float], title: str, say: str, *, logarithmic: bool = False) -> str:
+def heat(cells: dict[tuple[int, str], float], title: str, say: str, values: list[float], *, logarithmic: bool = False) -> str:
     """A value for every layer (across) and projection (down), stronger where it is more.
 
     Args:
         cells: `(layer, projection)` to value, at least one.
         title: what the values are.
         say: how a value is written, a format such as `.2f`.
+        values: what the shades run over: these cells', and those of a picture that is to be compared with this one.
         logarithmic: shades by the logarithm, from the least value above 0; else from one whole number to another.
     """
     layers = sorted({layer for layer, _ in cells})
     kinds = list(dict.fromkeys(kind for _, kind in cells))
-    low, high = min(cells.values()), max(cells.values())
+    low, high = min(values), max(values)
     if logarithmic:
-        low = min((v for v in cells.values() if v > 0), default=1.0)
+        low = min((v for v in values if v > 0), default=1.0)
         high = max(high, low)
     else:  # whole numbers at the ends: small differences look small
         low, high = float(math.floor(low)), float(math.floor(low) + max(1, math.ceil(high) - math.floor(low)))

@@ -93,7 +93,7 @@ def _tiles(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
     summary = subject.summary
     size, unit = parts.megabytes(summary["file_bytes"]).split(" ")
     before = summary["bytes_in_16_bits"]
-    lines = [f"from {parts.megabytes(before)} in 16 bits,", f"{before / summary['file_bytes']:.2f} times smaller"]
+    lines = [f"from {parts.megabytes(before)} at 16 bits,", f"{before / summary['file_bytes']:.2f} times smaller"]
     made = [parts.tile("Size", (size, unit), lines + [f"{o.name}: {parts.megabytes(o.summary['file_bytes'])}" for o in others])]
     lines = [f"{parts.fraction(summary['clustered_bits_per_weight'], 2)} in linear layers,", "tables counted"]
     lines += [f"{o.name}: {parts.fraction(o.summary['bits_per_weight'], 2)}" for o in others]
@@ -109,7 +109,7 @@ def _perplexity_tile(subject: Subject, scores: list[dict[str, Any]]) -> str:
     if ours is None:
         return parts.tile("Perplexity", None, ["not measured"])
     lines = [f"{score['of']}: {parts.fraction(score['perplexity'], 2)}" for score in sections.comparable(ours, scores)]
-    lines += [] if lines else [f"on {Path(str(ours.get('text', 'a text'))).name}"]
+    lines += [] if lines else [f"on {Path(ours['text']).name}"]
     return parts.tile("Perplexity", (parts.fraction(ours["perplexity"], 2), ""), lines[:3])
 
 

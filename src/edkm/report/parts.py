@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
 
 def section(name: str, title: str, *body_html: str) -> str:
@@ -25,7 +24,7 @@ def missing(words: str) -> str:
 def picture(svg_html: str, heading: str = "", caption: str = "") -> str:
     head = f"<h3>{escape(heading)}</h3>" if heading else ""
     tail = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure{' class=wide' if wide else ''}>{head}{svg_html}{tail}</figure>"
+    return f"<figure>{head}{svg_html}{tail}</figure>"
 
 
 def heading(words: str) -> str:
@@ -111,10 +110,8 @@ def memory(mib: float | None) -> str:
     return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
 
 
-def fraction(value: Any, digits: int = 3) -> str:
+def fraction(value: float | None, digits: int = 3) -> str:
     """A number, or what stands for one that is not there or not finite."""
-    if isinstance(value, str):
-        value = float(value)
     if value is None:
         return "—"
     return f"{value:,.{digits}f}" if math.isfinite(value) else str(value)

@@ -18,7 +18,11 @@ PAGE = "report.html"  # beside it, the page that `edkm compress` makes of it
 _REMEDY = "Compress again, or delete the file: the model loads without it"
 _NOT_FINITE = {"nan", "inf", "-inf"}  # how edkm.strict_json writes them
 
-_MEASURED = "measured"
+# What `edkm eval --text --json` writes.
+PERPLEXITY = {"model": str, "text": str, "perplexity": float, "nll": float, "tokens": int, "windows": int, "window": int, "stride": int}
+# And `edkm eval --tasks --json`.
+_ACCURACIES = dict.fromkeys(("accuracy", "accuracy_stderr", "normalised_accuracy", "normalised_accuracy_stderr"), float)
+TASKS = {"model": str, "limit": (int, None), "tasks": {str: {**_ACCURACIES, "items": int, "other": {str: float}}}, "mean": {str: float}}
 _SHAPE: dict[str, Any] = {
     "report_version": int,
     "weights": str,
@@ -29,7 +33,7 @@ _SHAPE: dict[str, Any] = {
     "lost_runs": int,
     "losses": [{"name": str, "first_step": int, "points": [[float]]}],
     "layers": [{"name": str, "tables": int, "panels": [{"when": str, "counts": [int], "outside": int, "centroids": [[float]]}]}],
-    "scores": [{str: _MEASURED}],
+    "scores": [PERPLEXITY],
 }
 
 
@@ -45,7 +49,7 @@ def save(directory: Path, record: dict[str, Any]) -> None:
         record: every field of the record but `report_version` and `weights`.
 
     Raises:
-        RecordError: a field is missing, unknown or of another kind; OSError: the file cannot be written.
+        ValueError: a field is missing, unknown or of another kind; OSError: the file cannot be written.
 
     Cost:
         The headers of the weights are read.
@@ -54,7 +58,7 @@ def save(directory: Path, record: dict[str, Any]) -> None:
 
     content = {"report_version": VERSION, "weights": identity(directory), **record}
     path = directory / RECORD
-    _checked(content, _SHAPE, f"{path}: ")
+    checked(content, _SHAPE)
     part = path.with_name(f".{path.name}.part")
     part.write_text(dumps(content) + "\n", encoding="utf-8")
     part.replace(path)
@@ -81,13 +85,26 @@ def read(directory: Path) -> dict[str, Any] | None:
     version = content.get("report_version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise RecordError(f"{path}: report_version is {version!r}, this edkm reads up to {VERSION}. Use a newer edkm, or delete the file.")
-    found = _checked(content, _SHAPE, f"{path}: ")
-    for series in found["losses"]:
-        if any(len(point) != 2 for point in series["points"]):
-            raise RecordError(f"{path}: losses: a point is [step, loss]. {_REMEDY}.")
+    try:
+        found = checked(content, _SHAPE)
+        _check_lengths(found)
+    except ValueError as error:
+        raise RecordError(f"{path}: {error}. {_REMEDY}.") from None
     if found["weights"] != identity(directory):
         raise RecordError(f"{path}: belongs to other weights than those beside it. {_REMEDY}.")
     return found
+
+
+def _check_lengths(found: dict[str, Any]) -> None:
+    """What the shapes of the fields do not say."""
+    panels = [panel for layer in found["layers"] for panel in layer["panels"]]
+    for wrong, said in (
+        (any(len(point) != 2 for series in found["losses"] for point in series["points"]), "losses: a point is [step, loss]"),
+        (any(not panel["counts"] for panel in panels), "counts: a histogram needs at least one bin"),
+        (any(len(one) != 3 for panel in panels for one in panel["centroids"]), "centroids: each has three quantiles"),
+    ):
+        if wrong:
+            raise ValueError(said)
 
 
 def identity(directory: Path) -> str:
@@ -100,29 +117,33 @@ def identity(directory: Path) -> str:
     return found.hexdigest()
 
 
-def _checked(value: Any, shape: Any, where: str) -> Any:
-    """The value, if it has the shape: a type, a tuple of choices, `[shape of each]` or `{key: shape}` (`{str: shape}`: any keys)."""
+def checked(value: Any, shape: Any, where: str = "") -> Any:
+    """The value, if it has the shape: a type, a tuple of choices, `[shape of each]` or `{key: shape}` (`{str: shape}`: any keys).
+
+    Numbers that are not finite, which are words in JSON, become floats.
+
+    Raises:
+        ValueError: it has another; says where, after `where`.
+    """
     if isinstance(shape, dict) and isinstance(value, dict):
         if str in shape:
-            return {key: _checked(item, shape[str], f"{where}{key}: ") for key, item in value.items()}
+            return {key: checked(item, shape[str], f"{where}{key}: ") for key, item in value.items()}
         if odd := sorted(shape.keys() ^ value.keys()):
             what = "is missing" if odd[0] in shape else "is unknown"
-            raise RecordError(f"{where}{odd[0]} {what}. {_REMEDY}.")
-        return {key: _checked(value[key], item, f"{where}{key}: ") for key, item in shape.items()}
+            raise ValueError(f"{where}{odd[0]} {what}")
+        return {key: checked(value[key], item, f"{where}{key}: ") for key, item in shape.items()}
     if isinstance(shape, list) and isinstance(value, list):
-        return [_checked(item, shape[0], f"{where}{i}: ") for i, item in enumerate(value)]
-    if shape == _MEASURED:  # what `edkm eval --json` wrote; the page looks at what it shows
-        return value
+        return [checked(item, shape[0], f"{where}{i}: ") for i, item in enumerate(value)]
     for choice in shape if isinstance(shape, tuple) else (shape,):
         if choice is None and value is None:
             return None
-        if choice is float and (type(value) in (int, float) or value in _NOT_FINITE):
+        if choice is float and (type(value) in (int, float) or (type(value) is str and value in _NOT_FINITE)):
             return float(value)
         if choice is int and type(value) is int and value >= 0:
             return value
         if choice in (str, bool) and type(value) is choice:
             return value
-    raise RecordError(f"{where}expected {_say(shape)}, got {_shorten(value)}. {_REMEDY}.")
+    raise ValueError(f"{where}expected {_say(shape)}, got {_shorten(value)}")
 
 
 def _say(shape: Any) -> str:

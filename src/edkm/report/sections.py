@@ -18,9 +18,7 @@ _HOW = "edkm eval MODEL --text FILE --json scores.json, then edkm report DIR --e
 def comparable(score: dict[str, Any], scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The other perplexities of the same windows of the same text."""
     return [
-        other
-        for other in scores
-        if other is not score and "perplexity" in other and all(other.get(field) == score.get(field) for field in _SAME)
+        other for other in scores if other is not score and "perplexity" in other and all(other[field] == score[field] for field in _SAME)
     ]
 
 
@@ -43,10 +41,10 @@ def side_by_side(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
         ("Bits per weight, over all", *(parts.fraction(s.summary["bits_per_weight"]) for s in subjects)),
         ("Bits per weight, linear layers", *(parts.fraction(s.summary["clustered_bits_per_weight"]) for s in subjects)),
         ("Clustered tensors", *(f"{len(s.summary['tensors']):,}" for s in subjects)),
-        ("Clustering error, median of the linear layers", *(_median(s) for s in subjects)),
+        ("Clustering error, median of linear layers", *(_median(s) for s in subjects)),
         ("Perplexity", *(perplexity(s) for s in subjects)),
         ("Made in", *(time(s) for s in subjects)),
-        ("Memory at most", *(peak(s) for s in subjects)),
+        ("Peak memory", *(peak(s) for s in subjects)),
     ]
     return parts.section("beside", "Side by side", parts.table("Both models", ["", *(s.name for s in subjects)], rows))
 
@@ -80,7 +78,13 @@ def quality(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
     if texts:
         head = ["model", "text", "perplexity", "tokens scored", "windows"]
         rows = [
-            (s["of"], Path(str(s.get("text", "—"))).name, parts.fraction(s["perplexity"]), f"{s.get('tokens', 0):,}", _windows(s))
+            (
+                s["of"],
+                Path(s["text"]).name,
+                parts.fraction(s["perplexity"]),
+                f"{s['tokens']:,}",
+                f"{s['windows']:,} of {s['window']:,} tokens",
+            )
             for s in texts
         ]
         body += [parts.table("Perplexity", head, rows), parts.note("Lower is better. Only equal texts and windows can be compared.")]
@@ -88,20 +92,16 @@ def quality(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
         body.append(parts.missing(f"Perplexity was not measured. To have it here: {_HOW}."))
     tasks = [(s["of"], name, task) for s in scores for name, task in s.get("tasks", {}).items()]
     if tasks:
-        rows = [(of, name, f"{t.get('items', 0):,}", _accuracy(t, ""), _accuracy(t, "normalised_")) for of, name, t in tasks]
+        rows = [(of, name, f"{t['items']:,}", _accuracy(t, ""), _accuracy(t, "normalised_")) for of, name, t in tasks]
         body.append(parts.table("Tasks", ["model", "task", "items", "accuracy", "normalised accuracy"], rows))
     return parts.section("quality", "Quality", *body)
 
 
-def _windows(score: dict[str, Any]) -> str:
-    return f"{score['windows']:,} of {score['window']:,} tokens" if {"windows", "window"} <= score.keys() else "—"
-
-
 def _accuracy(task: dict[str, Any], kind: str) -> str:
-    value, error = (task.get(f"{kind}accuracy{end}") for end in ("", "_stderr"))
-    if value in (None, "nan"):
+    value, error = (task[f"{kind}accuracy{end}"] for end in ("", "_stderr"))
+    if math.isnan(value):
         return "—"
-    return parts.fraction(value, 4) + ("" if error in (None, "nan") else f" ± {parts.fraction(error, 4)}")
+    return f"{value:.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
 
 
 def training(subjects: list[Subject]) -> str:
@@ -118,7 +118,7 @@ def training(subjects: list[Subject]) -> str:
         for p in phases
     ]
     rows.append(("in all", parts.duration(sum(p["seconds"] for p in phases)), *[""] * (2 if gpu else 1)))
-    head = ["phase", "time", "memory at most, so far", *(["on the GPU"] if gpu else [])]
+    head = ["phase", "time", "peak memory so far", *(["on the GPU"] if gpu else [])]
     costs = parts.table("Time and memory", head, rows, total=True)
     if record["lost_runs"]:
         costs += parts.missing(f"Partial: {record['lost_runs']} interrupted run(s) ended before their time could be saved.")
@@ -163,13 +163,14 @@ def layers(subjects: list[Subject]) -> str:
             "stand for, over the sum of their squares."
         )
     ]
-    for subject in subjects:
+    both = [(subject, _cells(subject, "bits_per_weight"), _cells(subject, "error")) for subject in subjects]
+    all_bits, all_errors = ([value for row in both for value in row[i].values()] for i in (1, 2))
+    for subject, bits, errors in both:
         heading = f"{subject.name}: " if len(subjects) > 1 else ""
-        bits, errors = _cells(subject, "bits_per_weight"), _cells(subject, "error")
         if bits:
             pictures = [
-                parts.picture(charts.heat(bits, "Bits per weight", ".2f"), f"{heading}bits per weight"),
-                parts.picture(charts.heat(errors, "Clustering error", ".1e", logarithmic=True), f"{heading}clustering error"),
+                parts.picture(charts.heat(bits, "Bits per weight", ".2f", all_bits), f"{heading}bits per weight"),
+                parts.picture(charts.heat(errors, "Clustering error", ".1e", all_errors, logarithmic=True), f"{heading}clustering error"),
             ]
             body.append(parts.columns(pictures))
         elif not subject.packed:

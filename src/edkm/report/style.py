@@ -45,7 +45,7 @@ figure { margin: 0; min-width: 0; }
 .columns > div { min-width: 0; }
 .columns > div > .scroll:first-child { margin-top: 0; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { fill: var(--ink); font-size: 12px; font-variant-numeric: tabular-nums; }
+svg text { fill: var(--ink); font-size: 12.5px; font-variant-numeric: tabular-nums; }
 svg .muted { fill: var(--soft); }
 .axis { stroke: var(--three); } .grid { stroke: var(--rule); } .mark { stroke: var(--three); stroke-dasharray: 2 3; }
 .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
@@ -85,6 +85,7 @@ footer { margin-top: 64px; padding-top: 18px; padding-bottom: 48px; color: var(-
   header { padding-top: 32px; } section { margin-top: 42px; }
   .tiles { grid-template-columns: 1fr 1fr; } .tile { padding: 14px 14px 12px; } .tile dd.figure { font-size: 25px; }
   .tile dd.figure small { font-size: 14px; } th, td { padding: 7px 10px; }
+  .scroll:not(.tall) th { white-space: normal; }
 }
 @media print {
   :root { --paper: #fff; --sheet: #fff; --ink: #000; --soft: #444; --rule: #ccc; --one: #0b63a5; --two: #b8500a; --three: #777; }

@@ -173,11 +173,10 @@ def with_scores(subjects: list[Subject], paths: list[Path]) -> list[dict[str, An
     for path in paths:
         try:
             score = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(score["model"], str) or not ("perplexity" in score or isinstance(score["tasks"], dict)):
-                raise KeyError("model")
-        except (ValueError, KeyError, TypeError) as error:
+            score = records.checked(score, records.TASKS if "tasks" in score else records.PERPLEXITY)
+        except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{path}: is not what edkm eval --json writes ({error!r}). Make it by: edkm eval MODEL ... --json FILE"
+                f"{path}: is not what edkm eval --json writes ({error}). Make it by: edkm eval MODEL ... --json FILE"
             ) from None
         subject = by_directory.get(Path(score["model"]).resolve())
         found.append({**score, "of": subject.name if subject else Path(score["model"]).name or score["model"]})

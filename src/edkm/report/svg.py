@@ -68,7 +68,7 @@ class Frame:
         """Numbers below the frame, and what they are."""
         parts = [line(self.left, self.bottom, self.right, self.bottom, "axis")]
         parts += [text(self.x(v), self.bottom + 16, say(v), "middle", "muted") for v in values]
-        return [*parts, text((self.left + self.right) / 2, self.bottom + 33, label, "middle", "muted")]
+        return parts + ([text((self.left + self.right) / 2, self.bottom + 33, label, "middle", "muted")] if label else [])
 
     def axis_y(self, values: Iterable[float], say: Callable[[float], str] = "{:g}".format) -> list[str]:
         """Numbers left of the frame, and faint lines across."""
