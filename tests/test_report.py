@@ -282,6 +282,7 @@ def test_against_another_packed_directory_and_a_dense_one(places, tiny_dir, pack
     assert f"{size / 1e6:.1f} MB" in words and "nothing is clustered in it" in words
     words = words_of(report(packed, packed))
     assert f"{tiny_dir.name} ({packed})" in words  # two of one name
+    assert words.count("\noriginal\n") == 1  # and of one start
 
 
 def test_measured_elsewhere(places, tiny_dir, tmp_path, capsys):

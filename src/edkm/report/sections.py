@@ -140,8 +140,9 @@ def _losses(subjects: list[Subject]) -> str:
             series.append(charts.Series(f"{subject.name}, {one['name']}", kind, points))
             if i == 0 and one["first_step"]:
                 starts.append((one["first_step"], "clustered from here"))
-            words = one["name"] if len(subjects) == 1 else f"{subject.name}: {one['name']}"
-            marks.append(("dashed" if i else "line", f"border-color:var(--{'three' if i else kind})", words))
+            words = one["name"] if len(subjects) == 1 else subject.name if i else f"{subject.name}: {one['name']}"
+            mark = ("dashed" if i else "line", f"border-color:var(--{'three' if i else kind})", words)
+            marks += [] if mark in marks else [mark]
     body = []
     if series:
         body += [parts.picture(charts.losses(series, starts)), parts.key(marks)]
@@ -218,7 +219,7 @@ def weights(subject: Subject) -> str:
         "square, so that all tables lie on one axis."
     )
     if subject.record is None:
-        words += f" The weights before packing were not recorded ({subject.why_none}): these are the packed values, which have no others."
+        words += f" The weights before packing were not recorded ({subject.why_none}): what is drawn are the packed values."
     pictures, beyond, vectors = [], 0, False
     for layer in subject.layers:
         by_name = {panel["when"]: panel for panel in layer["panels"]}

@@ -29,7 +29,7 @@ code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; over
 .lead { color: var(--soft); margin: 10px 0 0; }
 .note, .missing, figcaption { color: var(--soft); font-size: 14px; }
 .missing { border-left: 3px solid var(--rule); padding-left: 12px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); gap: 1px; margin: 32px 0 0;
+.tiles { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 1px; margin: 32px 0 0;
   background: var(--rule); border: 1px solid var(--rule); border-radius: 12px; overflow: hidden; }
 .tile { background: var(--sheet); padding: 18px 20px 16px; }
 .tile dt { color: var(--soft); font-size: 14px; }
@@ -80,16 +80,20 @@ dl.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(10
 dl.facts dt { font-size: 13px; color: var(--soft); } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 footer { margin-top: 64px; padding-top: 18px; padding-bottom: 48px; color: var(--soft); font-size: 14px;
   border-top: 1px solid var(--rule); }
+@media (max-width: 860px) { .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 @media (max-width: 560px) {
   main, header, footer { padding-left: 16px; padding-right: 16px; }
   header { padding-top: 32px; } section { margin-top: 42px; }
-  .tiles { grid-template-columns: 1fr 1fr; } .tile { padding: 14px 14px 12px; } .tile dd.figure { font-size: 25px; }
+  .tile { padding: 14px 14px 12px; } .tile dd.figure { font-size: 25px; }
   .tile dd.figure small { font-size: 14px; } th, td { padding: 7px 10px; }
   .scroll:not(.tall) th { white-space: normal; }
 }
 @media print {
   :root { --paper: #fff; --sheet: #fff; --ink: #000; --soft: #444; --rule: #ccc; --one: #0b63a5; --two: #b8500a; --three: #777; }
   body { font-size: 11pt; } header { padding-top: 0; } section { margin-top: 24pt; } h2 { break-after: avoid; }
+  .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); } .tile dd.figure { font-size: 22px; }
+  .columns { grid-template-columns: 1fr 1fr; gap: 14pt 18pt; }
+  th, td { padding: 4px 8px; white-space: normal; }
   figure, .tile, .bars, tr { break-inside: avoid; } .scroll, details .scroll.tall { overflow: visible; max-height: none; }
 }
 """

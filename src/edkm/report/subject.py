@@ -165,11 +165,14 @@ def with_scores(subjects: list[Subject], paths: list[Path]) -> list[dict[str, An
         ValueError: a file is not one of these.
     """
     by_directory = {subject.directory.resolve(): subject for subject in subjects}
-    found = [
-        {**score, "of": s.name if score["model"] == "packed" else score["model"] + (f" of {s.name}" if len(subjects) > 1 else "")}
-        for s in subjects
-        for score in s.scores
-    ]
+    recorded = [(subject, score) for subject in subjects for score in subject.scores]
+    before = [score for _, score in recorded if score["model"] == "original"]
+    found: list[dict[str, Any]] = []
+    for subject, score in recorded:
+        # Two runs of one model start from the same figure: it is said once.
+        original = "original" if all(other == before[0] for other in before) else f"original of {subject.name}"
+        named = {**score, "of": subject.name if score["model"] == "packed" else original}
+        found += [] if named in found else [named]
     for path in paths:
         try:
             score = json.loads(path.read_text(encoding="utf-8"))
