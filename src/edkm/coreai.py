@@ -1,0 +1,213 @@
+"""Training strategy "edkm" for Apple's coreai-opt, which palettizes but ships nothing that trains a palettized weight.
+
+    spec = PalettizationSpec(n_bits=3, training_strategy_spec=edkm.coreai.EdkmTrainingSpec(anneal_steps=100))
+
+coreai-opt chooses the weights, finds the first tables (weighted by its sensitivities, if it has any) and exports. In training the weight
+is softly clustered here, with the exact gradient; in evaluation every weight takes its nearest centroid in tables of float16, the same
+tables and indices that `edkm.freeze` would give.
+
+The public contract of a strategy is `train_forward(module, weight)` alone. Three things need more, so a module with this strategy becomes
+a `_Clustered` when it is first trained, or by `attach`:
+
+- Nearest centroids: coreai-opt's search by `cdist` expands the square, and took a wrong centroid for 0.5% of the weights at 8 bits.
+- Clustering anew (calibration, the end of a warm-up) has to begin our state anew.
+- `finalize` on a model in training mode would export the soft weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
+from coreai_opt.palettization.spec import TrainingStrategy, TrainingStrategySpec
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from edkm.config import ClusterConfig
+from edkm.core.assign import assign, round_lut
+from edkm.core.op import check_shapes
+from edkm.core.reference import compute_dtype
+from edkm.train.layer import ClusteredWeight, Clustering
+
+# coreai-opt's own weighted k-means divides by the importance of a cluster; its calibration has the same floor.
+_LEAST_IMPORTANCE = 1e-12
+
+
+class EdkmStrategy(nn.Module, TrainingStrategy):
+    """The forward pass of training. A module, so that its state is part of the model's: a resumed run is the same run.
+
+    `clustering` is None until the weight is first trained or `attach`ed.
+
+    Cost:
+        Keeps for backward what the layer keeps of its weight, plus the centroids of each iteration.
+    """
+
+    clustering: Clustering | None
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.register_module("clustering", None)
+
+    def train_forward(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """The soft weight, like `weight`, with its exact gradient; one k-means step for every step of the optimizer."""
+        if self.clustering is None:
+            _adopt(module, weight, None)
+        assert self.clustering is not None
+        soft = ClusteredWeight(self.clustering)(weight)
+        _show(module, self.clustering)
+        return soft
+
+    def start(self, module: _KMeansFakePalettize, weight: Tensor) -> None:
+        """Begin from the tables and the sensitivities that coreai-opt's module holds."""
+        config, matrix = _settings(module, weight), weight.detach().flatten(1)
+        centroids = module.centroids.to(compute_dtype(weight.dtype))
+        if config.dim == 1:
+            centroids = centroids.sort(dim=1).values
+        importance = module.sensitivities
+        if importance is not None:
+            # One row that was expanded to the weight's shape stays one row in checkpoints.
+            importance = (importance if importance.stride(0) else importance[:1]).flatten(1)
+        try:
+            check_shapes(matrix, centroids, importance)
+        except ValueError as error:
+            raise ValueError(f"{module.tensor_fqn}: {str(error).removeprefix('weight: ')}") from None
+        self.clustering = Clustering(matrix, config, importance, centroids=centroids)
+        self.clustering.train(self.training)
+        _show(module, self.clustering)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        saved = f"{prefix}clustering.importance"
+        if self.clustering is None and f"{prefix}clustering.step" in state_dict:
+            error_msgs.append(f"{prefix}clustering: call edkm.coreai.attach(model) after prepare(), before a trained state is loaded.")
+        elif self.clustering is not None and self.clustering.importance is None and saved in state_dict:
+            # coreai-opt's sensitivities are not part of a checkpoint; what we made of them is.
+            self.clustering.importance = torch.empty_like(state_dict[saved], device=self.clustering.centroids.device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+@TrainingStrategySpec.register("edkm")
+class EdkmTrainingSpec(TrainingStrategySpec):
+    """Settings of the strategy, as in `edkm.ClusterConfig`; bits, `cluster_dim` and granularity are the `PalettizationSpec`'s.
+
+    Attributes:
+        softness: temperature in units of the quantisation error; 0 trains straight through the hard assignment.
+        anneal: factor on the temperature at the end of training, reached geometrically.
+        anneal_steps: optimizer steps until then; 0 for never.
+        max_iters: k-means iterations per optimizer step.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    _strategy_cls = EdkmStrategy
+
+    softness: float = ClusterConfig.softness
+    anneal: float = ClusterConfig.anneal
+    anneal_steps: int = ClusterConfig.anneal_steps
+    max_iters: int = ClusterConfig.max_iters
+
+    @model_validator(mode="after")
+    def _check(self) -> EdkmTrainingSpec:
+        ClusterConfig(**{name: getattr(self, name) for name in type(self).model_fields})
+        return self
+
+
+class _Clustered(_KMeansFakePalettize):
+    """coreai-opt's module with edkm's tables and nearest centroids."""
+
+    def _initialize(self, weight: Tensor) -> None:
+        super()._initialize(weight)
+        self._training_strategy.start(self, weight)
+
+    def _assign_indices(self, original_weights: Tensor, centroids: Tensor) -> Tensor:
+        # From the tables in float16: `centroids` has the dtype of the weight, which may be coarser.
+        indices = assign(original_weights.flatten(1), round_lut(self._training_strategy.clustering.centroids))
+        return indices.view(-1, *original_weights.shape[1:]).cpu()
+
+    @property
+    def lut(self) -> Tensor | None:
+        if self.training:
+            raise RuntimeError(
+                f"{self.tensor_fqn}: in training mode the weight is soft and has no table. Call model.eval() before finalize()."
+            )
+        return super().lut
+
+
+def attach(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> list[str]:
+    """Give the weights that coreai-opt has prepared for this strategy their state, before the first training step, in place.
+
+    Needed to weigh by importance, and to load a trained state: a model that is trained from the start does without. Clusters anew if
+    there is importance; state that the strategy has already is dropped.
+
+    Args:
+        model: as `KMeansPalettizer.prepare` returned it.
+        importance: name of every such weight -> non-negative, broadcastable to `weight.flatten(1)`, as `edkm.calibrate` returned it
+            for the model before `prepare`. None: the sensitivities of coreai-opt, if it has calibrated any.
+
+    Returns:
+        The names of the weights.
+
+    Raises:
+        ValueError: no weight has this strategy, a weight has no entry in `importance`, or settings that edkm does not have.
+
+    Cost:
+        A few passes over each weight; with importance, one k-means of coreai-opt's.
+    """
+    found = {}
+    for module in filter(parametrize.is_parametrized, model.modules()):
+        for chain in module.parametrizations.values():
+            for step in chain:
+                if isinstance(step, _KMeansFakePalettize) and isinstance(step._training_strategy, EdkmStrategy):
+                    found[step] = chain.original  # tied weights share one
+    if not found:
+        raise ValueError("model: no weight has the strategy. Prepare it with PalettizationSpec(training_strategy_spec=EdkmTrainingSpec()).")
+    for step, weight in found.items():
+        _settings(step, weight)
+        if importance is not None and step.tensor_fqn not in importance:
+            raise ValueError(f"{step.tensor_fqn}: importance has no entry for it. Calibrate it, or give torch.ones(1, 1).")
+    for step, weight in found.items():
+        _adopt(step, weight, None if importance is None else importance[step.tensor_fqn])
+    return [step.tensor_fqn for step in found]
+
+
+def _adopt(module: nn.Module, weight: Tensor, importance: Tensor | None) -> None:
+    """Make `module` a `_Clustered`, with state."""
+    _settings(module, weight)
+    module.__class__ = _Clustered
+    if importance is None:
+        module._training_strategy.start(module, weight.detach())
+        return
+    rows, cols = importance.expand(importance.shape[0], weight[0].numel()).shape
+    scaled = (importance / importance.max()).clamp_min(_LEAST_IMPORTANCE)
+    module.sensitivities = scaled.expand(rows, cols).view(rows, *weight.shape[1:]).expand(weight.shape)
+    module.ensure_initialized(weight.detach())
+
+
+def _settings(module: _KMeansFakePalettize, weight: Tensor) -> ClusterConfig:
+    """What the `PalettizationSpec` and the strategy's settings ask for, refused where edkm has no such thing."""
+    name, granularity = module.tensor_fqn, module.granularity
+    if weight.ndim < 2:
+        raise ValueError(f"{name}: edkm clusters matrices and convolutions, got {list(weight.shape)}. Leave it out of op_state_spec.")
+    if module.lut_qspec is not None:
+        raise ValueError(f"{name}: edkm's tables are float16, and lut_qspec would quantize them after training. Set lut_qspec=None.")
+    if module.enable_per_channel_scale:
+        raise ValueError(
+            f"{name}: edkm clusters weights as they are. Set enable_per_channel_scale=False; PerGroupedChannelGranularity(axis=0, "
+            "group_size=1) gives every channel its own table."
+        )
+    if granularity.axis:
+        raise ValueError(
+            f"{name}: edkm's tables are shared by rows, got axis={granularity.axis}. Use PerGroupedChannelGranularity(axis=0)."
+        )
+    settings = module._training_strategy.settings
+    return ClusterConfig(bits=module.n_bits, dim=module.cluster_dim, rows_per_lut=getattr(granularity, "group_size", 0), **settings)
+
+
+def _show(module: _KMeansFakePalettize, clustering: Clustering) -> None:
+    """Put the tables, as stored in float16, where coreai-opt exports from; its indices wait for evaluation."""
+    module.centroids = round_lut(clustering.centroids).to(module.centroids.dtype)
+    module._indices_stale = True
