@@ -2,11 +2,12 @@
 
 import sys
 
-from benchmarks import ablation, compare, fuzz, memory, offload, op, recipe, step
+from benchmarks import ablation, compare, coreai, fuzz, memory, offload, op, recipe, step
 
 COMMANDS = {
     "ablation": ablation.main,
     "compare": compare.main,
+    "coreai": coreai.main,
     "fuzz": fuzz.main,
     "memory": memory.main,
     "offload": offload.main,

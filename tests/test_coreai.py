@@ -102,14 +102,14 @@ GRANULARITIES = [(PerTensorGranularity(), 1), (ROWS4, 1), (PerTensorGranularity(
 
 
 def test_training_lowers_the_loss_where_coreai_opt_cannot():
-    losses = {}
+    losses, y = {}, X[:, :8]
     for strategy in (EdkmTrainingSpec(anneal_steps=60), DefaultTrainingSpec()):
         palettizer, model = prepared(linears(), strategy=strategy)
-        start = F.mse_loss(model.eval()(X), Y).item()
+        start = F.mse_loss(model.eval()(X), y).item()
         with palettizer.training_mode():
-            train(model, 60, palettizer=palettizer)
-        losses[type(strategy)] = F.mse_loss(model.eval()(X), Y).item() / start
-    assert losses[EdkmTrainingSpec] < 0.75
+            train(model, 60, y=y, palettizer=palettizer)
+        losses[type(strategy)] = F.mse_loss(model.eval()(X), y).item() / start
+    assert losses[EdkmTrainingSpec] < 0.5
     assert losses[DefaultTrainingSpec] > 0.9  # trains the biases alone
 
 

@@ -14,6 +14,7 @@ import edkm
 SOURCE = Path(edkm.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 OPTIONAL = {"transformers", "triton", "coremltools", "matplotlib", "accelerate", "gguf", "datasets", "lm_eval", "pyarrow", "peft", "trl"}
+OPTIONAL |= {"coreai_opt"}
 
 
 def loaded_by(code):
