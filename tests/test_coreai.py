@@ -271,8 +271,34 @@ def test_one_row_of_importance_stays_one_row_and_may_be_zero():
     for name, (step, _) in steps_of(model).items():
         assert step._training_strategy.clustering.importance.shape == columns[name].shape
     assert all(torch.isfinite(p).all() for p in model.parameters()) and train(model.train(), 2, None, *IMAGES)[-1] > 0
-    with pytest.raises(ValueError, match=r"^2\.weight: importance has no entry for it\. Calibrate it"):
-        attach(model, {"0.weight": columns["0.weight"]})
+
+
+@pytest.mark.parametrize(
+    "weigh, message",
+    [
+        (None, "importance has no entry for it. Calibrate it"),
+        (torch.ones(1, 31), r"importance \[1, 31\] does not broadcast to the weight \[8, 32\]"),
+        (-torch.ones(1, 32), "importance must be finite, not negative, and not all zero"),
+        (torch.zeros(8, 32), "importance must be finite, not negative, and not all zero"),
+    ],
+)
+def test_importance_that_does_not_fit_is_refused(weigh, message):
+    _, model = prepared(linears())
+    with pytest.raises(ValueError, match=f"^2.weight: {message}"):
+        attach(model, {"0.weight": torch.ones(1, 1)} | ({} if weigh is None else {"2.weight": weigh}))
+    assert all(step._training_strategy.clustering is None for step, _ in steps_of(model).values())
+
+
+def test_evaluation_before_the_optimizer_steps_leaves_no_old_indices():
+    _, model = prepared(linears())
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+    F.mse_loss(model.train()(X), Y).backward()
+    before = model.eval()[0].weight
+    optimizer.step()
+    step, weight = steps_of(model)["0.weight"]
+    after = model[0].weight
+    assert_hard(step, weight, after)
+    assert not torch.equal(after, before)
 
 
 def test_clustering_anew_begins_anew():

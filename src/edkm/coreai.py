@@ -70,7 +70,7 @@ class EdkmStrategy(nn.Module, TrainingStrategy):
         importance = module.sensitivities
         if importance is not None:
             # One row that was expanded to the weight's shape stays one row in checkpoints.
-            importance = (importance if importance.stride(0) else importance[:1]).flatten(1)
+            importance = (importance if importance.stride(0) else importance[:1]).flatten(1).contiguous()
         try:
             check_shapes(matrix, centroids, importance)
         except ValueError as error:
@@ -119,9 +119,18 @@ class EdkmTrainingSpec(TrainingStrategySpec):
 class _Clustered(_KMeansFakePalettize):
     """coreai-opt's module with edkm's tables and nearest centroids."""
 
+    _assigned: tuple[Any, ...] | None = None  # the weight that the indices are of
+
     def _initialize(self, weight: Tensor) -> None:
         super()._initialize(weight)
         self._training_strategy.start(self, weight)
+
+    def hard_assign(self, weight: Tensor) -> Tensor:
+        # coreai-opt would keep the indices of an evaluation between a forward pass and the optimizer's step.
+        state = self._training_strategy.clustering._state_of(weight)
+        if self._assigned != state:
+            self._assigned, self._indices_stale = state, True
+        return super().hard_assign(weight)
 
     def _assign_indices(self, original_weights: Tensor, centroids: Tensor) -> Tensor:
         # From the tables in float16: `centroids` has the dtype of the weight, which may be coarser.
@@ -152,7 +161,8 @@ def attach(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> 
         The names of the weights.
 
     Raises:
-        ValueError: no weight has this strategy, a weight has no entry in `importance`, or settings that edkm does not have.
+        ValueError: no weight has this strategy, `importance` has no entry for a weight or one that does not fit, or settings that edkm
+            does not have. The model is as it was.
 
     Cost:
         A few passes over each weight; with importance, one k-means of coreai-opt's.
@@ -165,13 +175,28 @@ def attach(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> 
                     found[step] = chain.original  # tied weights share one
     if not found:
         raise ValueError("model: no weight has the strategy. Prepare it with PalettizationSpec(training_strategy_spec=EdkmTrainingSpec()).")
+    weigh = {step: _importance(step.tensor_fqn, weight, importance) for step, weight in found.items()}
     for step, weight in found.items():
         _settings(step, weight)
-        if importance is not None and step.tensor_fqn not in importance:
-            raise ValueError(f"{step.tensor_fqn}: importance has no entry for it. Calibrate it, or give torch.ones(1, 1).")
     for step, weight in found.items():
-        _adopt(step, weight, None if importance is None else importance[step.tensor_fqn])
+        _adopt(step, weight, weigh[step])
     return [step.tensor_fqn for step in found]
+
+
+def _importance(name: str, weight: Tensor, given: Mapping[str, Tensor] | None) -> Tensor | None:
+    """As coreai-opt has sensitivities: of the shape of the weight, at most 1, never 0."""
+    if given is None:
+        return None
+    if name not in given:
+        raise ValueError(f"{name}: importance has no entry for it. Calibrate it, or give torch.ones(1, 1).")
+    importance, shape = given[name], (weight.shape[0], weight[0].numel())
+    try:
+        whole = importance.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name}: importance {list(importance.shape)} does not broadcast to the weight {list(shape)}.") from None
+    if not bool(((importance >= 0) & importance.isfinite()).all()) or not bool((importance > 0).any()):
+        raise ValueError(f"{name}: importance must be finite, not negative, and not all zero. Mean squared inputs are.")
+    return (importance / importance.max()).clamp_min(_LEAST_IMPORTANCE).expand(whole.shape).view(weight.shape)
 
 
 def _adopt(module: nn.Module, weight: Tensor, importance: Tensor | None) -> None:
@@ -180,11 +205,9 @@ def _adopt(module: nn.Module, weight: Tensor, importance: Tensor | None) -> None
     module.__class__ = _Clustered
     if importance is None:
         module._training_strategy.start(module, weight.detach())
-        return
-    rows, cols = importance.expand(importance.shape[0], weight[0].numel()).shape
-    scaled = (importance / importance.max()).clamp_min(_LEAST_IMPORTANCE)
-    module.sensitivities = scaled.expand(rows, cols).view(rows, *weight.shape[1:]).expand(weight.shape)
-    module.ensure_initialized(weight.detach())
+    else:
+        module.sensitivities = importance
+        module.ensure_initialized(weight.detach())
 
 
 def _settings(module: _KMeansFakePalettize, weight: Tensor) -> ClusterConfig:
