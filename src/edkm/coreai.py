@@ -9,7 +9,8 @@ tables and indices that `edkm.freeze` would give.
 The public contract of a strategy is `train_forward(module, weight)` alone. Three things need more, so a module with this strategy becomes
 a `_Clustered` when it is first trained, or by `attach`:
 
-- Nearest centroids: coreai-opt's search by `cdist` expands the square, and took a wrong centroid for 0.5% of the weights at 8 bits.
+- Nearest centroids: coreai-opt's search by `cdist` expands the square, and missed the nearest for 0.5% of a million weights (8 bits,
+  random tables).
 - Clustering anew (calibration, the end of a warm-up) has to begin our state anew.
 - `finalize` on a model in training mode would export the soft weights.
 """
