@@ -1,20 +1,14 @@
 """`fused` in C for a CPU: single values, tables of at most 64 centroids. Many times faster, since a map never leaves the first cache.
 
-`kernels.c` is built on first use with the machine's C compiler, in a second or two, and kept in the user's cache.
-
-Where there is no compiler, or `EDKM_COMPILED=0`, `available` is false and `auto` takes `fused`.
+`kernels.c` is built on first use (build.py). Where there is no compiler, or `EDKM_COMPILED=0`, `available` is false and `auto` takes
+`fused`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,15 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edkm.core.cache import cache_folder
+from edkm.core import build
 from edkm.core.fused import advance
 from edkm.core.reference import compute_dtype
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 MOST_CENTROIDS = 64
-_FLAGS = ["-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC", f"-DMOST={MOST_CENTROIDS}"]
-# The first that the compiler takes. 512-bit vectors are a third faster here than the 256 that gcc prefers.
-_TUNING = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], [])
 # Below this many weights a second thread costs more than it saves.
 _WEIGHTS_PER_THREAD = 1 << 15
 
@@ -60,49 +51,16 @@ def takes(device: torch.device, k: int, d: int) -> bool:
 @functools.cache
 def available() -> bool:
     """Whether the kernels could be built. Says once why not, if there is a compiler."""
-    if os.environ.get("EDKM_COMPILED") == "0":
-        return False
     try:
         return _library(torch.float32) is not None
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        warnings.warn(f"edkm: kernels.c could not be built, training will be slower: {said.strip()}", stacklevel=2)
+    except build.FAILURES as error:
+        warnings.warn(f"edkm: kernels.c could not be built, training will be slower: {build.why(error)}", stacklevel=2)
         return False
 
 
-@functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for float32 or float64, built now or before; None without a compiler."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or not hasattr(os, "fork"):  # Windows: compilers and flags are others
-        return None
-    flags = [*_FLAGS, "-DDOUBLE"] if dtype == torch.float64 else _FLAGS
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr((compiler, flags, _TUNING, _cpu())).encode()).hexdigest()[:16]
-    path = cache_folder() / f"kernels-{key}.so"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part = Path(folder) / path.name
-            _build([*compiler.split(), *flags], part)
-            part.replace(path)
-    return ctypes.CDLL(str(path))
-
-
-def _build(command: list[str], out: Path) -> None:
-    *better, last = _TUNING
-    for tuning in better:
-        if not subprocess.run([*command, *tuning, str(_SOURCE), "-lm", "-o", str(out)], capture_output=True, check=False).returncode:
-            return
-    subprocess.run([*command, *last, str(_SOURCE), "-lm", "-o", str(out)], capture_output=True, text=True, check=True)
-
-
-def _cpu() -> str:
-    """What the built code depends on: a home directory may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    """The kernels for float32 or float64; None without a compiler."""
+    return build.library(_SOURCE, f"-DMOST={MOST_CENTROIDS}", *(["-DDOUBLE"] if dtype == torch.float64 else []))
 
 
 # The three functions that every backend has; op.py documents them.
