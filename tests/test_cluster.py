@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_measuring import peak_bytes, saved_bytes, saved_storages
 
 import edkm
-from edkm.core import compiled, fused, op, reference, unique
+from edkm.core import build, compiled, fused, op, reference, unique
 
 KINDS = ("normal", "repeated", "equal", "zeros", "subnormal", "far")
 IMPORTANCE = ("none", "columns", "full", "zeros")
@@ -560,10 +560,10 @@ def test_threads_do_not_change_a_bit(backend):
 def afresh(monkeypatch, tmp_path):
     """Kernels that are not built yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (compiled.available, compiled._library):
+    for cached in (compiled.available, build.library):
         cached.cache_clear()
     yield tmp_path
-    for cached in (compiled.available, compiled._library):
+    for cached in (compiled.available, build.library):
         cached.cache_clear()
 
 
@@ -595,6 +595,6 @@ def test_a_compiler_that_fails_is_reported_once(afresh, monkeypatch):
 def test_kernels_are_built_once(backend, afresh, monkeypatch):
     assert compiled.available()
     (built,) = afresh.glob("edkm/*")
-    monkeypatch.setattr(compiled, "_build", None)  # would fail
-    compiled._library.cache_clear()
+    monkeypatch.setattr(build, "_build", None)  # would fail
+    build.library.cache_clear()
     assert compiled._library(torch.float32) is not None and built.is_file()
