@@ -1,0 +1,193 @@
+"""y = x W^T on a CPU with W as it is stored: a stream of indices (`packing`) and tables of single values.
+
+Up to `FUSED` rows of x, `cpu.c` reads the indices and multiplies in one pass: a weight of 3 bits is then a fifth of what bfloat16 has to
+read. More rows are worth unpacking W for, a tile of rows at a time, and torch's matrix product. Sums are in float32.
+
+Threads are those of torch: `cpu.c` is given the entry of the OpenMP library that torch has loaded, so that there is one pool.
+
+Without a compiler tiles are unpacked in torch, many times slower for few rows; that is said once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from edkm.compressed.packing import packed_bytes, unpack_indices
+from edkm.core import build
+
+_SOURCE = Path(__file__).with_name("cpu.c")
+_FLAGS = ("-ffp-contract=fast",)
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in cpu.c
+# Rows of x that are multiplied without unpacking.
+FUSED = 16
+# Weights unpacked at once: 4 MiB of float32, which stay in the second or third cache until they are multiplied.
+_TILE = 1 << 20
+# Fewer weights are not worth a second thread.
+_WORTH_THREADS = 1 << 17
+
+
+def takes(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
+    """Whether `linear` and `unpack` have compiled kernels for this weight. Says once if they cannot be built."""
+    return packed.device.type == "cpu" and _wrong(packed, lut, bits, rows, cols) is None and _library() is not None
+
+
+def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    """`x W^T`, W packed.
+
+    Not differentiable: what needs the gradient of `x` multiplies by `unpack` in its backward.
+
+    Args:
+        x: `[..., cols]`, float32, bfloat16 or float16, on a CPU.
+        packed: uint8 `[ceil(rows * cols * bits / 8)]`, the indices as docs/format.md lays them out.
+        lut: `[luts, k, 1]`, float16, bfloat16 or float32; the rows are split evenly, in order, over the tables. An index of `k` or above
+            counts as a weight of zero.
+        bits: width of an index, 1 to 8.
+        rows, cols: shape of W.
+
+    Returns:
+        `[..., rows]` in the dtype of `x`; sums in float32.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit the above.
+
+    Cost:
+        Up to `FUSED` rows of x, 1 to 4 or 8 bits and rows of whole bytes: one pass over `packed`, for every 4 rows of x one over cache;
+        `4.2 * cols` bytes a row of x. Else one pass, and a tile of 4 MiB (12 MiB more without a compiler).
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("x: the packed product has no gradient. Call it under torch.no_grad, or from an autograd.Function.")
+    if x.dtype not in _TYPES or x.shape[-1:] != (cols,) or x.device.type != "cpu":
+        raise ValueError(f"x must be float [..., {cols}] on a CPU, got {x.dtype} {list(x.shape)} on {x.device}.")
+    if wrong := _wrong(packed, lut, bits, rows, cols):
+        raise ValueError(wrong)
+    batch = x.numel() // cols
+    library = _library()
+    if library is None or batch > FUSED or cols * bits % 8 or bits in (5, 6, 7):
+        return _by_tiles(x, packed, lut, bits, rows, cols)
+    half = x.dtype == torch.float16
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], rows, dtype=torch.float32 if half else None)
+    if batch:
+        weight = packed.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], _TYPES[lut.dtype]
+        if library.edkm_linear(*weight, x.data_ptr(), out.data_ptr(), batch, _TYPES[x.dtype], _threads(batch * rows * cols)):
+            raise MemoryError(f"{4 * batch * cols} bytes for the activations of a packed product.")
+    return out.half() if half else out
+
+
+def unpack(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """W itself, `[rows, cols]` in `dtype`. Arguments and errors as for `linear`.
+
+    Cost:
+        One pass over `packed`; besides the result 4 MiB (28 without a compiler).
+    """
+    if wrong := _wrong(packed, lut, bits, rows, cols):
+        raise ValueError(wrong)
+    out = torch.empty(rows, cols, dtype=dtype)
+    for first, stop, tile in _tiles(packed, lut, bits, rows, cols):
+        out[first:stop] = tile
+    return out
+
+
+def _by_tiles(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    flat = x.reshape(-1, cols).float()
+    out = torch.empty(len(flat), rows)
+    for first, stop, tile in _tiles(packed, lut, bits, rows, cols):
+        torch.mm(flat, tile.T, out=out[:, first:stop])
+    return out.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def _tiles(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Iterator[tuple[int, int, Tensor]]:
+    """`(first, stop, rows first to stop of W in float32)`; a tile is overwritten by the next."""
+    library = _library()
+    height = max(8, _TILE // cols // 8 * 8)  # 8 rows end on a whole byte
+    memory = torch.empty(min(height, rows), cols) if library else None
+    for first in range(0, rows, height):
+        stop = min(first + height, rows)
+        if library and memory is not None:
+            tile = memory[: stop - first]
+            weight = packed.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], _TYPES[lut.dtype]
+            library.edkm_unpack(*weight, tile.data_ptr(), first, stop, _threads(tile.numel()))
+        else:
+            tile = _tile(packed, lut, bits, rows, cols, first, stop)
+        yield first, stop, tile
+
+
+def _tile(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, first: int, stop: int) -> Tensor:
+    """Rows of W in torch."""
+    luts, k, _ = lut.shape
+    count = (stop - first) * cols
+    start = first * cols * bits // 8
+    indices = unpack_indices(packed[start : start + packed_bytes(count, bits)], bits, count).view(-1, cols)
+    tables = pad(lut.view(luts, k).float(), (0, (1 << bits) - k)).view(-1)
+    own = torch.arange(first, stop) // (rows // luts)
+    return tables[indices.int() + (own[:, None] << bits)]
+
+
+def _threads(weights: int) -> int:
+    """One or all: a pool that changes its size starts threads anew."""
+    return torch.get_num_threads() if weights >= _WORTH_THREADS else 1
+
+
+def _wrong(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> str | None:
+    """What the kernels, which check nothing, could not read."""
+    if not 1 <= bits <= 8 or rows < 1 or cols < 1:
+        return f"bits must be 1 to 8, rows and cols at least 1, got {bits}, {rows}, {cols}."
+    if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(rows * cols, bits),) or not packed.is_contiguous():
+        need = packed_bytes(rows * cols, bits)
+        return f"packed: {rows} x {cols} indices of {bits} bits are uint8 [{need}], contiguous, got {packed.dtype} {list(packed.shape)}."
+    if lut.dtype not in _TYPES or lut.dim() != 3 or lut.shape[2] != 1 or not lut.is_contiguous():
+        return f"lut must be float [luts, k, 1], contiguous, got {lut.dtype} {list(lut.shape)}. Use unpack of another kind for vectors."
+    if not 1 <= lut.shape[1] <= 1 << bits or not lut.shape[0] or rows % lut.shape[0]:
+        return f"lut: tables of 1 to {1 << bits} values, as many as divide {rows} rows, got {list(lut.shape)}."
+    if packed.device.type != "cpu" or lut.device.type != "cpu":
+        return f"packed and lut must be on a CPU, got {packed.device} and {lut.device}."
+    return None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The kernels; None, and a warning, if they cannot be built."""
+    try:
+        library = build.library(_SOURCE, *_FLAGS)
+        reason = "there is no C compiler, or EDKM_COMPILED=0"
+    except build.FAILURES as error:
+        library, reason = None, build.why(error)
+    if library is None:
+        warnings.warn(f"edkm: packed layers run in plain torch, many times slower: {reason}.", stacklevel=3)
+        return None
+    return declare(library)
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Types of what `cpu.c` exports, and the threads it may use."""
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    weight = [pointer, pointer, *[integer] * 6]
+    library.edkm_linear.argtypes = [*weight, pointer, pointer, integer, integer, integer]
+    library.edkm_unpack.argtypes = [*weight, pointer, integer, integer, integer]
+    library.edkm_unpack.restype = None
+    library.edkm_use.argtypes = [pointer]
+    library.edkm_use.restype = None
+    library.edkm_use(_parallel())
+    return library
+
+
+def _parallel() -> int | None:
+    """The address of `GOMP_parallel` in the OpenMP library that torch has loaded; GNU's, LLVM's and Intel's have it. None: one thread."""
+    try:
+        maps = Path("/proc/self/maps").read_text().split()
+    except OSError:
+        maps = []
+    for name in (None, *sorted({path for path in maps if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))})):
+        try:
+            return ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
