@@ -34,9 +34,9 @@ _TILE = 1 << 20
 _WORTH_THREADS = 1 << 17
 
 
-def takes(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
-    """Whether `linear` and `unpack` have compiled kernels for this weight. Says once if they cannot be built."""
-    return packed.device.type == "cpu" and _wrong(packed, lut, bits, rows, cols) is None and _library() is not None
+def takes(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
+    """Whether `linear` has compiled kernels for this. Says once if they cannot be built."""
+    return x.dtype in _TYPES and packed.device.type == "cpu" and _wrong(packed, lut, bits, rows, cols) is None and _library() is not None
 
 
 def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:

@@ -109,6 +109,10 @@ def _multiply(x: Tensor, weight: PackedWeight) -> Tensor:
 @cache
 def _kernels(device_type: str) -> Any:
     """The module of kernels for this kind of device, or None."""
+    if device_type == "cpu":
+        from edkm.compressed import cpu
+
+        return cpu
     if device_type == "cuda" and find_spec("triton") is not None:
         from edkm.compressed import gpu
 
