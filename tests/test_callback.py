@@ -60,6 +60,7 @@ def test_plain_steps_then_clustered_ones_then_a_packed_directory(tiny_model, tin
     trainer.train()
     steps = {int(m.step) for m in tiny_model.modules() if isinstance(m, Clustering)}
     assert steps == {3} and len(callback.report.clustered) == 15
+    assert {int(moments["step"]) for moments in trainer.optimizer.state.values()} == {3}  # those of the fitted weights
     packed = hf.load(tmp_path / "packed")
     assert torch.equal(logits(packed), logits(tiny_model))
     assert (tmp_path / "packed" / "tokenizer.json").is_file()

@@ -35,11 +35,12 @@ _PLACES = ("clustering.", "parametrizations.weight.0.clustering.")
 class Callback(TrainerCallback):
     """Cluster a model while a Trainer fine-tunes it, and write the packed model when training ends.
 
-    Training begins as always. After `plain_share` of its steps the model is calibrated on the training data, fitted and prepared in
-    place, and the rest of the steps trains clustered weights; `eval_loss` is that of the packed model from then on, and the search
-    for the best checkpoint starts anew. The optimizer goes on with its moments and its schedule: choose one that does not reach zero
-    before the end of the clustered steps. Checkpoints and `resume_from_checkpoint` work as always. A model that was prepared before is
-    trained as it is. Give it to the Trainer when that is made: `Trainer(..., callbacks=[edkm.Callback("packed")])`.
+    Training begins as always. After `plain_share` of its steps the model is calibrated on the training data, fitted and prepared in place,
+    and the rest of the steps trains clustered weights; `eval_loss` is that of the packed model from then on, and the search for the best
+    checkpoint starts anew. The optimizer starts with new moments, as in `edkm compress`, but its schedule goes on: choose one that leaves
+    the clustered steps a rate to learn at, a constant one or with a minimum. Checkpoints and `resume_from_checkpoint` work as always. A
+    model that was prepared before is trained as it is. Give it to the Trainer when that is made: `Trainer(...,
+    callbacks=[edkm.Callback("packed")])`.
 
     Args:
         out: directory of the packed model, new, empty or holding another packed model; not the Trainer's `output_dir`.
@@ -103,6 +104,8 @@ class Callback(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step >= self._plain_steps and not clusterings(model):
             self._cluster(model, state, kwargs["train_dataloader"])
+            # It belongs to the weights before the fit, and some optimizers keep copies of those in it.
+            kwargs["optimizer"].state.clear()
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if not clusterings(model):
