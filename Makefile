@@ -7,12 +7,15 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 # So do the methods that `edkm compare` takes from llmcompressor and torchao.
 BASELINES := .venv-baselines
+# coreai-opt brings torchao, which transformers would import, too.
+COREAI := .venv-coreai
 
-.PHONY: help setup demo test check format baselines bench bench-gpu clean
+.PHONY: help setup demo test test-coreai check format baselines bench bench-gpu clean
 
 help:
 	@echo "make demo       compress SmolLM2-135M to 3.2 bits a weight while fine-tuning it, and print one table"
 	@echo "make test       run the tests"
+	@echo "make test-coreai  those of edkm.coreai, in an environment that has coreai-opt"
 	@echo "make check      format, lint and types"
 	@echo "make baselines  the environment of edkm compare's gptq, awq and smoothquant"
 	@echo "make bench      time and memory of the clustering, beside coremltools"
@@ -31,6 +34,15 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+$(COREAI)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(COREAI)
+	$(COREAI)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(COREAI)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[coreai]" pytest
+	@touch $@
+
+test-coreai: $(COREAI)/.ready
+	$(COREAI)/bin/python -m pytest tests/test_coreai.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -63,4 +75,4 @@ bench-gpu:
 	PYTHONPATH=src python3 -m benchmarks op --device cuda --json benchmarks/results/op-cuda.json
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(BASELINES) out
+	rm -rf $(VENV) $(PEERS) $(BASELINES) $(COREAI) out

@@ -12,7 +12,7 @@ from edkm import cli
 from edkm.evaluate import Perplexity, generate, perplexity
 from edkm.models import load_model
 
-COMMANDS = ["eval", "generate", "inspect", "unpack"]
+COMMANDS = ["eval", "generate", "inspect", "unpack", "report"]
 TEXT = "the quick brown fox jumps over the lazy dog. " * 12
 
 SUMMARY = {

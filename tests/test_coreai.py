@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
+pytest.importorskip("coreai_opt", reason="its environment is another: make test-coreai")
+
 from coreai_opt import ExportBackend
 from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, ModuleKMeansPalettizerConfig, PalettizationSpec
 from coreai_opt.palettization.config.palettization_config import PATSchedule

@@ -215,7 +215,8 @@ def test_lm_eval_takes_it(saved, tiny_tokenizer, tmp_path):
     for source in (str(folder), model):
         lm = HFLM(pretrained=source, tokenizer=tiny_tokenizer, device="cpu", dtype="float32", batch_size=1)
         found.append(lm.loglikelihood([Request(args) for _, args in request], disable_tqdm=True))
-    assert found[0] == found[1] and found[0][0][0] < 0
+    assert all(loss == pytest.approx(dense, rel=1e-5) and greedy == same for (loss, greedy), (dense, same) in zip(*found))
+    assert found[0][0][0] < 0
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
@@ -278,7 +279,7 @@ def test_a_vision_transformer(tmp_path):
         (lambda d: flip(d / "model.safetensors"), "checksum"),
         (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]), "not a whole safetensors file"),
         (lambda d: edit(d, lambda q: q.update(format_version=99)), "format_version"),
-        (lambda d: edit(d, lambda q: q["tensors"].pop("model.layers.0.mlp.up_proj.weight")), "does not fit|has shape"),
+        (lambda d: edit(d, lambda q: q["tensors"].pop("model.layers.0.mlp.up_proj.weight")), "not of one model"),
     ],
     ids=["flipped", "truncated", "version", "entry"],
 )

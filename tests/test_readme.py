@@ -9,9 +9,11 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_snippets_run(capsys):
+def test_python_snippets_run(capsys, monkeypatch, tmp_path, packed_dir):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
+    (tmp_path / "packed").symlink_to(packed_dir)
+    monkeypatch.chdir(tmp_path)
     scope: dict = {}
     for snippet in snippets:
         exec(snippet, scope)
