@@ -2,13 +2,14 @@
 
 import sys
 
-from benchmarks import ablation, compare, coreai, fuzz, memory, offload, op, recipe, step
+from benchmarks import ablation, compare, coreai, fuzz, generation, memory, offload, op, recipe, step
 
 COMMANDS = {
     "ablation": ablation.main,
     "compare": compare.main,
     "coreai": coreai.main,
     "fuzz": fuzz.main,
+    "generation": generation.main,
     "memory": memory.main,
     "offload": offload.main,
     "op": op.main,
