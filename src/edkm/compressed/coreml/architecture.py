@@ -1,0 +1,118 @@
+"""Which models can be exported, and the numbers that their programs are made of.
+
+The exported program is written by hand (`program.py`), so it fits the architectures of this file and no others. What
+is allowed here is not trusted: after the export the program itself is run and compared with the model (`check.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Pre-norm decoders with rotary positions, grouped heads and a gated feed-forward part; they differ in biases and in
+# norms of queries and keys, which are seen from the tensors.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# Rotary positions whose angles do not depend on the length of the text: one table serves all of it.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Longest text unless `context` says otherwise.
+_CONTEXT = 2048
+
+
+class Architecture(NamedTuple):
+    """What the program needs to know of a model.
+
+    Attributes:
+        layers, heads, kv_heads, head_dim, hidden: sizes.
+        eps: of the norms.
+        context: longest text in tokens, at most what the model was made for.
+        embedding, head: names of the embedding and of the output layer's weight; the same if they are tied.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    eps: float
+    context: int
+    embedding: str
+    head: str
+
+
+def architecture(directory: Path, config: PreTrainedConfig, names: set[str], context: int | None) -> Architecture:
+    """Reads the sizes of a model, or refuses it.
+
+    Args:
+        directory: for messages.
+        config: of the model.
+        names: of all tensors in the checkpoint.
+        context: longest text in tokens; None for the smaller of 2048 and what the model was made for.
+
+    Raises:
+        ValueError: the program does not fit this model, or the context is out of range.
+    """
+    values: Any = config
+    longest = values.max_position_embeddings if config.model_type in MODEL_TYPES else 0
+    if (reason := _misfit(values)) is not None:
+        raise ValueError(
+            f"{directory}: {reason}; Core ML export covers {', '.join(MODEL_TYPES)} with full attention. "
+            "Use edkm unpack and a converter that knows the model."
+        )
+    context = min(_CONTEXT, longest) if context is None else context
+    if not 1 <= context <= longest:
+        raise ValueError(f"context: the model was made for 1 to {longest} tokens, got {context}")
+    if (window := _window(values)) is not None and window < context:
+        raise ValueError(f"context: {directory} attends to {window} tokens at a time, got {context}. Use at most {window}.")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    head_dim = getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads
+    return Architecture(
+        layers=values.num_hidden_layers,
+        heads=values.num_attention_heads,
+        kv_heads=values.num_key_value_heads,
+        head_dim=head_dim,
+        hidden=values.hidden_size,
+        eps=values.rms_norm_eps,
+        context=context,
+        embedding=embedding,
+        head=head if head in names else embedding,
+    )
+
+
+def rotary(model: Any, context: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all positions as the model itself computes them.
+
+    Returns:
+        Two tensors `[context, head_dim]`, float32.
+    """
+    import torch
+
+    with torch.no_grad():
+        cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(context).unsqueeze(0))
+    return cos[0], sin[0]
+
+
+def _misfit(values: Any) -> str | None:
+    if values.model_type not in MODEL_TYPES:
+        return f"the architecture {values.model_type!r} is not among those that can be exported"
+    rope = values.rope_parameters.get("rope_type", "default")
+    if rope not in _ROPE_TYPES:
+        return f"rotary positions of type {rope!r} depend on the length of the text"
+    if values.hidden_act != "silu":
+        return f"the activation {values.hidden_act!r} is not silu"
+    if "partial_rotary_factor" in values.rope_parameters and values.rope_parameters["partial_rotary_factor"] != 1:
+        return "rotary positions cover a part of the head"
+    return None
+
+
+def _window(values: Any) -> int | None:
+    """Tokens that a sliding layer sees; None if every layer sees all."""
+    window = getattr(values, "sliding_window", None)
+    kinds = getattr(values, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return window if getattr(values, "use_sliding_window", True) else None
