@@ -18,6 +18,7 @@ from typing import Any
 
 from ._version import __version__
 from .compare.command import add_compare
+from .compressed.coreml.command import add_export
 from .report.command import add_report
 from .strict_json import dumps
 from .train.command import add_compress, check_output
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add_report(subparsers, _command)
     for add in (_add_eval, _add_generate, _add_inspect, _add_unpack):
         add(subparsers)
+    add_export(subparsers, _command)
     return parser
 
 

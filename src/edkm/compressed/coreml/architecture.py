@@ -51,23 +51,23 @@ def architecture(directory: Path, config: PreTrainedConfig, names: set[str], con
         directory: for messages.
         config: of the model.
         names: of all tensors in the checkpoint.
-        context: longest text in tokens; None for the smaller of 2048 and what the model was made for.
+        context: longest text in tokens; None for the smaller of 2048 and what the model was made for (or its sliding window).
 
     Raises:
         ValueError: the program does not fit this model, or the context is out of range.
     """
     values: Any = config
-    longest = values.max_position_embeddings if config.model_type in MODEL_TYPES else 0
     if (reason := _misfit(values)) is not None:
         raise ValueError(
             f"{directory}: {reason}; Core ML export covers {', '.join(MODEL_TYPES)} with full attention. "
             "Use edkm unpack and a converter that knows the model."
         )
-    context = min(_CONTEXT, longest) if context is None else context
-    if not 1 <= context <= longest:
-        raise ValueError(f"context: the model was made for 1 to {longest} tokens, got {context}")
-    if (window := _window(values)) is not None and window < context:
-        raise ValueError(f"context: {directory} attends to {window} tokens at a time, got {context}. Use at most {window}.")
+    longest: int = values.max_position_embeddings
+    if (window := _window(values)) is not None:
+        longest = min(longest, window)
+    tokens = min(_CONTEXT, longest) if context is None else context
+    if not 1 <= tokens <= longest:
+        raise ValueError(f"context: {directory} attends to 1 to {longest} tokens at a time, got {tokens}. Use at most {longest}.")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     head_dim = getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads
     return Architecture(
@@ -77,7 +77,7 @@ def architecture(directory: Path, config: PreTrainedConfig, names: set[str], con
         head_dim=head_dim,
         hidden=values.hidden_size,
         eps=values.rms_norm_eps,
-        context=context,
+        context=tokens,
         embedding=embedding,
         head=head if head in names else embedding,
     )

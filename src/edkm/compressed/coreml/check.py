@@ -1,17 +1,15 @@
 """Is the package on disk the packed model? Everything here looks at what was read back from the file.
 
-1. The indices and tables of every clustered tensor equal ours, and so does every other tensor in the program's precision.
-2. The program, run by `arithmetic.py`, gives the packed model's logits.
+1. The stored bytes of all indices are our packed bytes, the tables equal ours, and so does every other tensor in the program's precision.
+2. The program, read by coremltools and run by `arithmetic.py`, gives the packed model's logits.
 3. On macOS also Core ML's own prediction.
-
-coremltools wrote the file and coremltools reads it here: a fault that its writer and its reader share would go unseen by 1 and 2.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edkm.compressed.checkpoint import Item
+from edkm.compressed import layout
 from edkm.compressed.coreml import arithmetic
 from edkm.compressed.coreml.architecture import Architecture
 from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, TOKENS, VALUES
-from edkm.compressed.coreml.weights import dense, width
-from edkm.core.assign import Frozen
+from edkm.compressed.coreml.stored import Constant, read_constants
+from edkm.compressed.coreml.weights import PRECISIONS, dense, width
+from edkm.compressed.layout import LUT_SUFFIX, Entry
+from edkm.compressed.packing import pack_indices, unpack_indices
+from edkm.compressed.shards import open_shards
 
 LEAST_COSINE = 0.9999
 # A device rounds in its own way: what is wrong is far below this, what is rounded above.
@@ -53,48 +54,55 @@ def read(package: Path) -> Any:
 
     model = ct.models.MLModel(str(package), skip_model_load=True)
     spec = model.get_spec()
-    return load(spec, spec.specificationVersion, file_weights_dir=model.weights_dir).functions["main"]
+    return load(spec, spec.specificationVersion, file_weights_dir=str(model.weights_dir)).functions["main"]
 
 
-def check_tensors(function: Any, items: Mapping[str, Item], precision: str) -> int:
-    """Compares every tensor of the package with the packed one.
+def check_tensors(package: Path, directory: Path, precision: str) -> int:
+    """Compares every tensor in the package with the packed one.
 
     Returns:
         How many clustered tensors there are.
 
     Raises:
         ValueError: one is missing or differs.
+
+    Cost:
+        The bytes of the package in memory, and one pass over the packed files. Indices stay packed, unless they were widened.
     """
-    found = {}
-    for op in function.operations:
-        if op.op_type in ("const", "constexpr_lut_to_dense"):
-            found[op.outputs[0].name] = op
-    clustered = 0
-    for name, item in items.items():
-        op, ours = found.get(tensor_name(name)), item.load()
-        clustered += isinstance(ours, Frozen)
-        if op is None or not _equal(op, name, ours, precision):
-            what = "is not in the package" if op is None else "differs in the package"
-            raise ValueError(f"{name}: {what}. This is a fault of edkm or of coremltools; edkm was tested with 9.0.")
-    return clustered
+    constants = read_constants(package)
+    entries = layout.entries(directory)
+    with open_shards(directory) as stored:
+        names = [name for name in stored if name.removesuffix(LUT_SUFFIX) not in entries or name in entries]
+        for name in names:
+            found = constants.get(tensor_name(name), {})
+            if name in entries:
+                equal = _equal_table(found, entries[name], stored[name].load(), stored[name + LUT_SUFFIX].load(), precision)
+            else:
+                equal = _equal_dense(found, dense(name, stored[name].load(), precision))
+            if not equal:
+                what = "differs in the package" if found else "is not in the package"
+                raise ValueError(f"{name}: {what}. This is a fault of edkm or of coremltools; edkm was tested with 9.0.")
+    return len(entries)
 
 
-def _equal(op: Any, name: str, ours: Frozen | Tensor, precision: str) -> bool:
-    if isinstance(ours, Tensor):
-        expected = dense(name, ours, precision)
-        return op.op_type == "const" and op.val.val.dtype == expected.dtype and np.array_equal(op.val.val, expected)
-    if op.op_type != "constexpr_lut_to_dense":
+def _equal_dense(found: dict[str, Constant], expected: np.ndarray) -> bool:
+    return found == {"val": Constant(expected.dtype.name.upper(), expected.shape, expected.tobytes())}
+
+
+def _equal_table(found: dict[str, Constant], entry: Entry, packed: Tensor, lut: Tensor, precision: str) -> bool:
+    """Whether indices (the packed stream) and tables `[luts, k, dim]` are those found. What pads a table does not matter."""
+    if found.keys() != {"indices", "lut"} | ({"vector_axis"} if entry.dim > 1 else set()):
         return False
-    luts, k, dim = ours.lut.shape
-    lut, bits = op.lut.val, op.indices.dtype.get_bitwidth()
-    axis = None if op.vector_axis is None else int(op.vector_axis.val)
-    return (
-        bits == width(ours.bits)
-        and np.array_equal(np.asarray(op.indices.val), ours.indices.numpy())
-        and lut.shape == (luts, 1, 2**bits, dim)
-        and np.array_equal(lut[:, 0, :k].astype(np.float32), ours.lut.float().numpy())
-        and axis in ((None, 0) if dim == 1 else (0,))
-    )
+    bits = width(entry.bits)
+    if bits != entry.bits:
+        packed = pack_indices(unpack_indices(packed, entry.bits, math.prod(entry.grid)), bits)
+    shape, kind = (entry.luts, 1, 2**bits, entry.dim), np.dtype(PRECISIONS[precision])
+    if found["indices"] != Constant(f"UINT{bits}", entry.grid, packed.numpy().tobytes()):
+        return False
+    if found["lut"][:2] != (kind.name.upper(), shape):
+        return False
+    tables = np.frombuffer(found["lut"].data, kind).reshape(shape)[:, 0, : lut.shape[1]]
+    return np.array_equal(tables, lut.numpy()) and (entry.dim == 1 or found["vector_axis"].data == bytes(4))
 
 
 def program_logits(function: Any, arch: Architecture, tokens: Tensor, *, kv_cache: bool) -> Tensor:

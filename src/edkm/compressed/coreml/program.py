@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ _NEVER = -3e4
 # Norms divide by the largest value first, at least this. Any divisor is right; this one keeps eps / divisor**2 in float16.
 _LEAST_SCALE = 1e-2
 
-Var = Any
+Var: TypeAlias = Any
 # A MIL constant, by the name of the tensor in the model; None if the model has no such tensor.
 Constant = Callable[[str], Var]
 
@@ -57,9 +57,9 @@ def build(
         The program and the `inputs` argument for `coremltools.convert`.
     """
     import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb
-    from coremltools.converters.mil.mil import get_new_symbol, types
+    from coremltools.converters.mil.mil import Builder, get_new_symbol, types
 
+    mb: Any = Builder  # its operations are attributes made on import
     most = arch.context
     new = most if fixed else get_new_symbol()
     specs = [mb.TensorSpec(shape=(1, new), dtype=types.int32)]
@@ -73,30 +73,27 @@ def build(
         inputs.append(ct.TensorType(name=MASK, shape=shape, dtype=np.float16))
 
     # The builder takes the names of inputs from the parameters.
-    if kv_cache:
+    def stateless(inputIds):
+        end = _length(mb, inputIds, 1)
+        where = _between(mb, rope, 0, end, precision)
+        mask = _causal(mb, end, PRECISIONS[precision])
+        return _decoder(mb, arch, constant, inputIds, where, mask, lambda layer, key, value: (key, value), precision)
 
-        def main(inputIds, fullAttentionMask, keyCache, valueCache):  # noqa: N803
-            end = _length(mb, fullAttentionMask, 3)
-            past = mb.sub(x=end, y=_length(mb, inputIds, 1))
-            mask = mb.cast(x=fullAttentionMask, dtype="fp32") if precision == "float32" else fullAttentionMask
-            attend = _cached(mb, precision, keyCache, valueCache, past, end)
-            return _decoder(mb, arch, constant, inputIds, _between(mb, rope, past, end, precision), mask, attend, precision)
-    else:
+    def stateful(inputIds, fullAttentionMask, keyCache, valueCache):
+        end = _length(mb, fullAttentionMask, 3)
+        past = mb.sub(x=end, y=_length(mb, inputIds, 1))
+        where = _between(mb, rope, past, end, precision)
+        mask = mb.cast(x=fullAttentionMask, dtype="fp32") if precision == "float32" else fullAttentionMask
+        return _decoder(mb, arch, constant, inputIds, where, mask, _cached(mb, precision, keyCache, valueCache, past, end), precision)
 
-        def main(inputIds):  # noqa: N803
-            end = _length(mb, inputIds, 1)
-            mask = _causal(mb, end, PRECISIONS[precision])
-            where = _between(mb, rope, np.int32(0), end, precision)
-            return _decoder(mb, arch, constant, inputIds, where, mask, lambda layer, k, v: (k, v), precision)
-
-    return mb.program(input_specs=specs, opset_version=ct.target.iOS18)(main), inputs
+    return mb.program(input_specs=specs, opset_version=ct.target.iOS18)(stateful if kv_cache else stateless), inputs
 
 
 def _decoder(mb: Any, arch: Architecture, constant: Constant, tokens: Var, rope: Any, mask: Var, attend: Any, precision: str) -> Var:
     """Tokens to logits."""
 
-    def linear(x: Var, name: str, **names: str) -> Var:
-        weight, bias = constant(f"{name}.weight"), constant(f"{name}.bias")
+    def linear(x: Var, module: str, **names: str) -> Var:
+        weight, bias = constant(f"{module}.weight"), constant(f"{module}.bias")
         return mb.linear(x=x, weight=weight, bias=zeros(weight.shape[0]) if bias is None else bias, **names)
 
     @cache
@@ -197,15 +194,14 @@ def _length(mb: Any, x: Var, axis: int) -> Var:
     return mb.gather(x=mb.shape(x=x), indices=np.int32(axis), axis=0)
 
 
-def _between(mb: Any, rope: tuple[Tensor, Tensor], past: Var, end: Var, precision: str) -> tuple[Var, Var]:
+def _between(mb: Any, rope: tuple[Tensor, Tensor], past: Var | int, end: Var, precision: str) -> tuple[Var, Var]:
     """Cosines and signed sines of the positions `past` to `end - 1`: two `[s, head_dim]`."""
     cos, sin = rope
     half = sin.shape[1] // 2
     found = []
     for name, table in (("cosines", cos), ("sines", torch.cat((-sin[:, :half], sin[:, half:]), 1))):
         whole = mb.const(val=table.numpy().astype(PRECISIONS[precision]), name=name)
-        begin = np.array([0, 0], np.int32) if isinstance(past, np.int32) else _index(mb, [past, 0])
-        found.append(mb.slice_by_index(x=whole, begin=begin, end=_index(mb, [end, 0]), end_mask=[False, True]))
+        found.append(mb.slice_by_index(x=whole, begin=_index(mb, [past, 0]), end=_index(mb, [end, 0]), end_mask=[False, True]))
     return found[0], found[1]
 
 

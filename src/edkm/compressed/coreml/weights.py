@@ -81,7 +81,9 @@ def check_stored(entries: Mapping[str, Any], items: Mapping[str, Item], *, widen
     widened = {}
     for name, entry in entries.items():
         if len(entry.shape) != 2:
-            raise ValueError(f"{name}: a clustered tensor of shape {list(entry.shape)}; Core ML export takes matrices. Leave it out (skip).")
+            raise ValueError(
+                f"{name}: a clustered tensor of shape {list(entry.shape)}; Core ML export takes matrices. Leave it out (skip)."
+            )
         if entry.bits not in WIDTHS:
             widened[name] = width(entry.bits)
     if widened and not widen:
