@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -72,7 +71,7 @@ def export(
         FormatError: what `checkpoint.open_items` refuses.
 
     Cost:
-        The dense model in float32 once, for the logits to compare with; then 2 bytes a weight. Two passes over the files.
+        The dense model in float32 once, for the logits to compare with; then about 2 bytes a weight. Three passes over the files.
     """
     directory, out = Path(directory), Path(out)
     _check_options(out, precision, kv_cache, fixed, overwrite)
@@ -86,7 +85,6 @@ def export(
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}") as folder:
             package = Path(folder) / out.name
             _write(package, directory, items, arch, rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
-            gc.collect()
             clustered = check.check_tensors(package, directory, precision)
             found = check.program_logits(check.read(package), arch, tokens, kv_cache=kv_cache)
             on_program = check.compare(found, expected)
