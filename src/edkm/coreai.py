@@ -31,7 +31,7 @@ from edkm.config import ClusterConfig
 from edkm.core.assign import assign, round_lut
 from edkm.core.op import check_shapes
 from edkm.core.reference import compute_dtype
-from edkm.train.layer import ClusteredWeight, Clustering
+from edkm.train.layer import Clustering, clustered_weight
 
 # coreai-opt's own weighted k-means divides by the importance of a cluster; its calibration has the same floor.
 _LEAST_IMPORTANCE = 1e-12
@@ -58,7 +58,7 @@ class EdkmStrategy(nn.Module, TrainingStrategy):
         if self.clustering is None:
             _adopt(module, weight, None)
         assert self.clustering is not None
-        soft = ClusteredWeight(self.clustering)(weight)
+        soft = clustered_weight(weight, self.clustering)
         _show(module, self.clustering)
         return soft
 
