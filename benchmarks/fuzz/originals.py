@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
-
-import torch
 
 
 def save_originals(directory: Path) -> list[Path]:
@@ -20,6 +19,7 @@ def save_originals(directory: Path) -> list[Path]:
 
 
 def _save(directory: Path, width: int) -> None:
+    import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -56,7 +56,9 @@ def _save(directory: Path, width: int) -> None:
     hf.save_pretrained(directory, frozen, dense, {"bits": 3}, config, tokenizer, GenerationConfig())
 
 
-def _freeze(weight: torch.Tensor, k: int, luts: int, dim: int) -> object:
+def _freeze(weight: Any, k: int, luts: int, dim: int) -> Any:
+    import torch
+
     from edkm.core.assign import Frozen, assign, round_lut
 
     lut = round_lut(torch.linspace(-0.05, 0.05, k).view(1, k, 1) * torch.linspace(1, 2, luts).view(luts, 1, 1))

@@ -58,26 +58,27 @@ class Result(NamedTuple):
     seconds: float
 
 
-class _Worker:
+class Worker:
     """A process that loads one directory after another; started again after it has ended."""
 
     def __init__(self, load: Load, originals: list[Path], timeout_s: float) -> None:
         self.load, self.originals, self.timeout_s = load, originals, timeout_s
         self.process: Any = None
 
-    def ask(self, directory: Path, original: Path) -> dict[str, Any] | str:
+    def ask(self, directory: Path) -> dict[str, Any] | str:
         """The worker's answer, or "hang" or "crash"."""
         if self.process is None:
             self._start()
-        self.pipe.send((directory, original.name))
+        self.pipe.send(directory)
         return self._answer(self.timeout_s)
 
-    def stop(self) -> str:
+    def stop(self) -> None:
+        if self.process is None:
+            return
         self.process.kill()
         self.process.join()
-        code, self.process = self.process.exitcode, None
+        self.process = None
         self.pipe.close()
-        return f"exit code {code}"
 
     def _start(self) -> None:
         # A fresh interpreter: a fork would inherit memory that is not the loader's.
@@ -124,7 +125,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         originals = save_originals(Path(folder))
         expected: dict[str, Any] = {}
-        worker = _Worker(load, originals, timeout_s)
+        worker = Worker(load, originals, timeout_s)
         try:
             for number in numbers:
                 rng = Random(f"{seed}-{number}")
@@ -135,18 +136,18 @@ def run(
                 shutil.copytree(original, directory)
                 MUTATIONS[kind](directory, rng)
                 if not expected:
-                    expected = {path.name: worker.ask(path, path) for path in originals}
-                answer = worker.ask(directory, original)
-                yield _judge(number, kind, original.name, answer, expected[original.name], _size(directory))
+                    expected = {path.name: worker.ask(path) for path in originals}
+                answer = worker.ask(directory)
+                yield judge(number, kind, original.name, answer, expected[original.name], _size(directory))
                 if keep is not None:
                     shutil.copytree(directory, keep, symlinks=True, dirs_exist_ok=True)
                 shutil.rmtree(place)
         finally:
-            if worker.process is not None:
-                worker.stop()
+            worker.stop()
 
 
-def _judge(number: int, kind: str, original: str, answer: Any, expected: Any, size: int) -> Result:
+def judge(number: int, kind: str, original: str, answer: Any, expected: Any, size: int) -> Result:
+    """The result of a case, from the worker's answers for it and for the original."""
     if isinstance(answer, str):
         return Result(number, kind, original, answer, "", 0, size, 0.0)
     message, extra = answer["message"], max(0, answer["peak_bytes"] - expected["peak_bytes"])
@@ -181,8 +182,7 @@ def _work(pipe: Connection, load: Load, originals: list[Path]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe.send("ready")
     while True:
-        directory, _ = pipe.recv()
-        pipe.send(_measure(load, directory))
+        pipe.send(_measure(load, pipe.recv()))
 
 
 def _measure(load: Load, directory: Path) -> dict[str, Any]:
