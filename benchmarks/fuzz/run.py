@@ -174,6 +174,9 @@ def _size(directory: Path) -> int:
 def _work(pipe: Connection, load: Load, originals: list[Path]) -> None:
     for path in originals * 2:
         load(path)
+    # What is there now stays: the collections before each case need not look at it.
+    gc.collect()
+    gc.freeze()
     # What a library logs about a damaged model is no result.
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
