@@ -1,6 +1,7 @@
 """The packed checkpoint: what is read is what was written, and whatever else is refused in one line."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +248,12 @@ def test_fields_of_the_format_page(saved: Path):
         (lambda c: c["tensors"][NAME].update(shape=[]), "list of positive numbers"),
         (lambda c: c["tensors"][NAME].update(shape=[6, -7]), "list of positive numbers"),
         (lambda c: c["tensors"][NAME].update(shape=[6, 2**60]), "must be uint8"),
+        (lambda c: c["tensors"][NAME].update(shape=[7, 6], luts=1), r"must be float16 \[1, 5 to 8, 1\]"),
+        (lambda c: c["tensors"][NAME].update(shape=[6, 7, 1]), "header and config.json are not of one model"),
+        (lambda c: c["tensors"][NAME].update(shape=[6, 10**4000]), "list of positive numbers"),
+        (lambda c: c["tensors"][NAME].update(shape=[6, *[1] * 64]), "list of positive numbers"),
+        (lambda c: c["tensors"].pop(NAME), "header and config.json are not of one model"),
+        (lambda c: c.update({"a\nb" * 1000: 1}), r"unknown fields a\\nba.* \.\.\. .*Use a newer edkm"),
         (lambda c: c["tensors"][NAME].update(dim=5), "must divide the 6 rows, got dim 5"),
         (lambda c: c["tensors"][NAME].update(luts=0), "must divide the 6 rows, got dim 1 and luts 0"),
         (lambda c: c["tensors"][NAME].update(luts=3), r"must be float16 \[3, 5 to 8, 1\]"),
@@ -304,6 +311,9 @@ def test_version_1_is_written_where_it_can_say_it(saved: Path, tmp_path: Path):
         ("{", "not a JSON file"),
         ("[" * 100_000, "not a JSON file"),
         ('{"a": NaN}', "NaN is not JSON"),
+        ('{"a": 1, "a": 1}', "the key 'a' occurs twice"),
+        ("", "must have 1 to 1048"),
+        ('{"a": "' + "x" * 1_100_000 + '"}', "must have 1 to 1048"),
         ("[]", "must hold a JSON object, got list"),
         ("{}", "has no quantization_config. This is an ordinary model"),
     ],
@@ -355,6 +365,51 @@ def test_checksums_must_be_there(saved: Path):
         refuses(saved, "has no edkm checksums")
     save_file(tensors, path, {"edkm": '{"crc32": {}}'})
     refuses(saved, "has no checksum")
+
+
+def edit_header(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h["norm.weight"].update(dtype="F16"), "header and config.json are not of one model"),
+        (lambda h: h["head.bias"].update(shape=[2, 3]), "header and config.json are not of one model"),
+        (lambda h: h["empty"].update(shape=[0, 5]), "header and config.json are not of one model"),
+        (lambda h: h["empty"].update(shape=[0, 2**63]), r"empty: shape \[0, 9223372036854775808\] is too large"),
+        (lambda h: h["norm.weight"].update(dtype="F16\n"), r"not a whole safetensors file .*`F16\\n`"),
+        (lambda h: h.update(x={"dtype": "U8", "shape": [0] * 600_000, "data_offsets": [0, 0]}), "have a header of at most 11"),
+        (lambda h: h.update({"a\n": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}), r"a\\n: a name must be printable"),
+        (lambda h: h["__metadata__"].update(edkm='{"crc32": {}, "crc64": {}}'), r"unknown fields \['crc64'\]"),
+    ],
+)
+def test_header_refused(saved: Path, change: Callable[[dict[str, Any]], Any], message: str):
+    edit_header(saved, change)
+    refuses(saved, message)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_what_is_no_plain_file_is_not_waited_for(saved: Path, tmp_path: Path, file: str):
+    (saved / file).rename(tmp_path / file)
+    os.mkfifo(tmp_path / "pipe")
+    for make in (
+        os.mkfifo,
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to(tmp_path / "pipe"),
+        lambda path: path.symlink_to("/dev/zero"),
+    ):
+        make(saved / file)
+        refuses(saved, f"{file}: must be a regular file, or a link to one")
+        (saved / file).rmdir() if (saved / file).is_dir() else (saved / file).unlink()
+    (saved / file).symlink_to(tmp_path / file)
+    assert read(saved).frozen.keys() == {NAME, "layers.1.proj.weight"}
 
 
 def same(a: checkpoint.Packed, b: checkpoint.Packed) -> bool:
@@ -456,6 +511,7 @@ def test_write_refuses(tmp_path: Path):
         ({NAME: good._replace(lut=good.lut * torch.inf)}, {}, "every centroid must be finite"),
         ({NAME: good._replace(error=float("nan"))}, {}, "error must be a finite number"),
         ({NAME: good}, {NAME: weight}, "the name is taken"),
+        ({"a\nb": good}, {}, r"a\\nb: a name must be printable"),
         ({NAME: good}, {NAME + "_lut": weight}, "the name is taken"),
         ({}, {"__metadata__": weight}, "the name is taken"),
         ({}, {"a": weight, "b": weight}, "b: is the same memory as a"),

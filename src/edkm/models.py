@@ -65,7 +65,7 @@ def _quantization_method(directory: Path) -> str | None:
     try:
         quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
         return quantization.get("quant_method")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{config}: is not a JSON object ({error}). Save the model again.") from error
 
 
