@@ -39,7 +39,7 @@ typedef uint32_t loose_words __attribute__((vector_size(4 * LANES), may_alias, a
 enum { FLOAT32, FLOAT16, BFLOAT16 };
 
 typedef struct Job Job;
-typedef void Kernel(const Job *, int64_t first, int64_t stop);
+typedef void Kernel(const Job *, int64_t first, int64_t stop, float *scratch);
 
 struct Job {
     const uint8_t *packed; /* the stream of rows * cols indices */
@@ -48,10 +48,13 @@ struct Job {
     const void *x; /* [batch, cols] */
     void *out;     /* [batch, rows], or what is unpacked of [rows, cols] */
     int64_t batch, x_type;
-    float *arranged; /* x as the kernels read it: [batch, padded to GROUP][vectors of a row][steps][LANES] */
     Kernel *kernel;
     int64_t first, stop; /* the rows asked for */
-    int64_t next;        /* the first that no thread has taken */
+    float *xs;           /* x in float32, as the kernel reads it: [batch, padded as in `blocks`][stride] */
+    int64_t stride;
+    float *scratch;        /* of `apart` floats for every thread */
+    int64_t apart;
+    int64_t next, entered; /* the first row that no thread has taken, and how many threads have come */
 };
 
 /* Looking up: the low 4 bits of every lane, or those of them that the table's size needs. A permutation of 16 takes 4 bits: enough for 2
@@ -63,31 +66,43 @@ struct Job {
 #define PER_SHIFT(bits) 1
 #endif
 
-/* The first of 16 readable entries, 2^bits of them meant. A table of 8 bits stays in memory. */
+/* The first of 16 readable entries, 2^bits of them meant. */
 #if LANES == 16
-typedef struct { floats all; const float *entries; } Table;
+typedef struct { floats all; } Table;
 INLINE Table table_of(const float *entries, const int bits, const int low) {
     words order;
     for (int l = 0; l < LANES; l++) order[l] = (l >> low) & ((1 << bits) - 1);
-    return (Table){(floats)_mm512_permutexvar_ps((__m512i)order, _mm512_loadu_ps(entries)), entries};
+    return (Table){(floats)_mm512_permutexvar_ps((__m512i)order, _mm512_loadu_ps(entries))};
 }
 INLINE floats look_up(const Table *t, words v, const int bits) {
-    if (bits == 8) return (floats)_mm512_i32gather_ps((__m512i)(v & 255), t->entries, 4);
+    (void)bits;
     return (floats)_mm512_permutexvar_ps((__m512i)v, (__m512)t->all);
 }
+/* 16 indices: dwords of 8. */
+INLINE words eights(const uint8_t *at, const int bits) {
+    uint32_t low, high;
+    memcpy(&low, at, 4);
+    memcpy(&high, at + bits, 4);
+    return (words)_mm512_mask_set1_epi32(_mm512_set1_epi32((int)low), 0xff00, (int)high);
+}
 #elif LANES == 8
-typedef struct { floats low, high; const float *entries; } Table;
+typedef struct { floats low, high; } Table;
 INLINE Table table_of(const float *entries, const int bits, const int low) {
     words order;
     (void)low;
     for (int l = 0; l < LANES; l++) order[l] = l & ((1 << bits) - 1);
-    return (Table){(floats)_mm256_permutevar8x32_ps(_mm256_loadu_ps(entries), (__m256i)order), (floats)_mm256_loadu_ps(entries + 8), entries};
+    return (Table){(floats)_mm256_permutevar8x32_ps(_mm256_loadu_ps(entries), (__m256i)order), (floats)_mm256_loadu_ps(entries + 8)};
 }
 INLINE floats look_up(const Table *t, words v, const int bits) {
-    if (bits == 8) return (floats)_mm256_i32gather_ps(t->entries, (__m256i)(v & 255), 4);
     const floats low = (floats)_mm256_permutevar8x32_ps((__m256)t->low, (__m256i)v);
     if (bits < 4) return low;
     return (floats)_mm256_blendv_ps((__m256)low, _mm256_permutevar8x32_ps((__m256)t->high, (__m256i)v), (__m256)(v << 28));
+}
+INLINE words eights(const uint8_t *at, const int bits) {
+    uint32_t low;
+    (void)bits;
+    memcpy(&low, at, 4);
+    return (words)_mm256_set1_epi32((int)low);
 }
 #else
 typedef struct { const float *entries; } Table;
@@ -137,22 +152,21 @@ INLINE void read_floats(const void *from, int64_t type, int64_t at, int64_t n, f
 static int64_t vectors_of(const Job *j) { return (j->cols * j->bits + 32 * LANES - 1) / (32 * LANES); }
 static int64_t steps_of(const Job *j) { return j->bits == 3 ? 11 : 32 / j->bits; }
 
-/* x in the order in which the indices come; batch rows that only fill up the last group stay zero. */
-static void arrange(const Job *j, float *row) {
+/* A row of x in the order in which the indices come. */
+static void arrange(const Job *j, const float *row, float *out) {
     const int64_t vectors = vectors_of(j), steps = steps_of(j);
-    float *out = j->arranged;
-    for (int64_t b = 0; b < j->batch; b++) {
-        read_floats(j->x, j->x_type, b * j->cols, j->cols, row);
-        for (int64_t v = 0; v < vectors; v++, out += steps * LANES)
-            for (int64_t l = 0; l < LANES; l++) {
-                const int64_t dword = v * LANES + l, first = (32 * dword + j->bits - 1) / j->bits;
-                const int64_t all = (32 * dword + 31 + j->bits) / j->bits, stop = all < j->cols ? all : j->cols;
-                for (int64_t s = 0; s < steps; s++) out[s * LANES + l] = first + s < stop ? row[first + s] : 0;
-            }
-    }
+    int64_t col = 0;
+    for (int64_t v = 0; v < vectors; v++, out += steps * LANES)
+        for (int64_t l = 0; l < LANES; l++) {
+            /* every third dword of 3-bit indices has no eleventh */
+            const int64_t begins = j->bits == 3 && (v * LANES + l) % 3 == 2 ? 10 : steps;
+            for (int64_t s = 0; s < steps; s++) out[s * LANES + l] = s < begins && col + s < j->cols ? row[col + s] : 0;
+            col += begins;
+        }
 }
 
-static int64_t table_at(const Job *j, int64_t row) { return row / (j->rows / j->luts); }
+/* Dividing takes as long as a short row. */
+INLINE int64_t table_at(const Job *j, int64_t row) { return j->rows == j->luts ? row : row / (j->rows / j->luts); }
 
 /* The tables of the rows from `first` to `stop`, one after another, each filled up with zeros to 2^bits entries: no index reaches beyond. */
 APART void read_tables(const Job *j, int64_t first, int64_t stop, float *entries) {
@@ -179,7 +193,7 @@ INLINE void step(const words *v, Table tables[][4], const int low, const float *
     }
 }
 
-/* One vector of ROWS rows of 1, 2, 4 or 8 bits. Bytes come down by loads further on: shifts and permutations are what there is too little of. */
+/* One vector of ROWS rows of 1, 2 or 4 bits. Bytes come down by loads further on: shifts and permutations are what there is too little of. */
 INLINE void take(const uint8_t *const *at, Table tables[][4], const float *x, int64_t stride, floats sums[][ROWS], const int bits,
                  const int batch) {
     const int shift = bits * PER_SHIFT(bits);
@@ -217,6 +231,13 @@ INLINE float total(floats sum) {
     return sum[0];
 }
 
+INLINE void store(const Job *j, int64_t b, int64_t row, float y) {
+    if (j->x_type == BFLOAT16)
+        ((uint16_t *)j->out)[b * j->rows + row] = to_bfloat(y);
+    else
+        ((float *)j->out)[b * j->rows + row] = y;
+}
+
 /* The last bytes of the stream, in front of zeros. */
 APART void end_of(const uint8_t **at, const uint8_t *end, uint8_t copy[][4 * LANES + 4]) {
     memset(copy, 0, ROWS * (4 * LANES + 4));
@@ -230,7 +251,6 @@ APART void end_of(const uint8_t **at, const uint8_t *end, uint8_t copy[][4 * LAN
 /* y of ROWS rows from `row` on (fewer at the end: the last is then computed again), for BATCH rows of x from `from` on. */
 INLINE void block(const Job *j, const float *entries, int64_t row, int64_t from, const int bits, const int batch) {
     const int64_t row_bytes = j->cols * bits / 8, vectors = vectors_of(j), steps = steps_of(j);
-    const int64_t stride = vectors * steps * LANES;
     const uint8_t *at[ROWS], *end = j->packed + j->rows * row_bytes;
     Table tables[ROWS][4];
     floats sums[GROUP][ROWS] = {0};
@@ -240,7 +260,7 @@ INLINE void block(const Job *j, const float *entries, int64_t row, int64_t from,
         const float *table = entries + table_at(j, own) * (1 << bits);
         for (int m = 0; m < PER_SHIFT(bits); m++) tables[r][m] = table_of(table, bits, m * bits);
     }
-    const float *x = j->arranged + from * stride;
+    const float *x = j->xs + from * j->stride;
     const int64_t within = (end - at[ROWS - 1] - 3) / (4 * LANES); /* vectors whose loads stay in the buffer */
     for (int64_t v = 0; v < vectors; v++, x += steps * LANES) {
         uint8_t copy[ROWS][4 * LANES + 4];
@@ -248,21 +268,15 @@ INLINE void block(const Job *j, const float *entries, int64_t row, int64_t from,
         UNROLLED for (int r = 0; r < ROWS; r++) from[r] = at[r] + v * 4 * LANES;
         if (v >= within) end_of(from, end, copy);
         if (bits == 3)
-            take3(from, tables, x, stride, PHASES + v * LANES % 3, sums, batch);
+            take3(from, tables, x, j->stride, PHASES + v * LANES % 3, sums, batch);
         else
-            take(from, tables, x, stride, sums, bits, batch);
+            take(from, tables, x, j->stride, sums, bits, batch);
     }
     float y[GROUP][ROWS];
     UNROLLED for (int b = 0; b < batch; b++)
         UNROLLED for (int r = 0; r < ROWS; r++) y[b][r] = total(sums[b][r]);
     for (int b = 0; b < batch && from + b < j->batch; b++)
-        for (int r = 0; r < ROWS && row + r < j->rows; r++) {
-            const int64_t to = (from + b) * j->rows + row + r;
-            if (j->x_type == BFLOAT16)
-                ((uint16_t *)j->out)[to] = to_bfloat(y[b][r]);
-            else
-                ((float *)j->out)[to] = y[b][r];
-        }
+        for (int r = 0; r < ROWS && row + r < j->rows; r++) store(j, from + b, row + r, y[b][r]);
 }
 
 INLINE void blocks(const Job *j, int64_t first, int64_t stop, const int bits) {
@@ -279,60 +293,124 @@ INLINE void blocks(const Job *j, int64_t first, int64_t stop, const int bits) {
                 block(j, entries, row, b, bits, 1);
 }
 
-static void rows1(const Job *j, int64_t first, int64_t stop) { blocks(j, first, stop, 1); }
-static void rows2(const Job *j, int64_t first, int64_t stop) { blocks(j, first, stop, 2); }
-static void rows3(const Job *j, int64_t first, int64_t stop) { blocks(j, first, stop, 3); }
-static void rows4(const Job *j, int64_t first, int64_t stop) { blocks(j, first, stop, 4); }
-static void rows8(const Job *j, int64_t first, int64_t stop) { blocks(j, first, stop, 8); }
+#if LANES == 16 && defined(__AVX512BW__)
+#define WIDE
+/* A table of 8 bits whose values have 16: 8 registers of 32. */
+typedef struct { __m512i part[8]; } Wide;
 
-/* Row by row in the order of the weights, 8 * bits bits at once where rows are whole bytes and a table is a few registers. */
-INLINE void unpack(const Job *j, int64_t first, int64_t stop, const int bits) {
-    float tables[(PART << bits) + 16];
-    read_tables(j, first, stop, tables);
-    const uint8_t *end = j->packed + (j->rows * j->cols * bits + 7) / 8;
-    for (int64_t row = first; row < stop; row++) {
-        const float *entries = tables + ((table_at(j, row) - table_at(j, first)) << bits);
-        float *out = (float *)j->out + (row - j->first) * j->cols;
-        int64_t col = 0;
-#if LANES > 4
-        if (bits <= 4 && j->cols % 8 == 0) {
-            const Table table = table_of(entries, bits, 0);
-            const uint8_t *at = j->packed + row * j->cols / 8 * bits;
-            words shift;
-            for (int l = 0; l < LANES; l++) shift[l] = l % 8 * bits;
-            for (; col + LANES <= j->cols && end - at >= 8; col += LANES, at += LANES / 8 * bits) {
-                uint32_t low, high;
-                words v;
-                memcpy(&low, at, 4);
-                memcpy(&high, at + bits, 4);
-                UNROLLED for (int l = 0; l < LANES; l++) v[l] = l < 8 ? low : high;
-                *(loose_floats *)(out + col) = look_up(&table, v >> shift, bits);
-            }
+INLINE __m256i narrow(const float *entries, int64_t type) {
+    if (type == FLOAT16) return _mm512_cvtps_ph(_mm512_loadu_ps(entries), _MM_FROUND_NO_EXC);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_loadu_si512(entries), 16));
+}
+
+/* Weights from tables of 16-bit values, 32 at once; how many. */
+static int64_t unpack_wide(const uint8_t *at, int64_t cols, const Wide *t, int64_t type, float *out) {
+    int64_t col = 0;
+    for (; col + 32 <= cols; col += 32) {
+        const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(at + col)));
+        const __mmask32 odd = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+        __m512i pair[4];
+        UNROLLED for (int i = 0; i < 4; i++) pair[i] = _mm512_permutex2var_epi16(t->part[2 * i], index, t->part[2 * i + 1]);
+        const __m512i v = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(128)),
+                                                  _mm512_mask_blend_epi16(odd, pair[0], pair[1]),
+                                                  _mm512_mask_blend_epi16(odd, pair[2], pair[3]));
+        const __m256i low = _mm512_castsi512_si256(v), high = _mm512_extracti64x4_epi64(v, 1);
+        if (type == FLOAT16) {
+            _mm512_storeu_ps(out + col, _mm512_cvtph_ps(low));
+            _mm512_storeu_ps(out + col + 16, _mm512_cvtph_ps(high));
+        } else {
+            _mm512_storeu_si512(out + col, _mm512_slli_epi32(_mm512_cvtepu16_epi32(low), 16));
+            _mm512_storeu_si512(out + col + 16, _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
         }
+    }
+    return col;
+}
 #endif
-        for (; col < j->cols; col++) {
-            const int64_t bit = (row * j->cols + col) * bits;
-            const uint8_t *at = j->packed + bit / 8;
-            const int shift = bit % 8;
-            out[col] = entries[(*at >> shift | (shift + bits > 8 ? at[1] << (8 - shift) : 0)) & ((1 << bits) - 1)];
-        }
+
+/* `cols` weights of a row, in their order, from bit `bit` of the stream on. */
+INLINE void unpack_row(const uint8_t *packed, const uint8_t *end, int64_t bit, int64_t cols, const float *entries, float *out,
+                       const int bits) {
+    int64_t col = 0;
+    (void)end;
+#if LANES > 4
+    if (bits <= 4 && bit % 8 == 0) { /* 8 indices are one dword */
+        const uint8_t *at = packed + bit / 8;
+        const Table table = table_of(entries, bits, 0);
+        words shift;
+        for (int l = 0; l < LANES; l++) shift[l] = l % 8 * bits;
+        for (; col + LANES <= cols && end - at >= 8; col += LANES, at += LANES / 8 * bits)
+            *(loose_floats *)(out + col) = look_up(&table, eights(at, bits) >> shift, bits);
+    }
+#endif
+    for (; col < cols; col++) {
+        const uint8_t *from = packed + (bit + col * bits) / 8;
+        const int shift = (bit + col * bits) % 8;
+        out[col] = entries[(*from >> shift | (shift + bits > 8 ? from[1] << (8 - shift) : 0)) & ((1 << bits) - 1)];
     }
 }
 
-static void unpack1(const Job *j, int64_t first, int64_t stop) { unpack(j, first, stop, 1); }
-static void unpack2(const Job *j, int64_t first, int64_t stop) { unpack(j, first, stop, 2); }
-static void unpack3(const Job *j, int64_t first, int64_t stop) { unpack(j, first, stop, 3); }
-static void unpack4(const Job *j, int64_t first, int64_t stop) { unpack(j, first, stop, 4); }
-static void unpack5(const Job *j, int64_t first, int64_t stop) { unpack(j, first, stop, 5); }
-static void unpack6(const Job *j, int64_t first, int64_t stop) { unpack(j, first, stop, 6); }
-static void unpack7(const Job *j, int64_t first, int64_t stop) { unpack(j, first, stop, 7); }
-static void unpack8(const Job *j, int64_t first, int64_t stop) { unpack(j, first, stop, 8); }
+INLINE void unpack_rows(const Job *j, int64_t first, int64_t stop, const int bits) {
+    float tables[(PART << bits) + 16];
+    read_tables(j, first, stop, tables);
+    const uint8_t *end = j->packed + (j->rows * j->cols * bits + 7) / 8;
+#ifdef WIDE
+    Wide wide;
+#endif
+    for (int64_t row = first, last = -1; row < stop; row++) {
+        const int64_t table = table_at(j, row) - table_at(j, first), bit = row * j->cols * bits;
+        const float *entries = tables + (table << bits);
+        float *out = (float *)j->out + (row - j->first) * j->cols;
+        int64_t done = 0;
+#ifdef WIDE
+        if (bits == 8 && j->lut_type != FLOAT32) {
+            for (int i = 0; table != last && i < 8; i++)
+                wide.part[i] = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(entries + 32 * i, j->lut_type)),
+                                                  narrow(entries + 32 * i + 16, j->lut_type), 1);
+            last = table;
+            done = unpack_wide(j->packed + bit / 8, j->cols, &wide, j->lut_type, out);
+        }
+#endif
+        (void)last;
+        unpack_row(j->packed, end, bit + done * bits, j->cols - done, entries, out + done, bits);
+    }
+}
+
+#define UNPACK(bits) static void unpack##bits(const Job *j, int64_t first, int64_t stop, float *s) { (void)s, unpack_rows(j, first, stop, bits); }
+UNPACK(1) UNPACK(2) UNPACK(3) UNPACK(4) UNPACK(5) UNPACK(6) UNPACK(7) UNPACK(8)
+static Kernel *const UNPACK[] = {0, unpack1, unpack2, unpack3, unpack4, unpack5, unpack6, unpack7, unpack8};
+
+#define ROWS_OF(bits) static void rows##bits(const Job *j, int64_t first, int64_t stop, float *s) { (void)s, blocks(j, first, stop, bits); }
+ROWS_OF(1) ROWS_OF(2) ROWS_OF(3) ROWS_OF(4)
+
+/* Any bits and shape: a few rows are unpacked into the first cache, and multiplied. */
+static void rows_of_any(const Job *j, int64_t first, int64_t stop, float *scratch) {
+    for (int64_t from = first; from < stop; from += 8) {
+        const int64_t to = from + 8 < stop ? from + 8 : stop;
+        Job part = *j;
+        part.out = scratch;
+        part.first = from;
+        UNPACK[j->bits](&part, from, to, 0);
+        for (int64_t row = from; row < to; row++)
+            for (int64_t b = 0; b < j->batch; b++) {
+                const float *w = scratch + (row - from) * j->cols, *x = j->xs + b * j->stride;
+                floats sums[4] = {0};
+                int64_t col = 0;
+                for (; col + 4 * LANES <= j->cols; col += 4 * LANES)
+                    UNROLLED for (int i = 0; i < 4; i++)
+                        sums[i] += *(const loose_floats *)(w + col + i * LANES) * *(const loose_floats *)(x + col + i * LANES);
+                float y = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+                for (; col < j->cols; col++) y += w[col] * x[col];
+                store(j, b, row, y);
+            }
+    }
+}
 
 /* What each thread does: takes rows until none are left. */
 static void work(void *job) {
     Job *j = job;
+    float *scratch = j->scratch + __atomic_fetch_add(&j->entered, 1, __ATOMIC_RELAXED) * j->apart;
     for (int64_t first; (first = __atomic_fetch_add(&j->next, PART, __ATOMIC_RELAXED)) < j->stop;)
-        j->kernel(j, first, first + PART < j->stop ? first + PART : j->stop);
+        j->kernel(j, first, first + PART < j->stop ? first + PART : j->stop, scratch);
 }
 
 /* GOMP_parallel of the OpenMP library that the process has already, or 0: given by cpu.py. */
@@ -347,25 +425,36 @@ static void run(Job *j, int64_t threads) {
         work(j);
 }
 
-/* y = x W^T, for 1 to 4 and 8 bits and rows of whole bytes. 0, or 1 without memory. */
+/* y = x W^T: y float32, or bfloat16 if x is. 0, or 1 without memory. */
 int edkm_linear(const uint8_t *packed, const void *lut, int64_t rows, int64_t cols, int64_t bits, int64_t luts, int64_t k, int64_t lut_type,
                 const void *x, void *out, int64_t batch, int64_t x_type, int64_t threads) {
-    static Kernel *const KERNELS[] = {0, rows1, rows2, rows3, rows4, 0, 0, 0, rows8};
-    Job j = {packed, lut, rows, cols, bits, luts, k, lut_type, x, out, batch, x_type, 0, KERNELS[bits], 0, rows, 0};
-    const int64_t size = (batch + GROUP - 1) / GROUP * GROUP * vectors_of(&j) * steps_of(&j) * LANES;
-    char *memory = calloc(size + cols + 16, sizeof(float));
+    static Kernel *const KERNELS[] = {0, rows1, rows2, rows3, rows4};
+    const int fused = bits <= 4 && cols * bits % 8 == 0;
+    Job j = {packed, lut, rows, cols, bits, luts, k, lut_type, x, out, batch, x_type, fused ? KERNELS[bits] : rows_of_any, 0, rows, 0, 0, 0, 0, 0, 0};
+    const int64_t padded = batch + (batch % GROUP == 3); /* as `blocks` goes */
+    j.stride = fused ? vectors_of(&j) * steps_of(&j) * LANES : cols;
+    j.apart = fused ? 0 : 8 * cols;
+    char *memory = malloc((padded * j.stride + cols + threads * j.apart + 16) * sizeof(float));
     if (!memory) return 1;
-    j.arranged = (float *)(memory + (-(uintptr_t)memory & 63));
-    arrange(&j, j.arranged + size);
+    j.xs = (float *)(memory + (-(uintptr_t)memory & 63));
+    float *row = j.xs + padded * j.stride;
+    j.scratch = row + cols;
+    for (int64_t b = 0; b < batch; b++)
+        if (fused) {
+            read_floats(x, x_type, b * cols, cols, row);
+            arrange(&j, row, j.xs + b * j.stride);
+        } else {
+            read_floats(x, x_type, b * cols, cols, j.xs + b * j.stride);
+        }
+    memset(j.xs + batch * j.stride, 0, (padded - batch) * j.stride * sizeof(float));
     run(&j, threads);
     free(memory);
     return 0;
 }
 
-/* Rows `first` to `stop` of W, for any bits and shape, as float32. */
+/* Rows `first` to `stop` of W as float32. */
 void edkm_unpack(const uint8_t *packed, const void *lut, int64_t rows, int64_t cols, int64_t bits, int64_t luts, int64_t k, int64_t lut_type,
                  float *out, int64_t first, int64_t stop, int64_t threads) {
-    static Kernel *const KERNELS[] = {0, unpack1, unpack2, unpack3, unpack4, unpack5, unpack6, unpack7, unpack8};
-    Job j = {packed, lut, rows, cols, bits, luts, k, lut_type, 0, out, 0, FLOAT32, 0, KERNELS[bits], first, stop, 0};
+    Job j = {packed, lut, rows, cols, bits, luts, k, lut_type, 0, out, 0, FLOAT32, UNPACK[bits], first, stop, 0, 0, 0, 0, 0, 0};
     run(&j, threads);
 }

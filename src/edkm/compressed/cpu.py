@@ -36,7 +36,7 @@ _WORTH_THREADS = 1 << 17
 
 def takes(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
     """Whether `linear` has compiled kernels for this. Says once if they cannot be built."""
-    return x.dtype in _TYPES and packed.device.type == "cpu" and _wrong(packed, lut, bits, rows, cols) is None and _library() is not None
+    return x.dtype in _TYPES and _wrong(packed, lut, bits, rows, cols) is None and _library() is not None
 
 
 def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
@@ -64,13 +64,13 @@ def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: i
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("x: the packed product has no gradient. Call it under torch.no_grad, or from an autograd.Function.")
-    if x.dtype not in _TYPES or x.shape[-1:] != (cols,) or x.device.type != "cpu":
+    if x.dtype not in _TYPES or x.shape[-1:] != (cols,) or not x.is_cpu:
         raise ValueError(f"x must be float [..., {cols}] on a CPU, got {x.dtype} {list(x.shape)} on {x.device}.")
     if wrong := _wrong(packed, lut, bits, rows, cols):
         raise ValueError(wrong)
     batch = x.numel() // cols
     library = _library()
-    if library is None or batch > FUSED or cols * bits % 8 or bits in (5, 6, 7):
+    if library is None or batch > FUSED:
         return _by_tiles(x, packed, lut, bits, rows, cols)
     half = x.dtype == torch.float16
     x = x.contiguous()
@@ -91,8 +91,10 @@ def unpack(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, dtype: 
     if wrong := _wrong(packed, lut, bits, rows, cols):
         raise ValueError(wrong)
     out = torch.empty(rows, cols, dtype=dtype)
-    for first, stop, tile in _tiles(packed, lut, bits, rows, cols):
-        out[first:stop] = tile
+    into = out if dtype == torch.float32 else None
+    for first, stop, tile in _tiles(packed, lut, bits, rows, cols, into):
+        if into is None:
+            out[first:stop] = tile
     return out
 
 
@@ -104,19 +106,19 @@ def _by_tiles(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols
     return out.to(x.dtype).view(*x.shape[:-1], rows)
 
 
-def _tiles(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Iterator[tuple[int, int, Tensor]]:
-    """`(first, stop, rows first to stop of W in float32)`; a tile is overwritten by the next."""
+def _tiles(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, into: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    """`(first, stop, rows first to stop of W in float32)`, each overwritten by the next, or parts of `into [rows, cols]`."""
     library = _library()
-    height = max(8, _TILE // cols // 8 * 8)  # 8 rows end on a whole byte
-    memory = torch.empty(min(height, rows), cols) if library else None
+    height = min(rows, max(8, _TILE // cols // 8 * 8))  # 8 rows end on a whole byte
+    memory = torch.empty(height, cols) if into is None else into
     for first in range(0, rows, height):
         stop = min(first + height, rows)
-        if library and memory is not None:
-            tile = memory[: stop - first]
+        tile = memory[: stop - first] if into is None else into[first:stop]
+        if library is None:
+            tile.copy_(_tile(packed, lut, bits, rows, cols, first, stop))
+        else:
             weight = packed.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], _TYPES[lut.dtype]
             library.edkm_unpack(*weight, tile.data_ptr(), first, stop, _threads(tile.numel()))
-        else:
-            tile = _tile(packed, lut, bits, rows, cols, first, stop)
         yield first, stop, tile
 
 
@@ -140,15 +142,15 @@ def _wrong(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> str 
     """What the kernels, which check nothing, could not read."""
     if not 1 <= bits <= 8 or rows < 1 or cols < 1:
         return f"bits must be 1 to 8, rows and cols at least 1, got {bits}, {rows}, {cols}."
-    if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(rows * cols, bits),) or not packed.is_contiguous():
-        need = packed_bytes(rows * cols, bits)
-        return f"packed: {rows} x {cols} indices of {bits} bits are uint8 [{need}], contiguous, got {packed.dtype} {list(packed.shape)}."
-    if lut.dtype not in _TYPES or lut.dim() != 3 or lut.shape[2] != 1 or not lut.is_contiguous():
-        return f"lut must be float [luts, k, 1], contiguous, got {lut.dtype} {list(lut.shape)}. Use unpack of another kind for vectors."
-    if not 1 <= lut.shape[1] <= 1 << bits or not lut.shape[0] or rows % lut.shape[0]:
-        return f"lut: tables of 1 to {1 << bits} values, as many as divide {rows} rows, got {list(lut.shape)}."
-    if packed.device.type != "cpu" or lut.device.type != "cpu":
-        return f"packed and lut must be on a CPU, got {packed.device} and {lut.device}."
+    size = packed_bytes(rows * cols, bits)
+    if packed.dtype != torch.uint8 or packed.shape != (size,) or not packed.is_cpu or not packed.is_contiguous():
+        found = f"{packed.dtype} {list(packed.shape)} on {packed.device}"
+        return f"packed: {rows} x {cols} indices of {bits} bits are uint8 [{size}], contiguous, on a CPU, got {found}."
+    luts, k, dim = lut.shape if lut.dim() == 3 else (0, 0, 0)
+    fits = dim == 1 and 1 <= k <= 1 << bits and luts and not rows % luts
+    if not fits or lut.dtype not in _TYPES or not lut.is_cpu or not lut.is_contiguous():
+        want = f"float [luts, 1 to {1 << bits}, 1], contiguous, on a CPU, luts a divisor of {rows}"
+        return f"lut: {want}, got {lut.dtype} {list(lut.shape)} on {lut.device}. Tables of vectors have no kernel: unpack them."
     return None
 
 
