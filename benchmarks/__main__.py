@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import ablation, compare, coreai, fuzz, generation, memory, offload, op, recipe, step
+from benchmarks import ablation, compare, coreai, fuzz, generation, memory, offload, op, packed, recipe, step
 
 COMMANDS = {
     "ablation": ablation.main,
@@ -13,6 +13,7 @@ COMMANDS = {
     "memory": memory.main,
     "offload": offload.main,
     "op": op.main,
+    "packed": packed.main,
     "recipe": recipe.main,
     "step": step.main,
 }

@@ -265,7 +265,10 @@ INLINE void block(const Job *j, const float *entries, int64_t row, int64_t from,
     for (int64_t v = 0; v < vectors; v++, x += steps * LANES) {
         uint8_t copy[ROWS][4 * LANES + 4];
         const uint8_t *from[ROWS];
-        UNROLLED for (int r = 0; r < ROWS; r++) from[r] = at[r] + v * 4 * LANES;
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            from[r] = at[r] + v * 4 * LANES;
+            __builtin_prefetch(from[r] + ROWS * row_bytes); /* the next block: the hardware does not see four rows as one stream */
+        }
         if (v >= within) end_of(from, end, copy);
         if (bits == 3)
             take3(from, tables, x, j->stride, PHASES + v * LANES % 3, sums, batch);
@@ -307,6 +310,7 @@ INLINE __m256i narrow(const float *entries, int64_t type) {
 static int64_t unpack_wide(const uint8_t *at, int64_t cols, const Wide *t, int64_t type, float *out) {
     int64_t col = 0;
     for (; col + 32 <= cols; col += 32) {
+        __builtin_prefetch(at + col + 1024);
         const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(at + col)));
         const __mmask32 odd = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
         __m512i pair[4];

@@ -90,7 +90,7 @@ def unpack(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, dtype: 
     """
     if wrong := _wrong(packed, lut, bits, rows, cols):
         raise ValueError(wrong)
-    out = torch.empty(rows, cols, dtype=dtype)
+    out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
     into = out if dtype == torch.float32 else None
     for first, stop, tile in _tiles(packed, lut, bits, rows, cols, into):
         if into is None:
@@ -100,7 +100,7 @@ def unpack(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, dtype: 
 
 def _by_tiles(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
     flat = x.reshape(-1, cols).float()
-    out = torch.empty(len(flat), rows)
+    out = torch.empty(len(flat), rows, dtype=torch.float32, device=x.device)
     for first, stop, tile in _tiles(packed, lut, bits, rows, cols):
         torch.mm(flat, tile.T, out=out[:, first:stop])
     return out.to(x.dtype).view(*x.shape[:-1], rows)
@@ -110,7 +110,7 @@ def _tiles(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, into: T
     """`(first, stop, rows first to stop of W in float32)`, each overwritten by the next, or parts of `into [rows, cols]`."""
     library = _library()
     height = min(rows, max(8, _TILE // cols // 8 * 8))  # 8 rows end on a whole byte
-    memory = torch.empty(height, cols) if into is None else into
+    memory = torch.empty(height, cols, dtype=torch.float32, device=packed.device) if into is None else into
     for first in range(0, rows, height):
         stop = min(first + height, rows)
         tile = memory[: stop - first] if into is None else into[first:stop]
@@ -129,7 +129,7 @@ def _tile(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, first: i
     start = first * cols * bits // 8
     indices = unpack_indices(packed[start : start + packed_bytes(count, bits)], bits, count).view(-1, cols)
     tables = pad(lut.view(luts, k).float(), (0, (1 << bits) - k)).view(-1)
-    own = torch.arange(first, stop) // (rows // luts)
+    own = torch.arange(first, stop, device=packed.device) // (rows // luts)
     return tables[indices.int() + (own[:, None] << bits)]
 
 

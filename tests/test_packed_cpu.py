@@ -1,0 +1,232 @@
+"""The packed product on a CPU: every build of the kernels, and plain torch, against the weight in float64."""
+
+import ctypes
+import ctypes.util
+import mmap
+import platform
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from edkm.compressed import cpu
+from edkm.compressed.packing import pack_indices
+from edkm.core import build
+
+X = torch.zeros(1, 64)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# -O1 and few variants: building one takes seconds.
+VARIANTS = {"native": (), "portable": ("-DPORTABLE", "-O1")}
+if platform.machine() == "x86_64":
+    VARIANTS["avx2"] = ("-mno-avx512f", "-O1")
+    VARIANTS["sse"] = ("-mno-avx", "-O1")
+
+
+def built(variant):
+    """The kernels in one of their forms."""
+    library = build.library(cpu._SOURCE, *cpu._FLAGS, *VARIANTS[variant])
+    if library is None:
+        pytest.skip("no C compiler")
+    return cpu.declare(library)
+
+
+@pytest.fixture(params=[*VARIANTS, "torch"])
+def kernels(request, monkeypatch):
+    """`cpu` with one build of the kernels, or none."""
+    library = None if request.param == "torch" else built(request.param)
+    monkeypatch.setattr(cpu, "_library", lambda: library)
+    return library
+
+
+def packed_weight(rows, cols, bits, luts, dtype=torch.float16, k=None, seed=0):
+    """`packed`, `lut` and the weight they stand for, `[rows, cols]`."""
+    generator = torch.Generator().manual_seed(seed)
+    k = k or 1 << bits
+    indices = torch.randint(0, k, (rows, cols), dtype=torch.uint8, generator=generator)
+    lut = torch.randn(luts, k, 1, generator=generator).to(dtype)
+    weight = lut.view(luts, k).gather(1, indices.view(luts, -1).long()).view(rows, cols)
+    return pack_indices(indices, bits), lut, weight
+
+
+def check(x, packed, lut, bits, weight):
+    """As exact as torch in float32, then rounded to the dtype of x."""
+    rows, cols = weight.shape
+    out = cpu.linear(x, packed, lut, bits, rows, cols)
+    assert out.dtype == x.dtype and out.shape == (*x.shape[:-1], rows)
+    truth = x.double() @ weight.double().T
+    plain = linear(x.float(), weight.float()).to(x.dtype)
+    size = x.double().abs() @ weight.double().abs().T
+    epsilon = torch.finfo(torch.float32).eps
+    assert ((out - truth).abs() <= 1.01 * (plain - truth).abs() + 8 * epsilon * size + torch.finfo(x.dtype).eps * truth.abs()).all()
+    # and in all, without the leeway of rounding
+    assert (out - truth).norm() <= 1.5 * (plain - truth).norm() + epsilon * size.norm()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("rows,cols,luts", [(8, 64, 8), (37, 576, 37), (64, 128, 4), (12, 1000, 1), (130, 344, 130), (5, 7, 5), (9, 33, 3)])
+def test_equals_the_unpacked_weight(kernels, bits, rows, cols, luts):
+    packed, lut, weight = packed_weight(rows, cols, bits, luts)
+    assert torch.equal(cpu.unpack(packed, lut, bits, rows, cols), weight.float())
+    for batch in (1, 2, 3, 5, 16, 17):
+        check(torch.randn(batch, cols, generator=torch.Generator().manual_seed(batch)), packed, lut, bits, weight)
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_shape_and_dtype(variant, data):
+    library = built(variant)
+    bits = data.draw(st.integers(1, 8))
+    luts, group, cols = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 20)), data.draw(st.integers(1, 300))
+    k = data.draw(st.integers((1 << bits - 1) + 1, 1 << bits))
+    packed, lut, weight = packed_weight(
+        luts * group, cols, bits, luts, data.draw(st.sampled_from(DTYPES)), k, data.draw(st.integers(0, 99))
+    )
+    x = torch.randn(data.draw(st.integers(0, 20)), cols).to(data.draw(st.sampled_from(DTYPES)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_library", lambda: library)
+        check(x, packed, lut, bits, weight)
+        assert torch.equal(cpu.unpack(packed, lut, bits, luts * group, cols, lut.dtype), weight)
+
+
+class Fenced:
+    """Copies of tensors that end where a page without access begins."""
+
+    def __init__(self):
+        self.kept = []
+        self.protect = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True).mprotect
+
+    def __call__(self, tensor):
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        whole = -(-data.size // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+        view = np.frombuffer(memory, np.uint8)
+        assert not self.protect(ctypes.c_void_p(view.ctypes.data + whole), ctypes.c_size_t(mmap.PAGESIZE), 0)
+        self.kept.append(memory)
+        view[whole - data.size : whole] = data
+        part = torch.from_numpy(view[whole - data.size : whole])
+        return part.view(tensor.dtype).view(tensor.shape)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mprotect"), reason="no mprotect")
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_reads_nothing_beyond_the_end(kernels, bits):
+    fenced = Fenced()
+    for rows, cols, luts in ((1, 8, 1), (3, 64, 3), (5, 576, 5), (6, 512, 1), (9, 33, 3), (4, 2048, 2)):
+        packed, lut, weight = packed_weight(rows, cols, bits, luts, k=(1 << bits) - (bits > 1))
+        packed, lut, x = fenced(packed), fenced(lut), fenced(torch.randn(3, cols))
+        check(x, packed, lut, bits, weight)
+        assert torch.equal(cpu.unpack(packed, lut, bits, rows, cols), weight.float())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_an_index_beyond_the_table_is_zero(kernels, bits):
+    k = (1 << bits) - 1
+    indices = torch.full((8, 64), k, dtype=torch.uint8)
+    indices[:, ::2] = 0
+    lut = torch.ones(8, k, 1, dtype=torch.float16)
+    packed = pack_indices(indices, bits)
+    assert torch.equal(cpu.unpack(packed, lut, bits, 8, 64), (indices == 0).float())
+    assert torch.equal(cpu.linear(torch.ones(2, 64), packed, lut, bits, 8, 64), torch.full((2, 8), 32.0))
+
+
+def test_layouts_of_x(kernels):
+    packed, lut, weight = packed_weight(16, 96, 3, 16)
+    x = torch.randn(96, 6)
+    check(x.T, packed, lut, 3, weight)
+    check(torch.randn(2, 3, 2, 96)[:, ::2], packed, lut, 3, weight)
+    check(torch.randn(96), packed, lut, 3, weight)
+    check(torch.randn(1, 192)[:, 1:97], packed, lut, 3, weight)
+    for empty in (torch.randn(0, 96), torch.randn(2, 0, 96)):
+        assert cpu.linear(empty, packed, lut, 3, 16, 96).shape == (*empty.shape[:-1], 16)
+
+
+def test_special_values(kernels):
+    packed, lut, weight = packed_weight(8, 64, 4, 8)
+    lut[:, 0] = 2.0**-24  # the least half
+    weight = cpu.unpack(packed, lut, 4, 8, 64)
+    assert (weight[weight.abs() < 1e-6] == 2.0**-24).all() and (weight.abs() < 1e-6).any()
+    for dtype in DTYPES:
+        x = torch.zeros(3, 64, dtype=dtype)
+        x[0, 5], x[1, 7], x[2, 9] = float("inf"), float("nan"), torch.finfo(dtype).tiny
+        torch.testing.assert_close(cpu.linear(x, packed, lut, 4, 8, 64), linear(x.float(), weight).to(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("bits,luts", [(3, 640), (8, 1)])
+def test_threads_do_not_change_the_result(bits, luts):
+    packed, lut, _ = packed_weight(640, 1024, bits, luts)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found = [cpu.linear(torch.ones(b, 1024).cos(), packed, lut, bits, 640, 1024) for b in (1, 16, 40)]
+            results.append([*found, cpu.unpack(packed, lut, bits, 640, 1024)])
+    finally:
+        torch.set_num_threads(before)
+    fused = [[found[0], found[1], found[3]] for found in results]  # torch's own product is not the same to the bit
+    assert all(torch.equal(a, b) for found in fused[1:] for a, b in zip(fused[0], found, strict=True))
+    for found in results[1:]:
+        torch.testing.assert_close(found[2], results[0][2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc")
+def test_threads_are_those_of_torch():
+    if cpu._library() is None:
+        pytest.skip("no C compiler")
+    torch.ones(1 << 20).sum()  # torch's threads have started
+
+    def threads():
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    packed, lut, _ = packed_weight(640, 1024, 3, 640)
+    before = threads()
+    for _ in range(10):
+        cpu.linear(torch.ones(1, 1024), packed, lut, 3, 640, 1024)
+    assert threads() == before
+
+
+def test_no_compiler_is_said_once(monkeypatch):
+    monkeypatch.setattr(build, "library", lambda *_: None)
+    cpu._library.cache_clear()
+    try:
+        packed, lut, weight = packed_weight(8, 64, 3, 8)
+        with pytest.warns(UserWarning, match="packed layers run in plain torch, many times slower: there is no C compiler"):
+            assert not cpu.takes(X, packed, lut, 3, 8, 64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check(torch.randn(2, 64), packed, lut, 3, weight)
+    finally:
+        cpu._library.cache_clear()
+
+
+def test_what_it_takes():
+    packed, lut, _ = packed_weight(8, 64, 3, 8)
+    assert cpu.takes(X, packed, lut, 3, 8, 64) == (build.library(cpu._SOURCE, *cpu._FLAGS) is not None)
+    assert not cpu.takes(X, packed, lut.expand(8, 8, 2).contiguous(), 3, 8, 64)
+    assert not cpu.takes(X, packed.to("meta"), lut, 3, 8, 64)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"bits": 9}, "bits must be 1 to 8"),
+        ({"rows": 9}, r"packed: 9 x 64 indices of 3 bits are uint8 \[216\], contiguous, on a CPU, got torch.uint8 \[192\]"),
+        ({"lut": torch.zeros(3, 8, 1)}, "lut: .* luts a divisor of 8, got"),
+        ({"lut": torch.zeros(8, 9, 1)}, r"lut: float \[luts, 1 to 8, 1\]"),
+        ({"lut": torch.zeros(4, 8, 2)}, "Tables of vectors have no kernel"),
+        ({"lut": torch.zeros(8, 8, 1, dtype=torch.float64)}, "got torch.float64"),
+        ({"x": torch.zeros(2, 63)}, r"x must be float \[..., 64\] on a CPU, got torch.float32 \[2, 63\]"),
+        ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "x must be float"),
+        ({"x": torch.zeros(2, 64, requires_grad=True)}, "no gradient"),
+    ],
+)
+def test_refuses(change, message):
+    packed, lut, _ = packed_weight(8, 64, 3, 8)
+    given = {"x": torch.zeros(2, 64), "packed": packed, "lut": lut, "bits": 3, "rows": 8, "cols": 64, **change}
+    with pytest.raises(ValueError, match=message):
+        cpu.linear(**given)
