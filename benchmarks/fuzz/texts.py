@@ -147,7 +147,7 @@ def config_text(directory: Path, rng: Random) -> None:
 
 
 def config_huge(directory: Path, rng: Random) -> None:
-    count = rng.choice([100_000, 300_000]) if rng.random() < 0.9 else 3_000_000
+    count = rng.choice([60_000, 150_000, 300_000]) if rng.random() < 0.9 else 3_000_000
     piece = rng.choice(["[],", "{},", '"\U0001f600",', "1.5,", '{"":0},', "[" * 9])
     end = "]" if piece == "[" * 9 else "0]"
     text = (directory / CONFIG).read_text().rstrip().removesuffix("}")
@@ -240,7 +240,7 @@ def header_length(directory: Path, rng: Random) -> None:
 def header_huge(directory: Path, rng: Random) -> None:
     path = weights_file(directory, rng)
     header, data = split(path)
-    size = rng.choice([500_000, 900_000, 2_000_000] if rng.random() < 0.9 else [20_000_000, 99_000_000, 101_000_000])
+    size = rng.choice([200_000, 450_000, 2_000_000] if rng.random() < 0.9 else [20_000_000, 99_000_000, 101_000_000])
     text = json.dumps(header).encode()
     first = text.index(b"{", 1)
     make = {
