@@ -22,6 +22,7 @@ def _save(directory: Path, width: int) -> None:
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from edkm.compressed import hf
@@ -52,7 +53,9 @@ def _save(directory: Path, width: int) -> None:
             dense[name] = weight.detach().bfloat16() if "norm" in name else weight.detach()
         else:
             frozen[name] = _freeze(weight.detach(), *kind[1:])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, "a")))
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, "a"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     hf.save_pretrained(directory, frozen, dense, {"bits": 3}, config, tokenizer, GenerationConfig())
 
 
