@@ -19,6 +19,7 @@ from torch import Tensor
 
 from edkm.compressed import checkpoint
 from edkm.compressed.layout import RECORD
+from edkm.compressed.modelconfig import model_config, refusing
 from edkm.compressed.shards import INDEX, FormatError, Pending, read_json, write_json, write_shards
 from edkm.core.assign import Frozen, Later
 
@@ -94,28 +95,34 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTraine
     Cost:
         One pass over the files; memory for the model and one tensor.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.initialization import no_init_weights
 
     directory = Path(directory)
     with checkpoint.open_items(directory) as items:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = model_config(directory, len(items))
         # The weights will be dense: nothing about this model is quantized any more.
         del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
-        # Weights that are about to be overwritten are not worth initialising: for 7B parameters that takes
-        # minutes.
-        with no_init_weights():
-            model = _build(config, dtype)
+        shapes = {name: item.shape for name, item in items.items()}
+        with refusing(directory / "config.json"):
+            # Sizes first, then memory.
+            with torch.device("meta"):
+                match_names(_build(copy.deepcopy(config), dtype), shapes, str(directory))
+            # Weights that are about to be overwritten are not worth initialising: for 7B parameters that takes minutes.
+            with no_init_weights():
+                model = _build(config, dtype)
         model.tie_weights()
-        targets = match_names(model, {name: item.shape for name, item in items.items()}, str(directory))
+        targets = match_names(model, shapes, str(directory))
         with torch.no_grad():
             for name, item in items.items():
                 tensor = item.load()
                 if isinstance(tensor, Frozen):
                     tensor = checkpoint.dequantize(tensor, targets[name].dtype)
                 targets[name].copy_(tensor)
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    generation = directory / "generation_config.json"
+    if generation.is_file():
+        with refusing(generation):
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     return model.eval()
 
 
@@ -161,8 +168,10 @@ def unpack(directory: str | Path, out: str | Path) -> None:
     for path in directory.iterdir():
         if path.suffix in _COMPANION_SUFFIXES and path.name not in ("config.json", INDEX, RECORD) and path.is_file():
             shutil.copyfile(path, out / path.name)
-    if (directory / _CHAT_TEMPLATES).is_dir():
-        shutil.copytree(directory / _CHAT_TEMPLATES, out / _CHAT_TEMPLATES, dirs_exist_ok=True)
+    for path in sorted((directory / _CHAT_TEMPLATES).glob("*.jinja")):
+        if path.is_file():
+            (out / _CHAT_TEMPLATES).mkdir(exist_ok=True)
+            shutil.copyfile(path, out / _CHAT_TEMPLATES / path.name)
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
