@@ -104,13 +104,13 @@ def test_a_resumed_run_is_the_same_run(tiny_model, tmp_path, monkeypatch, accumu
 
 
 def test_the_best_checkpoint_is_a_clustered_one(tiny_model, tmp_path):
-    # The rate is so high that every step is worse: the best would be the first, which is plain.
+    # The largest loss counts as the best, and every step lowers it: the best would be the first, which is plain.
     more = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
-    trainer = trainer_of(tiny_model, tmp_path, learning_rate=0.3, **more)
+    trainer = trainer_of(tiny_model, tmp_path, learning_rate=0.01, greater_is_better=True, **more)
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    assert min(losses, key=losses.get) <= 3
-    best = min((4, 5, 6), key=losses.get)
+    assert max(losses, key=losses.get) <= 3
+    best = max((4, 5, 6), key=losses.get)
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     packed = Trainer(model=hf.load(tmp_path / "packed"), args=arguments(tmp_path), eval_dataset=rows(4))
     assert packed.evaluate()["eval_loss"] == losses[best]

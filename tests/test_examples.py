@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def test_all_are_named_here_and_in_the_readme():
     names = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert names == ["accelerate_loop.py", "plain_loop.py", "sft.py", "trainer.py"]
+    assert names == ["accelerate_loop.py", "plain_loop.py", "sft.py", "train_coreai.py", "trainer.py"]
     assert all(f"[`{name}`]({name})" in (EXAMPLES / "README.md").read_text() for name in names)
 
 
@@ -31,7 +31,7 @@ def test_at_most_25_lines(path):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # Trainer's default, without a GPU
-@pytest.mark.parametrize("name", ["accelerate_loop", "plain_loop", "sft", "trainer"])
+@pytest.mark.parametrize("name", ["accelerate_loop", "plain_loop", "sft", "trainer"])  # test_coreai.py runs the fifth
 def test_example(name, tiny_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", str(tiny_dir)])
