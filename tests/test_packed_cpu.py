@@ -135,6 +135,19 @@ def test_an_index_beyond_the_table_is_zero(kernels, bits):
     assert torch.equal(cpu.linear(torch.ones(2, 64), packed, lut, bits, 8, 64), torch.full((2, 8), 32.0))
 
 
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_some_rows(kernels, bits, monkeypatch):
+    monkeypatch.setattr(cpu, "_TILE", 24 * 33)
+    packed, lut, weight = packed_weight(70, 33, bits, 10)
+    for start, stop in ((0, 70), (0, 1), (8, 41), (64, 70), (16, 16)):
+        for dtype in (torch.float16, torch.float32):
+            assert torch.equal(cpu.unpack(packed, lut, bits, 70, 33, dtype, start, stop), weight[start:stop].to(dtype))
+    check(torch.randn(40, 33), packed, lut, bits, weight)
+    for start, stop in ((4, 8), (0, 71), (16, 8)):
+        with pytest.raises(ValueError, match="start must be a multiple of 8"):
+            cpu.unpack(packed, lut, bits, 70, 33, torch.float32, start, stop)
+
+
 def test_layouts_of_x(kernels):
     packed, lut, weight = packed_weight(16, 96, 3, 16)
     x = torch.randn(96, 6)

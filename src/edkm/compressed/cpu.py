@@ -59,8 +59,9 @@ def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: i
         ValueError: a shape, dtype or device that does not fit the above.
 
     Cost:
-        Up to `FUSED` rows of x, 1 to 4 or 8 bits and rows of whole bytes: one pass over `packed`, for every 4 rows of x one over cache;
-        `4.2 * cols` bytes a row of x. Else one pass, and a tile of 4 MiB (12 MiB more without a compiler).
+        Up to `FUSED` rows of x: one pass over `packed`, and at 1 to 4 bits, rows being whole bytes, one from cache for every 4 more rows
+        of x; `4.2 * cols` bytes live for a row of x, and for a thread 8 rows of W where rows are not whole bytes or bits are more than 4.
+        More rows of x: one pass, and a tile of 4 MiB. Without a compiler always the latter, with 28 MiB.
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("x: the packed product has no gradient. Call it under torch.no_grad, or from an autograd.Function.")
@@ -82,19 +83,34 @@ def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: i
     return out.half() if half else out
 
 
-def unpack(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """W itself, `[rows, cols]` in `dtype`. Arguments and errors as for `linear`.
+def unpack(
+    packed: Tensor,
+    lut: Tensor,
+    bits: int,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype = torch.float32,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """Rows `start` to before `stop` of W, all by default, `[stop - start, cols]` in `dtype`. The rest as for `linear`.
+
+    Raises:
+        ValueError: as `linear`; or `start` is not a multiple of 8, or rows are asked for that there are not.
 
     Cost:
         One pass over `packed`; besides the result 4 MiB (28 without a compiler).
     """
     if wrong := _wrong(packed, lut, bits, rows, cols):
         raise ValueError(wrong)
-    out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
+    stop = rows if stop is None else stop
+    if start % 8 or not 0 <= start <= stop <= rows:
+        raise ValueError(f"start must be a multiple of 8 and 0 <= start <= stop <= {rows}, got {start}, {stop}.")
+    out = torch.empty(stop - start, cols, dtype=dtype, device=packed.device)
     into = out if dtype == torch.float32 else None
-    for first, stop, tile in _tiles(packed, lut, bits, rows, cols, into):
+    for first, last, tile in _tiles(packed, lut, bits, rows, cols, into, start, stop):
         if into is None:
-            out[first:stop] = tile
+            out[first - start : last - start] = tile
     return out
 
 
@@ -106,30 +122,41 @@ def _by_tiles(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols
     return out.to(x.dtype).view(*x.shape[:-1], rows)
 
 
-def _tiles(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, into: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
-    """`(first, stop, rows first to stop of W in float32)`, each overwritten by the next, or parts of `into [rows, cols]`."""
+def _tiles(
+    packed: Tensor,
+    lut: Tensor,
+    bits: int,
+    rows: int,
+    cols: int,
+    into: Tensor | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """`(first, last, rows first to before last of W in float32)`, each overwritten by the next, or parts of `into [stop - start, cols]`."""
     library = _library()
-    height = min(rows, max(8, _TILE // cols // 8 * 8))  # 8 rows end on a whole byte
+    stop = rows if stop is None else stop
+    height = max(8, min(_TILE // cols, stop - start) // 8 * 8)  # 8 rows end on a whole byte
     memory = torch.empty(height, cols, dtype=torch.float32, device=packed.device) if into is None else into
-    for first in range(0, rows, height):
-        stop = min(first + height, rows)
-        tile = memory[: stop - first] if into is None else into[first:stop]
+    for first in range(start, stop, height):
+        last = min(first + height, stop)
+        tile = memory[: last - first] if into is None else into[first - start : last - start]
         if library is None:
-            tile.copy_(_tile(packed, lut, bits, rows, cols, first, stop))
+            tile.copy_(_tile(packed, lut, bits, rows, cols, first, last))
         else:
             weight = packed.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], _TYPES[lut.dtype]
-            library.edkm_unpack(*weight, tile.data_ptr(), first, stop, _threads(tile.numel()))
-        yield first, stop, tile
+            library.edkm_unpack(*weight, tile.data_ptr(), first, last, _threads(tile.numel()))
+        yield first, last, tile
 
 
-def _tile(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, first: int, stop: int) -> Tensor:
+def _tile(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, first: int, last: int) -> Tensor:
     """Rows of W in torch."""
     luts, k, _ = lut.shape
-    count = (stop - first) * cols
-    start = first * cols * bits // 8
-    indices = unpack_indices(packed[start : start + packed_bytes(count, bits)], bits, count).view(-1, cols)
+    whole = min((last + 7) // 8 * 8, rows)  # to the end of a byte
+    count = (whole - first) * cols
+    at = first * cols * bits // 8
+    indices = unpack_indices(packed[at : at + packed_bytes(count, bits)], bits, count).view(-1, cols)[: last - first]
     tables = pad(lut.view(luts, k).float(), (0, (1 << bits) - k)).view(-1)
-    own = torch.arange(first, stop, device=packed.device) // (rows // luts)
+    own = torch.arange(first, last, device=packed.device) // (rows // luts)
     return tables[indices.int() + (own[:, None] << bits)]
 
 
