@@ -1,6 +1,6 @@
 """y = x W^T on a CPU with W as it is stored: a stream of indices (`packing`) and tables of single values.
 
-Up to `FUSED` rows of x, `cpu.c` reads the indices and multiplies in one pass: a weight of 3 bits is then a fifth of what bfloat16 has to
+Up to some 32 rows of x, `cpu.c` reads the indices and multiplies in one pass: a weight of 3 bits is then a fifth of what bfloat16 has to
 read. More rows are worth unpacking W for, a tile of rows at a time, and torch's matrix product. Sums are in float32.
 
 Threads are those of torch: `cpu.c` is given the entry of the OpenMP library that torch has loaded, so that there is one pool.
@@ -26,8 +26,6 @@ from edkm.core import build
 _SOURCE = Path(__file__).with_name("cpu.c")
 _FLAGS = ("-ffp-contract=fast",)
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in cpu.c
-# Rows of x that are multiplied without unpacking.
-FUSED = 16
 # Weights unpacked at once: 4 MiB of float32, which stay in the second or third cache until they are multiplied.
 _TILE = 1 << 20
 # Fewer weights are not worth a second thread.
@@ -59,8 +57,8 @@ def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: i
         ValueError: a shape, dtype or device that does not fit the above.
 
     Cost:
-        Up to `FUSED` rows of x: one pass over `packed`, and at 1 to 4 bits, rows being whole bytes, one from cache for every 4 more rows
-        of x; `4.2 * cols` bytes live for a row of x, and for a thread 8 rows of W where rows are not whole bytes or bits are more than 4.
+        Up to 32 rows of x (16 with AVX2, 8 elsewhere): one pass over `packed`, from cache once more for every 4 rows of x; `4.2 * cols`
+        bytes live for a row of x. Rows that are not whole bytes, or more than 4 bits: half as many, and 8 rows of W live for every thread.
         More rows of x: one pass, and a tile of 4 MiB. Without a compiler always the latter, with 28 MiB.
     """
     if x.requires_grad and torch.is_grad_enabled():
@@ -71,7 +69,7 @@ def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: i
         raise ValueError(wrong)
     batch = x.numel() // cols
     library = _library()
-    if library is None or batch > FUSED:
+    if library is None or (batch > 4 and batch > library.edkm_most(cols, bits)):
         return _by_tiles(x, packed, lut, bits, rows, cols)
     half = x.dtype == torch.float16
     x = x.contiguous()
@@ -202,6 +200,8 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.edkm_linear.argtypes = [*weight, pointer, pointer, integer, integer, integer]
     library.edkm_unpack.argtypes = [*weight, pointer, integer, integer, integer]
     library.edkm_unpack.restype = None
+    library.edkm_most.argtypes = [integer, integer]
+    library.edkm_most.restype = integer
     library.edkm_use.argtypes = [pointer]
     library.edkm_use.restype = None
     library.edkm_use(_parallel())
