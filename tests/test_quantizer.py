@@ -69,6 +69,11 @@ def saved(request, tmp_path_factory):
     return directory, model
 
 
+def same(found, expected):
+    """The kernels add in another order than a product with the dense weight."""
+    torch.testing.assert_close(logits(found), logits(expected), rtol=1e-5, atol=1e-5)
+
+
 def logits(model):
     with torch.no_grad():
         return model(TOKENS).logits
@@ -126,7 +131,7 @@ def test_other_modules_read_dense_weights():
 def test_from_pretrained_is_the_dense_model(saved):
     directory, model = saved
     loaded = AutoModelForCausalLM.from_pretrained(directory)
-    assert torch.equal(logits(loaded), logits(model))
+    same(loaded, model)
     kinds = [type(m).__name__ for m in loaded.modules() if isinstance(m, Packed)]
     assert kinds.count("PackedLinear") == 2 * 7 + 1 and kinds.count("PackedEmbedding") == 1
     assert not any(p.is_floating_point() and p.dim() > 1 for p in loaded.parameters())
@@ -148,14 +153,14 @@ def test_save_pretrained_writes_the_same_bits(saved, tmp_path):
     configs = [json.loads((d / "config.json").read_text())["quantization_config"] for d in (directory, tmp_path)]
     assert configs[0] == configs[1]
     assert torch.equal(logits(hf.load(tmp_path)), logits(model))  # edkm's own reader, checksums and all
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
 def test_save_pretrained_in_several_files(saved, tmp_path):
     directory, model = saved
     AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
     assert torch.equal(logits(hf.load(tmp_path)), logits(model))
 
 
@@ -167,13 +172,13 @@ def test_dequantize_gives_an_ordinary_model(saved, tmp_path):
     assert (dense.lm_head.weight is dense.model.embed_tokens.weight) is model.config.tie_word_embeddings
     dense.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
 def test_device_map_and_dtype(saved):
     directory, model = saved
     auto = AutoModelForCausalLM.from_pretrained(directory, device_map="auto")
-    assert torch.equal(logits(auto), logits(model))
+    same(auto, model)
     for narrow in (
         AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16),
         AutoModelForCausalLM.from_pretrained(directory).to(torch.bfloat16),

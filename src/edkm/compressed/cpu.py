@@ -32,9 +32,14 @@ _TILE = 1 << 20
 _WORTH_THREADS = 1 << 17
 
 
+def reads(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
+    """Whether there are compiled kernels for this weight. Says once if they cannot be built."""
+    return _wrong(packed, lut, bits, rows, cols) is None and _library() is not None
+
+
 def takes(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
-    """Whether `linear` has compiled kernels for this. Says once if they cannot be built."""
-    return x.dtype in _TYPES and _wrong(packed, lut, bits, rows, cols) is None and _library() is not None
+    """Whether `linear` has compiled kernels for this product."""
+    return x.dtype in _TYPES and reads(packed, lut, bits, rows, cols)
 
 
 def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
