@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _MAX_COUNT = 1 << 16  # heads, experts, labels
+_LAYERS = {"encoder_layers", "decoder_layers"}
 
 
 def model_config(directory: Path, tensors: int) -> PreTrainedConfig:
@@ -38,7 +39,8 @@ def model_config(directory: Path, tensors: int) -> PreTrainedConfig:
     for key, value in _fields(read_json(path)):
         if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise FormatError(f"{path}: {key} must not name code on a hub, got {show(value)}. Remove the field.")
-        limit = tensors if "layers" in key else _MAX_COUNT if key.startswith("num_") else None
+        counts = key.startswith(("num_", "n_"))
+        limit = tensors if "layer" in key and (counts or key in _LAYERS) else _MAX_COUNT if counts else None
         if limit is not None and type(value) is int and not 0 <= value <= limit:
             raise FormatError(f"{path}: {key} must be 0 to {limit} in this checkpoint, got {show(value)}. Fetch the file again.")
     with refusing(path):
