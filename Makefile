@@ -33,7 +33,7 @@ demo: $(READY)
 	$(BIN)/python -m edkm.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 $(COREAI)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(COREAI)

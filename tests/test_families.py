@@ -181,6 +181,7 @@ class Ties(nn.Module):
     ],
 )
 def test_a_subclass_of_embedding_may_be_tied_in_any_order(make):
+    torch.manual_seed(0)
     model, ids = make(), torch.tensor([[0, 3, 3, 11]])
     report = edkm.prepare(model, edkm.ClusterConfig(embedding_bits=3))
     assert [entry.name for entry in report.entries] == ["first.weight"] and len(report.clustered) == 1
@@ -194,8 +195,8 @@ def test_a_subclass_of_embedding_may_be_tied_in_any_order(make):
     (gradient,) = torch.autograd.grad(expected.square().sum(), leaf)
     out = model(ids)
     out.square().sum().backward()
-    assert torch.allclose(out, expected, rtol=1e-5)
-    assert torch.allclose(weight.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(weight.grad, gradient, rtol=1e-4, atol=1e-4)
     hard = torch.func.functional_call(plain, {"first.weight": clustering.hard(weight)}, (ids,))
     assert torch.equal(model.eval()(ids), hard)
     twin = copy.deepcopy(model)
