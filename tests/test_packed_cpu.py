@@ -18,7 +18,6 @@ from edkm.compressed import cpu
 from edkm.compressed.packing import pack_indices
 from edkm.core import build
 
-X = torch.zeros(1, 64)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # -O1 and few variants: building one takes seconds.
 VARIANTS = {"native": (), "portable": ("-DPORTABLE", "-O1")}
@@ -209,7 +208,7 @@ def test_no_compiler_is_said_once(monkeypatch):
     try:
         packed, lut, weight = packed_weight(8, 64, 3, 8)
         with pytest.warns(UserWarning, match="packed layers run in plain torch, many times slower: there is no C compiler"):
-            assert not cpu.takes(X, packed, lut, 3, 8, 64)
+            assert not cpu.reads(packed, lut, 3, 8, 64)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             check(torch.randn(2, 64), packed, lut, 3, weight)
@@ -217,11 +216,11 @@ def test_no_compiler_is_said_once(monkeypatch):
         cpu._library.cache_clear()
 
 
-def test_what_it_takes():
+def test_what_it_reads():
     packed, lut, _ = packed_weight(8, 64, 3, 8)
-    assert cpu.takes(X, packed, lut, 3, 8, 64) == (build.library(cpu._SOURCE, *cpu._FLAGS) is not None)
-    assert not cpu.takes(X, packed, lut.expand(8, 8, 2).contiguous(), 3, 8, 64)
-    assert not cpu.takes(X, packed.to("meta"), lut, 3, 8, 64)
+    assert cpu.reads(packed, lut, 3, 8, 64) == (build.library(cpu._SOURCE, *cpu._FLAGS) is not None)
+    assert not cpu.reads(packed, lut.expand(8, 8, 2).contiguous(), 3, 8, 64)
+    assert not cpu.reads(packed.to("meta"), lut, 3, 8, 64)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from edkm.core import build
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 _FLAGS = ("-ffp-contract=fast",)
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in cpu.c
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in cpu.c
 # Weights unpacked at once: 4 MiB of float32, which stay in the second or third cache until they are multiplied.
 _TILE = 1 << 20
 # Fewer weights are not worth a second thread.
@@ -35,11 +35,6 @@ _WORTH_THREADS = 1 << 17
 def reads(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
     """Whether there are compiled kernels for this weight. Says once if they cannot be built."""
     return _wrong(packed, lut, bits, rows, cols) is None and _library() is not None
-
-
-def takes(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
-    """Whether `linear` has compiled kernels for this product."""
-    return x.dtype in _TYPES and reads(packed, lut, bits, rows, cols)
 
 
 def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
@@ -68,10 +63,15 @@ def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: i
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("x: the packed product has no gradient. Call it under torch.no_grad, or from an autograd.Function.")
-    if x.dtype not in _TYPES or x.shape[-1:] != (cols,) or not x.is_cpu:
+    if x.dtype not in TYPES or x.shape[-1:] != (cols,) or not x.is_cpu:
         raise ValueError(f"x must be float [..., {cols}] on a CPU, got {x.dtype} {list(x.shape)} on {x.device}.")
     if wrong := _wrong(packed, lut, bits, rows, cols):
         raise ValueError(wrong)
+    return multiply(x, packed, lut, bits, rows, cols)
+
+
+def multiply(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    """`linear`, which checks everything, for a caller that has: what does not fit reads memory that is not its own."""
     batch = x.numel() // cols
     library = _library()
     if library is None or (batch > 4 and batch > library.edkm_most(cols, bits)):
@@ -80,8 +80,8 @@ def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: i
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], rows, dtype=torch.float32 if half else None)
     if batch:
-        weight = packed.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], _TYPES[lut.dtype]
-        if library.edkm_linear(*weight, x.data_ptr(), out.data_ptr(), batch, _TYPES[x.dtype], _threads(batch * rows * cols)):
+        weight = packed.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], TYPES[lut.dtype]
+        if library.edkm_linear(*weight, x.data_ptr(), out.data_ptr(), batch, TYPES[x.dtype], _threads(batch * rows * cols)):
             raise MemoryError(f"{4 * batch * cols} bytes for the activations of a packed product.")
     return out.half() if half else out
 
@@ -146,7 +146,7 @@ def _tiles(
         if library is None:
             tile.copy_(_tile(packed, lut, bits, rows, cols, first, last))
         else:
-            weight = packed.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], _TYPES[lut.dtype]
+            weight = packed.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], TYPES[lut.dtype]
             library.edkm_unpack(*weight, tile.data_ptr(), first, last, _threads(tile.numel()))
         yield first, last, tile
 
@@ -178,7 +178,7 @@ def _wrong(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> str 
         return f"packed: {rows} x {cols} indices of {bits} bits are uint8 [{size}], contiguous, on a CPU, got {found}."
     luts, k, dim = lut.shape if lut.dim() == 3 else (0, 0, 0)
     fits = dim == 1 and 1 <= k <= 1 << bits and luts and not rows % luts
-    if not fits or lut.dtype not in _TYPES or not lut.is_cpu or not lut.is_contiguous():
+    if not fits or lut.dtype not in TYPES or not lut.is_cpu or not lut.is_contiguous():
         want = f"float [luts, 1 to {1 << bits}, 1], contiguous, on a CPU, luts a divisor of {rows}"
         return f"lut: {want}, got {lut.dtype} {list(lut.shape)} on {lut.device}. Tables of vectors have no kernel: unpack them."
     return None

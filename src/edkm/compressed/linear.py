@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,28 +26,24 @@ from edkm.core.assign import LUT_DTYPE, lookup
 _TILE_WEIGHTS = 1 << 22
 
 
-class PackedWeight(NamedTuple):
+class PackedWeight:
     """One packed tensor in memory.
 
     Attributes:
         stream: uint8, the indices as docs/format.md has them.
         lut: `[luts, k, dim]` float16.
         entry: its shape and how it is cut.
+        rows, cols: of the weight as a matrix.
+        matrix: its bits, rows and columns.
+        compiled: whether the kernels of `cpu` read it.
     """
 
-    stream: Tensor
-    lut: Tensor
-    entry: Entry
-
-    @property
-    def rows(self) -> int:
-        """Rows of the weight as a matrix."""
-        return self.entry.grid[0] * self.entry.dim
-
-    @property
-    def matrix(self) -> tuple[int, int, int]:
-        """Bits, rows and columns."""
-        return self.entry.bits, self.rows, self.entry.grid[1]
+    def __init__(self, stream: Tensor, lut: Tensor, entry: Entry) -> None:
+        self.stream, self.lut, self.entry = stream, lut, entry
+        self.rows, self.cols = entry.grid[0] * entry.dim, entry.grid[1]
+        self.matrix = entry.bits, self.rows, self.cols
+        # Once and not at every product: a small layer is multiplied in less time than this takes.
+        self.compiled = stream.is_cpu and cpu.reads(stream, lut, *self.matrix)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight in its own shape; float32 and float16 hold it exactly."""
@@ -63,7 +59,7 @@ class PackedWeight(NamedTuple):
         Cost:
             One pass over the rows. Besides the result 4 MiB live on a CPU with a compiler, else 13 bytes a weight.
         """
-        if self.stream.device.type == "cpu" and cpu.reads(self.stream, self.lut, *self.matrix):
+        if self.compiled:
             return cpu.unpack(self.stream, self.lut, *self.matrix, dtype, start, stop)
         bits, dim, cols = self.entry.bits, self.entry.dim, self.entry.grid[1]
         first, last = start // dim, stop // dim  # rows of indices
@@ -100,9 +96,10 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    kernels = _kernels(x.device.type)
-    if kernels is not None and kernels.takes(x, weight.stream, weight.lut, *weight.matrix):
-        return kernels.linear(x, weight.stream, weight.lut, *weight.matrix)
+    if weight.compiled and x.is_cpu and x.dtype in cpu.TYPES and x.shape[-1] == weight.cols:
+        return cpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
+    if x.is_cuda and (gpu := _gpu()) is not None and gpu.takes(x, weight.stream, weight.lut, *weight.matrix):
+        return gpu.linear(x, weight.stream, weight.lut, *weight.matrix)
     tiles = _tiles(weight)
     if len(tiles) == 1:
         return F.linear(x, weight.decode(0, weight.rows, x.dtype))
@@ -110,20 +107,18 @@ def _multiply(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 @cache
-def _kernels(device_type: str) -> Any:
-    """The module of kernels for this kind of device, or None."""
-    if device_type == "cpu":
-        return cpu
-    if device_type == "cuda" and find_spec("triton") is not None:
-        from edkm.compressed import gpu
+def _gpu() -> Any:
+    """The Triton kernels, or None without Triton."""
+    if find_spec("triton") is None:
+        return None
+    from edkm.compressed import gpu
 
-        return gpu
-    return None
+    return gpu
 
 
 def _tiles(weight: PackedWeight) -> list[tuple[int, int]]:
     step = weight.row_step
-    height = max(1, _TILE_WEIGHTS // (weight.entry.grid[1] * step)) * step
+    height = max(1, _TILE_WEIGHTS // (weight.cols * step)) * step
     return [(start, min(start + height, weight.rows)) for start in range(0, weight.rows, height)]
 
 
@@ -157,13 +152,18 @@ class Packed(nn.Module):
     packed_entries: dict[str, Entry]
     dense_dtype: torch.dtype
     ordinary: type[nn.Module]
+    held: dict[str, tuple[Tensor, Tensor, torch.device, PackedWeight]]  # what `packed` gave, and of which tensors
 
     def packed(self, name: str = "weight") -> PackedWeight:
         """The parameter `name` as it is kept."""
         stream = self._parameters[name]
         lut = self.__dict__["tables_of"]._buffers[name + LUT_SUFFIX]
         assert stream is not None and lut is not None
-        return PackedWeight(stream, lut.to(stream.device), self.packed_entries[name])
+        held = self.held.get(name)
+        if held is None or held[0] is not stream or held[1] is not lut or held[2] != stream.device:
+            weight = PackedWeight(stream, lut.to(stream.device), self.packed_entries[name])
+            held = self.held[name] = stream, lut, stream.device, weight
+        return held[3]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
@@ -239,7 +239,7 @@ def pack_module(module: nn.Module, name: str, entry: Entry, k: int, dtype: torch
         device: of the empty tensors that wait for the bytes.
     """
     if not isinstance(module, Packed):
-        module.packed_entries, module.dense_dtype, module.ordinary = {}, dtype, type(module)  # pyright: ignore
+        module.packed_entries, module.dense_dtype, module.ordinary, module.held = {}, dtype, type(module), {}  # pyright: ignore
         module.__dict__["tables_of"] = module
     module.__class__ = _packed_class(type(module), name, entry.dim)  # pyright: ignore
     assert isinstance(module, Packed)
@@ -292,5 +292,5 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         module._buffers.pop(name + LUT_SUFFIX, None)
     for module in {module for module, _, _ in packed}:
         module.__class__ = module.ordinary  # pyright: ignore
-        for attribute in ("packed_entries", "dense_dtype", "ordinary", "tables_of"):
+        for attribute in ("packed_entries", "dense_dtype", "ordinary", "held", "tables_of"):
             del module.__dict__[attribute]
