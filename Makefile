@@ -18,7 +18,7 @@ help:
 	@echo "make test-coreai  those of edkm.coreai, in an environment that has coreai-opt"
 	@echo "make check      format, lint and types"
 	@echo "make baselines  the environment of edkm compare's gptq, awq and smoothquant"
-	@echo "make bench      time and memory of the clustering, beside coremltools"
+	@echo "make bench      time and memory of the clustering, and of packed layers, beside others"
 	@echo "make bench-gpu  the same on CUDA, with the python3 that has torch"
 
 $(READY): pyproject.toml constraints.txt
@@ -70,9 +70,14 @@ baselines: $(BASELINES)/.ready
 bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python -m benchmarks op --peers $(PEERS)/bin/python --json benchmarks/results/op-cpu.json
 	$(BIN)/python -m benchmarks step --json benchmarks/results/step-cpu.json
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt bitsandbytes
+	$(BIN)/python -m benchmarks packed --json benchmarks/results/packed-cpu.json
+	$(BIN)/python -m benchmarks generation --json benchmarks/results/generation-cpu.json
 
 bench-gpu:
 	PYTHONPATH=src python3 -m benchmarks op --device cuda --json benchmarks/results/op-cuda.json
+	PYTHONPATH=src python3 -m benchmarks packed-gpu --json benchmarks/results/packed-cuda.json
+	PYTHONPATH=src python3 -m benchmarks generation --device cuda --json benchmarks/results/generation-cuda.json
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(BASELINES) $(COREAI) out

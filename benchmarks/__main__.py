@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import ablation, compare, coreai, fuzz, generation, memory, offload, op, packed, recipe, step
+from benchmarks import ablation, compare, coreai, fuzz, generation, memory, offload, op, packed, packed_gpu, recipe, step
 
 COMMANDS = {
     "ablation": ablation.main,
@@ -14,6 +14,7 @@ COMMANDS = {
     "offload": offload.main,
     "op": op.main,
     "packed": packed.main,
+    "packed-gpu": packed_gpu.main,
     "recipe": recipe.main,
     "step": step.main,
 }
