@@ -1,8 +1,8 @@
 """`python -m benchmarks packed-gpu`: the Triton kernels for packed layers, beside dense bfloat16 and bitsandbytes' NF4, on a GPU.
 
 As many copies of a layer as exceed the second cache run in turn, captured in one CUDA graph, so that neither launches nor Python are
-timed; contestants alternate, the ratio is that of the medians. First the kernels are compared with the decoded weight. `--device cpu` runs the
-check alone, with TRITON_INTERPRET=1.
+timed; contestants alternate, the ratio is that of the medians. First the kernels are compared with the decoded weight: `--device cpu` does
+that alone, with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
