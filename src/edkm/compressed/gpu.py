@@ -47,16 +47,17 @@ def linear(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: i
     batch, words = flat.shape[0], stream.view(torch.int32)
     luts, k = lut.shape[:2]
     out = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
-    if batch <= _SINGLE_ROWS:
-        flat = flat.view(batch, cols // _GROUP, _GROUP).transpose(1, 2).contiguous()  # [batch, 32, groups]
-        height = 4
-        grid = (triton.cdiv(rows, height), batch)
-        _rows[grid](flat, words, lut, out, rows, cols // _GROUP, rows // luts, k, bits, height, 128, num_warps=4)
-    else:
-        flat = flat.contiguous()
-        height = 32
-        grid = (triton.cdiv(rows, height),)
-        _tile[grid](flat, words, lut, out, batch, rows, cols, rows // luts, k, bits, max(16, triton.next_power_of_2(batch)), height, 64)
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        if batch <= _SINGLE_ROWS:
+            flat = flat.view(batch, cols // _GROUP, _GROUP).transpose(1, 2).contiguous()  # [batch, 32, groups]
+            height = 4
+            grid = (triton.cdiv(rows, height), batch)
+            _rows[grid](flat, words, lut, out, rows, cols // _GROUP, rows // luts, k, bits, height, 128, num_warps=4)
+        else:
+            flat = flat.contiguous()
+            height, block = 32, max(16, triton.next_power_of_2(batch))
+            grid = (triton.cdiv(rows, height),)
+            _tile[grid](flat, words, lut, out, batch, rows, cols, rows // luts, k, bits, block, height, 64)
     return out.view(*x.shape[:-1], rows)
 
 
