@@ -17,6 +17,7 @@ from edkm.compressed.checkpoint import Item
 from edkm.compressed.coreml import check, program, weights
 from edkm.compressed.coreml.architecture import Architecture, architecture, rotary
 from edkm.compressed.coreml.quiet import quiet
+from edkm.compressed.modelconfig import model_config
 
 _SUFFIX = ".mlpackage"
 _CHECKED_TOKENS = 16
@@ -76,10 +77,8 @@ def export(
     directory, out = Path(directory), Path(out)
     _check_options(out, precision, kv_cache, fixed, overwrite)
     with checkpoint.open_items(directory) as items:
-        from transformers import AutoConfig
-
         widened = weights.check_stored(layout.entries(directory), items, widen=widen)
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = model_config(directory, len(items))
         arch = architecture(directory, config, set(items), context)
         rope, tokens, expected = _reference(directory, arch, arch.context if fixed else min(arch.context, _CHECKED_TOKENS))
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}") as folder:
