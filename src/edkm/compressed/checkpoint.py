@@ -263,12 +263,8 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _load(directory: Path, name: str, entry: Entry, packed: Stored, lut: Stored) -> Frozen:
-    try:
+    with _placing(f"{directory / packed.file}: {name}"):
         indices = unpack_indices(packed.load(), entry.bits, math.prod(entry.grid))
-    except FormatError:
-        raise
-    except ValueError as error:
-        raise FormatError(f"{directory / packed.file}: {name}: {error}") from error
     frozen = Frozen(indices.view(entry.grid), lut.load(), entry.shape, float(entry.error))
     layout.check_values(f"{directory / packed.file}: {name}", frozen)
     return frozen
@@ -279,13 +275,20 @@ def _check(directory: Path, name: str, entry: Entry, packed: Stored, lut: Stored
     if lut.shape[1] < 1 << entry.bits:
         _load(directory, name, entry, packed, lut)
         return
-    try:
+    with _placing(f"{directory / packed.file}: {name}"):
         check_padding(packed.load(), entry.bits, math.prod(entry.grid))
+    layout.check_centroids(f"{directory / lut.file}: {name}", lut.load())
+
+
+@contextmanager
+def _placing(where: str) -> Iterator[None]:
+    """An error of `packing`, which knows no files, says where the stream lies."""
+    try:
+        yield
     except FormatError:
         raise
     except ValueError as error:
-        raise FormatError(f"{directory / packed.file}: {name}: {error}") from error
-    layout.check_centroids(f"{directory / lut.file}: {name}", lut.load())
+        raise FormatError(f"{where}: {error}") from error
 
 
 def _is_embedding(name: str) -> bool:

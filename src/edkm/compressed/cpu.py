@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from edkm.compressed.packing import packed_bytes, unpack_indices
+from edkm.compressed.packing import packed_bytes, unpack_rows
 from edkm.core import build
+from edkm.core.assign import lookup
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 _FLAGS = ("-ffp-contract=fast",)
@@ -154,13 +155,8 @@ def _tiles(
 def _tile(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int, first: int, last: int) -> Tensor:
     """Rows of W in torch."""
     luts, k, _ = lut.shape
-    whole = min((last + 7) // 8 * 8, rows)  # to the end of a byte
-    count = (whole - first) * cols
-    at = first * cols * bits // 8
-    indices = unpack_indices(packed[at : at + packed_bytes(count, bits)], bits, count).view(-1, cols)[: last - first]
-    tables = pad(lut.view(luts, k).float(), (0, (1 << bits) - k)).view(-1)
-    own = torch.arange(first, last, device=packed.device) // (rows // luts)
-    return tables[indices.int() + (own[:, None] << bits)]
+    tables = pad(lut, (0, 0, 0, (1 << bits) - k))[torch.arange(first, last, device=packed.device) // (rows // luts)]
+    return lookup(unpack_rows(packed, bits, (rows, cols), first, last), tables)
 
 
 def _threads(weights: int) -> int:

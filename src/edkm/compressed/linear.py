@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from edkm.compressed import cpu
 from edkm.compressed.layout import LUT_SUFFIX, Entry
-from edkm.compressed.packing import packed_bytes, unpack_indices
+from edkm.compressed.packing import unpack_rows
 from edkm.core.assign import LUT_DTYPE, lookup
 
 # Weights decoded at once where no kernel reads the packed form: bounds what lives besides input and output.
@@ -61,10 +61,8 @@ class PackedWeight:
         """
         if self.compiled:
             return cpu.unpack(self.stream, self.lut, *self.matrix, dtype, start, stop)
-        bits, dim, cols = self.entry.bits, self.entry.dim, self.entry.grid[1]
-        first, last = start // dim, stop // dim  # rows of indices
-        stream = self.stream[first * cols * bits // 8 : packed_bytes(last * cols, bits)]
-        indices = unpack_indices(stream, bits, (last - first) * cols).view(last - first, cols)
+        first, last = start // self.entry.dim, stop // self.entry.dim  # rows of indices
+        indices = unpack_rows(self.stream, self.entry.bits, self.entry.grid, first, last)
         if start == 0 and stop == self.rows:
             return lookup(indices, self.lut, dtype)
         # A table for every row of indices: rows need not be whole groups.

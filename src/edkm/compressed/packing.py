@@ -123,6 +123,29 @@ def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
     return indices
 
 
+def unpack_rows(packed: Tensor, bits: int, shape: tuple[int, int], start: int, stop: int) -> Tensor:
+    """Some rows of the grid of indices that a whole stream holds.
+
+    Args:
+        packed: the stream of all rows.
+        bits: width of one index, 1 to 8.
+        shape: of the grid, rows and columns.
+        start, stop: the rows; `start` is a multiple of 8, where the stream is at the start of a byte.
+
+    Returns:
+        uint8 `[stop - start, cols]` on the device of `packed`.
+
+    Cost:
+        One pass over these rows of the stream. Besides input and output at most 3 MiB live.
+    """
+    rows, cols = shape
+    # 8 rows end on a whole byte: no bits of the next rows stand where padding would.
+    count = (min((stop + 7) // 8 * 8, rows) - start) * cols
+    first = start * cols * bits // 8
+    indices = unpack_indices(packed[first : first + packed_bytes(count, bits)], bits, count)
+    return indices.view(-1, cols)[: stop - start]
+
+
 def check_padding(packed: Tensor, bits: int, count: int) -> None:
     """Raises ValueError if a bit after the last index of a stream is not zero."""
     used = count * bits % 8

@@ -54,14 +54,12 @@ def save(directory: Path, record: dict[str, Any]) -> None:
     Cost:
         The headers of the weights are read.
     """
-    from edkm.strict_json import dumps
+    from edkm.compressed.jsonfile import write_json
+    from edkm.strict_json import finite
 
     content = {"report_version": VERSION, "weights": identity(directory), **record}
-    path = directory / RECORD
     checked(content, _SHAPE)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(dumps(content) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(directory / RECORD, finite(content))
 
 
 def read(directory: Path) -> dict[str, Any] | None:

@@ -106,13 +106,12 @@ class Recorder:
         (directory / record.PAGE).write_text(report(directory), encoding="utf-8")
 
     def _save(self) -> None:
-        from ..strict_json import dumps
+        from ..compressed.jsonfile import write_json
+        from ..strict_json import finite
         from . import ranks
 
         if ranks.rank() == 0 and self.path.parent.is_dir():
-            part = self.path.with_name(self.path.name + ".part")
-            part.write_text(dumps(self.content))
-            part.replace(self.path)
+            write_json(self.path, finite(self.content))
 
 
 def said_of(args: Any, blocks: Any, settings: Any, plain_steps: int) -> dict[str, Any]:
