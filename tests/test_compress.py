@@ -318,3 +318,11 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over(tiny_dir, data,
         assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 1
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "parts" / "model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+    for steps, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (11, '{"global_st'), (12, "")):
+        (tmp_path / f"checkpoint-{steps}").mkdir()
+        (tmp_path / f"checkpoint-{steps}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-13").mkdir()
+    assert trainer.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

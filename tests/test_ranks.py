@@ -42,6 +42,20 @@ def be_a_rank(argv, log, place):
     sys.exit(main(argv))
 
 
+def be_slow_to_save(argv, log, place):
+    """The same, with ranks that write what they have to write long after rank 0."""
+    from transformers import Trainer
+
+    save = Trainer._save_rng_state
+
+    def later(self, output_dir):
+        time.sleep(2 * self.args.process_index)
+        save(self, output_dir)
+
+    Trainer._save_rng_state = later
+    be_a_rank(argv, log, place)
+
+
 def be_a_trainer(directory, batch, place):
     """transformers' own Trainer with our callback, in a process of its own."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -79,7 +93,7 @@ def losses_in(text):
 class Run:
     """`edkm compress` as `ranks` processes, each with its output in a file."""
 
-    def __init__(self, tiny_dir, folder, out, ranks, *options, steps=6):
+    def __init__(self, tiny_dir, folder, out, ranks, *options, steps=6, target=be_a_rank):
         argv = arguments(tiny_dir, folder, out, ranks, *options, steps=steps)
         name, port = f"{out.name}-{time.monotonic_ns()}", free_port()
         self.logs = [folder / f"{name}-{rank}.log" for rank in range(ranks)]
@@ -87,7 +101,7 @@ class Run:
         for rank, log in enumerate(self.logs):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            self.processes.append(FORKS.Process(target=be_a_rank, args=(argv, log, place)))
+            self.processes.append(FORKS.Process(target=target, args=(argv, log, place)))
             self.processes[-1].start()
 
     def wait(self):
@@ -209,6 +223,15 @@ def test_a_rank_that_dies_is_named_and_the_rest_goes_on_with_other_ranks(alone, 
     assert 0 < len(resumed.losses()) <= 4
     assert resumed.losses() == pytest.approx(alone[0].losses()[-len(resumed.losses()) :], abs=2e-3)
     assert_same_model(alone[1], tmp_path / "out")
+
+
+def test_a_checkpoint_is_whole_only_when_every_rank_has_written_its_part(tiny_dir, tmp_path):
+    run = Run(tiny_dir, tmp_path, tmp_path / "out", 2, "--save-every", "2", steps=4, target=be_slow_to_save)
+    checkpoint = tmp_path / "out" / "training" / "clustered" / "checkpoint-2"
+    wait_for(checkpoint / "trainer_state.json", run)
+    states = [torch.load(checkpoint / f"rng_state_{rank}.pth", weights_only=False) for rank in range(2)]
+    assert all("cpu" in state for state in states)
+    assert run.wait() == [0, 0]
 
 
 def test_an_error_on_one_rank_is_told_to_all(tiny_dir, tmp_path):

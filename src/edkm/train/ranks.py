@@ -93,6 +93,12 @@ def on_first(work: Callable[[], Any]) -> None:
         raise ValueError(message[0])
 
 
+def wait() -> None:
+    """Until all ranks are here."""
+    if world() > 1:
+        dist.barrier()
+
+
 def any_of_them(flag: bool) -> bool:
     """Whether it is set on any rank."""
     if world() == 1:

@@ -140,9 +140,17 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def last_checkpoint(work: Path) -> str | None:
-    """The last that is whole: the trainer's state is written last."""
-    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    """The last that is whole: the trainer's state is written last, and may itself be cut off."""
+    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
 
 
 def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
@@ -254,6 +262,11 @@ class _Trainer(transformers.Trainer):
             dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=Path(output_dir) / _STATE)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULE)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Rank 0 writes the trainer's state next, by which `last_checkpoint` takes this one for whole: no rank may still be writing.
+        ranks.wait()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
