@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.measure import machine, write
 from edkm.compressed.layout import Entry
-from edkm.compressed.linear import Packed, pack_module, tie_module
+from edkm.compressed.modules import Packed, pack_module, tie_module
 
 MODELS = {
     "SmolLM2-135M": {

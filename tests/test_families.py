@@ -41,6 +41,7 @@ FAMILIES = {
     "qwen3": {**UNTIED, "head_dim": 8},
     "gemma2": {"head_dim": 8},
     "gemma3_text": {"head_dim": 8},
+    "phi": UNTIED,
     "phi3": UNTIED,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0},
     "mixtral": {"num_local_experts": 4},
@@ -124,6 +125,8 @@ def test_a_family_from_prepare_to_the_file(family, tmp_path):
     with torch.no_grad():
         logits = model.eval()(input_ids=IDS).logits
         assert torch.equal(hf.load(tmp_path / "packed")(input_ids=IDS).logits, logits)
+        packed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+        torch.testing.assert_close(packed(input_ids=IDS).logits, logits, rtol=1e-4, atol=1e-5)
         hf.unpack(tmp_path / "packed", tmp_path / "dense")
         dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
         assert torch.equal(dense(input_ids=IDS).logits, logits)

@@ -120,10 +120,11 @@ def unpack(
 
 def _by_tiles(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
     flat = x.reshape(-1, cols).float()
-    out = torch.empty(len(flat), rows, dtype=torch.float32, device=x.device)
+    # In its own shape from the start: the output of an autograd.Function must not be a view.
+    out = torch.empty(*x.shape[:-1], rows, dtype=torch.float32, device=x.device)
     for first, stop, tile in _tiles(packed, lut, bits, rows, cols):
-        torch.mm(flat, tile.T, out=out[:, first:stop])
-    return out.to(x.dtype).view(*x.shape[:-1], rows)
+        torch.mm(flat, tile.T, out=out.view(-1, rows)[:, first:stop])
+    return out.to(x.dtype)
 
 
 def _tiles(

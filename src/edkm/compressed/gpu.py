@@ -46,7 +46,7 @@ def linear(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: i
     flat = x.reshape(-1, cols)
     batch, words = flat.shape[0], stream.view(torch.int32)
     luts, k = lut.shape[:2]
-    out = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)  # no view: it leaves an autograd.Function
     with torch.cuda.device_of(x):  # Triton launches on the current one
         if batch <= _SINGLE_ROWS:
             flat = flat.view(batch, cols // _GROUP, _GROUP).transpose(1, 2).contiguous()  # [batch, 32, groups]
@@ -58,7 +58,7 @@ def linear(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: i
             height, block = 32, max(16, triton.next_power_of_2(batch))
             grid = (triton.cdiv(rows, height),)
             _tile[grid](flat, words, lut, out, batch, rows, cols, rows // luts, k, bits, block, height, 64)
-    return out.view(*x.shape[:-1], rows)
+    return out
 
 
 @triton.jit

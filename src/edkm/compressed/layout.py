@@ -25,7 +25,7 @@ FORMAT_VERSION = 2
 LUT_SUFFIX = "_lut"
 # Beside the weights and not of the model: what `edkm compress` recorded for a report.
 RECORD = "edkm_report.json"
-_CONFIG_KEYS = {"quant_method", "format_version", "settings", "tensors"}
+CONFIG_KEYS = {"quant_method", "format_version", "settings", "tensors"}
 
 
 class Entry(NamedTuple):
@@ -95,7 +95,7 @@ def quantization_config(directory: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: quant_method must be '{QUANT_METHOD}', got {show(method)}. Load it with transformers.")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise FormatError(f"{path}: format_version must be 1 to {FORMAT_VERSION}, got {show(version)}. Use a newer edkm.")
-    _check_keys(f"{path}: quantization_config", config, _CONFIG_KEYS)
+    _check_keys(f"{path}: quantization_config", config, CONFIG_KEYS)
     for key in ("settings", "tensors"):
         if not isinstance(config[key], dict):
             raise FormatError(f"{path}: quantization_config.{key} must be an object. Fetch the file again.")
@@ -126,8 +126,6 @@ def check_stored(directory: Path, name: str, entry: Entry, stored: dict[str, Sto
         if wanted not in stored:
             raise FormatError(f"{directory}: {wanted}: is in config.json but in no file. Fetch the whole checkpoint.")
     packed, lut = stored[name], stored[lut_name]
-    if packed.file != lut.file:
-        raise FormatError(f"{directory}: {lut_name}: must lie in {packed.file}, is in {lut.file}. Save the model again.")
     if packed.dtype != torch.uint8 or packed.shape != (entry.packed_bytes,):
         raise FormatError(
             f"{packed.file}: {name}: must be uint8 [{entry.packed_bytes}] for {entry.bits} bits and shape "

@@ -21,9 +21,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from edkm.compressed import checkpoint
 from edkm.compressed.hf import match_names
-from edkm.compressed.layout import QUANT_METHOD
-from edkm.compressed.linear import Packed, pack_module, tie_module, unpack_modules
-from edkm.compressed.shards import FormatError, checksum_metadata
+from edkm.compressed.jsonfile import show
+from edkm.compressed.layout import CONFIG_KEYS, QUANT_METHOD
+from edkm.compressed.modules import Packed, pack_module, tie_module, unpack_modules
+from edkm.compressed.shards import FormatError, checksum_metadata, shard_names
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -31,6 +32,8 @@ class EdkmConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed directory, as it stands there (docs/format.md)."""
 
     def __init__(self, **fields: Any) -> None:
+        if odd := fields.keys() - CONFIG_KEYS:
+            raise FormatError(f"config.json: quantization_config has unknown fields {show(sorted(odd))}. Use a newer edkm.")
         self.quant_method = QUANT_METHOD  # pyright: ignore
         for name, value in fields.items():
             setattr(self, name, value)
@@ -57,7 +60,13 @@ class EdkmQuantizer(HfQuantizer):
         folders = {Path(file).parent for file in files}
         if len(folders) > 1:
             raise FormatError(f"from_pretrained: the files lie in {len(folders)} directories. Put the packed model into one.")
-        _prepare(model, folders.pop(), dtype or torch.get_default_dtype())
+        folder = folders.pop()
+        # What is checked must be what is read: no variant, and no pickle that lies beside it.
+        if odd := {Path(file).name for file in files} ^ set(shard_names(folder)):
+            raise FormatError(
+                f"{folder}: from_pretrained reads other files than the packed model's ({min(odd)}). Leave out variant and use_safetensors."
+            )
+        _prepare(model, folder, dtype or torch.get_default_dtype())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -71,12 +80,23 @@ class EdkmQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # what save_pretrained leaves in the config
             dtype = getattr(torch, dtype)
         assert not isinstance(dtype, str)
+        _refuse_offloaded(model, "dequantize")
         unpack_modules(model, dtype)
         return model if dtype is None else model.to(dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # pyright: ignore
-        named = self.quantization_config.tensors  # pyright: ignore
+        if getattr(model, "_hf_peft_config_loaded", False):  # only the adapters are saved
+            return model.state_dict(), {}
+        _refuse_offloaded(model, "save_pretrained")
         state = model.state_dict(keep_vars=True)
+        named = self.quantization_config.tensors  # pyright: ignore
+        for name in named:
+            path, _, parameter = name.rpartition(".")
+            if name not in state or parameter not in getattr(model.get_submodule(path), "packed_entries", {}):
+                raise FormatError(
+                    f"save_pretrained: {name}: is not packed any more (it is under an adapter, or was replaced). Take the adapters off "
+                    "(unload() of a PeftModel), or call dequantize() and save that."
+                )
         kept: dict[int, str] = {}  # of tied tensors one: that which the file named, or the one that the others are tied to
         for name in [*named, *(name for name in state if name not in model.all_tied_weights_keys), *state]:
             kept.setdefault(id(state[name]), name)
@@ -86,6 +106,14 @@ class EdkmQuantizer(HfQuantizer):
             path, _, parameter = name.rpartition(".")
             about[name] = model.get_submodule(path).packed_entries[parameter].about()
         return state, checksum_metadata(state, about)
+
+
+def _refuse_offloaded(model: Any, what: str) -> None:
+    """Raise FormatError if some weights are not in memory."""
+    for path, module in model.named_modules():
+        for name in module.packed_entries if isinstance(module, Packed) else ():
+            if (stream := module._parameters[name]) is not None and stream.is_meta:
+                raise FormatError(f"{what}: {path}.{name}: is offloaded (device_map). Load the model without a device_map for this.")
 
 
 def _prepare(model: Any, directory: Path, dtype: torch.dtype) -> None:

@@ -132,7 +132,7 @@ def open_shards(directory: Path) -> Iterator[dict[str, Stored]]:
     weight_map = _weight_map(directory)
     stored: dict[str, Stored] = {}
     with ExitStack() as stack:
-        for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
+        for file in _files(weight_map):
             path = directory / file
             handle = stack.enter_context(_opened(path))
             found = _header(path, handle)
@@ -143,6 +143,15 @@ def open_shards(directory: Path) -> Iterator[dict[str, Stored]]:
                     raise FormatError(f"{path}: {INDEX} lists other tensors for this file, e.g. {odd}. Fetch both files again.")
             stored |= found
         yield dict(sorted(stored.items()))
+
+
+def shard_names(directory: Path) -> list[str]:
+    """The files that `open_shards` reads, in order."""
+    return _files(_weight_map(directory))
+
+
+def _files(weight_map: dict[str, str] | None) -> list[str]:
+    return [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
 
 
 def _divide(groups: list[dict[str, Pending]]) -> list[dict[str, Pending]]:

@@ -1,0 +1,258 @@
+"""Modules that run on packed weights: the bytes of the file are all they keep.
+
+`pack_module` turns a module into its packed form in place. A linear layer multiplies by its packed weight, an embedding decodes the rows
+that it is asked for, and whatever else has a clustered parameter (convolutions, experts) decodes its dense weight each time it is called.
+Parameters and buffers are named as in the packed file (docs/format.md): a state dict is the file's content. Read from outside, a packed
+parameter is a `DenseView`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from edkm.compressed.dense_view import DenseView, Parameters
+from edkm.compressed.layout import LUT_SUFFIX, Entry
+from edkm.compressed.linear import PackedWeight, linear
+from edkm.core.assign import LUT_DTYPE
+
+# Of an embedding, decoded at once: some 40 bytes live for each.
+_EMBEDDED_WEIGHTS = 1 << 18
+
+
+class Packed(nn.Module):
+    """What packed modules have in common. `pack_module` makes them of ordinary ones.
+
+    Attributes:
+        packed_entries: parameter name -> how it is cut.
+        dense_dtype: of the weights that it stands for; follows `.to(dtype)`, while the tables stay as they are stored.
+        ordinary: the class it had.
+        tables_of: the module whose tables it uses, if a parameter is tied.
+        known: by parameter, for which tensors on which device it was found out whether `cpu` reads it, and whether.
+        decoded: dense weights by name, for each thread that is in a call.
+    """
+
+    packed_entries: dict[str, Entry]
+    dense_dtype: torch.dtype
+    ordinary: type[nn.Module]
+    tables_of: Packed | None
+    known: dict[str, tuple[Any, Any, torch.device, bool]]
+    decoded: dict[int, dict[str, Tensor]]
+
+    def packed(self, name: str = "weight") -> PackedWeight:
+        """The parameter `name` as it is kept."""
+        stream = self._parameters.get(name)
+        if stream is None:
+            raise self._constant(name)
+        lut = (self if self.tables_of is None else self.tables_of)._buffers[name + LUT_SUFFIX]
+        assert lut is not None
+        if lut.is_meta and not stream.is_meta:
+            kind = type(self).__name__
+            raise ValueError(f"{kind}.{name}: its tables are offloaded with the layer it is tied to. Load without offload_buffers.")
+        # What the kernels may read is found out once and not at every product: a small layer is multiplied in less time than that takes.
+        known = self.known.get(name)
+        if known is not None and known[0]() is stream and known[1]() is lut and known[2] == stream.device:
+            return PackedWeight(stream, lut.to(stream.device), self.packed_entries[name], known[3])
+        weight = PackedWeight(stream, lut.to(stream.device), self.packed_entries[name])
+        self.known[name] = weakref.ref(stream), weakref.ref(lut), stream.device, weight.compiled
+        return weight
+
+    def seen(self, name: str) -> Tensor:
+        """The parameter `name` for those who read it: dense, or while it is nowhere (not loaded yet, offloaded) what it is."""
+        stream = self._parameters.get(name)
+        if stream is None:
+            raise self._constant(name)
+        if stream.is_meta:
+            return stream
+        return DenseView(self.packed(name), self.dense_dtype, f"{type(self).__name__}.{name}")
+
+    def _constant(self, name: str) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__}.{name}: a packed weight is a constant, and something (an adapter on it, say) has taken it away. "
+            "Put adapters on linear layers and embeddings, or call dequantize() on the model first."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes that are made here have no name to be found by, and what is known is about these tensors.
+        dims = [(name, entry.dim) for name, entry in self.packed_entries.items()]
+        return _blank, (self.ordinary, dims), {**self.__dict__, "known": {}, "decoded": {}}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
+        kept = {name: b for name, b in self._buffers.items() if b is not None and name.removesuffix(LUT_SUFFIX) in self.packed_entries}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            assert after is not None
+            if after.dtype != before.dtype:  # a table in bfloat16 would be another table
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        cut = [
+            f"{name}: {e.bits} bits, {e.luts} tables" + (f", dim {e.dim}" if e.dim > 1 else "") for name, e in self.packed_entries.items()
+        ]
+        return "; ".join(text for text in (super().extra_repr(), *cut) if text)
+
+
+class PackedLinear(Packed, nn.Linear):
+    """A linear layer on a packed weight."""
+
+    weight = property(lambda self: self.seen("weight"))  # pyright: ignore
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = linear(input, self.packed())
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class PackedEmbedding(Packed, nn.Embedding):
+    """An embedding on a packed weight with `dim` 1: decodes the rows of its tokens."""
+
+    weight = property(lambda self: self.seen("weight"))  # pyright: ignore
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, tokens = self.packed(), input.reshape(-1).long()  # rows * cols * bits may be beyond 32 bits
+        known = tokens.is_cpu and len(tokens) and not torch.compiler.is_compiling()  # looking costs nothing
+        if known and not 0 <= int(tokens.min()) <= int(tokens.max()) < weight.rows:
+            raise IndexError(f"token {int(tokens.min())} or {int(tokens.max())} is not in the {weight.rows} rows of the embedding")
+        step = max(1, _EMBEDDED_WEIGHTS // weight.cols)
+        if len(tokens) <= step:
+            return _embedded(weight, tokens, self.dense_dtype).view(*input.shape, weight.cols)
+        out = torch.empty(len(tokens), weight.cols, dtype=self.dense_dtype, device=tokens.device)
+        for start in range(0, len(tokens), step):
+            out[start : start + step] = _embedded(weight, tokens[start : start + step], self.dense_dtype)
+        return out.view(*input.shape, weight.cols)
+
+
+def _embedded(weight: PackedWeight, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some rows, `[n, cols]`."""
+    bits, tokens = weight.entry.bits, tokens.unsqueeze(1)
+    bit = (tokens * weight.cols + torch.arange(weight.cols, device=tokens.device)) * bits  # [n, cols]
+    # An index lies in two bytes at most; the byte after the last is none of its business.
+    byte = bit // 8
+    low, high = (weight.stream[b].int() for b in (byte, (byte + 1).clamp_(max=len(weight.stream) - 1)))
+    index = (low | high << 8) >> bit % 8 & ((1 << bits) - 1)
+    table = tokens // (weight.rows // weight.entry.luts)
+    return weight.lut[table, index, 0].to(dtype)
+
+
+class _Dense(Packed):
+    """Any other module: reads dense weights, decoded when it is called. For backward none of them is kept: it decodes what it needs."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        thread = threading.get_ident()
+        # Experts read their weights once for each expert.
+        mine = self.decoded[thread] = {name: self.packed(name).dense(self.dense_dtype) for name in self.packed_entries}
+        names = {dense.untyped_storage().data_ptr(): name for name, dense in mine.items()}
+
+        def forget(kept: Tensor) -> Any:
+            name = names.get(kept.untyped_storage().data_ptr())
+            return kept if name is None else (name, kept.dtype, kept.shape, kept.stride(), kept.storage_offset())
+
+        try:
+            with saved_tensors_hooks(forget, self._remember):
+                return super().forward(*args, **kwargs)
+        finally:
+            del self.decoded[thread]
+
+    def _remember(self, kept: Any) -> Tensor:
+        """What was forgotten, from the rows of the weight that it takes up."""
+        if isinstance(kept, Tensor):
+            return kept
+        name, dtype, shape, stride, offset = kept
+        weight = self.packed(name)
+        last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+        first_row = offset // weight.cols // weight.row_step * weight.row_step
+        last_row = min(-(-(last // weight.cols + 1) // weight.row_step) * weight.row_step, weight.rows)
+        return weight.decode(first_row, last_row, dtype).as_strided(shape, stride, offset - first_row * weight.cols)
+
+    def _read(self, name: str) -> Tensor:
+        mine = self.decoded.get(threading.get_ident())
+        return self.seen(name) if mine is None else mine[name]
+
+
+def pack_module(module: nn.Module, name: str, entry: Entry, k: int, dtype: torch.dtype, device: torch.device | str = "meta") -> None:
+    """Make a module one whose parameter `name` is packed, in place. The bytes come later, from a state dict.
+
+    Args:
+        module: owns the parameter, of the shape in `entry`.
+        name: of the parameter in it.
+        entry: how it is cut.
+        k: centroids in a table.
+        dtype: of the weights that it stands for.
+        device: of the empty tensors that wait for the bytes.
+    """
+    if not isinstance(module, Packed):
+        # Not through setattr: a module in an attribute would be a child.
+        module.__dict__ |= {"packed_entries": {}, "dense_dtype": dtype, "ordinary": type(module), "tables_of": None}
+        module.__dict__ |= {"known": {}, "decoded": {}, "_parameters": Parameters(module._parameters)}
+    module.__class__ = _packed_class(type(module), name, entry.dim)  # pyright: ignore
+    assert isinstance(module, Packed)
+    module.packed_entries[name] = entry
+    stream = torch.empty(entry.packed_bytes, dtype=torch.uint8, device=device)
+    module._parameters[name] = nn.Parameter(stream, requires_grad=False)
+    module.register_buffer(name + LUT_SUFFIX, torch.empty(entry.luts, k, entry.dim, dtype=LUT_DTYPE, device=device))
+    # transformers would initialise at random what is never loaded because it stays on disk.
+    module._parameters[name]._is_hf_initialized = True  # pyright: ignore
+
+
+@cache
+def _packed_class(kind: type[nn.Module], name: str, dim: int) -> type[nn.Module]:
+    if kind is nn.Linear:
+        return PackedLinear
+    if issubclass(kind, nn.Embedding) and dim == 1:
+        # Gemma's, say, scales what its base class returns.
+        return PackedEmbedding if kind is nn.Embedding else _subclass(kind.__name__, (kind, PackedEmbedding))
+    bases = (kind,) if issubclass(kind, _Dense) else (_Dense, kind)
+    return _subclass(kind.__name__, bases, **{name: property(lambda self: self._read(name))})
+
+
+def _subclass(name: str, bases: tuple[type[nn.Module], ...], **members: Any) -> type[nn.Module]:
+    return type(name, bases, members)
+
+
+def _blank(ordinary: type[nn.Module], dims: Iterable[tuple[str, int]]) -> nn.Module:
+    """A packed module without its state, for pickle and copies."""
+    kind = ordinary
+    for name, dim in dims:
+        kind = _packed_class(kind, name, dim)
+    return kind.__new__(kind)
+
+
+def tie_module(module: Packed, name: str, owner: Packed) -> None:
+    """Use the tables of `owner` for the parameter `name`, in place; whoever ties parameters ties the streams."""
+    module._buffers.pop(name + LUT_SUFFIX)
+    module.__dict__["tables_of"] = owner
+
+
+def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Make all packed modules ordinary ones again, in place; tied parameters stay tied.
+
+    Args:
+        model: with packed modules, loaded.
+        dtype: of the dense weights; by default that of each module.
+
+    Cost:
+        The memory of the dense model.
+    """
+    packed = [
+        (module, name, module.packed(name)) for module in model.modules() if isinstance(module, Packed) for name in module.packed_entries
+    ]
+    dense: dict[Tensor, nn.Parameter] = {}
+    for module, name, weight in packed:
+        if weight.stream not in dense:
+            dense[weight.stream] = nn.Parameter(weight.dense(dtype or module.dense_dtype))
+        module._parameters[name] = dense[weight.stream]
+        module._buffers.pop(name + LUT_SUFFIX, None)
+    for module in {module for module, _, _ in packed}:
+        module.__class__ = module.ordinary  # pyright: ignore
+        module._parameters = dict(module._parameters)
+        for attribute in ("packed_entries", "dense_dtype", "ordinary", "tables_of", "known", "decoded"):
+            del module.__dict__[attribute]

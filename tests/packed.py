@@ -1,0 +1,60 @@
+"""Small packed models of random indices and tables, and the dense models that they stand for."""
+
+import torch
+
+from edkm.compressed import hf
+from edkm.compressed.checkpoint import dequantize
+from edkm.compressed.layout import entry_of
+from edkm.compressed.linear import PackedWeight
+from edkm.compressed.packing import pack_indices
+from edkm.core.assign import Frozen
+
+TOKENS = torch.arange(24).view(2, 12) * 5 % 128
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+}
+
+
+def freeze(shape, bits, luts=1, dim=1, k=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    k = k or 2**bits
+    indices = torch.randint(k, (shape[0] // dim, torch.Size(shape[1:]).numel()), generator=generator, dtype=torch.uint8)
+    lut = torch.randn(luts, k, dim, generator=generator).sort(1).values.mul_(0.05).half()
+    return Frozen(indices, lut, tuple(shape), 0.0)
+
+
+def packed(frozen):
+    return PackedWeight(pack_indices(frozen.indices, frozen.bits), frozen.lut, entry_of("weight", frozen))
+
+
+def pack(model, directory, bits=3):
+    """Every matrix at some bits, a table per row (one for embeddings); the dense model that it stands for comes back."""
+    frozen, dense = {}, {}
+    for name, weight in model.named_parameters():
+        if weight.dim() >= 2 and not name.endswith(("cls_token", "position_embeddings")):
+            embedding = "embed_tokens" in name
+            frozen[name] = freeze(weight.shape, 8 if embedding else bits, 1 if embedding else weight.shape[0], seed=len(frozen))
+            weight.data.copy_(dequantize(frozen[name]))
+        else:
+            dense[name] = weight.detach()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    dense |= {name: buffer for name, buffer in model.state_dict().items() if name not in parameters}
+    model.config.architectures = [type(model).__name__]
+    hf.save_pretrained(directory, frozen, dense, {"bits": bits}, model.config)
+    return model.eval()
+
+
+def same(found, expected):
+    """The kernels add in another order than a product with the dense weight."""
+    torch.testing.assert_close(logits(found), logits(expected), rtol=1e-5, atol=1e-5)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
