@@ -598,3 +598,23 @@ def test_kernels_are_built_once(backend, afresh, monkeypatch):
     monkeypatch.setattr(build, "_build", None)  # would fail
     build.library.cache_clear()
     assert compiled._library(torch.float32) is not None and built.is_file()
+
+
+@pytest.mark.parametrize("backend", ["compiled"])
+def test_kernels_that_were_cut_off_are_built_again(backend, afresh):
+    assert compiled.available()
+    (path,) = afresh.glob("edkm/*")
+    whole = path.read_bytes()
+    for size in (0, 1000):
+        # Another file: this process has the first one mapped.
+        path.unlink()
+        path.write_bytes(whole[:size])
+        build.library.cache_clear()
+        assert compiled._library(torch.float32) is not None and path.stat().st_size == len(whole)
+
+
+def test_without_a_home_directory(afresh, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    with pytest.warns(UserWarning, match="could not be built, training will be slower: there is no home directory.*Set XDG_CACHE_HOME"):
+        assert not compiled.available()

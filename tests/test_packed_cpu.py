@@ -216,6 +216,23 @@ def test_no_compiler_is_said_once(monkeypatch):
         cpu._library.cache_clear()
 
 
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_half_is_read(kernels, flush):
+    """Also where subnormal numbers are switched off, as -ffast-math libraries do to the process they are loaded into."""
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    lut = halves[halves.isfinite()]
+    lut = torch.cat([lut, lut.new_zeros(-len(lut) % 256)]).view(-1, 256, 1)
+    packed = torch.arange(256, dtype=torch.uint8).repeat(len(lut))
+    expected = lut.float().view(-1, 256)
+    torch.set_flush_denormal(flush)
+    try:
+        found = cpu.unpack(packed, lut, 8, len(lut), 256)
+    finally:
+        torch.set_flush_denormal(False)
+    if kernels is not None:  # torch's own conversion loses them
+        assert torch.equal(found, expected)
+
+
 def test_what_it_reads():
     packed, lut, _ = packed_weight(8, 64, 3, 8)
     assert cpu.reads(packed, lut, 3, 8, 64) == (build.library(cpu._SOURCE, *cpu._FLAGS) is not None)

@@ -61,6 +61,22 @@ def test_what_it_does_not_take():
     assert not gpu.takes(x[:1], stream, lut.view(4, 8, 2), 3, 8, 64)  # vectors
 
 
+def test_bfloat16_matrices_need_a_gpu_that_has_them(monkeypatch):
+    class OnAGpu:
+        is_cuda, dtype = True, torch.bfloat16
+
+        def __init__(self, rows):
+            self.rows = rows
+
+        def numel(self):
+            return self.rows * 64
+
+    for supported in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=supported: answer)
+        takes = [gpu.takes(OnAGpu(rows), None, torch.zeros(8, 8, 1), 3, 8, 64) for rows in (4, 5)]
+        assert takes == [True, supported]
+
+
 def test_an_index_beyond_its_table_reads_its_last_entry():
     lut = torch.tensor([[[1.0], [2.0], [3.0], [4.0], [5.0]], [[9.0]] * 5]).half().to(DEVICE)
     stream = pack_indices(torch.full((2, 32), 7, dtype=torch.uint8), 3).to(DEVICE)

@@ -125,9 +125,12 @@ INLINE float as_float(uint32_t bits) {
 }
 
 
+/* Without subnormal floats, which a process may have switched off: those of half precision are steps of 0.5f. */
 INLINE float of_half(uint16_t h) {
     const uint32_t size = (uint32_t)(h & 0x7fff) << 13;
-    const float value = size < 0x0f800000 ? as_float(size) * 0x1p112f : as_float(size | 0x7f800000);
+    const float value = size < 0x00800000 ? as_float(0x3f000000 | (h & 0x3ff)) - 0.5f
+                        : size < 0x0f800000 ? as_float(size + 0x38000000)
+                                            : as_float(size | 0x7f800000);
     return h & 0x8000 ? -value : value;
 }
 

@@ -46,8 +46,8 @@ def linear(x: Tensor, packed: Tensor, lut: Tensor, bits: int, rows: int, cols: i
     Args:
         x: `[..., cols]`, float32, bfloat16 or float16, on a CPU.
         packed: uint8 `[ceil(rows * cols * bits / 8)]`, the indices as docs/format.md lays them out.
-        lut: `[luts, k, 1]`, float16, bfloat16 or float32; the rows are split evenly, in order, over the tables. An index of `k` or above
-            counts as a weight of zero.
+        lut: `[luts, k, 1]`, float16, bfloat16 or float32, finite; the rows are split evenly, in order, over the tables. An index of `k`
+            or above counts as a weight of zero.
         bits: width of an index, 1 to 8.
         rows, cols: shape of W.
 

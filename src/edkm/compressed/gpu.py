@@ -22,7 +22,10 @@ _GROUP = 32
 
 
 def takes(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
-    """Whether `linear` can multiply this: few rows of x, whole groups of columns, single values."""
+    """Whether `linear` can multiply this: few rows of x, whole groups of columns, single values, tensor cores that know the dtype."""
+    many = x.numel() > _SINGLE_ROWS * cols
+    if many and x.dtype == torch.bfloat16 and x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False
     return lut.shape[2] == 1 and cols % _GROUP == 0 and 0 < x.numel() <= MOST_ROWS * cols and x.dtype != torch.float64
 
 

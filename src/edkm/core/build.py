@@ -42,14 +42,19 @@ def library(source: Path, *flags: str) -> ctypes.CDLL | None:
         return None
     all_flags = [*_FLAGS, *flags]
     key = hashlib.sha256(source.read_bytes() + repr((compiler, all_flags, _TUNING, _cpu())).encode()).hexdigest()[:16]
-    path = cache_folder() / f"{source.stem}-{key}.so"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part = Path(folder) / path.name
-            _build([*compiler.split(), *all_flags], source, part)
-            part.replace(path)
-    return ctypes.CDLL(str(path))
+    folder = cache_folder()
+    # The name says how long it is: loading one that was cut off would end the process.
+    for built in folder.glob(f"{source.stem}-{key}-*.so"):
+        if built.stem.endswith(f"-{built.stat().st_size}"):
+            return ctypes.CDLL(str(built))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        part = Path(work) / "part.so"
+        _build([*compiler.split(), *all_flags], source, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        built = part.replace(folder / f"{source.stem}-{key}-{part.stat().st_size}.so")
+    return ctypes.CDLL(str(built))
 
 
 def why(error: BaseException) -> str:
@@ -69,6 +74,8 @@ def _cpu() -> str:
     """What the built code depends on: a home directory may be shared by different machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
+    except OSError:  # macOS
+        named = ["sysctl", "-n", "machdep.cpu.brand_string", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
+        known = subprocess.run(named, capture_output=True, text=True, check=False).stdout if shutil.which("sysctl") else ""
+        return platform.machine() + platform.processor() + known
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
