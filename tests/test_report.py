@@ -150,6 +150,28 @@ def test_a_run_that_died_is_said_to_be_partial(places, tiny_dir, tmp_path, monke
     assert "Partial: 1 interrupted run" in (tmp_path / "out" / "report.html").read_text()
 
 
+def with_losses(monkeypatch, spoil):
+    """Let `spoil(loss, step)` be the loss of training."""
+    true = trainer._Trainer.compute_loss
+    monkeypatch.setattr(trainer._Trainer, "compute_loss", lambda self, *args, **kw: spoil(true(self, *args, **kw), self.state.global_step))
+
+
+def test_a_loss_that_is_not_finite_is_recorded_as_it_is(places, tiny_dir, tmp_path, monkeypatch):
+    with_losses(monkeypatch, lambda loss, step: loss + math.inf if step == 1 else loss)  # the gradient is none the worse
+    assert main(arguments(tiny_dir, places / "train.json", tmp_path / "out", "--steps", "3", "--plain-steps", "0", "--lr", "1e-3")) == 0
+    assert [math.isfinite(loss) for _, loss in record.read(tmp_path / "out")["losses"][0]["points"]] == [True, False, True]
+    assert "1 of the losses are not finite" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("plain", "phase"), [("3", "plain fine-tuning"), ("0", "clustered training")])
+def test_a_training_that_diverged_ends_there(places, tiny_dir, tmp_path, monkeypatch, capsys, plain, phase):
+    with_losses(monkeypatch, lambda loss, step: loss * math.nan if step == 2 else loss)
+    assert main(arguments(tiny_dir, places / "train.json", tmp_path / "out", "--steps", "3", "--plain-steps", plain)) == 1
+    assert f"edkm: error: {phase}: the training diverged, its last loss is nan. Start again" in capsys.readouterr().err
+    losses = json.loads((tmp_path / "out" / "training" / "record.json").read_text())["losses"]
+    assert losses[0]["points"][-1] == [3, "nan"]
+
+
 def test_without_training_the_page_says_so(places, tiny_dir, tmp_path):
     out = tmp_path / "out"
     assert main(arguments(tiny_dir, places / "train.json", out, "--steps", "0", "--dim", "2")) == 0
