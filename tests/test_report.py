@@ -229,6 +229,36 @@ def test_nothing_in_a_file_becomes_markup(copy):
     assert "<script" not in page and "alert(&#x27;x&#x27;)" in page and "&lt;/script&gt;&amp;&quot;" in page
 
 
+@pytest.mark.parametrize(
+    ("config", "settings", "said"),
+    [
+        ({"architectures": [1]}, {}, "\n1, "),
+        ({"architectures": 5}, {}, "\n5, "),
+        ({"architectures": None, "model_type": None}, {}, "\nunknown architecture, "),
+        ({"architectures": None, "model_type": 5}, {}, "\n5, "),
+        ({"text_config": "x"}, {}, "\nhidden size\n\n64\n"),
+        ({"hidden_size": {"a": 10**400}}, {}, "\nhidden size\n\n{&#x27;a&#x27;: 1000"),
+        ({}, {"overrides": 5, "skip": {"a": 1}}, "\nskip\n\n{&#x27;a&#x27;: 1}"),
+        ({"architectures": ["half of \ud800"]}, {"half of \udfff": 1}, "\nhalf of \\ud800, "),
+    ],
+)
+def test_a_config_may_say_anything(copy, config, settings, said):
+    content = json.loads((copy / "config.json").read_text())
+    content |= config
+    content["quantization_config"]["settings"] |= settings
+    (copy / "config.json").write_text(json.dumps(content))
+    assert main(["report", str(copy), "--out", str(copy / "page.html")]) == 0
+    assert said in words_of((copy / "page.html").read_text())
+
+
+def test_a_record_may_name_half_of_a_character(copy):
+    content = json.loads((copy / "edkm_report.json").read_text())
+    content["model"] = "half of \ud800"
+    (copy / "edkm_report.json").write_text(json.dumps(content))
+    assert main(["report", str(copy), "--out", str(copy / "page.html")]) == 0
+    assert "<h1>half of \\ud800</h1>" in (copy / "page.html").read_text()
+
+
 def test_the_page_needs_nothing_else(places):
     page = report(places / "packed")
     assert re.findall(r"""(?:src|href|action|srcset|data)\s*=\s*["']?([^"'\s>]*)""", page) == ["data:,"]
@@ -248,10 +278,24 @@ def test_the_page_needs_nothing_else(places):
         (lambda c: c.update(report_version=True), "report_version is True"),
         (lambda c: c["phases"][1].update(seconds="long"), "phases: 1: seconds: expected a number, got 'long'"),
         (lambda c: c["losses"][0]["points"].append([1.0]), "losses: a point is [step, loss]"),
-        (lambda c: c["layers"][0]["panels"][0]["counts"].append(-1), "expected a whole number from 0, got -1"),
+        (lambda c: c["layers"][0]["panels"][0]["counts"].append(-1), "expected a whole number from 0, below 2**63, got -1"),
         (lambda c: c["layers"][0]["panels"][0].update(counts=[]), "counts: a histogram needs at least one bin"),
         (lambda c: c["layers"][0]["panels"][1]["centroids"].append([1.0]), "centroids: each has three quantiles"),
         (lambda c: c.update(layers={}), "layers: expected a list, got {}"),
+        (lambda c: c["phases"][0].update(seconds="inf"), "phases: time and memory are finite numbers from 0"),
+        (lambda c: c["phases"][0].update(peak_mib="nan"), "phases: time and memory are finite numbers from 0"),
+        (lambda c: c["phases"][0].update(seconds=-1), "phases: time and memory are finite numbers from 0"),
+        (lambda c: c["phases"][0].update(seconds=10**400), "phases: 0: seconds: expected a number, got 1000"),
+        (
+            lambda c: c["losses"][0].update(first_step=10**400),
+            "losses: 0: first_step: expected a whole number from 0, below 2**63, got 1000",
+        ),
+        (lambda c: c["losses"][0].update(points=[[1, 1.7e308], [2, -1.7e308]]), "losses: finite ones reach to 3.40282e+38"),
+        (lambda c: c["losses"][0].update(points=[["inf", 2.0]]), "losses: a step is a finite number from 0"),
+        (
+            lambda c: c["layers"][0]["panels"][0].update(counts=[10**400]),
+            "counts: 0: expected a whole number from 0, below 2**63, got 1000",
+        ),
         (lambda c: c["scores"].append({"model": "packed", "perplexity": []}), "scores: 2: nll is missing"),
         (lambda c: c["scores"][0].update(perplexity=[]), "scores: 0: perplexity: expected a number, got []"),
         (lambda c: c.update(weights="0" * 64), "belongs to other weights"),

@@ -114,4 +114,6 @@ def fraction(value: float | None, digits: int = 3) -> str:
     """A number, or what stands for one that is not there or not finite."""
     if value is None:
         return "—"
-    return f"{value:,.{digits}f}" if math.isfinite(value) else str(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.{digits}e}"

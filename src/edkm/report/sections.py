@@ -264,12 +264,12 @@ def settings(subjects: list[Subject]) -> str:
         "vocab_size": "vocabulary",
         "max_position_embeddings": "longest context",
     }
-    config = {**(subject.config.get("text_config") or {}), **subject.config}
+    inner, overrides = subject.config.get("text_config"), subject.settings.get("overrides")
+    config = {**(inner if isinstance(inner, dict) else {}), **subject.config}
     model = [(words, _say(config[key])) for key, words in names.items() if config.get(key) is not None]
     how = {key.replace("_", " "): _say(value) for key, value in subject.settings.items() if key != "overrides"}
-    chosen = len(subject.settings.get("overrides") or {})
-    if chosen:
-        how["settings of their own"] = f"{chosen:,} tensors"
+    if isinstance(overrides, dict) and overrides:
+        how["settings of their own"] = f"{len(overrides):,} tensors"
     body = [parts.facts(model)]
     body.append(parts.heading("Clustering") + (parts.facts(how.items()) if how else parts.missing("No settings are stored.")))
     recorded = subject.record["settings"] if subject.record else {}
