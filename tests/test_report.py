@@ -402,10 +402,28 @@ def test_what_is_no_packed_directory_is_refused(tiny_dir, places, tmp_path, caps
 def test_inspect_tells_what_was_recorded(places, packed_dir, capsys):
     assert main(["inspect", str(places / "packed")]) == 0
     plain, clustered = record.read(places / "packed")["losses"]
-    lines = capsys.readouterr().out.splitlines()
+    *lines, before, after = capsys.readouterr().out.splitlines()
+    scores = record.read(places / "packed")["scores"]
+    assert before == f"perplexity of held <out>.txt, original: {scores[0]['perplexity']:.2f}"
+    assert after == f"perplexity of held <out>.txt, packed: {scores[1]['perplexity']:.2f}"
     assert re.fullmatch(r"made in    \d+ s, \d+\.\d\d GiB at most; report.html has the whole story", lines[-3])
     assert lines[-2] == f"plain fine-tuning: loss {plain['points'][0][1]:.3f} to {plain['points'][-1][1]:.3f} by step 3"
     assert lines[-1] == f"clustered training: loss {clustered['points'][0][1]:.3f} to {clustered['points'][-1][1]:.3f} by step 6"
+
+
+def test_a_terminal_is_told_no_commands(copy, capsys):
+    content = json.loads((copy / "edkm_report.json").read_text())
+    content["losses"][0]["name"] = "\x1b[31mred\n\x9b"
+    content["scores"][0]["text"] = "\x1b]0;title\x07.txt"
+    (copy / "edkm_report.json").write_text(json.dumps(content))
+    assert main(["inspect", str(copy)]) == 0
+    printed = capsys.readouterr().out
+    assert "\n\\x1b[31mred\\n\\x9b: loss" in printed and "perplexity of \\x1b]0;title\\x07.txt, original" in printed
+    assert printed.replace("\n", "").isprintable()
+    (copy / "edkm_report.json").write_text(json.dumps(content | {"\x1b[2J": 1}))
+    assert main(["inspect", str(copy)]) == 1
+    error = capsys.readouterr().err
+    assert "\\x1b[2J is unknown" in error and error.strip().isprintable()
 
 
 def test_charts_of_odd_data():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edkm.compressed.layout import RECORD
+from edkm.report.parts import fraction
 
 VERSION = 1
 PAGE = "report.html"  # beside it, the page that `edkm compress` makes of it
@@ -183,4 +184,5 @@ def in_words(directory: Path) -> list[str]:
             lines.append(
                 f"{series['name']}: loss {points[0][1]:.3f} to {points[-1][1]:.3f} by step {series['first_step'] + points[-1][0]:.0f}"
             )
+    lines += [f"perplexity of {Path(s['text']).name}, {s['model']}: {fraction(s['perplexity'], 2)}" for s in record["scores"]]
     return lines
