@@ -120,8 +120,44 @@ def test_the_weights_drawn_are_of_several_kinds_and_depths():
         "model.layers.29.down.weight",
     ]
     assert chosen(["0.weight", "2.weight"]) == ["0.weight", "2.weight"] and chosen(["fc.weight"]) == ["fc.weight"] and chosen([]) == []
-    assert place_of("model.layers.3.mlp.experts.7.up_proj.weight") == (3, "mlp.experts.up_proj")
+    assert place_of("model.layers.3.mlp.experts.7.up_proj.weight") == (3, "model.layers.mlp.experts.up_proj")
+    assert place_of("3.weight") == (3, "weight") and place_of("0.fc.weight") == (0, "fc")
     assert place_of("lm_head.weight") is None
+
+
+def test_every_weight_has_a_place_and_a_name_of_its_own():
+    names = [
+        "model.visual.blocks.3.mlp.gate_proj.weight",
+        "model.language_model.layers.3.mlp.gate_proj.weight",
+        "model.language_model.layers.3.mlp.shared_expert.gate_proj.weight",
+        "model.language_model.layers.3.self_attn.q_proj.weight",
+        "encoder.block.3.layer.0.SelfAttention.q.weight",
+        "decoder.block.3.layer.0.SelfAttention.q.weight",
+        "h.3.mlp.0.weight",
+        "h.3.mlp.2.weight",
+    ]
+    places = [place_of(name) for name in names]
+    assert len(set(places)) == len(names) and {layer for layer, _ in places} == {3}
+    assert list(charts.labels([kind for _, kind in places]).values()) == [
+        "blocks.mlp.gate_proj",
+        "layers.mlp.gate_proj",
+        "shared_expe….gate_proj",
+        "q_proj",
+        "encoder.blo…ttention.q",
+        "decoder.blo…ttention.q",
+        "mlp.0",
+        "mlp.2",
+    ]
+    assert charts.labels(["a.b", "b", "c.a.b"]) == {"a.b": "a.b", "b": "b", "c.a.b": "c.a.b"}
+
+
+def test_what_is_in_no_layer_is_said(places, monkeypatch):
+    true = summary(places / "packed")
+    head = {**true["tensors"][0], "name": "lm_head.weight", "embedding": False, "bits_per_weight": 4.25, "error": 0.0012}
+    monkeypatch.setattr("edkm.compressed.checkpoint.summary", lambda directory: {**true, "tensors": [*true["tensors"], head]})
+    words = words_of(report(places / "packed"))
+    assert "lm_head.weight is in no layer and in neither picture: 4.25 bits per weight, error 1.2e-03." in words
+    assert words.count("is in no layer") == 1
 
 
 def test_a_run_in_three_pieces_has_one_record(places, tiny_dir, tmp_path, monkeypatch):

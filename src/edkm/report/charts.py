@@ -10,6 +10,8 @@ from edkm.report.histogram import REACH
 from edkm.report.svg import Frame, box, figure, line, path, text, ticks
 
 WIDTH = 460
+# At most of a letter or a digit, where letters are largest: see the style for narrow pages.
+LETTER = 9.6
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def heat(cells: dict[tuple[int, str], float], title: str, say: str, values: list
     """
     layers = sorted({layer for layer, _ in cells})
     kinds = list(dict.fromkeys(kind for _, kind in cells))
+    names = labels(kinds)
     low, high = min(values), max(values)
     if logarithmic:
         low = min((v for v in values if v > 0), default=1.0)
@@ -71,12 +74,14 @@ def heat(cells: dict[tuple[int, str], float], title: str, say: str, values: list
         value, first, last = (math.log(max(v, low)) for v in (value, low, high)) if logarithmic else (value, low, high)
         return 0.1 + 0.9 * (value - first) / ((last - first) or 1.0)
 
-    left, top, cell = 84.0, 6.0, 22.0
-    width = (WIDTH - 8 - left) / len(layers)
+    top, cell = 6.0, 22.0
+    left = 12 + LETTER * max(map(len, [*names.values(), "layer"]))
+    # The number of the last layer is wider than a narrow column.
+    width = (WIDTH - 16 - left) / len(layers)
     column = {layer: left + i * width for i, layer in enumerate(layers)}
     parts = []
     for row, kind in enumerate(kinds):
-        parts.append(text(left - 8, top + row * cell + 15, _short(kind), "end", "muted"))
+        parts.append(text(left - 8, top + row * cell + 15, names[kind], "end", "muted"))
         for layer in layers:
             if (value := cells.get((layer, kind))) is not None:
                 says = f"layer {layer}, {kind}: {value:{say}}"
@@ -84,8 +89,8 @@ def heat(cells: dict[tuple[int, str], float], title: str, say: str, values: list
     bottom = top + len(kinds) * cell
     for i in {round(t) for t in ticks(0, len(layers) - 1, whole=True)}:
         parts.append(text(column[layers[i]] + width / 2, bottom + 14, str(layers[i]), "middle", "muted"))
-    parts.append(text(left, bottom + 34, "layer", "start", "muted"))
-    scale = WIDTH - 8 - 190
+    parts.append(text(left - 8, bottom + 14, "layer", "end", "muted"))
+    scale = WIDTH - 216
     parts.append(text(scale - 8, bottom + 34, f"{low:{say}}", "end", "muted"))
     parts += [box(scale + i * 12, bottom + 25, 12, 11, "heat", opacity=0.1 + 0.9 * i / 9) for i in range(10)]
     parts.append(text(scale + 128, bottom + 34, f"{high:{say}}", "start", "muted"))
@@ -141,7 +146,20 @@ def _centroids(frame: Frame, centroids: list[list[float]]) -> list[str]:
     return parts
 
 
-def _short(kind: str) -> str:
-    """The last part of a projection's name, as much as there is room for."""
-    last = kind.rpartition(".")[2]
-    return last if len(last) <= 12 else last[:11] + "…"
+def labels(kinds: list[str], most: int = 22) -> dict[str, str]:
+    """A short name for each projection: as many of the last parts of its name as tell it from the others.
+
+    Args:
+        kinds: different names of parts with dots between them.
+        most: letters; a longer one keeps its two ends.
+    """
+    half = most // 2
+    found = {}
+    for kind in kinds:
+        parts = kind.split(".")
+        # A number alone says little.
+        ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()]
+        others = [f".{other}" for other in kinds if other != kind]
+        end = next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), kind)
+        found[kind] = end if len(end) <= most else f"{end[:half]}…{end[half + 1 - most :]}"
+    return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from edkm._version import __version__
 from edkm.report import parts, sections
+from edkm.report.layers import layers
 from edkm.report.style import STYLE
 from edkm.report.subject import Subject, look_at, with_scores
 
@@ -56,7 +57,7 @@ def page(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
         sections.size(subjects),
         sections.quality(subjects, scores),
         sections.training(subjects),
-        sections.layers(subjects),
+        layers(subjects),
         sections.weights(subjects[0]),
         sections.settings(subjects),
         "</main>",

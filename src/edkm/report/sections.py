@@ -9,7 +9,7 @@ from typing import Any
 
 from edkm.report import charts, parts
 from edkm.report.record import finite
-from edkm.report.subject import Subject, in_order, place_of
+from edkm.report.subject import Subject
 
 _SAME = ("text", "tokens", "windows", "window", "stride")  # perplexities are of one kind if these are equal
 _HOW = "edkm eval MODEL --text FILE --json scores.json, then edkm report DIR --eval scores.json"
@@ -154,53 +154,6 @@ def _losses(subjects: list[Subject]) -> str:
         body.append(parts.missing(f"{lost} of the losses are not finite and are not drawn: the training diverged."))
     body += [parts.missing(f"{s.name}: no losses, {s.why_none}.") for s in subjects[1:] if s.record is None]
     return "".join(body)
-
-
-def layers(subjects: list[Subject]) -> str:
-    """Bits and error of every layer and projection."""
-    body = [
-        parts.note(
-            "Bits count indices and tables. The error is the sum of squared differences between the stored weights and those they "
-            "stand for, over the sum of their squares."
-        )
-    ]
-    both = [(subject, _cells(subject, "bits_per_weight"), _cells(subject, "error")) for subject in subjects]
-    all_bits, all_errors = ([value for row in both for value in row[i].values()] for i in (1, 2))
-    for subject, bits, errors in both:
-        heading = f"{subject.name}: " if len(subjects) > 1 else ""
-        if bits:
-            pictures = [
-                parts.picture(charts.heat(bits, "Bits per weight", ".2f", all_bits), f"{heading}bits per weight"),
-                parts.picture(charts.heat(errors, "Clustering error", ".1e", all_errors, logarithmic=True), f"{heading}clustering error"),
-            ]
-            body.append(parts.columns(pictures))
-        elif not subject.packed:
-            body.append(parts.missing(f"{subject.name}: nothing is clustered in it."))
-        rows = [_row(tensor) for tensor in sorted(subject.summary["tensors"], key=lambda t: in_order(t["name"]))]
-        head = ["tensor", "shape", "bits", "values per index", "tables", "bytes", "bits per weight", "error"]
-        if rows:
-            body.append(
-                parts.folded(f"{heading}all {len(rows):,} clustered tensors", parts.table("Clustered tensors", head, rows, tall=True))
-            )
-    return parts.section("layers", "Layers", *body)
-
-
-def _row(tensor: dict[str, Any]) -> tuple[str, ...]:
-    shape = " x ".join(map(str, tensor["shape"]))
-    counts = [f"{tensor[key]:,}" for key in ("bits", "dim", "luts", "stored_bytes")]
-    return (tensor["name"], shape, *counts, f"{tensor['bits_per_weight']:.3f}", f"{tensor['error']:.2e}")
-
-
-def _cells(subject: Subject, field: str) -> dict[tuple[int, str], float]:
-    """`(layer, projection)` to a mean over the weights there, which is one tensor unless there are experts."""
-    sums: dict[tuple[int, str], list[float]] = {}
-    for tensor in sorted(subject.linear, key=lambda t: in_order(t["name"])):
-        if (place := place_of(tensor["name"])) is not None:
-            weights = math.prod(tensor["shape"])
-            total = sums.setdefault(place, [0.0, 0.0])
-            total[0] += weights * tensor[field]
-            total[1] += weights
-    return {place: value / weights for place, (value, weights) in sums.items()}
 
 
 _PANELS = {

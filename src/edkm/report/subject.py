@@ -153,9 +153,13 @@ def in_order(name: str) -> list[Any]:
 
 
 def place_of(name: str) -> tuple[int, str] | None:
-    """`(layer, projection)` of a weight: `(3, "self_attn.q_proj")`, the same for all experts; None where there is no layer."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+?)(?:\.weight)?$", name)
-    return (int(found[1]), re.sub(r"\.\d+\b", "", found[2])) if found else None
+    """`(layer, projection)` of a weight, such as `(3, "model.layers.self_attn.q_proj")`; None where there is no layer.
+
+    What comes before the layer's number is kept: a model that sees and reads has two layers 3. Numbers after it too, but those of
+    experts, which are one place.
+    """
+    found = re.search(r"^(|.*?\.)(\d+)\.(.+?)(?:\.weight)?$", name)
+    return (int(found[2]), found[1] + re.sub(r"(expert\w*)\.\d+\b", r"\1", found[3])) if found else None
 
 
 def with_scores(subjects: list[Subject], paths: list[Path]) -> list[dict[str, Any]]:
