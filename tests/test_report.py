@@ -1,5 +1,6 @@
 """`edkm report`: the record that a run leaves, the page that is made of it, and how the page looks in a browser."""
 
+import dataclasses
 import json
 import math
 import os
@@ -21,8 +22,9 @@ from edkm.compressed.checkpoint import read as read_packed
 from edkm.compressed.checkpoint import summary
 from edkm.report import charts, record
 from edkm.report.histogram import BINS, REACH, chosen, describe
+from edkm.report.page import page as page_of
 from edkm.report.page import report
-from edkm.report.subject import place_of
+from edkm.report.subject import look_at, place_of, with_scores
 from edkm.report.svg import ticks
 from edkm.train import trainer
 
@@ -367,6 +369,28 @@ def test_losses_that_are_not_finite_are_said(copy):
     assert "1 of the losses are not finite" in report(copy)
 
 
+def test_the_loss_is_named_and_a_mixture_is_said(copy):
+    assert "\nTraining loss\n" in words_of(report(copy)) and "mixture" not in report(copy)
+    content = json.loads((copy / "edkm_report.json").read_text())
+    content["settings"]["distillation"] = 0.25
+    (copy / "edkm_report.json").write_text(json.dumps(content))
+    words = words_of(report(copy))
+    assert "training is a mixture. 0.25 of it is the divergence" in words and "0.75 the cross entropy of the text" in words
+    content["settings"]["distillation"] = "much"
+    (copy / "edkm_report.json").write_text(json.dumps(content))
+    assert "mixture" not in report(copy)
+
+
+def test_where_clustering_began_is_said_of_both(copy, places):
+    assert report(copy).count(">clustered from here<") == 1
+    assert report(copy, places / "packed").count(">both clustered from here<") == 1
+    content = json.loads((copy / "edkm_report.json").read_text())
+    content["losses"][1]["first_step"] = 2
+    (copy / "edkm_report.json").write_text(json.dumps(content))
+    drawn = report(copy, places / "packed")
+    assert [drawn.count(f">{words} from here<") for words in ("clustered", "the other", "both clustered")] == [1, 1, 0]
+
+
 def test_against_another_packed_directory_and_a_dense_one(places, tiny_dir, packed_dir, tmp_path):
     packed = places / "packed"
     assert main(["report", str(packed), "--against", str(packed_dir), "--out", str(tmp_path / "page.html")]) == 0
@@ -500,6 +524,17 @@ def chromium(tmp_path_factory):
         yield page
 
 
+# Every word in a picture is inside it, and can be read.
+OUTSIDE = """[...document.querySelectorAll('svg')].flatMap(svg => [...svg.querySelectorAll('text')].filter(text => {
+    const a = svg.getBoundingClientRect(), b = text.getBoundingClientRect(), unit = a.width / svg.viewBox.baseVal.width;
+    const small = parseFloat(getComputedStyle(text).fontSize) * unit < 11.4;
+    return b.left < a.left - 1 || b.right > a.right + 1 || b.top < a.top - 1 || b.bottom > a.bottom + 1 || small;
+}).map(text => text.textContent))"""
+# Tables that do not fit, but for those that have a row or a column for anything there is.
+CUT = """[...document.querySelectorAll('.scroll:not(.tall)')].filter(box => box.scrollWidth > box.clientWidth)
+    .map(box => box.getAttribute('aria-label'))"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(chromium, places, packed_dir, tmp_path, width, scheme):
@@ -510,16 +545,71 @@ def test_the_page_in_a_browser(chromium, places, packed_dir, tmp_path, width, sc
         assert chromium.requested() == [(tmp_path / "page.html").resolve().as_uri()]
         assert chromium.value("document.documentElement.scrollWidth") == width  # nothing sticks out
         assert chromium.value("innerWidth") == width and chromium.value("document.querySelectorAll('svg').length") >= 7
-        # Every word in a picture is inside it, and can be read.
-        outside = """[...document.querySelectorAll('svg')].flatMap(svg => [...svg.querySelectorAll('text')].filter(text => {
-            const a = svg.getBoundingClientRect(), b = text.getBoundingClientRect();
-            return b.left < a.left - 1 || b.right > a.right + 1 || b.top < a.top - 1 || b.bottom > a.bottom + 1 || b.height < 9;
-        }).map(text => text.textContent))"""
-        assert chromium.value(outside) == []
+        assert chromium.value(OUTSIDE) == [] and chromium.value(CUT) == []
         paper = chromium.value("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", paper))) > 380) == (scheme == "light")
         shown_width, height, distinct, _ = colours_of(chromium.picture())
         assert shown_width == width and height > 1500 and distinct > 64
+
+
+def crowded(subject, name, start, end):
+    """The subject with long names, many steps, a GPU, and layers of several kinds."""
+    steps = [start * i // 8 for i in range(1, 9)], [(end - start) * i // 8 for i in range(1, 9)]
+    losses = [("plain fine-tuning", 0, 0.00032), ("clustered training", start, 0.00031)]
+    series = [
+        {"name": what, "first_step": first, "points": [[step, loss - 1e-6 * i] for i, step in enumerate(at)]}
+        for at, (what, first, loss) in zip(steps, losses, strict=True)
+    ]
+    phases = [{**phase, "seconds": 3400.0, "peak_mib": 15300.0, "peak_gpu_mib": 24200.0} for phase in subject.record["phases"]]
+    kinds = ("visual.blocks.{}.mlp.gate_proj", "language_model.layers.{}.mlp.gate_proj", "language_model.layers.{}.shared_expert.up_proj")
+    tensors = [{**subject.linear[0], "name": f"model.{kind.format(i)}.weight"} for kind in kinds for i in range(101)]
+    return dataclasses.replace(
+        subject,
+        name=name,
+        record={**subject.record, "losses": series, "phases": phases},
+        summary={**subject.summary, "tensors": tensors},
+    )
+
+
+@pytest.mark.parametrize("width", [1280, 1024, 390])
+def test_long_names_and_large_numbers_in_a_browser(chromium, places, tmp_path, width):
+    subject = look_at(places / "packed")
+    ours = crowded(subject, "a_model_of_a_name_without_any_place_to_break_it_that_goes_on_and_on_and_on", 10_000, 20_000)
+    theirs = crowded(subject, "another_model_of_a_name_without_any_place_to_break_it_and_even_longer_than_it", 8_000, 100_000)
+    for subjects in ([ours], [ours, theirs]):
+        (tmp_path / "page.html").write_text(page_of(subjects, with_scores(subjects, [])), encoding="utf-8")
+        chromium.show(tmp_path / "page.html", width=width, scheme="light")
+        assert chromium.value("document.documentElement.scrollWidth") == width
+        assert chromium.value(OUTSIDE) == [] and chromium.value(CUT) == []
+        assert chromium.value("[...document.querySelectorAll('th')].some(cell => cell.textContent == 'on the GPU')")
+
+
+def contrast(*colours):
+    """Of two colours as a browser says them, after WCAG 2."""
+    lights = []
+    for colour in colours:
+        red, green, blue = (
+            c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (int(c) / 255 for c in re.findall(r"\d+", colour)[:3])
+        )
+        lights.append(0.05 + 0.2126 * red + 0.7152 * green + 0.0722 * blue)
+    return max(lights) / min(lights)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_is_drawn_can_be_seen_and_looks_as_its_key(chromium, places, tmp_path, scheme):
+    (tmp_path / "page.html").write_text(report(places / "packed"), encoding="utf-8")
+    chromium.show(tmp_path / "page.html", width=1280, scheme=scheme)
+    style = "(s => [s.{}, s.opacity, s.fillOpacity, s.strokeOpacity])(getComputedStyle(document.querySelector({!r})))"
+    paper = chromium.value("getComputedStyle(document.body).backgroundColor")
+    key = chromium.value(
+        "[...document.querySelectorAll('section[aria-labelledby=weights] .key i')].map(i => getComputedStyle(i)).map("
+        "s => [s.borderTopWidth == '0px' ? s.backgroundColor : s.borderTopColor, s.opacity])"
+    )
+    drawn = [("rect.centroid", "fill"), ("rect.spread", "fill"), ("path.area", "fill"), ("path.outline", "stroke")]
+    for (what, how), shown in zip(drawn, key, strict=True):
+        colour, *opacities = chromium.value(style.format(how, what))
+        assert opacities == ["1", "1", "1"] and shown == [colour, "1"]
+        assert contrast(colour, paper) > 3
 
 
 def test_the_browser_would_notice(chromium, tmp_path):

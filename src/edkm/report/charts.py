@@ -30,24 +30,30 @@ def losses(series: list[Series], starts: list[tuple[float, str]]) -> str:
         series: at least one, each with at least one point, all finite.
         starts: steps after which something else begins, and what.
     """
-    steps = [x for s in series for x, _ in s.points]
+    most = max(x for s in series for x, _ in s.points)
     values = [y for s in series for _, y in s.points]
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-    frame = Frame(46, 24, WIDTH - 12, 206, (0.0, max(steps)), (low - margin, high + margin))
-    parts = frame.axis_y(ticks(*frame.y_range))
-    parts += frame.axis_x(ticks(0.0, max(steps), whole=True), "optimizer steps")
-    for step, what in starts:
-        right = frame.x(step) > 0.6 * WIDTH
-        parts.append(line(frame.x(step), frame.top - 8, frame.x(step), frame.bottom, "mark"))
-        parts.append(text(frame.x(step) + (-6 if right else 6), frame.top - 1, what, "end" if right else "start", "muted"))
+    low, high = low - margin, high + margin
+    numbers = ticks(low, high)
+    # Neighbours do not write over each other.
+    rows = min(2, max(1, len(starts)))
+    left, top = 12 + LETTER * max(len(f"{v:g}") for v in numbers), 6 + 18 * rows
+    frame = Frame(left, top, WIDTH - 32, top + 182, (0.0, most), (low, high))
+    parts = frame.axis_y(numbers)
+    parts += frame.axis_x(ticks(0.0, most, whole=True), "optimizer steps", lambda v: f"{v:g}" if v < 1e6 else f"{v / 1e6:g}M")
+    marks = [(frame.x(step), 5 + 18 * (1 + i % rows), what) for i, (step, what) in enumerate(sorted(starts))]
+    parts += [line(x, y - 7, x, frame.bottom, "mark") for x, y, _ in marks]
+    for x, y, what in marks:
+        before = x + 6 + LETTER * len(what) > WIDTH
+        parts.append(text(x + (-6 if before else 6), y, what, "end" if before else "start", "muted over"))
     for s in series:
         parts.append(path([(frame.x(x), frame.y(y)) for x, y in s.points], f"curve {s.kind}"))
         # A single value is no line; the ends are where one looks.
         x, y = s.points[-1]
         parts.append(f'<circle class="dot {s.kind}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5"/>')
     told = "; ".join(f"{s.name} from {s.points[0][1]:.3f} to {s.points[-1][1]:.3f}" for s in series)
-    return figure(WIDTH, 244, "Training loss", told, parts)
+    return figure(WIDTH, top + 220, "Training loss", told, parts)
 
 
 def heat(cells: dict[tuple[int, str], float], title: str, say: str, values: list[float], *, logarithmic: bool = False) -> str:
@@ -108,9 +114,9 @@ def histogram(panels: list[tuple[str, dict[str, Any], dict[str, Any] | None]], t
     height, gap = 104, 32
     parts: list[str] = []
     for i, (what, panel, outline) in enumerate(panels):
-        top = 20 + i * (height + gap)
+        top = 24 + i * (height + gap)
         most = max([1, *panel["counts"], *(outline["counts"] if outline else [])])
-        frame = Frame(10, top, WIDTH - 10, top + height, (-REACH, REACH), (0.0, 1.06 * most))
+        frame = Frame(10, top, WIDTH - 10, top + height, (-REACH, REACH), (0.0, 1.16 * most))
         parts.append(text(frame.left, top - 6, what, "start"))
         parts.append(path([(frame.left, frame.bottom), *_steps(frame, panel["counts"]), (frame.right, frame.bottom)], "area", closed=True))
         if outline:
@@ -121,7 +127,7 @@ def histogram(panels: list[tuple[str, dict[str, Any], dict[str, Any] | None]], t
             [-3, -2, -1, 0, 1, 2, 3] if last else [], "weight, in root mean squares of its table" if last else "", "{:g}".format
         )
     told = "; ".join(f"{what}: {sum(panel['counts']):,} weights, {len(panel['centroids'])} centroids a table" for what, panel, _ in panels)
-    return figure(WIDTH, 20 + len(panels) * (height + gap) + 8, title, told, parts)
+    return figure(WIDTH, 24 + len(panels) * (height + gap) + 8, title, told, parts)
 
 
 def _steps(frame: Frame, counts: list[int]) -> list[tuple[float, float]]:
@@ -132,17 +138,18 @@ def _steps(frame: Frame, counts: list[int]) -> list[tuple[float, float]]:
 
 
 def _centroids(frame: Frame, centroids: list[list[float]]) -> list[str]:
-    """A line at each centroid's middle table, and a band over the middle half of the tables."""
+    """A line at each centroid's middle table, and above it a bar over the middle half of the tables: in two rows, as neighbours overlap."""
     parts = []
-    for low, middle, high in centroids:
+    # With many centroids the bars would be one, and the lines a wall.
+    few = len(centroids) <= 16
+    width = 1.6 if few else 0.6
+    for i, (low, middle, high) in enumerate(centroids):
         low, high = max(low, -REACH), min(high, REACH)
-        # With many centroids the bands would be one.
-        if high > low and len(centroids) <= 16:
-            parts.append(box(frame.x(low), frame.top, frame.x(high) - frame.x(low), frame.bottom - frame.top, "band"))
+        if few and high > low:
+            parts.append(box(frame.x(low), frame.top + 5 * (i % 2), frame.x(high) - frame.x(low), 4, "spread"))
         if abs(middle) <= REACH:
-            parts.append(
-                line(frame.x(middle), frame.top, frame.x(middle), frame.bottom, "centroid" if len(centroids) <= 16 else "centroid fine")
-            )
+            kind = "centroid" if few else "centroid fine"
+            parts.append(box(frame.x(middle) - width / 2, frame.top, width, frame.bottom - frame.top, kind))
     return parts
 
 

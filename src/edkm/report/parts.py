@@ -36,8 +36,16 @@ def columns(parts_html: Iterable[str]) -> str:
     return f'<div class="columns">{"".join(parts_html)}</div>'
 
 
-def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, tall: bool = False, total: bool = False) -> str:
-    """Rows of words, the first column a heading of its row; scrolls in a box of its own where the page is narrow."""
+def table(
+    label: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, tall: bool = False, total: bool = False, names: bool = False
+) -> str:
+    """Rows of words, the first column a heading of its row; scrolls in a box of its own where the page is narrow.
+
+    Args:
+        tall: it may have any number of rows, and scrolls down too.
+        total: the last row is a sum.
+        names: its columns have names of any length for headings.
+    """
     rows = list(rows)
     lines = []
     for i, row in enumerate(rows):
@@ -45,7 +53,9 @@ def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, tal
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
         lines.append(f'<tr{mark}><th scope="row">{escape(row[0])}</th>{cells}</tr>')
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    start = f'<div class="scroll{" tall" if tall else ""}" tabindex="0" role="region" aria-label="{escape(label)}">'
+    start = (
+        f'<div class="scroll{" tall" if tall else ""}{" names" if names else ""}" tabindex="0" role="region" aria-label="{escape(label)}">'
+    )
     return f"{start}<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 

@@ -46,7 +46,7 @@ def side_by_side(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
         ("Made in", *(time(s) for s in subjects)),
         ("Peak memory", *(peak(s) for s in subjects)),
     ]
-    return parts.section("beside", "Side by side", parts.table("Both models", ["", *(s.name for s in subjects)], rows))
+    return parts.section("beside", "Side by side", parts.table("Both models", ["", *(s.name for s in subjects)], rows, names=True))
 
 
 def _median(subject: Subject) -> str:
@@ -127,7 +127,8 @@ def training(subjects: list[Subject]) -> str:
 
 def _losses(subjects: list[Subject]) -> str:
     """The curves of both models, and a table of their values."""
-    series, marks, starts, lost, rows = [], [], [], 0, []
+    series, marks, lost, rows = [], [], 0, []
+    starts: dict[float, set[int]] = {}  # a step to whose clustering starts after it
     for i, subject in enumerate(subjects):
         for number, one in enumerate(subject.record["losses"] if subject.record else []):
             shifted = [[one["first_step"] + step, loss] for step, loss in one["points"]]
@@ -138,14 +139,16 @@ def _losses(subjects: list[Subject]) -> str:
                 continue
             kind = ("one", "two")[number % 2] if i == 0 else "other"
             series.append(charts.Series(f"{subject.name}, {one['name']}", kind, points))
-            if i == 0 and one["first_step"]:
-                starts.append((one["first_step"], "clustered from here"))
+            if one["first_step"]:
+                starts.setdefault(one["first_step"], set()).add(i)
             words = one["name"] if len(subjects) == 1 else subject.name if i else f"{subject.name}: {one['name']}"
             mark = ("dashed" if i else "line", f"border-color:var(--{'three' if i else kind})", words)
             marks += [] if mark in marks else [mark]
     body = []
     if series:
-        body += [parts.picture(charts.losses(series, starts)), parts.key(marks)]
+        said = [(step, _STARTS[tuple(sorted(whose))]) for step, whose in starts.items()]
+        body += [parts.picture(charts.losses(series, said), "Training loss"), parts.key(marks)]
+        body += [parts.note(words) for words in map(_mixture, subjects) if words]
         head = ["model", "phase", "step", "loss"]
         body.append(parts.folded("Losses as a table", parts.table("Losses", head, rows, tall=True)))
     elif not rows:
@@ -157,10 +160,24 @@ def _losses(subjects: list[Subject]) -> str:
 
 
 _PANELS = {
-    "fitted": "Before training: weights and tables of the fit",
-    "trained": "After training: weights and packed tables",
+    "fitted": "Before training: fitted tables",
+    "trained": "After training: packed tables",
     "packed": "The packed values and their tables",
 }
+
+
+_STARTS = {(0,): "clustered from here", (1,): "the other from here", (0, 1): "both clustered from here"}
+
+
+def _mixture(subject: Subject) -> str:
+    """What the loss of clustered training is, if it is not that of plain fine-tuning."""
+    share = subject.record["settings"].get("distillation") if subject.record else None
+    if not isinstance(share, float) or not 0 < share <= 1:
+        return ""
+    return (
+        f"{subject.name}: the loss of its clustered training is a mixture. {share:g} of it is the divergence from the predictions of the "
+        f"model before it was clustered, {1 - share:g} the cross entropy of the text, which alone is the loss of plain fine-tuning."
+    )
 
 
 def weights(subject: Subject) -> str:
@@ -188,11 +205,11 @@ def weights(subject: Subject) -> str:
         )
     marks = [
         ("line", "border-color:var(--two)", "centroids, the middle one of all tables"),
-        ("", "background:var(--two);opacity:.3", "where they lie in half of the tables"),
-        ("", "background:var(--three);opacity:.6", "weights"),
+        ("", "background:var(--two);height:4px;vertical-align:3px", "where they lie in half of the tables"),
+        ("", "background:var(--area)", "weights"),
     ]
     if subject.record is not None:
-        marks.append(("line", "border-color:var(--soft)", "the original weights"))
+        marks.append(("line", "border-color:var(--ink);border-width:1px", "the original weights"))
     body = [parts.note(words), parts.key(marks), parts.columns(pictures)]
     if beyond:
         body.append(parts.note(f"{beyond:,} weights lie beyond the edges of these pictures."))
