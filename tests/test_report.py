@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import struct
 import xml.etree.ElementTree as ElementTree
@@ -406,6 +407,11 @@ def test_against_another_packed_directory_and_a_dense_one(places, tiny_dir, pack
     words = words_of(report(packed, tiny_dir))
     size = sum(path.stat().st_size for path in tiny_dir.glob("*.safetensors"))
     assert f"{size / 1e6:.1f} MB" in words and "nothing is clustered in it" in words
+    original, ours = (f"{score['perplexity']:.2f}" for score in record.read(packed)["scores"])
+    assert f"\nPerplexity\n\n{ours}\n\n{original}\n" in words  # as the record has it
+    assert "\noriginal\n" not in words
+    shutil.copytree(tiny_dir, tmp_path / "other")
+    assert "\noriginal\n" in words_of(report(packed, tmp_path / "other"))
     words = words_of(report(packed, packed))
     assert f"{tiny_dir.name} ({packed})" in words  # two of one name
     assert words.count("\noriginal\n") == 1  # and of one start

@@ -175,7 +175,9 @@ def with_scores(subjects: list[Subject], paths: list[Path]) -> list[dict[str, An
     for subject, score in recorded:
         # Two runs of one model start from the same figure: it is said once.
         original = "original" if all(other == before[0] for other in before) else f"original of {subject.name}"
-        named = {**score, "of": subject.name if score["model"] == "packed" else original}
+        # A record has the name of the directory that was compressed.
+        dense = [s.name for s in subjects if not s.packed and subject.record and s.directory.resolve().name == subject.record["model"]]
+        named = {**score, "of": subject.name if score["model"] == "packed" else (dense or [original])[0]}
         found += [] if named in found else [named]
     for path in paths:
         try:
