@@ -159,7 +159,7 @@ def test_what_is_in_no_layer_is_said(places, monkeypatch):
     head = {**true["tensors"][0], "name": "lm_head.weight", "embedding": False, "bits_per_weight": 4.25, "error": 0.0012}
     monkeypatch.setattr("edkm.compressed.checkpoint.summary", lambda directory: {**true, "tensors": [*true["tensors"], head]})
     words = words_of(report(places / "packed"))
-    assert "lm_head.weight is in no layer and in neither picture: 4.25 bits per weight, error 1.2e-03." in words
+    assert "lm_head.weight is in no layer and in neither picture: 4.25 bits per weight, error 1.2e\N{MINUS SIGN}03." in words
     assert words.count("is in no layer") == 1
 
 

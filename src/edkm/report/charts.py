@@ -115,7 +115,7 @@ def histogram(panels: list[tuple[str, dict[str, Any], dict[str, Any] | None]], t
     parts: list[str] = []
     for i, (what, panel, outline) in enumerate(panels):
         top = 24 + i * (height + gap)
-        most = max([1, *panel["counts"], *(outline["counts"] if outline else [])])
+        most: int = max([1, *panel["counts"], *(outline["counts"] if outline else [])])
         frame = Frame(10, top, WIDTH - 10, top + height, (-REACH, REACH), (0.0, 1.16 * most))
         parts.append(text(frame.left, top - 6, what, "start"))
         parts.append(path([(frame.left, frame.bottom), *_steps(frame, panel["counts"]), (frame.right, frame.bottom)], "area", closed=True))

@@ -18,7 +18,8 @@ def layers(subjects: list[Subject]) -> str:
         )
     ]
     both = [(subject, _cells(subject, "bits_per_weight"), _cells(subject, "error")) for subject in subjects]
-    all_bits, all_errors = ([value for row in both for value in row[i].values()] for i in (1, 2))
+    all_bits = [value for _, bits, _ in both for value in bits.values()]
+    all_errors = [value for _, _, errors in both for value in errors.values()]
     for subject, bits, errors in both:
         heading = f"{subject.name}: " if len(subjects) > 1 else ""
         if bits:
@@ -43,7 +44,7 @@ def _apart(subject: Subject) -> list[str]:
     """What the pictures leave out, in words."""
     return [
         f"{tensor['name']} is in no layer and in neither picture: {tensor['bits_per_weight']:.2f} bits per weight, "
-        f"error {tensor['error']:.1e}."
+        f"error {parts.power(tensor['error'], 1)}."
         for tensor in subject.linear
         if place_of(tensor["name"]) is None
     ]

@@ -120,6 +120,11 @@ def memory(mib: float | None) -> str:
     return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
 
 
+def power(value: float, digits: int) -> str:
+    """A number as a power of ten, with a minus after which no line is broken."""
+    return f"{value:.{digits}e}".replace("-", "\N{MINUS SIGN}")
+
+
 def fraction(value: float | None, digits: int = 3) -> str:
     """A number, or what stands for one that is not there or not finite."""
     if value is None:

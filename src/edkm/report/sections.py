@@ -50,7 +50,7 @@ def side_by_side(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
 
 
 def _median(subject: Subject) -> str:
-    return f"{statistics.median(t['error'] for t in subject.linear):.2e}" if subject.linear else "—"
+    return parts.power(statistics.median(t["error"] for t in subject.linear), 2) if subject.linear else "—"
 
 
 def size(subjects: list[Subject]) -> str:
@@ -114,10 +114,10 @@ def training(subjects: list[Subject]) -> str:
     phases = record["phases"]
     gpu = any(phase["peak_gpu_mib"] is not None for phase in phases)
     rows = [
-        (p["name"], parts.duration(p["seconds"]), parts.memory(p["peak_mib"]), *([parts.memory(p["peak_gpu_mib"])] if gpu else []))
+        [p["name"], parts.duration(p["seconds"]), parts.memory(p["peak_mib"]), *([parts.memory(p["peak_gpu_mib"])] if gpu else [])]
         for p in phases
     ]
-    rows.append(("in all", parts.duration(sum(p["seconds"] for p in phases)), *[""] * (2 if gpu else 1)))
+    rows.append(["in all", parts.duration(sum(p["seconds"] for p in phases)), *[""] * (2 if gpu else 1)])
     head = ["phase", "time", "peak memory so far", *(["on the GPU"] if gpu else [])]
     costs = parts.table("Time and memory", head, rows, total=True)
     if record["lost_runs"]:
@@ -212,7 +212,7 @@ def weights(subject: Subject) -> str:
         marks.append(("line", "border-color:var(--ink);border-width:1px", "the original weights"))
     body = [parts.note(words), parts.key(marks), parts.columns(pictures)]
     if beyond:
-        body.append(parts.note(f"{beyond:,} weights lie beyond the edges of these pictures."))
+        body.append(parts.note(f"Beyond the edges of these pictures: {beyond:,} of the weights."))
     if vectors:
         body.append(parts.note("Centroids that are vectors have no place on one axis and are not drawn."))
     return parts.section("weights", "Weights and tables", *body)
