@@ -135,6 +135,14 @@ def test_inspect_prints_an_aligned_table_with_totals_last(stub, capsys):
     ]
 
 
+def test_inspect_counts_layers_as_people_do(stub, capsys):
+    row = SUMMARY["tensors"][1]
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1, 2, 10, 11)]
+    stub("checkpoint", summary=lambda directory: SUMMARY | {"tensors": [row | {"name": name} for name in sorted(names)]})
+    assert cli.main(["inspect", "packed"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:6]] == names
+
+
 def test_a_packed_model_is_inspected_unpacked_and_evaluated(packed_dir, tmp_path, text_file, capsys):
     assert cli.main(["inspect", str(packed_dir)]) == 0
     table = capsys.readouterr().out

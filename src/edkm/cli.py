@@ -49,8 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"edkm: error: {message}", file=sys.stderr)
+        print(f"edkm: error: {_printable(message)}", file=sys.stderr)
         return 1
+
+
+def _printable(text: str) -> str:
+    """Text that may come from a file, without a terminal's control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -261,13 +266,15 @@ def _told(directory: Path) -> str:
     """What was recorded of the run, as lines after the totals; nothing if nothing was."""
     from .report.record import in_words
 
-    return "".join(f"{line}\n" for line in in_words(directory))
+    return "".join(f"{_printable(line)}\n" for line in in_words(directory))
 
 
 def _summary_table(summary: dict[str, Any]) -> str:
-    """The dictionary of `checkpoint.summary` as aligned columns, one line a tensor, totals last."""
+    """The dictionary of `checkpoint.summary` as aligned columns, one line a tensor, layer 10 after layer 9, totals last."""
+    from .report.subject import in_order
+
     rows = [("tensor", "shape", "bits", "dim", "tables", "bytes", "bits/weight", "error")]
-    for row in summary["tensors"]:
+    for row in sorted(summary["tensors"], key=lambda row: in_order(row["name"])):
         shape = "x".join(map(str, row["shape"]))
         counts = [f"{row[key]:,}" for key in ("bits", "dim", "luts", "stored_bytes")]
         rows.append((row["name"], shape, *counts, f"{row['bits_per_weight']:.3f}", f"{row['error']:.3e}"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from edkm._version import __version__
 from edkm.report import parts, sections
+from edkm.report.layers import layers
 from edkm.report.style import STYLE
 from edkm.report.subject import Subject, look_at, with_scores
 
@@ -56,7 +57,7 @@ def page(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
         sections.size(subjects),
         sections.quality(subjects, scores),
         sections.training(subjects),
-        sections.layers(subjects),
+        layers(subjects),
         sections.weights(subjects[0]),
         sections.settings(subjects),
         "</main>",
@@ -64,9 +65,9 @@ def page(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
         "1 MB is 1,000,000 bytes. Bits count indices, tables and what is not clustered.</footer>",
     ]
     title = escape(f"{subjects[0].name}, packed by edkm")
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{_HEAD}\n<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n' + (
-        "\n".join(body) + "\n</body>\n</html>\n"
-    )
+    head = f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{_HEAD}\n<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
+    # JSON can name half of a character, which UTF-8 cannot write.
+    return (head + "\n".join(body) + "\n</body>\n</html>\n").encode(errors="backslashreplace").decode()
 
 
 def _told_apart(subjects: list[Subject]) -> list[Subject]:
@@ -82,7 +83,8 @@ def _told_apart(subjects: list[Subject]) -> list[Subject]:
 
 
 def _header(subject: Subject) -> str:
-    architecture = ", ".join(subject.config.get("architectures") or [subject.config.get("model_type", "unknown architecture")])
+    named = subject.config.get("architectures") or subject.config.get("model_type")
+    architecture = ", ".join(map(str, named)) if isinstance(named, list) else str(named or "unknown architecture")
     tied = "input and output embeddings tied" if subject.tied else "input and output embeddings apart"
     lead = f"{architecture}, {parts.count(subject.summary['weights'])} weights, {tied}."
     return f'<header><div class="eyebrow">edkm report</div><h1>{escape(subject.name)}</h1><p class="lead">{escape(lead)}</p>'

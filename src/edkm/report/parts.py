@@ -36,8 +36,16 @@ def columns(parts_html: Iterable[str]) -> str:
     return f'<div class="columns">{"".join(parts_html)}</div>'
 
 
-def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, tall: bool = False, total: bool = False) -> str:
-    """Rows of words, the first column a heading of its row; scrolls in a box of its own where the page is narrow."""
+def table(
+    label: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, tall: bool = False, total: bool = False, names: bool = False
+) -> str:
+    """Rows of words, the first column a heading of its row; scrolls in a box of its own where the page is narrow.
+
+    Args:
+        tall: it may have any number of rows, and scrolls down too.
+        total: the last row is a sum.
+        names: its columns have names of any length for headings.
+    """
     rows = list(rows)
     lines = []
     for i, row in enumerate(rows):
@@ -45,7 +53,9 @@ def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, tal
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
         lines.append(f'<tr{mark}><th scope="row">{escape(row[0])}</th>{cells}</tr>')
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    start = f'<div class="scroll{" tall" if tall else ""}" tabindex="0" role="region" aria-label="{escape(label)}">'
+    start = (
+        f'<div class="scroll{" tall" if tall else ""}{" names" if names else ""}" tabindex="0" role="region" aria-label="{escape(label)}">'
+    )
     return f"{start}<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 
@@ -110,8 +120,15 @@ def memory(mib: float | None) -> str:
     return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
 
 
+def power(value: float, digits: int) -> str:
+    """A number as a power of ten, with a minus after which no line is broken."""
+    return f"{value:.{digits}e}".replace("-", "\N{MINUS SIGN}")
+
+
 def fraction(value: float | None, digits: int = 3) -> str:
     """A number, or what stands for one that is not there or not finite."""
     if value is None:
         return "—"
-    return f"{value:,.{digits}f}" if math.isfinite(value) else str(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.{digits}e}"

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from edkm.compressed.layout import RECORD
+from edkm.report.parts import fraction
 
 VERSION = 1
 PAGE = "report.html"  # beside it, the page that `edkm compress` makes of it
 _REMEDY = "Compress again, or delete the file: the model loads without it"
 _NOT_FINITE = {"nan", "inf", "-inf"}  # how edkm.strict_json writes them
+_WHOLE = 2**63  # whole numbers are below: Python's own have no end, and floats do
+_LARGEST = 2.0**128  # losses are computed in float32; the distance of two floats beyond may be infinite
 
 # What `edkm eval --text --json` writes.
 PERPLEXITY = {"model": str, "text": str, "perplexity": float, "nll": float, "tokens": int, "windows": int, "window": int, "stride": int}
@@ -85,7 +88,7 @@ def read(directory: Path) -> dict[str, Any] | None:
         raise RecordError(f"{path}: report_version is {version!r}, this edkm reads up to {VERSION}. Use a newer edkm, or delete the file.")
     try:
         found = checked(content, _SHAPE)
-        _check_lengths(found)
+        _check_values(found)
     except ValueError as error:
         raise RecordError(f"{path}: {error}. {_REMEDY}.") from None
     if found["weights"] != identity(directory):
@@ -93,11 +96,16 @@ def read(directory: Path) -> dict[str, Any] | None:
     return found
 
 
-def _check_lengths(found: dict[str, Any]) -> None:
+def _check_values(found: dict[str, Any]) -> None:
     """What the shapes of the fields do not say."""
+    spent = [phase[key] for phase in found["phases"] for key in ("seconds", "peak_mib", "peak_gpu_mib") if phase[key] is not None]
+    points = [point for series in found["losses"] for point in series["points"]]
     panels = [panel for layer in found["layers"] for panel in layer["panels"]]
     for wrong, said in (
-        (any(len(point) != 2 for series in found["losses"] for point in series["points"]), "losses: a point is [step, loss]"),
+        (any(not 0 <= value <= _LARGEST for value in spent), "phases: time and memory are finite numbers from 0"),
+        (any(len(point) != 2 for point in points), "losses: a point is [step, loss]"),
+        (any(not 0 <= point[0] <= _LARGEST for point in points if point), "losses: a step is a finite number from 0"),
+        (any(_LARGEST < abs(value) < math.inf for point in points for value in point), f"losses: finite ones reach to {_LARGEST:g}"),
         (any(not panel["counts"] for panel in panels), "counts: a histogram needs at least one bin"),
         (any(len(one) != 3 for panel in panels for one in panel["centroids"]), "centroids: each has three quantiles"),
     ):
@@ -135,9 +143,11 @@ def checked(value: Any, shape: Any, where: str = "") -> Any:
     for choice in shape if isinstance(shape, tuple) else (shape,):
         if choice is None and value is None:
             return None
-        if choice is float and (type(value) in (int, float) or (type(value) is str and value in _NOT_FINITE)):
+        if choice is float and (type(value) is float or (type(value) is str and value in _NOT_FINITE)):
             return float(value)
-        if choice is int and type(value) is int and value >= 0:
+        if choice is float and type(value) is int and abs(value) < _WHOLE:
+            return float(value)
+        if choice is int and type(value) is int and 0 <= value < _WHOLE:
             return value
         if choice in (str, bool) and type(value) is choice:
             return value
@@ -145,7 +155,7 @@ def checked(value: Any, shape: Any, where: str = "") -> Any:
 
 
 def _say(shape: Any) -> str:
-    words = {str: "text", int: "a whole number from 0", float: "a number", bool: "true or false", None: "null"}
+    words = {str: "text", int: "a whole number from 0, below 2**63", float: "a number", bool: "true or false", None: "null"}
     if isinstance(shape, tuple):
         return " or ".join(words[choice] for choice in shape)
     return "an object" if isinstance(shape, dict) else "a list" if isinstance(shape, list) else words[shape]
@@ -174,4 +184,5 @@ def in_words(directory: Path) -> list[str]:
             lines.append(
                 f"{series['name']}: loss {points[0][1]:.3f} to {points[-1][1]:.3f} by step {series['first_step'] + points[-1][0]:.0f}"
             )
+    lines += [f"perplexity of {Path(s['text']).name}, {s['model']}: {fraction(s['perplexity'], 2)}" for s in record["scores"]]
     return lines

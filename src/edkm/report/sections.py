@@ -9,7 +9,7 @@ from typing import Any
 
 from edkm.report import charts, parts
 from edkm.report.record import finite
-from edkm.report.subject import Subject, in_order, place_of
+from edkm.report.subject import Subject
 
 _SAME = ("text", "tokens", "windows", "window", "stride")  # perplexities are of one kind if these are equal
 _HOW = "edkm eval MODEL --text FILE --json scores.json, then edkm report DIR --eval scores.json"
@@ -46,11 +46,11 @@ def side_by_side(subjects: list[Subject], scores: list[dict[str, Any]]) -> str:
         ("Made in", *(time(s) for s in subjects)),
         ("Peak memory", *(peak(s) for s in subjects)),
     ]
-    return parts.section("beside", "Side by side", parts.table("Both models", ["", *(s.name for s in subjects)], rows))
+    return parts.section("beside", "Side by side", parts.table("Both models", ["", *(s.name for s in subjects)], rows, names=True))
 
 
 def _median(subject: Subject) -> str:
-    return f"{statistics.median(t['error'] for t in subject.linear):.2e}" if subject.linear else "—"
+    return parts.power(statistics.median(t["error"] for t in subject.linear), 2) if subject.linear else "—"
 
 
 def size(subjects: list[Subject]) -> str:
@@ -114,10 +114,10 @@ def training(subjects: list[Subject]) -> str:
     phases = record["phases"]
     gpu = any(phase["peak_gpu_mib"] is not None for phase in phases)
     rows = [
-        (p["name"], parts.duration(p["seconds"]), parts.memory(p["peak_mib"]), *([parts.memory(p["peak_gpu_mib"])] if gpu else []))
+        [p["name"], parts.duration(p["seconds"]), parts.memory(p["peak_mib"]), *([parts.memory(p["peak_gpu_mib"])] if gpu else [])]
         for p in phases
     ]
-    rows.append(("in all", parts.duration(sum(p["seconds"] for p in phases)), *[""] * (2 if gpu else 1)))
+    rows.append(["in all", parts.duration(sum(p["seconds"] for p in phases)), *[""] * (2 if gpu else 1)])
     head = ["phase", "time", "peak memory so far", *(["on the GPU"] if gpu else [])]
     costs = parts.table("Time and memory", head, rows, total=True)
     if record["lost_runs"]:
@@ -127,7 +127,8 @@ def training(subjects: list[Subject]) -> str:
 
 def _losses(subjects: list[Subject]) -> str:
     """The curves of both models, and a table of their values."""
-    series, marks, starts, lost, rows = [], [], [], 0, []
+    series, marks, lost, rows = [], [], 0, []
+    starts: dict[float, set[int]] = {}  # a step to whose clustering starts after it
     for i, subject in enumerate(subjects):
         for number, one in enumerate(subject.record["losses"] if subject.record else []):
             shifted = [[one["first_step"] + step, loss] for step, loss in one["points"]]
@@ -138,14 +139,16 @@ def _losses(subjects: list[Subject]) -> str:
                 continue
             kind = ("one", "two")[number % 2] if i == 0 else "other"
             series.append(charts.Series(f"{subject.name}, {one['name']}", kind, points))
-            if i == 0 and one["first_step"]:
-                starts.append((one["first_step"], "clustered from here"))
+            if one["first_step"]:
+                starts.setdefault(one["first_step"], set()).add(i)
             words = one["name"] if len(subjects) == 1 else subject.name if i else f"{subject.name}: {one['name']}"
             mark = ("dashed" if i else "line", f"border-color:var(--{'three' if i else kind})", words)
             marks += [] if mark in marks else [mark]
     body = []
     if series:
-        body += [parts.picture(charts.losses(series, starts)), parts.key(marks)]
+        said = [(step, _STARTS[tuple(sorted(whose))]) for step, whose in starts.items()]
+        body += [parts.picture(charts.losses(series, said), "Training loss"), parts.key(marks)]
+        body += [parts.note(words) for words in map(_mixture, subjects) if words]
         head = ["model", "phase", "step", "loss"]
         body.append(parts.folded("Losses as a table", parts.table("Losses", head, rows, tall=True)))
     elif not rows:
@@ -156,58 +159,25 @@ def _losses(subjects: list[Subject]) -> str:
     return "".join(body)
 
 
-def layers(subjects: list[Subject]) -> str:
-    """Bits and error of every layer and projection."""
-    body = [
-        parts.note(
-            "Bits count indices and tables. The error is the sum of squared differences between the stored weights and those they "
-            "stand for, over the sum of their squares."
-        )
-    ]
-    both = [(subject, _cells(subject, "bits_per_weight"), _cells(subject, "error")) for subject in subjects]
-    all_bits, all_errors = ([value for row in both for value in row[i].values()] for i in (1, 2))
-    for subject, bits, errors in both:
-        heading = f"{subject.name}: " if len(subjects) > 1 else ""
-        if bits:
-            pictures = [
-                parts.picture(charts.heat(bits, "Bits per weight", ".2f", all_bits), f"{heading}bits per weight"),
-                parts.picture(charts.heat(errors, "Clustering error", ".1e", all_errors, logarithmic=True), f"{heading}clustering error"),
-            ]
-            body.append(parts.columns(pictures))
-        elif not subject.packed:
-            body.append(parts.missing(f"{subject.name}: nothing is clustered in it."))
-        rows = [_row(tensor) for tensor in sorted(subject.summary["tensors"], key=lambda t: in_order(t["name"]))]
-        head = ["tensor", "shape", "bits", "values per index", "tables", "bytes", "bits per weight", "error"]
-        if rows:
-            body.append(
-                parts.folded(f"{heading}all {len(rows):,} clustered tensors", parts.table("Clustered tensors", head, rows, tall=True))
-            )
-    return parts.section("layers", "Layers", *body)
-
-
-def _row(tensor: dict[str, Any]) -> tuple[str, ...]:
-    shape = " x ".join(map(str, tensor["shape"]))
-    counts = [f"{tensor[key]:,}" for key in ("bits", "dim", "luts", "stored_bytes")]
-    return (tensor["name"], shape, *counts, f"{tensor['bits_per_weight']:.3f}", f"{tensor['error']:.2e}")
-
-
-def _cells(subject: Subject, field: str) -> dict[tuple[int, str], float]:
-    """`(layer, projection)` to a mean over the weights there, which is one tensor unless there are experts."""
-    sums: dict[tuple[int, str], list[float]] = {}
-    for tensor in sorted(subject.linear, key=lambda t: in_order(t["name"])):
-        if (place := place_of(tensor["name"])) is not None:
-            weights = math.prod(tensor["shape"])
-            total = sums.setdefault(place, [0.0, 0.0])
-            total[0] += weights * tensor[field]
-            total[1] += weights
-    return {place: value / weights for place, (value, weights) in sums.items()}
-
-
 _PANELS = {
-    "fitted": "Before training: weights and tables of the fit",
-    "trained": "After training: weights and packed tables",
+    "fitted": "Before training: fitted tables",
+    "trained": "After training: packed tables",
     "packed": "The packed values and their tables",
 }
+
+
+_STARTS = {(0,): "clustered from here", (1,): "the other from here", (0, 1): "both clustered from here"}
+
+
+def _mixture(subject: Subject) -> str:
+    """What the loss of clustered training is, if it is not that of plain fine-tuning."""
+    share = subject.record["settings"].get("distillation") if subject.record else None
+    if not isinstance(share, float) or not 0 < share <= 1:
+        return ""
+    return (
+        f"{subject.name}: the loss of its clustered training is a mixture. {share:g} of it is the divergence from the predictions of the "
+        f"model before it was clustered, {1 - share:g} the cross entropy of the text, which alone is the loss of plain fine-tuning."
+    )
 
 
 def weights(subject: Subject) -> str:
@@ -235,14 +205,14 @@ def weights(subject: Subject) -> str:
         )
     marks = [
         ("line", "border-color:var(--two)", "centroids, the middle one of all tables"),
-        ("", "background:var(--two);opacity:.3", "where they lie in half of the tables"),
-        ("", "background:var(--three);opacity:.6", "weights"),
+        ("", "background:var(--two);height:4px;vertical-align:3px", "where they lie in half of the tables"),
+        ("", "background:var(--area)", "weights"),
     ]
     if subject.record is not None:
-        marks.append(("line", "border-color:var(--soft)", "the original weights"))
+        marks.append(("line", "border-color:var(--ink);border-width:1px", "the original weights"))
     body = [parts.note(words), parts.key(marks), parts.columns(pictures)]
     if beyond:
-        body.append(parts.note(f"{beyond:,} weights lie beyond the edges of these pictures."))
+        body.append(parts.note(f"Beyond the edges of these pictures: {beyond:,} of the weights."))
     if vectors:
         body.append(parts.note("Centroids that are vectors have no place on one axis and are not drawn."))
     return parts.section("weights", "Weights and tables", *body)
@@ -264,12 +234,12 @@ def settings(subjects: list[Subject]) -> str:
         "vocab_size": "vocabulary",
         "max_position_embeddings": "longest context",
     }
-    config = {**(subject.config.get("text_config") or {}), **subject.config}
+    inner, overrides = subject.config.get("text_config"), subject.settings.get("overrides")
+    config = {**(inner if isinstance(inner, dict) else {}), **subject.config}
     model = [(words, _say(config[key])) for key, words in names.items() if config.get(key) is not None]
     how = {key.replace("_", " "): _say(value) for key, value in subject.settings.items() if key != "overrides"}
-    chosen = len(subject.settings.get("overrides") or {})
-    if chosen:
-        how["settings of their own"] = f"{chosen:,} tensors"
+    if isinstance(overrides, dict) and overrides:
+        how["settings of their own"] = f"{len(overrides):,} tensors"
     body = [parts.facts(model)]
     body.append(parts.heading("Clustering") + (parts.facts(how.items()) if how else parts.missing("No settings are stored.")))
     recorded = subject.record["settings"] if subject.record else {}

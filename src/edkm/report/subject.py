@@ -153,9 +153,13 @@ def in_order(name: str) -> list[Any]:
 
 
 def place_of(name: str) -> tuple[int, str] | None:
-    """`(layer, projection)` of a weight: `(3, "self_attn.q_proj")`, the same for all experts; None where there is no layer."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+?)(?:\.weight)?$", name)
-    return (int(found[1]), re.sub(r"\.\d+\b", "", found[2])) if found else None
+    """`(layer, projection)` of a weight, such as `(3, "model.layers.self_attn.q_proj")`; None where there is no layer.
+
+    What comes before the layer's number is kept: a model that sees and reads has two layers 3. Numbers after it too, but those of
+    experts, which are one place.
+    """
+    found = re.search(r"^(|.*?\.)(\d+)\.(.+?)(?:\.weight)?$", name)
+    return (int(found[2]), found[1] + re.sub(r"(expert\w*)\.\d+\b", r"\1", found[3])) if found else None
 
 
 def with_scores(subjects: list[Subject], paths: list[Path]) -> list[dict[str, Any]]:
@@ -171,7 +175,9 @@ def with_scores(subjects: list[Subject], paths: list[Path]) -> list[dict[str, An
     for subject, score in recorded:
         # Two runs of one model start from the same figure: it is said once.
         original = "original" if all(other == before[0] for other in before) else f"original of {subject.name}"
-        named = {**score, "of": subject.name if score["model"] == "packed" else original}
+        # A record has the name of the directory that was compressed.
+        dense = [s.name for s in subjects if not s.packed and subject.record and s.directory.resolve().name == subject.record["model"]]
+        named = {**score, "of": subject.name if score["model"] == "packed" else (dense or [original])[0]}
         found += [] if named in found else [named]
     for path in paths:
         try:

@@ -258,7 +258,10 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, record
     if result.interrupted:
         print(f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on", file=sys.stderr)
         return False
-    print(f"trained {settings.steps} steps in {result.seconds:.0f} s; last loss {result.losses[-1][1]:.3f}", flush=True)
+    last = result.losses[-1][1]
+    if not math.isfinite(last):
+        raise ValueError(f"{phase}: the training diverged, its last loss is {last}. Start again with --overwrite and a lower --lr.")
+    print(f"trained {settings.steps} steps in {result.seconds:.0f} s; last loss {last:.3f}", flush=True)
     return True
 
 

@@ -174,6 +174,8 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
         ddp_broadcast_buffers=False,
         seed=settings.seed,
         logging_steps=max(1, settings.steps // 20),
+        # By default a loss that is NaN or infinite is logged as another number.
+        logging_nan_inf_filter=False,
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or settings.steps,
         save_total_limit=1,
@@ -249,6 +251,13 @@ class _Trainer(transformers.Trainer):
             share = 1 if num_items_in_batch is None else self.args.gradient_accumulation_steps
             loss = (1 - self.distill) * loss + self.distill / share * divergence(outputs.logits, expected)
         return (loss, outputs) if return_outputs else loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        logged = self.control.should_log
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if logged:
+            # transformers subtracts the sum from itself: after one infinite loss all others would be NaN.
+            tr_loss.zero_()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Everything is saved with the optimizer."""
