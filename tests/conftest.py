@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# There are as many workers as cores: threads of one would only wait for those of another, spinning.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Triton reads this when it is imported, which torch may do at any time: without a GPU its kernels run in its interpreter.
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -19,6 +19,7 @@ from typing import Any
 from ._version import __version__
 from .compare.command import add_compare
 from .compressed.coreml.command import add_export
+from .compressed.jsonfile import printable
 from .report.command import add_report
 from .strict_json import dumps
 from .train.command import add_compress, check_output
@@ -49,13 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"edkm: error: {_printable(message)}", file=sys.stderr)
+        print(f"edkm: error: {printable(message)}", file=sys.stderr)
         return 1
-
-
-def _printable(text: str) -> str:
-    """Text that may come from a file, without a terminal's control characters."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,7 +262,7 @@ def _told(directory: Path) -> str:
     """What was recorded of the run, as lines after the totals; nothing if nothing was."""
     from .report.record import in_words
 
-    return "".join(f"{_printable(line)}\n" for line in in_words(directory))
+    return "".join(f"{printable(line)}\n" for line in in_words(directory))
 
 
 def _summary_table(summary: dict[str, Any]) -> str:

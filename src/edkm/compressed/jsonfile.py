@@ -21,11 +21,15 @@ class FormatError(ValueError):
     """A checkpoint that is not what docs/format.md describes. One line: file or tensor, rule, remedy."""
 
     def __init__(self, message: str) -> None:
-        # Names and values come from the file: neither line breaks nor a terminal's control characters reach the reader.
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        text = printable(message)
         if len(text) > _MAX_MESSAGE:
             text = f"{text[: _MAX_MESSAGE // 2]} ... {text[-_MAX_MESSAGE // 3 :]}"
         super().__init__(text)
+
+
+def printable(text: str) -> str:
+    """Text that may come from a file as one line without a terminal's control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(value: Any) -> str:
