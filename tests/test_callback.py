@@ -82,6 +82,16 @@ def test_the_plain_steps_are_plain(tiny_model, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(tiny_model.parameters(), other.parameters(), strict=True))
 
 
+def test_a_guided_start_takes_the_labels_of_the_data(tiny_model, tmp_path, monkeypatch):
+    seen = []
+    fit = edkm.fit
+    monkeypatch.setattr("edkm.train.fit.fit", lambda *args, sensitivity, **more: seen.append(sensitivity) or fit(*args, **more))
+    callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.5, start="guided", calibration_tokens=128)
+    trainer_of(tiny_model, tmp_path, callback=callback).train()
+    assert len(seen) == 1 and len(seen[0]) == 14
+    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(tiny_model))
+
+
 @pytest.mark.parametrize(("accumulate", "checkpointing", "stop"), [(1, False, 4), (2, True, 4), (1, False, 2)])
 def test_a_resumed_run_is_the_same_run(tiny_model, tmp_path, monkeypatch, accumulate, checkpointing, stop):
     def run(where, resume=None, **more):
