@@ -228,8 +228,9 @@ def test_what_would_go_wrong_later_is_refused(tiny_model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file: is a file"):
         edkm.Callback(tmp_path / "file")
-    with pytest.raises(ValueError, match="is the Trainer's output_dir"):
-        trainer_of(tiny_model, tmp_path, callback=edkm.Callback(tmp_path / "run"))
+    for out, run in (("run", "run"), ("above", "above/runs/run")):  # the checkpoints would be in the way of the packed model
+        with pytest.raises(ValueError, match="is the Trainer's output_dir or holds it"):
+            trainer_of(tiny_model, tmp_path, callback=edkm.Callback(tmp_path / out), output_dir=str(tmp_path / run))
     with pytest.raises(ValueError, match="Set torch_compile=False"):
         trainer_of(tiny_model, tmp_path, torch_compile=True)
     with warnings.catch_warnings():

@@ -43,7 +43,8 @@ class Callback(TrainerCallback):
     callbacks=[edkm.Callback("packed")])`.
 
     Args:
-        out: directory of the packed model, new, empty or holding another packed model; not the Trainer's `output_dir`.
+        out: directory of the packed model, new, empty or holding another packed model; not the Trainer's `output_dir`, nor a directory that
+            holds it.
         config: what to do; None: as `edkm compress` does, 3 bits and a table per row. With `anneal_steps` 0, annealed over the
             clustered steps.
         plain_share: of all steps, those that train the model as it is; 0 for a model that is fine-tuned already, 1 to cluster at the end.
@@ -157,8 +158,10 @@ class Callback(TrainerCallback):
 def _refuse(model: Any, args: Any, out: Path) -> None:
     """Raise ValueError for what would go wrong later."""
     check_no_adapters(model)
-    if out.resolve() == Path(args.output_dir).resolve():
-        raise ValueError(f"out: {out} is the Trainer's output_dir, where its checkpoints go. Name another directory.")
+    run = Path(args.output_dir).resolve()
+    if out.resolve() in (run, *run.parents):
+        # Only another packed model is replaced, and checkpoints will lie there by then.
+        raise ValueError(f"out: {out} is the Trainer's output_dir or holds it, and its checkpoints go there. Name another directory.")
     for kind, asked in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed), ("MEGATRON_LM", None)):
         if asked or os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true", "yes"):
             raise ValueError(f"Callback: it works in one process and with DDP, not with {kind}. `edkm compress --fsdp` shards with FSDP2.")
