@@ -1,5 +1,6 @@
 """`edkm.Callback` in transformers' and TRL's Trainer, and `edkm.save`."""
 
+import copy
 import json
 import warnings
 
@@ -260,10 +261,27 @@ def test_sharding_is_refused(tiny_model, tmp_path, monkeypatch):
 
 def test_a_callback_added_too_late_to_resume_says_so(tiny_model, tmp_path):
     trainer_of(tiny_model, tmp_path, save_strategy="steps", save_steps=4).train()
-    late = Trainer(model=tiny_model, args=arguments(tmp_path), train_dataset=rows())
+    late = Trainer(model=type(tiny_model)(tiny_model.config), args=arguments(tmp_path), train_dataset=rows())
     late.add_callback(edkm.Callback(tmp_path / "packed", CONFIG))
     with pytest.raises(ValueError, match=r"Give the callback to Trainer\(callbacks"):
         late.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_a_finished_run_is_extended(tiny_model, tmp_path):
+    """By the same Trainer, whose model is prepared, to what a new one makes of the checkpoint; annealing is planned anew."""
+    trainer = trainer_of(tiny_model, tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.args.max_steps = 9
+    with pytest.raises(ValueError, match="from before clustering began"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert {(int(c.step), c.config.anneal_steps) for *_, c in clusterings(tiny_model)} == {(6, 6)}
+    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(tiny_model))
+    other = type(tiny_model)(tiny_model.config)
+    trainer_of(other, tmp_path / "new", max_steps=9).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    found, expected = other.state_dict(), tiny_model.state_dict()
+    assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(logits(copy.deepcopy(tiny_model)), logits(tiny_model))
 
 
 def test_a_checkpoint_of_another_time_or_config_is_refused(tiny_model, tmp_path):

@@ -91,7 +91,7 @@ class Callback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self._model is not model:
-            if state.global_step:
+            if state.global_step and not clusterings(model):
                 raise ValueError(
                     "Callback: the checkpoint was loaded before the callback knew the model, and its clustering is lost. Give the callback "
                     "to Trainer(callbacks=[...]), and a model instead of model_init."
@@ -118,14 +118,12 @@ class Callback(TrainerCallback):
                 )
             self._cluster(model, state, kwargs["train_dataloader"])
         save(model, self.out, processing_class)
-        self._watch(None)
 
-    def _watch(self, model: nn.Module | None) -> None:
-        """Prepare the model if a state with clustering is loaded into it; None to end that."""
+    def _watch(self, model: nn.Module) -> None:
+        """Prepare the model if a state with clustering is loaded into it. Also after training, which may be taken up again."""
         if self._hook is not None:
             self._hook.remove()
-        self._model = model
-        self._hook = None if model is None else model.register_load_state_dict_pre_hook(self._before_load)
+        self._model, self._hook = model, model.register_load_state_dict_pre_hook(self._before_load)
 
     def _before_load(self, model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
         prepared = clusterings(model)
@@ -145,10 +143,13 @@ class Callback(TrainerCallback):
 
     def _begin(self, model: nn.Module, state: Any) -> None:
         """What is not in a checkpoint: how long to anneal, and who else trains."""
+        found = [clustering for *_, clustering in clusterings(model)]
         if self.report is not None and not self.config.anneal_steps:
-            for *_, clustering in clusterings(model):
+            # Those that were, which in a run that goes on began when its own plan said, and those to come.
+            steps = max(int(clustering.step) for clustering in found) + state.max_steps - state.global_step
+            for clustering in found:
                 for name in ("config", "prepared_by"):
-                    setattr(clustering, name, replace(getattr(clustering, name), anneal_steps=state.max_steps - self._plain_steps))
+                    setattr(clustering, name, replace(getattr(clustering, name), anneal_steps=steps))
         if ranks.world() > 1:
             from edkm.train.shard import distribute
 
