@@ -148,6 +148,21 @@ def test_a_prepared_model_is_trained_as_it_is(tiny_model, tmp_path):
     assert (settings["bits"], settings["embedding_bits"], settings["anneal_steps"]) == (2, 4, 9)
 
 
+def test_frozen_weights_are_annealed_with_the_others(tiny_model, tmp_path):
+    for name, p in tiny_model.named_parameters():
+        p.requires_grad_("layers.0" not in name)
+    before = tiny_model.model.layers[0].mlp.up_proj.weight.clone()
+    callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.25, start="kmeans", calibration_tokens=128)
+    trainer_of(tiny_model, tmp_path, callback=callback, max_steps=12, gradient_accumulation_steps=2).train()
+    assert torch.equal(tiny_model.model.layers[0].mlp.up_proj.weight, before)
+    away = {True: [], False: []}
+    for _, weight, clustering in clusterings(tiny_model.eval()):
+        soft, hard = clustering.decode(weight, clustering.solve(weight)), clustering.hard(weight)
+        away[weight.requires_grad].append(float((soft - hard).norm() / hard.norm()))
+        assert int(clustering.step) == 9
+    assert len(away[False]) == 7 and max(away[False]) < 1.1 * max(away[True])
+
+
 def test_bf16_calibrates_outside_autocast(tiny_model, tmp_path):
     seen = []
     handle = tiny_model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, out: seen.append((m.training, out.dtype)))

@@ -39,7 +39,8 @@ class Callback(TrainerCallback):
     and the rest of the steps trains clustered weights; `eval_loss` is that of the packed model from then on, and the search for the best
     checkpoint starts anew. The optimizer starts with new moments, as in `edkm compress`, but its schedule goes on: choose one that leaves
     the clustered steps a rate to learn at, a constant one or with a minimum. Checkpoints and `resume_from_checkpoint` work as always. A
-    model that was prepared before is trained as it is. Give it to the Trainer when that is made: `Trainer(...,
+    model that was prepared before is trained as it is. Frozen weights (`requires_grad` False) are fitted, clustered and annealed with the
+    others, those in `config.skip` are not. Give the callback to the Trainer when that is made: `Trainer(...,
     callbacks=[edkm.Callback("packed")])`.
 
     Args:
