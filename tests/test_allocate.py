@@ -98,6 +98,21 @@ def test_a_batch_has_labels_of_its_own(tiny_dir):
     assert found == allocated(model, edkm.ClusterConfig(), 3.2)
 
 
+def test_no_choice_takes_what_the_dense_weight_takes(tiny_dir):
+    """A row of 64 with a table of its own takes 22 bits a weight at 6; one of 4 takes 18 at 2."""
+    model = load_model(tiny_dir)[0]
+    found = allocated(model, edkm.ClusterConfig(), 30).overrides
+    assert len(found) == 14
+    for name, values in found.items():
+        rows, cols = model.get_parameter(name).shape
+        assert values["bits"] + 2 ** values["bits"] * 16 / (values["rows_per_lut"] * cols) < 16
+    small = torch.nn.Sequential(torch.nn.Linear(64, 4), torch.nn.Linear(4, 1))
+    data, config = [torch.randn(8, 64)], edkm.ClusterConfig(bits=1, rows_per_lut=1)
+    importance = edkm.calibrate(small, data)
+    chosen = edkm.allocate(small, config, data, 8, importance=importance, loss=lambda batch: small(batch).square().sum())
+    assert list(chosen.overrides) == ["0.weight"]
+
+
 def test_bad_input_is_refused(tiny_dir):
     model = load_model(tiny_dir)[0]
     with pytest.raises(ValueError, match=r"target: 1 bits a weight are too few, 2\.\d+ is the least"):
