@@ -75,6 +75,44 @@ def test_weights_that_no_batch_reached_keep_their_bits(tiny_dir):
     assert found.for_tensor("model.layers.0.mlp.up_proj.weight").bits == 4
 
 
+def test_a_batch_has_labels_of_its_own(tiny_dir):
+    """They say what the loss is; where none counts, the mean over which would be NaN, the next tokens do."""
+
+    def sensitivity(labels):
+        return edkm.sensitivity(model, edkm.ClusterConfig(), [{"input_ids": ids, **({} if labels is None else {"labels": labels})}])
+
+    model, (ids, *_) = load_model(tiny_dir)[0], batches()[0].values()
+    name, answer = "model.layers.1.mlp.down_proj.weight", ids.clone()
+    answer[:, :20] = -100
+    first = torch.full_like(ids, -100)
+    first[:, 0] = ids[:, 0]
+    expected = sensitivity(None)[name]
+    for labels in (ids, first, torch.full_like(ids, -100)):
+        assert torch.equal(sensitivity(labels)[name], expected)
+    # Of the last layer only the tokens before an answer's matter.
+    tokens = sensitivity(answer)[name].view(2, 32, -1)
+    assert tokens[:, 19:31].min() > 0 and not tokens[:, :19].any()
+    labelled = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
+    importance = edkm.calibrate(model, labelled)
+    found = edkm.allocate(model, edkm.ClusterConfig(), labelled, 3.2, importance=importance)
+    assert found == allocated(model, edkm.ClusterConfig(), 3.2)
+
+
+def test_no_choice_takes_what_the_dense_weight_takes(tiny_dir):
+    """A row of 64 with a table of its own takes 22 bits a weight at 6; one of 4 takes 18 at 2."""
+    model = load_model(tiny_dir)[0]
+    found = allocated(model, edkm.ClusterConfig(), 30).overrides
+    assert len(found) == 14
+    for name, values in found.items():
+        rows, cols = model.get_parameter(name).shape
+        assert values["bits"] + 2 ** values["bits"] * 16 / (values["rows_per_lut"] * cols) < 16
+    small = torch.nn.Sequential(torch.nn.Linear(64, 4), torch.nn.Linear(4, 1))
+    data, config = [torch.randn(8, 64)], edkm.ClusterConfig(bits=1, rows_per_lut=1)
+    importance = edkm.calibrate(small, data)
+    chosen = edkm.allocate(small, config, data, 8, importance=importance, loss=lambda batch: small(batch).square().sum())
+    assert list(chosen.overrides) == ["0.weight"]
+
+
 def test_bad_input_is_refused(tiny_dir):
     model = load_model(tiny_dir)[0]
     with pytest.raises(ValueError, match=r"target: 1 bits a weight are too few, 2\.\d+ is the least"):

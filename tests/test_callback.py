@@ -1,5 +1,6 @@
 """`edkm.Callback` in transformers' and TRL's Trainer, and `edkm.save`."""
 
+import copy
 import json
 import warnings
 
@@ -82,6 +83,16 @@ def test_the_plain_steps_are_plain(tiny_model, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(tiny_model.parameters(), other.parameters(), strict=True))
 
 
+def test_a_guided_start_takes_the_labels_of_the_data(tiny_model, tmp_path, monkeypatch):
+    seen = []
+    fit = edkm.fit
+    monkeypatch.setattr("edkm.train.fit.fit", lambda *args, sensitivity, **more: seen.append(sensitivity) or fit(*args, **more))
+    callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.5, start="guided", calibration_tokens=128)
+    trainer_of(tiny_model, tmp_path, callback=callback).train()
+    assert len(seen) == 1 and len(seen[0]) == 14
+    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(tiny_model))
+
+
 @pytest.mark.parametrize(("accumulate", "checkpointing", "stop"), [(1, False, 4), (2, True, 4), (1, False, 2)])
 def test_a_resumed_run_is_the_same_run(tiny_model, tmp_path, monkeypatch, accumulate, checkpointing, stop):
     def run(where, resume=None, **more):
@@ -135,6 +146,21 @@ def test_a_prepared_model_is_trained_as_it_is(tiny_model, tmp_path):
     assert {int(clustering.step) for *_, clustering in clusterings(tiny_model)} == {6}
     settings = checkpoint.read(tmp_path / "packed").quantization_config["settings"]
     assert (settings["bits"], settings["embedding_bits"], settings["anneal_steps"]) == (2, 4, 9)
+
+
+def test_frozen_weights_are_annealed_with_the_others(tiny_model, tmp_path):
+    for name, p in tiny_model.named_parameters():
+        p.requires_grad_("layers.0" not in name)
+    before = tiny_model.model.layers[0].mlp.up_proj.weight.clone()
+    callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.25, start="kmeans", calibration_tokens=128)
+    trainer_of(tiny_model, tmp_path, callback=callback, max_steps=12, gradient_accumulation_steps=2).train()
+    assert torch.equal(tiny_model.model.layers[0].mlp.up_proj.weight, before)
+    away = {True: [], False: []}
+    for _, weight, clustering in clusterings(tiny_model.eval()):
+        soft, hard = clustering.decode(weight, clustering.solve(weight)), clustering.hard(weight)
+        away[weight.requires_grad].append(float((soft - hard).norm() / hard.norm()))
+        assert int(clustering.step) == 9
+    assert len(away[False]) == 7 and max(away[False]) < 1.1 * max(away[True])
 
 
 def test_bf16_calibrates_outside_autocast(tiny_model, tmp_path):
@@ -218,8 +244,9 @@ def test_what_would_go_wrong_later_is_refused(tiny_model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file: is a file"):
         edkm.Callback(tmp_path / "file")
-    with pytest.raises(ValueError, match="is the Trainer's output_dir"):
-        trainer_of(tiny_model, tmp_path, callback=edkm.Callback(tmp_path / "run"))
+    for out, run in (("run", "run"), ("above", "above/runs/run")):  # the checkpoints would be in the way of the packed model
+        with pytest.raises(ValueError, match="is the Trainer's output_dir or holds it"):
+            trainer_of(tiny_model, tmp_path, callback=edkm.Callback(tmp_path / out), output_dir=str(tmp_path / run))
     with pytest.raises(ValueError, match="Set torch_compile=False"):
         trainer_of(tiny_model, tmp_path, torch_compile=True)
     with warnings.catch_warnings():
@@ -249,10 +276,27 @@ def test_sharding_is_refused(tiny_model, tmp_path, monkeypatch):
 
 def test_a_callback_added_too_late_to_resume_says_so(tiny_model, tmp_path):
     trainer_of(tiny_model, tmp_path, save_strategy="steps", save_steps=4).train()
-    late = Trainer(model=tiny_model, args=arguments(tmp_path), train_dataset=rows())
+    late = Trainer(model=type(tiny_model)(tiny_model.config), args=arguments(tmp_path), train_dataset=rows())
     late.add_callback(edkm.Callback(tmp_path / "packed", CONFIG))
     with pytest.raises(ValueError, match=r"Give the callback to Trainer\(callbacks"):
         late.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_a_finished_run_is_extended(tiny_model, tmp_path):
+    """By the same Trainer, whose model is prepared, to what a new one makes of the checkpoint; annealing is planned anew."""
+    trainer = trainer_of(tiny_model, tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.args.max_steps = 9
+    with pytest.raises(ValueError, match="from before clustering began"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert {(int(c.step), c.config.anneal_steps) for *_, c in clusterings(tiny_model)} == {(6, 6)}
+    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(tiny_model))
+    other = type(tiny_model)(tiny_model.config)
+    trainer_of(other, tmp_path / "new", max_steps=9).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    found, expected = other.state_dict(), tiny_model.state_dict()
+    assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(logits(copy.deepcopy(tiny_model)), logits(tiny_model))
 
 
 def test_a_checkpoint_of_another_time_or_config_is_refused(tiny_model, tmp_path):

@@ -258,25 +258,28 @@ def test_divergence_is_the_kl_of_the_predictions():
 
 
 def test_distillation_keeps_to_the_teacher_however_a_step_is_cut(tiny_dir, data, tmp_path):
+    # Rounding in float32 moves weights to other centroids, of which there are four.
     original, tokenizer = load_model(tiny_dir)
+    original.double()
     blocks = load_blocks(data, tokenizer, block_tokens=64)
     ids = torch.stack([blocks[i]["input_ids"] for i in range(8)])
 
     def away(model):
         with torch.no_grad():
-            return float(trainer.divergence(model.eval()(ids).logits, original(ids).logits))
+            predictions = [m(ids).logits.flatten(0, 1).log_softmax(-1) for m in (model.eval(), original)]
+        return float(torch.nn.functional.kl_div(*predictions, log_target=True, reduction="batchmean"))
 
     def trained(**cut):
-        model = load_model(tiny_dir)[0]
+        model = load_model(tiny_dir)[0].double()
         edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=16))
         start = away(model)
         settings = trainer.TrainSettings(steps=8, lr=1e-3, precision="fp32", distill=1.0, **cut)
-        trainer.train(model, blocks, settings, tmp_path / "work", teacher=load_model(tiny_dir)[0])
+        trainer.train(model, blocks, settings, tmp_path / "work", teacher=load_model(tiny_dir)[0].double())
         return start, away(model)
 
     start, once = trained(batch=4)
     assert once < 0.8 * start
-    assert trained(batch=2, accumulate=2)[1] == pytest.approx(once, rel=1e-3)
+    assert trained(batch=2, accumulate=2)[1] == pytest.approx(once, rel=1e-6)
     with pytest.raises(ValueError, match="there is no teacher"):
         trainer.train(original, blocks, trainer.TrainSettings(steps=1, lr=1e-3, distill=0.5), tmp_path / "work")
 

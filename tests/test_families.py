@@ -428,7 +428,7 @@ def test_pictures(make, tmp_path):
     # Every linear layer and every convolution; not the class token and the positions of a ViT.
     assert {e.name for e in report.clustered} == {f"{n}.weight" for n, m in fresh.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     assert all("no importance" not in entry.note for entry in report.clustered)
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
     losses = []
     for _ in range(steps):
         loss = F.cross_entropy(logits(model, pictures), labels)

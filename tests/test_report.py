@@ -17,6 +17,7 @@ import torch
 from test_compress import RECORDS, arguments
 from test_package import SOURCE, files_of, refuse, within
 
+import edkm
 from edkm.cli import main
 from edkm.compressed import hf
 from edkm.compressed.checkpoint import read as read_packed
@@ -57,6 +58,13 @@ def copy(places, tmp_path):
 def words_of(page):
     """What a reader sees, one piece of text a line."""
     return re.sub(r"<[^>]+>", "\n", re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", page, flags=re.S))
+
+
+def test_a_record_goes_with_the_weights_it_is_of(copy, tiny_model):
+    edkm.prepare(tiny_model, edkm.ClusterConfig())
+    edkm.save(tiny_model, copy)
+    assert record.read(copy) is None and not (copy / record.PAGE).exists()
+    assert summary(copy)["clustered_bits_per_weight"] > 3
 
 
 def test_compress_leaves_a_record_and_a_page(places, tiny_dir):

@@ -29,7 +29,7 @@ from edkm.train.prepare import clustered_linears
 # 5 bits are left out: Core ML's tables have 2, 3, 4, 6 or 8.
 BITS = (2, 3, 4, 6)
 ROWS_PER_LUT = (1, 2, 4, 8, 16)
-_LUT_BITS = 16
+_LUT_BITS = _DENSE_BITS = 16
 # Rows whose error stands for that of all.
 _SAMPLE = 16
 
@@ -56,7 +56,8 @@ def allocate(
 
     Args:
         model: any module, as for `edkm.sensitivity`; not prepared yet.
-        config: as for `prepare`. Weights keep what it says if one of its `overrides` names them, or if no batch reached them.
+        config: as for `prepare`. Weights keep what it says if one of its `overrides` names them, if no batch reached them, or if they are
+            so small that every choice takes 16 bits a weight and more.
         batches: as for `calibrate`.
         target: bits a weight that the linear weights may take together, tables counted. Embeddings, weights tied to them and weights
             stored as vectors (`dim > 1`) keep what the config says and do not count.
@@ -87,11 +88,11 @@ def allocate(
     for module, (name, settings) in clustered_linears(model, config).items():
         weight = module.weight.detach()
         size += weight.numel()
-        if settings is not config or name not in importance or name not in squares:  # not the config itself: an override
+        free = settings is config and name in importance and name in squares  # not the config itself: an override
+        weights[name] = _choices(weight, importance[name].to(weight.device), squares[name].to(weight.device)) if free else []
+        if not weights[name]:
             kept.add(name)
             weights[name] = [Choice(_cost(weight, settings.bits, settings.rows_per_lut), 0.0, settings.bits, settings.rows_per_lut)]
-        else:
-            weights[name] = _choices(weight, importance[name].to(weight.device), squares[name].to(weight.device))
     _check_least(sum(choices[0].cost for choices in weights.values()), target, size)
     found = {name: choice for name, choice in spend(weights, target * size).items() if name not in kept}
     given = {name: {"bits": choice.bits, "rows_per_lut": choice.rows_per_lut} for name, choice in found.items()}
@@ -115,10 +116,8 @@ def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None
     for module, (_, settings) in clustered_linears(model, config).items():
         weight = module.weight
         size += weight.numel()
-        if settings is not config:
-            least += _cost(weight, settings.bits, settings.rows_per_lut)
-        else:
-            least += min(_cost(weight, min(BITS), rows) for rows in ROWS_PER_LUT if len(weight) % rows == 0)
+        costs = [_cost(weight, *option) for option in _options(weight)] if settings is config else []
+        least += min(costs, default=_cost(weight, settings.bits, settings.rows_per_lut))
     _check_least(least, target, size)
 
 
@@ -146,15 +145,19 @@ def _cost(weight: Tensor, bits: int, rows_per_lut: int) -> float:
     return weight.numel() * bits + tables * 2**bits * _LUT_BITS
 
 
+def _options(weight: Tensor) -> list[tuple[int, int]]:
+    """`(bits, rows per table)` that a weight's shape allows and that take less than the 16 bits it has."""
+    found = [(bits, rows) for rows in ROWS_PER_LUT if len(weight) % rows == 0 for bits in BITS if 2**bits <= rows * weight.shape[1]]
+    return [option for option in found if _cost(weight, *option) < _DENSE_BITS * weight.numel()]
+
+
 def _choices(weight: Tensor, importance: Tensor, gradient: Tensor) -> list[Choice]:
     found = []
-    for rows in (r for r in ROWS_PER_LUT if len(weight) % r == 0):
+    for rows, options in itertools.groupby(_options(weight), key=lambda option: option[1]):
         tables = len(weight) // rows
         picked = torch.linspace(0, tables - 1, min(tables, max(1, _SAMPLE // rows)), device=weight.device).long().unique()
         some, share = (x.view(tables, rows, -1)[picked].flatten(0, 1) for x in (weight, gradient))
-        for bits in BITS:
-            if 2**bits > rows * weight.shape[1]:
-                continue
+        for bits, _ in options:
             lut = round_lut(initial_centroids(some, bits, rows_per_lut=rows, importance=importance, quick=True))
             error = (some - lookup(assign(some, lut), lut, some.dtype)).double().square() * importance
             loss = float((error.sum(1) @ share.flatten()) / share.sum().clamp_min(1e-300) * gradient.sum())

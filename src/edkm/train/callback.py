@@ -39,11 +39,13 @@ class Callback(TrainerCallback):
     and the rest of the steps trains clustered weights; `eval_loss` is that of the packed model from then on, and the search for the best
     checkpoint starts anew. The optimizer starts with new moments, as in `edkm compress`, but its schedule goes on: choose one that leaves
     the clustered steps a rate to learn at, a constant one or with a minimum. Checkpoints and `resume_from_checkpoint` work as always. A
-    model that was prepared before is trained as it is. Give it to the Trainer when that is made: `Trainer(...,
+    model that was prepared before is trained as it is. Frozen weights (`requires_grad` False) are fitted, clustered and annealed with the
+    others, those in `config.skip` are not. Give the callback to the Trainer when that is made: `Trainer(...,
     callbacks=[edkm.Callback("packed")])`.
 
     Args:
-        out: directory of the packed model, new, empty or holding another packed model; not the Trainer's `output_dir`.
+        out: directory of the packed model, new, empty or holding another packed model; not the Trainer's `output_dir`, nor a directory that
+            holds it.
         config: what to do; None: as `edkm compress` does, 3 bits and a table per row. With `anneal_steps` 0, annealed over the
             clustered steps.
         plain_share: of all steps, those that train the model as it is; 0 for a model that is fine-tuned already, 1 to cluster at the end.
@@ -90,7 +92,7 @@ class Callback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self._model is not model:
-            if state.global_step:
+            if state.global_step and not clusterings(model):
                 raise ValueError(
                     "Callback: the checkpoint was loaded before the callback knew the model, and its clustering is lost. Give the callback "
                     "to Trainer(callbacks=[...]), and a model instead of model_init."
@@ -117,14 +119,12 @@ class Callback(TrainerCallback):
                 )
             self._cluster(model, state, kwargs["train_dataloader"])
         save(model, self.out, processing_class)
-        self._watch(None)
 
-    def _watch(self, model: nn.Module | None) -> None:
-        """Prepare the model if a state with clustering is loaded into it; None to end that."""
+    def _watch(self, model: nn.Module) -> None:
+        """Prepare the model if a state with clustering is loaded into it. Also after training, which may be taken up again."""
         if self._hook is not None:
             self._hook.remove()
-        self._model = model
-        self._hook = None if model is None else model.register_load_state_dict_pre_hook(self._before_load)
+        self._model, self._hook = model, model.register_load_state_dict_pre_hook(self._before_load)
 
     def _before_load(self, model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
         prepared = clusterings(model)
@@ -144,10 +144,13 @@ class Callback(TrainerCallback):
 
     def _begin(self, model: nn.Module, state: Any) -> None:
         """What is not in a checkpoint: how long to anneal, and who else trains."""
+        found = [clustering for *_, clustering in clusterings(model)]
         if self.report is not None and not self.config.anneal_steps:
-            for *_, clustering in clusterings(model):
+            # Those that were, which in a run that goes on began when its own plan said, and those to come.
+            steps = max(int(clustering.step) for clustering in found) + state.max_steps - state.global_step
+            for clustering in found:
                 for name in ("config", "prepared_by"):
-                    setattr(clustering, name, replace(getattr(clustering, name), anneal_steps=state.max_steps - self._plain_steps))
+                    setattr(clustering, name, replace(getattr(clustering, name), anneal_steps=steps))
         if ranks.world() > 1:
             from edkm.train.shard import distribute
 
@@ -157,8 +160,10 @@ class Callback(TrainerCallback):
 def _refuse(model: Any, args: Any, out: Path) -> None:
     """Raise ValueError for what would go wrong later."""
     check_no_adapters(model)
-    if out.resolve() == Path(args.output_dir).resolve():
-        raise ValueError(f"out: {out} is the Trainer's output_dir, where its checkpoints go. Name another directory.")
+    run = Path(args.output_dir).resolve()
+    if out.resolve() in (run, *run.parents):
+        # Only another packed model is replaced, and checkpoints will lie there by then.
+        raise ValueError(f"out: {out} is the Trainer's output_dir or holds it, and its checkpoints go there. Name another directory.")
     for kind, asked in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed), ("MEGATRON_LM", None)):
         if asked or os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true", "yes"):
             raise ValueError(f"Callback: it works in one process and with DDP, not with {kind}. `edkm compress --fsdp` shards with FSDP2.")

@@ -35,7 +35,8 @@ def fit(
     """Move a model's linear weights, in place, to where clustering costs least, and find the tables that go with them.
 
     With these tables the nearest centroid of every weight is the one that was found best, so `prepare` and `freeze` right afterwards
-    are a post-training compression of their own; training goes on from there.
+    are a post-training compression of their own; training goes on from there. Frozen weights (`requires_grad` False) are moved too, as
+    all are that `config` clusters: name those that must stay in its `skip`.
 
     Args:
         model: any module. Its `prepare.decoder_layers` are fitted one after another if each takes the output of the one before;

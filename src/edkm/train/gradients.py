@@ -19,6 +19,8 @@ from edkm.train.prepare import clustered_linears
 
 # Runs of rows that get a second moment of their own.
 _PARTS = 4
+# A label that does not count, to transformers and `F.cross_entropy`.
+_IGNORED = -100
 
 
 def sensitivity(
@@ -30,7 +32,8 @@ def sensitivity(
         model: any module; run in `eval()`, and left in the mode it was in. Its gradients are not touched.
         config: as for `fit`, which says what weights are fitted.
         batches: as for `calibrate`.
-        loss: of a batch, a scalar; None for the language model's own, which predicts the next of a batch's `input_ids`.
+        loss: of a batch, a scalar; None for the model's own of a batch's `labels`. Without any, or with none that counts (all -100), a
+            language model predicts the next of `input_ids`.
 
     Returns:
         Parameter name -> `[tokens, parts]` float32 on the CPU, tokens in the order of the batches, a column for every one of `parts`
@@ -94,8 +97,7 @@ def output_gradients(
             for batch in batches:
                 seen = True
                 before()
-                value = loss(batch) if loss is not None else model(**batch, labels=batch["input_ids"]).loss
-                value.backward()
+                (_own_loss(model, batch) if loss is None else loss(batch)).backward()
     finally:
         for p in trained:
             p.requires_grad_()
@@ -103,3 +105,10 @@ def output_gradients(
             hook.remove()
     if not seen:
         raise ValueError("batches: at least one is needed.")
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    # The first token is not predicted, and a mean over none is NaN.
+    nothing = labels is None or (ids is not None and labels.shape == ids.shape and not bool((labels[..., 1:] != _IGNORED).any()))
+    return model(**{**batch, "labels": ids if nothing else labels}).loss

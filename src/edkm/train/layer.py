@@ -34,25 +34,28 @@ from edkm.core.sharded import Reduce, Rows
 _HARD = 1e-6
 
 
-def optimizer_steps(weight: Tensor) -> int:
-    """Optimizer steps on a weight since this was first asked. Some optimizers write through `.data` or raw pointers, where `_version`
-    does not see them."""
+def optimizer_steps(weight: Tensor) -> tuple[int, int]:
+    """Optimizer steps on a weight since this was first asked; before any, those on all others too.
+
+    Some optimizers write through `.data` or raw pointers, where `_version` does not see them. A frozen weight is annealed with the
+    others. And FSDP gathers shards into tensors that no optimizer ever sees.
+    """
     if not hasattr(weight, _STEPS):
         setattr(weight, _STEPS, 0)
-    return getattr(weight, _STEPS)
+    own = getattr(weight, _STEPS)
+    return own, 0 if own else _steps
 
 
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    global _steps_on_shards
+    global _steps
+    _steps += 1
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if hasattr(parameter, _STEPS):
                 setattr(parameter, _STEPS, getattr(parameter, _STEPS) + 1)
-        _steps_on_shards += any(hasattr(parameter, "full_tensor") for parameter in group["params"])
 
 
-# FSDP gathers shards (DTensors) into other tensors for the forward pass, which no optimizer ever sees.
-_steps_on_shards = 0
+_steps = 0
 _STEPS = "_edkm_optimizer_steps"
 register_optimizer_step_post_hook(_count_step)
 
@@ -79,8 +82,8 @@ class Clustering(nn.Module):
     """State of one clustered weight. All of it is in buffers, so that a resumed run is the same run.
 
     Buffers: `centroids [g, k, d]` float32 after the last step, `temperature [g]` at the start of training, `importance` or None,
-    `step` the number of steps taken. Between a forward and the optimizer's step the centroids have moved and the weight has not: save
-    after the step, as trainers do.
+    `step` the number of steps taken; a frozen weight takes them with the others. Between a forward and the optimizer's step the centroids
+    have moved and the weight has not: save after the step, as trainers do.
     """
 
     centroids: Tensor
@@ -163,8 +166,8 @@ class Clustering(nn.Module):
     def solve(self, weight: Tensor) -> Solution:
         """The centroids for the weight as it is now; found once until the weight changes.
 
-        Training moves the state: the first use with gradients after each change of the weight stores the new centroids and counts a
-        step. Any other use leaves the state alone.
+        Training moves the state: the first use with gradients after each change of the weight, or of others if it is frozen, stores the
+        new centroids and counts a step. Any other use leaves the state alone.
         """
         key = self._state_of(weight)
         if self._key != key or self._solution is None:
@@ -179,7 +182,7 @@ class Clustering(nn.Module):
     def _state_of(self, weight: Tensor) -> tuple[Any, ...]:
         """Changes when the weight does."""
         if self._shard is None:
-            return weight.data_ptr(), weight._version, optimizer_steps(weight), _steps_on_shards
+            return weight.data_ptr(), weight._version, optimizer_steps(weight)
         return self._shard.weight._version, optimizer_steps(self._shard.weight)
 
     def _find(self, weight: Tensor) -> Solution:

@@ -74,7 +74,8 @@ def prepare(
 
     Each matrix of a stack has tables of its own (`rows_per_lut` divides its rows; 0 is one table for each). Parameters stay what they
     were, so optimizers and tied weights do too; a tied tensor is clustered once. All tables are made before anything is changed: a
-    refused tensor leaves the model as it was.
+    refused tensor leaves the model as it was. A frozen weight (`requires_grad` False) is clustered like any other, and annealed with
+    them; `config.skip` leaves weights alone.
 
     Args:
         model: any module.

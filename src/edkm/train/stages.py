@@ -114,7 +114,7 @@ def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
 
     Args:
         model: prepared by `edkm.prepare`; wrapped by DDP, FSDP2, Accelerate or torch.compile or not.
-        directory: made if it does not exist; a packed model in it is replaced.
+        directory: made if it does not exist; a packed model in it is replaced, its record and report removed.
         tokenizer: of transformers, written beside the model.
 
     Raises:
@@ -135,12 +135,15 @@ def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
 
 
 def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
-    """Freeze a prepared model and write the packed directory."""
-    from ..compressed import checkpoint, hf, shards
+    """Freeze a prepared model and write the packed directory, without what `edkm compress` records of a run."""
+    from ..compressed import checkpoint, hf, layout, shards
+    from ..report.record import PAGE
     from . import ranks
     from .prepare import freeze, unclustered
 
     def save(frozen: Any, dense: Any) -> None:
+        for name in (layout.RECORD, PAGE):  # of the weights that are replaced
+            (out / name).unlink(missing_ok=True)
         if not hasattr(getattr(model, "config", None), "model_type"):
             found = checkpoint.write(out, frozen, dense, config.to_json())
             shards.write_json(out / "config.json", {"quantization_config": found})
