@@ -104,8 +104,8 @@ def test_no_choice_takes_what_the_dense_weight_takes(tiny_dir):
     found = allocated(model, edkm.ClusterConfig(), 30).overrides
     assert len(found) == 14
     for name, values in found.items():
-        rows, cols = model.get_parameter(name).shape
-        assert values["bits"] + 2 ** values["bits"] * 16 / (values["rows_per_lut"] * cols) < 16
+        sharing = values["rows_per_lut"] * model.get_parameter(name).shape[1]
+        assert values["bits"] + 2 ** values["bits"] * 16 / sharing < 16
     small = torch.nn.Sequential(torch.nn.Linear(64, 4), torch.nn.Linear(4, 1))
     data, config = [torch.randn(8, 64)], edkm.ClusterConfig(bits=1, rows_per_lut=1)
     importance = edkm.calibrate(small, data)

@@ -86,11 +86,11 @@ class Callback(TrainerCallback):
         self._model: nn.Module | None = None
         self._hook: Any = None
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(self, args, state, control, model: Any = None, **kwargs):
         _refuse(model, args, self.out)
         self._watch(model)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         if self._model is not model:
             if state.global_step and not clusterings(model):
                 raise ValueError(
