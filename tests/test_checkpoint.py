@@ -450,6 +450,19 @@ def test_every_flipped_bit_and_every_truncation_is_refused(saved: Path):
     refuses(saved, "not a whole safetensors file")
 
 
+def test_an_empty_file_is_not_opened(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those in /proc are regular files without a size, and reading them may wait for ever."""
+    (saved / "model.safetensors").write_bytes(b"1234567")
+    real = Path.open
+
+    def watched(self: Path, *args: Any, **kwargs: Any) -> Any:
+        assert self.name != "model.safetensors"
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", watched)
+    refuses(saved, "not a whole safetensors file .7 bytes")
+
+
 @pytest.mark.parametrize(
     "file",
     [

@@ -244,6 +244,8 @@ def _opened(path: Path) -> Any:
     """A safetensors handle; raises FormatError for what is no whole safetensors file, and waits for no pipe."""
     try:
         size = file_bytes(path)
+        if size < 8:  # nor read: what /proc has is regular, empty, and may wait for ever
+            raise FormatError(f"{path}: not a whole safetensors file ({size} bytes). Fetch it again.")
         with path.open("rb") as file:
             check_header(path, int.from_bytes(file.read(8), "little"), size)
         return safe_open(path, framework="pt")
