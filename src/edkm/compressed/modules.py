@@ -154,7 +154,7 @@ class _Dense(Packed):
 
         def forget(kept: Tensor) -> Any:
             name = names.get(kept.untyped_storage().data_ptr())
-            return kept if name is None else (name, kept.dtype, kept.shape, kept.stride(), kept.storage_offset())
+            return (name, kept.dtype, kept.shape, kept.stride(), kept.storage_offset()) if name and kept.numel() else kept
 
         try:
             with saved_tensors_hooks(forget, self._remember):
