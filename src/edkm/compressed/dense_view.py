@@ -84,10 +84,22 @@ class DenseView(Tensor):
 
 
 class Parameters(dict[str, Any]):
-    """A module's parameters: of a `DenseView` that is set, the stream of indices is kept."""
+    """A module's parameters: of a `DenseView` that is set, the stream of indices is kept.
+
+    Attributes:
+        known: weights as they were last used, with their tables and device. Until another is set: nothing is held that was offloaded.
+    """
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.known: dict[str, tuple[PackedWeight, Tensor, torch.device]] = {}
 
     def __setitem__(self, name: str, value: Any) -> None:
         if isinstance(value, DenseView):
             stream = value.packed.stream
             value = stream if isinstance(stream, nn.Parameter) else nn.Parameter(stream, requires_grad=False)
+        self.known.pop(name, None)
         super().__setitem__(name, value)
+
+    def __reduce__(self) -> Any:
+        return Parameters, (dict(self),)

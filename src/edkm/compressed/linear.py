@@ -33,14 +33,14 @@ class PackedWeight:
         entry: its shape and how it is cut.
         rows, cols: of the weight as a matrix.
         matrix: its bits, rows and columns.
-        compiled: whether the kernels of `cpu` read it; found out if it is not given.
+        compiled: whether the kernels of `cpu` read it.
     """
 
-    def __init__(self, stream: Tensor, lut: Tensor, entry: Entry, compiled: bool | None = None) -> None:
+    def __init__(self, stream: Tensor, lut: Tensor, entry: Entry) -> None:
         self.stream, self.lut, self.entry = stream, lut, entry
         self.rows, self.cols = entry.grid[0] * entry.dim, entry.grid[1]
         self.matrix = entry.bits, self.rows, self.cols
-        self.compiled = stream.is_cpu and cpu.reads(stream, lut, *self.matrix) if compiled is None else compiled
+        self.compiled = stream.is_cpu and cpu.reads(stream, lut, *self.matrix)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         return PackedWeight(self.stream.to(device), self.lut.to(device), self.entry)

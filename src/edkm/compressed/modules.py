@@ -9,7 +9,6 @@ parameter is a `DenseView`.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -35,7 +34,6 @@ class Packed(nn.Module):
         dense_dtype: of the weights that it stands for; follows `.to(dtype)`, while the tables stay as they are stored.
         ordinary: the class it had.
         tables_of: the module whose tables it uses, if a parameter is tied.
-        known: by parameter, for which tensors on which device it was found out whether `cpu` reads it, and whether.
         decoded: dense weights by name, for each thread that is in a call.
     """
 
@@ -43,12 +41,12 @@ class Packed(nn.Module):
     dense_dtype: torch.dtype
     ordinary: type[nn.Module]
     tables_of: Packed | None
-    known: dict[str, tuple[Any, Any, torch.device, bool]]
     decoded: dict[int, dict[str, Tensor]]
 
     def packed(self, name: str = "weight") -> PackedWeight:
         """The parameter `name` as it is kept."""
-        stream = self._parameters.get(name)
+        parameters: Any = self._parameters  # `Parameters`
+        stream = parameters.get(name)
         if stream is None:
             raise self._constant(name)
         lut = (self if self.tables_of is None else self.tables_of)._buffers[name + LUT_SUFFIX]
@@ -56,12 +54,12 @@ class Packed(nn.Module):
         if lut.is_meta and not stream.is_meta:
             kind = type(self).__name__
             raise ValueError(f"{kind}.{name}: its tables are offloaded with the layer it is tied to. Load without offload_buffers.")
-        # What the kernels may read is found out once and not at every product: a small layer is multiplied in less time than that takes.
-        known = self.known.get(name)
-        if known is not None and known[0]() is stream and known[1]() is lut and known[2] == stream.device:
-            return PackedWeight(stream, lut.to(stream.device), self.packed_entries[name], known[3])
+        # Once and not at every product: a small layer is multiplied in less time than this takes.
+        known = parameters.known.get(name)
+        if known is not None and known[0].stream is stream and known[1] is lut and known[2] == stream.device:
+            return known[0]
         weight = PackedWeight(stream, lut.to(stream.device), self.packed_entries[name])
-        self.known[name] = weakref.ref(stream), weakref.ref(lut), stream.device, weight.compiled
+        parameters.known[name] = weight, lut, stream.device
         return weight
 
     def seen(self, name: str) -> Tensor:
@@ -80,9 +78,9 @@ class Packed(nn.Module):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Classes that are made here have no name to be found by, and what is known is about these tensors.
+        # Classes that are made here have no name to be found by.
         dims = [(name, entry.dim) for name, entry in self.packed_entries.items()]
-        return _blank, (self.ordinary, dims), {**self.__dict__, "known": {}, "decoded": {}}
+        return _blank, (self.ordinary, dims), {**self.__dict__, "decoded": {}}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
@@ -192,7 +190,7 @@ def pack_module(module: nn.Module, name: str, entry: Entry, k: int, dtype: torch
     if not isinstance(module, Packed):
         # Not through setattr: a module in an attribute would be a child.
         module.__dict__ |= {"packed_entries": {}, "dense_dtype": dtype, "ordinary": type(module), "tables_of": None}
-        module.__dict__ |= {"known": {}, "decoded": {}, "_parameters": Parameters(module._parameters)}
+        module.__dict__ |= {"decoded": {}, "_parameters": Parameters(module._parameters)}
     module.__class__ = _packed_class(type(module), name, entry.dim)  # pyright: ignore
     assert isinstance(module, Packed)
     module.packed_entries[name] = entry
@@ -254,5 +252,5 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     for module in {module for module, _, _ in packed}:
         module.__class__ = module.ordinary  # pyright: ignore
         module._parameters = dict(module._parameters)
-        for attribute in ("packed_entries", "dense_dtype", "ordinary", "tables_of", "known", "decoded"):
+        for attribute in ("packed_entries", "dense_dtype", "ordinary", "tables_of", "decoded"):
             del module.__dict__[attribute]
