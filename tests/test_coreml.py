@@ -288,6 +288,39 @@ def test_a_wrong_package_is_not_left_there(packed, tmp_path, monkeypatch, module
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A model for texts that are longer than the one of the check."""
+    return pack(tmp_path_factory.mktemp("long"), max_position_embeddings=128)
+
+
+@pytest.mark.parametrize("name", ["cosines", "sines"])
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_a_position_that_no_text_of_the_check_reaches(long, tmp_path, monkeypatch, name, kv_cache):
+    real = program._between
+
+    def wrong(mb, rope, *rest):
+        table = rope[name].clone()
+        table[-1, 0] += 1e-2
+        return real(mb, rope | {name: table}, *rest)
+
+    monkeypatch.setattr(program, "_between", wrong)
+    with pytest.raises(ValueError, match=f"{name}: differs in the package"):
+        export.export(long, tmp_path / "M.mlpackage", kv_cache=kv_cache)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_of_positions_are_not_only_compared_with_themselves(long, tmp_path, monkeypatch):
+    real = export.rotary
+
+    def wrong(model, context):
+        return {name: torch.cat((table[:16], table[:1].expand(context - 16, -1))) for name, table in real(model, context).items()}
+
+    monkeypatch.setattr(export, "rotary", wrong)
+    with pytest.raises(ValueError, match="the exported program differs"):
+        export.export(long, tmp_path / "M.mlpackage")
+
+
 def test_a_cache_that_forgets_is_found(packed, tmp_path, monkeypatch):
     """Both layers update the states as they were at the start, so that the second undoes the first: what coremltools' default passes
     make of a program that reads a state before every update."""
@@ -314,6 +347,12 @@ def test_the_command(packed, tmp_path, capsys):
     assert capsys.readouterr().err == f"edkm: error: {out}: exists; name another or add --overwrite\n"
     assert json.loads((out / "Manifest.json").read_text())["fileFormatVersion"]
     assert cli.main([*arguments, "--overwrite"]) == 0
+
+
+def test_coremltools_says_nothing(packed, tmp_path, caplog):
+    caplog.set_level("WARNING", "coremltools")
+    export.export(packed, tmp_path / "M.mlpackage", fixed=True, context=12)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("kv_cache", [False, True])

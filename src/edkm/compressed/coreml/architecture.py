@@ -93,17 +93,19 @@ def architecture(directory: Path, config: PreTrainedConfig, names: set[str], con
     )
 
 
-def rotary(model: Any, context: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of all positions as the model itself computes them.
+def rotary(model: Any, context: int) -> dict[str, Tensor]:
+    """The program's tables of positions, as the model itself computes them.
 
     Returns:
-        Two tensors `[context, head_dim]`, float32.
+        By name in the program: `cosines` and `sines`, `[context, head_dim]` float32. The halves of a head turn against each other; the
+        sines carry the sign.
     """
     import torch
 
     with torch.no_grad():
         cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(context).unsqueeze(0))
-    return cos[0], sin[0]
+    half = sin.shape[2] // 2
+    return {"cosines": cos[0], "sines": torch.cat((-sin[0, :, :half], sin[0, :, half:]), 1)}
 
 
 def _misfit(values: Any) -> str | None:

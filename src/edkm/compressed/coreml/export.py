@@ -19,7 +19,7 @@ from edkm.compressed.coreml.quiet import quiet
 from edkm.compressed.modelconfig import model_config
 
 _SUFFIX = ".mlpackage"
-_CHECKED_TOKENS = 16
+_CHECKED_TOKENS = 64
 
 
 class Exported(NamedTuple):
@@ -83,7 +83,7 @@ def export(
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}") as folder:
             package = Path(folder) / out.name
             _write(package, items, arch, rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
-            clustered = check.check_tensors(package, directory, precision)
+            clustered = check.check_tensors(package, directory, rope, precision)
             found = check.program_logits(check.read(package), arch, tokens, kv_cache=kv_cache)
             on_program = check.compare(found, expected)
             predicted = check.device_logits(package, tokens, kv_cache=kv_cache)
@@ -128,7 +128,7 @@ def _put(package: Path, out: Path) -> None:
         raise
 
 
-def _reference(directory: Path, arch: Architecture, count: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+def _reference(directory: Path, arch: Architecture, count: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The packed model's rotary tables, `count` tokens `[1, count]` and its logits for them `[count, vocabulary]`."""
     model: Any = hf.load(directory)
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +142,7 @@ def _write(
     package: Path,
     items: Mapping[str, Item],
     arch: Architecture,
-    rope: tuple[Tensor, Tensor],
+    rope: dict[str, Tensor],
     *,
     precision: str,
     kv_cache: bool,
@@ -151,8 +151,8 @@ def _write(
     import coremltools as ct
 
     nothing: Any = ct.PassPipeline.EMPTY
-    prog, inputs = program.build(arch, _constants(items, precision), rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
     with quiet():
+        prog, inputs = program.build(arch, _constants(items, precision), rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
         ct.convert(
             prog,
             inputs=inputs,
