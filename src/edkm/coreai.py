@@ -13,6 +13,9 @@ a `_Clustered` when it is first trained, or by `attach`:
   random tables).
 - Clustering anew (calibration, the end of a warm-up) has to begin our state anew.
 - `finalize` on a model in training mode would export the soft weights.
+
+A weight that does not fit its spec (rows that do not divide by `group_size` or `cluster_dim`) stays dense: coreai-opt's `prepare` logs
+that and leaves no trace in the model. Such names are missing from what `attach` returns.
 """
 
 from __future__ import annotations
@@ -159,7 +162,7 @@ def attach(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> 
             for the model before `prepare`. None: the sensitivities of coreai-opt, if it has calibrated any.
 
     Returns:
-        The names of the weights.
+        The names of the weights; one that coreai-opt has skipped is missing.
 
     Raises:
         ValueError: no weight has this strategy, `importance` has no entry for a weight or one that does not fit, or settings that edkm
@@ -175,7 +178,10 @@ def attach(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> 
                 if isinstance(step, _KMeansFakePalettize) and isinstance(step._training_strategy, EdkmStrategy):
                     found[step] = chain.original  # tied weights share one
     if not found:
-        raise ValueError("model: no weight has the strategy. Prepare it with PalettizationSpec(training_strategy_spec=EdkmTrainingSpec()).")
+        raise ValueError(
+            "model: no weight has the strategy, or its rows do not divide by group_size (coreai-opt logs which). "
+            "Prepare it with PalettizationSpec(training_strategy_spec=EdkmTrainingSpec())."
+        )
     weigh = {step: _importance(step.tensor_fqn, weight, importance) for step, weight in found.items()}
     for step, weight in found.items():
         _settings(step, weight)

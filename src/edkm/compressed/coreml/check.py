@@ -1,6 +1,7 @@
 """Is the package on disk the packed model? Everything here looks at what was read back from the file.
 
-1. The stored bytes of all indices are our packed bytes, the tables equal ours, and so does every other tensor in the program's precision.
+1. The stored bytes of all indices are our packed bytes, the tables equal ours, and so does every other tensor and every position's
+   cosines and sines in the program's precision.
 2. The program, read by coremltools and run by `arithmetic.py`, gives the packed model's logits.
 3. On macOS also Core ML's own prediction.
 """
@@ -21,6 +22,7 @@ from edkm.compressed import layout
 from edkm.compressed.coreml import arithmetic
 from edkm.compressed.coreml.architecture import Architecture
 from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, TOKENS, VALUES
+from edkm.compressed.coreml.quiet import quiet
 from edkm.compressed.coreml.stored import Constant, read_constants
 from edkm.compressed.coreml.weights import PRECISIONS, dense, width
 from edkm.compressed.layout import LUT_SUFFIX, Entry
@@ -52,13 +54,14 @@ def read(package: Path) -> Any:
     import coremltools as ct
     from coremltools.converters.mil.frontend.milproto.load import load
 
-    model = ct.models.MLModel(str(package), skip_model_load=True)
-    spec = model.get_spec()
-    return load(spec, spec.specificationVersion, file_weights_dir=str(model.weights_dir)).functions["main"]
+    with quiet():
+        model = ct.models.MLModel(str(package), skip_model_load=True)
+        spec = model.get_spec()
+        return load(spec, spec.specificationVersion, file_weights_dir=str(model.weights_dir)).functions["main"]
 
 
-def check_tensors(package: Path, directory: Path, precision: str) -> int:
-    """Compares every tensor in the package with the packed one.
+def check_tensors(package: Path, directory: Path, rope: dict[str, Tensor], precision: str) -> int:
+    """Compares every tensor in the package with the packed one, and the tables of positions with the model's (`rope`).
 
     Returns:
         How many clustered tensors there are.
@@ -79,10 +82,17 @@ def check_tensors(package: Path, directory: Path, precision: str) -> int:
                 equal = _equal_table(found, entries[name], stored[name].load(), stored[name + LUT_SUFFIX].load(), precision)
             else:
                 equal = _equal_dense(found, dense(name, stored[name].load(), precision))
-            if not equal:
-                what = "differs in the package" if found else "is not in the package"
-                raise ValueError(f"{name}: {what}. This is a fault of edkm or of coremltools; edkm was tested with 9.0.")
+            _refuse_unequal(name, found, equal)
+    for name, table in rope.items():
+        found = constants.get(name, {})
+        _refuse_unequal(name, found, _equal_dense(found, table.numpy().astype(PRECISIONS[precision])))
     return len(entries)
+
+
+def _refuse_unequal(name: str, found: dict[str, Constant], equal: bool) -> None:
+    if not equal:
+        what = "differs in the package" if found else "is not in the package"
+        raise ValueError(f"{name}: {what}. This is a fault of edkm or of coremltools; edkm was tested with 9.0.")
 
 
 def _equal_dense(found: dict[str, Constant], expected: np.ndarray) -> bool:

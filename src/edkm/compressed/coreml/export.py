@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from edkm.compressed.coreml.quiet import quiet
 from edkm.compressed.modelconfig import model_config
 
 _SUFFIX = ".mlpackage"
-_CHECKED_TOKENS = 16
+_CHECKED_TOKENS = 64
 
 
 class Exported(NamedTuple):
@@ -77,22 +76,20 @@ def export(
     directory, out = Path(directory), Path(out)
     _check_options(out, precision, kv_cache, fixed, overwrite)
     with checkpoint.open_items(directory) as items:
+        # The model first: no remedy for a tensor helps where the architecture does not fit.
+        arch = architecture(directory, model_config(directory, len(items)), set(items), context)
         widened = weights.check_stored(layout.entries(directory), items, widen=widen)
-        config = model_config(directory, len(items))
-        arch = architecture(directory, config, set(items), context)
         rope, tokens, expected = _reference(directory, arch, arch.context if fixed else min(arch.context, _CHECKED_TOKENS))
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}") as folder:
             package = Path(folder) / out.name
-            _write(package, directory, items, arch, rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
-            clustered = check.check_tensors(package, directory, precision)
+            _write(package, items, arch, rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
+            clustered = check.check_tensors(package, directory, rope, precision)
             found = check.program_logits(check.read(package), arch, tokens, kv_cache=kv_cache)
             on_program = check.compare(found, expected)
             predicted = check.device_logits(package, tokens, kv_cache=kv_cache)
             on_device = None if predicted is None else check.compare(predicted, expected, device=True)
             size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
-            if out.exists():
-                shutil.rmtree(out)
-            package.rename(out)
+            _put(package, out)
     return Exported(size, clustered, widened, on_program, on_device)
 
 
@@ -103,6 +100,8 @@ def _check_options(out: Path, precision: str, kv_cache: bool, fixed: bool, overw
         raise ValueError("fixed: a model with a cache takes a prompt and then single tokens; leave out one of the two")
     if out.suffix != _SUFFIX:
         raise ValueError(f"{out}: the name of a Core ML package ends in {_SUFFIX}")
+    if out.is_symlink():
+        raise ValueError(f"{out}: is a symbolic link; name the package itself")
     if out.exists() and (not overwrite or not (out / "Manifest.json").is_file()):
         raise ValueError(
             f"{out}: exists{'' if overwrite else '; name another or add --overwrite'}{' and is no package' if overwrite else ''}"
@@ -116,7 +115,20 @@ def _check_options(out: Path, precision: str, kv_cache: bool, fixed: bool, overw
         raise ValueError("Core ML export needs coremltools 9.0 or newer. Run: pip install 'edkm[coreml]'") from error
 
 
-def _reference(directory: Path, arch: Architecture, count: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+def _put(package: Path, out: Path) -> None:
+    """Gives the package its name. The old one is only moved until then: whenever this ends, one of the two is whole on the disk."""
+    old = package.with_name("old")
+    if out.exists():
+        out.rename(old)
+    try:
+        package.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+
+
+def _reference(directory: Path, arch: Architecture, count: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The packed model's rotary tables, `count` tokens `[1, count]` and its logits for them `[count, vocabulary]`."""
     model: Any = hf.load(directory)
     generator = torch.Generator().manual_seed(0)
@@ -128,10 +140,9 @@ def _reference(directory: Path, arch: Architecture, count: int) -> tuple[tuple[T
 
 def _write(
     package: Path,
-    directory: Path,
     items: Mapping[str, Item],
     arch: Architecture,
-    rope: tuple[Tensor, Tensor],
+    rope: dict[str, Tensor],
     *,
     precision: str,
     kv_cache: bool,
@@ -139,13 +150,9 @@ def _write(
 ) -> None:
     import coremltools as ct
 
-    used: set[str] = set()
-    constant = _constants(items, precision, used)
     nothing: Any = ct.PassPipeline.EMPTY
-    prog, inputs = program.build(arch, constant, rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
-    if unused := sorted(set(items) - used):
-        raise ValueError(f"{directory}: the exported program has no place for {unused[0]} ({len(unused)} such tensors). Use edkm unpack.")
     with quiet():
+        prog, inputs = program.build(arch, _constants(items, precision), rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
         ct.convert(
             prog,
             inputs=inputs,
@@ -160,8 +167,8 @@ def _write(
         )
 
 
-def _constants(items: Mapping[str, Item], precision: str, used: set[str]) -> Callable[[str], Any]:
-    """A function that makes a tensor a constant of the program being written, or returns None; notes names in `used`."""
+def _constants(items: Mapping[str, Item], precision: str) -> Callable[[str], Any]:
+    """A function that makes a tensor a constant of the program being written, or returns None."""
     from coremltools.converters.mil.mil import Builder, types
 
     mb: Any = Builder
@@ -170,7 +177,6 @@ def _constants(items: Mapping[str, Item], precision: str, used: set[str]) -> Cal
     def constant(name: str) -> Any:
         if name not in items:
             return None
-        used.add(name)
         tensor, label = items[name].load(), check.tensor_name(name)
         if isinstance(tensor, Tensor):
             return mb.const(val=weights.dense(name, tensor, precision), name=label)

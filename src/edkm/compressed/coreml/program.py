@@ -3,7 +3,8 @@
 Written by hand, not traced from PyTorch: the packed indices and tables go in as they are, no dense weight is ever made,
 and every operation in the file is one that `arithmetic.py` can run again for the check.
 
-Names of inputs, outputs and states are those that huggingface/swift-transformers looks for.
+Names of inputs, outputs and states are those of huggingface/swift-transformers, as of its open pull request 331. Its releases (1.3.3) do
+not know `fullAttentionMask`: with them, and with Core ML alone, the app makes the mask itself.
 
 | | name | shape |
 |---|---|---|
@@ -23,7 +24,6 @@ from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from edkm.compressed.coreml.architecture import Architecture
@@ -41,14 +41,14 @@ Constant = Callable[[str], Var]
 
 
 def build(
-    arch: Architecture, constant: Constant, rope: tuple[Tensor, Tensor], *, precision: str, kv_cache: bool, fixed: bool
+    arch: Architecture, constant: Constant, rope: dict[str, Tensor], *, precision: str, kv_cache: bool, fixed: bool
 ) -> tuple[Any, list[Any]]:
     """Writes the program.
 
     Args:
         arch: sizes.
         constant: makes a constant in the program that is being written.
-        rope: cosines and sines, `[context, head_dim]`.
+        rope: `cosines` and signed `sines`, `[context, head_dim]`.
         precision: "float16" or "float32", of everything but the cache and the mask, which are float16.
         kv_cache: keep keys and values in states.
         fixed: `s` is `arch.context`, not 1 to `arch.context`.
@@ -194,12 +194,10 @@ def _length(mb: Any, x: Var, axis: int) -> Var:
     return mb.gather(x=mb.shape(x=x), indices=np.int32(axis), axis=0)
 
 
-def _between(mb: Any, rope: tuple[Tensor, Tensor], past: Var | int, end: Var, precision: str) -> tuple[Var, Var]:
+def _between(mb: Any, rope: dict[str, Tensor], past: Var | int, end: Var, precision: str) -> tuple[Var, Var]:
     """Cosines and signed sines of the positions `past` to `end - 1`: two `[s, head_dim]`."""
-    cos, sin = rope
-    half = sin.shape[1] // 2
     found = []
-    for name, table in (("cosines", cos), ("sines", torch.cat((-sin[:, :half], sin[:, half:]), 1))):
+    for name, table in rope.items():
         whole = mb.const(val=table.numpy().astype(PRECISIONS[precision]), name=name)
         found.append(mb.slice_by_index(x=whole, begin=_index(mb, [past, 0]), end=_index(mb, [end, 0]), end_mask=[False, True]))
     return found[0], found[1]

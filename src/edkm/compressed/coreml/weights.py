@@ -57,11 +57,17 @@ def dense(name: str, tensor: Tensor, precision: str) -> np.ndarray:
     """A tensor that is not clustered, in the precision of the program.
 
     Raises:
-        ValueError: a value is beyond the range of float16.
+        ValueError: a value is not finite, or beyond the range of the precision.
     """
-    if precision == "float16" and tensor.abs().max() > torch.finfo(torch.float16).max:
-        raise ValueError(f"{name}: {tensor.abs().max():.6g} is beyond the range of float16. Use --precision float32.")
-    return tensor.to(torch.float32).numpy().astype(PRECISIONS[precision])
+    # torch has no arithmetic in float8. float64 stays: its values may be beyond float32.
+    values = tensor if tensor.dtype == torch.float64 else tensor.float()
+    if not values.isfinite().all():
+        raise ValueError(f"{name}: has values that are NaN or infinite. Repair the model and compress it again.")
+    largest = values.abs().max()
+    if largest > torch.finfo(getattr(torch, precision)).max:
+        remedy = "Use --precision float32." if precision == "float16" else "Repair the model and compress it again."
+        raise ValueError(f"{name}: {largest:.6g} is beyond the range of {precision}. {remedy}")
+    return values.float().numpy().astype(PRECISIONS[precision])
 
 
 def check_stored(entries: Mapping[str, Any], items: Mapping[str, Item], *, widen: bool) -> dict[str, int]:
