@@ -22,7 +22,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # -O1 and few variants: building one takes seconds.
 VARIANTS = {"native": (), "portable": ("-DPORTABLE", "-O1")}
 if platform.machine() == "x86_64":
-    VARIANTS["avx2"] = ("-mno-avx512f", "-O1")
+    VARIANTS["avx2"] = ("-mno-avx512f", "-DBYTES=0", "-O1")
+    VARIANTS["bytes"] = ("-mno-avx512f", "-DBYTES=1", "-O1")
     VARIANTS["sse"] = ("-mno-avx", "-O1")
 
 

@@ -7,7 +7,7 @@
    two bytes further on. Lanes without an index in a step meet activations of zero.
 
    Plain C with vector extensions (gcc, clang). Only looking up is written per instruction set: one permutation of 16 values with AVX-512, of
-   8 with AVX2; loads elsewhere, and with -DPORTABLE. */
+   8 or 4 with AVX2, or of 16 bytes four times; loads elsewhere, and with -DPORTABLE. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -22,6 +22,15 @@
 #define LANES 8
 #else
 #define LANES 4
+#endif
+/* Four bits: AMD's processors before AVX-512 are slow to permute 8 values, and fast to look up bytes. */
+#if !defined(BYTES) && (defined(__znver1__) || defined(__znver2__) || defined(__znver3__))
+#define BYTES 1
+#endif
+#if LANES == 8 && BYTES
+#define BY_BYTES(bits) ((bits) == 4)
+#else
+#define BY_BYTES(bits) 0
 #endif
 #define ROWS 4  /* at once: enough sums to hide the latency of an addition, and one load of the activations for all */
 #define GROUP 4 /* rows of x at once */
@@ -94,6 +103,7 @@ INLINE Table table_of(const float *entries, const int bits, const int low) {
     return (Table){(floats)_mm256_permutevar8x32_ps(_mm256_loadu_ps(entries), (__m256i)order), (floats)_mm256_loadu_ps(entries + 8)};
 }
 INLINE floats look_up(const Table *t, words v, const int bits) {
+    if (bits < 3) return (floats)_mm256_permutevar_ps((__m256)t->low, (__m256i)v); /* within 4 lanes: half the time on some processors */
     const floats low = (floats)_mm256_permutevar8x32_ps((__m256)t->low, (__m256i)v);
     if (bits < 4) return low;
     return (floats)_mm256_blendv_ps((__m256)low, _mm256_permutevar8x32_ps((__m256)t->high, (__m256i)v), (__m256)(v << 28));
@@ -159,6 +169,16 @@ static int64_t steps_of(const Job *j) { return j->bits == 3 ? 11 : 32 / j->bits;
 static void arrange(const Job *j, const float *row, float *out) {
     const int64_t vectors = vectors_of(j), steps = steps_of(j);
     int64_t col = 0;
+    if (BY_BYTES(j->bits)) {
+        /* Step s has the low (s < 4) or high halves of 4 bytes of either half of the vector. */
+        for (int64_t v = 0; v < vectors; v++)
+            for (int64_t s = 0; s < 8; s++)
+                for (int64_t l = 0; l < 8; l++, out++) {
+                    col = 64 * v + 2 * (16 * (l / 4) + 4 * (s % 4) + l % 4) + s / 4;
+                    *out = col < j->cols ? row[col] : 0;
+                }
+        return;
+    }
     for (int64_t v = 0; v < vectors; v++, out += steps * LANES)
         for (int64_t l = 0; l < LANES; l++) {
             /* every third dword of 3-bit indices has no eleventh */
@@ -225,6 +245,40 @@ INLINE void take3(const uint8_t *const *at, Table tables[][4], const float *x, i
     step(v, tables, 0, x, stride, sums, 3, batch);
 }
 
+#if LANES == 8
+/* The four bytes of 16 entries apart, in either half of a register. */
+typedef struct { __m256i byte[4]; } Planes;
+
+INLINE Planes planes_of(const float *entries) {
+    const __m128i apart = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m128i part[4];
+    for (int i = 0; i < 4; i++) part[i] = _mm_shuffle_epi8(_mm_loadu_si128((const void *)(entries + 4 * i)), apart);
+    const __m128i low = _mm_unpacklo_epi32(part[0], part[1]), low2 = _mm_unpacklo_epi32(part[2], part[3]);
+    const __m128i high = _mm_unpackhi_epi32(part[0], part[1]), high2 = _mm_unpackhi_epi32(part[2], part[3]);
+    return (Planes){{_mm256_broadcastsi128_si256(_mm_unpacklo_epi64(low, low2)), _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(low, low2)),
+                     _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(high, high2)),
+                     _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(high, high2))}};
+}
+
+/* One vector of ROWS rows: an entry is put together from its bytes, each looked up in a register of 16. */
+INLINE void take_bytes(const uint8_t *const *at, const Planes *planes, const float *x, int64_t stride, floats sums[][ROWS],
+                       const int batch) {
+    UNROLLED for (int half = 0; half < 2; half++)
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            __m256i index = _mm256_loadu_si256((const void *)at[r]), b[4];
+            if (half) index = _mm256_srli_epi16(index, 4);
+            index = _mm256_and_si256(index, _mm256_set1_epi8(15));
+            UNROLLED for (int i = 0; i < 4; i++) b[i] = _mm256_shuffle_epi8(planes[r].byte[i], index);
+            UNROLLED for (int s = 0; s < 4; s++) {
+                const __m256i low = s < 2 ? _mm256_unpacklo_epi8(b[0], b[1]) : _mm256_unpackhi_epi8(b[0], b[1]);
+                const __m256i high = s < 2 ? _mm256_unpacklo_epi8(b[2], b[3]) : _mm256_unpackhi_epi8(b[2], b[3]);
+                const floats w = (floats)(s % 2 ? _mm256_unpackhi_epi16(low, high) : _mm256_unpacklo_epi16(low, high));
+                UNROLLED for (int k = 0; k < batch; k++) sums[k][r] += w * *(const floats *)(x + k * stride + (4 * half + s) * LANES);
+            }
+        }
+}
+#endif
+
 INLINE float total(floats sum) {
     UNROLLED for (int n = LANES / 2; n; n /= 2) {
         floats other;
@@ -256,12 +310,18 @@ INLINE void block(const Job *j, const float *entries, int64_t row, int64_t from,
     const int64_t row_bytes = j->cols * bits / 8, vectors = vectors_of(j), steps = steps_of(j);
     const uint8_t *at[ROWS], *end = j->packed + j->rows * row_bytes;
     Table tables[ROWS][4];
+#if LANES == 8
+    Planes planes[ROWS];
+#endif
     floats sums[GROUP][ROWS] = {0};
     UNROLLED for (int r = 0; r < ROWS; r++) {
         const int64_t own = row + r < j->rows ? row + r : j->rows - 1;
         at[r] = j->packed + own * row_bytes;
         const float *table = entries + table_at(j, own) * (1 << bits);
         for (int m = 0; m < PER_SHIFT(bits); m++) tables[r][m] = table_of(table, bits, m * bits);
+#if LANES == 8
+        if (BY_BYTES(bits)) planes[r] = planes_of(table);
+#endif
     }
     const float *x = j->xs + from * j->stride;
     const int64_t within = (end - at[ROWS - 1] - 3) / (4 * LANES); /* vectors whose loads stay in the buffer */
@@ -273,6 +333,12 @@ INLINE void block(const Job *j, const float *entries, int64_t row, int64_t from,
             __builtin_prefetch(from[r] + ROWS * row_bytes); /* the next block: the hardware does not see four rows as one stream */
         }
         if (v >= within) end_of(from, end, copy);
+#if LANES == 8
+        if (BY_BYTES(bits)) {
+            take_bytes(from, planes, x, j->stride, sums, batch);
+            continue;
+        }
+#endif
         if (bits == 3)
             take3(from, tables, x, j->stride, PHASES + v * LANES % 3, sums, batch);
         else
