@@ -14,6 +14,7 @@ from edkm.compressed import hf
 from edkm.compressed.checkpoint import read, summary
 from edkm.models import load_model
 from edkm.train import layer, stages, trainer
+from edkm.train.checkpoints import last_checkpoint
 from edkm.train.data import load_blocks
 from edkm.train.prepare import plan, unclustered
 
@@ -328,4 +329,4 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{steps}").mkdir()
         (tmp_path / f"checkpoint-{steps}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-13").mkdir()
-    assert trainer.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

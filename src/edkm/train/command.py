@@ -196,7 +196,7 @@ def _run(args: argparse.Namespace) -> int:
         check_target(model, config, args.target_bpw)
     if args.dry_run:
         return _dry_run(model, config, args, blocks.block_tokens)
-    from .trainer import check_same_run, remember_run
+    from .checkpoints import check_same_run, remember_run
 
     settings = _settings(args, steps)
     # Not how the work is shared out, or when it is saved: another number of ranks may go on.
@@ -247,7 +247,8 @@ def _fine_tune(model: Any, tokenizer: Any, blocks: Any, settings: Any, out: Path
 
 def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, recorder: Recorder, teacher: Any = None) -> bool:
     """Train from the last checkpoint in `work`, if there is one; False if it was interrupted."""
-    from .trainer import last_checkpoint, resolve_precision, train
+    from .checkpoints import last_checkpoint
+    from .trainer import resolve_precision, train
 
     resume = last_checkpoint(work) is not None
     print(f"{what}: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}", flush=True)
@@ -270,7 +271,7 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
 
     from ..config import ClusterConfig
     from . import ranks
-    from .trainer import last_checkpoint
+    from .checkpoints import last_checkpoint
 
     work = args.out / "training"
     if torch.cuda.is_available() and not args.fsdp:  # what is to be sharded may be too large for one

@@ -7,7 +7,6 @@ and a precision chosen by what the machine does fast. Under torchrun ranks share
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 import warnings
@@ -28,6 +27,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 
 from edkm.train import ranks
+from edkm.train.checkpoints import last_checkpoint
 from edkm.train.prepare import clusterings
 
 _STATE, _SCHEDULE = "state", "schedule.pt"
@@ -137,20 +137,6 @@ def enable_checkpointing(model: Any) -> None:
     """Activation checkpointing, renamed in transformers 5.2x, where the old name warns."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def last_checkpoint(work: Path) -> str | None:
-    """The last that is whole: the trainer's state is written last, and may itself be cut off."""
-    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except ValueError:
-        return False
-    return True
 
 
 def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
@@ -339,27 +325,3 @@ def _stop_on_signal(trainer: _Trainer) -> Iterator[_Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def remember_run(work: Path, run: dict[str, Any]) -> None:
-    """Note beside the checkpoints what run they belong to."""
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "run.json").write_text(json.dumps(run, indent=2))
-
-
-def check_same_run(work: Path, run: dict[str, Any]) -> None:
-    """Refuse to resume a different run: the result would be neither the one nor the other.
-
-    Raises:
-        ValueError: no run to resume, or a setting that differs (named).
-    """
-    path = work / "run.json"
-    if not path.is_file():
-        raise ValueError(f"{work}: there is no interrupted run to resume. Start without --resume.")
-    before = json.loads(path.read_text())
-    for key in sorted(set(before) | set(run)):
-        if before.get(key) != run.get(key):
-            raise ValueError(
-                f"{key}: the interrupted run had {before.get(key)!r}, this one has {run.get(key)!r}. Resume with the same settings, "
-                "or start again with --overwrite."
-            )
