@@ -377,6 +377,23 @@ def test_an_optimizer_that_writes_through_data_is_noticed(solves):
     assert len(solves) == 4 and int(model.hidden.clustering.step) == 2
 
 
+def test_steps_of_others_move_a_frozen_weight_and_no_other():
+    """A frozen weight is annealed with those that are trained; one that waits for its own optimizer is not moved by another's."""
+    layers = [seeded(lambda: nn.Linear(16, 32)) for _ in range(2)]
+    model, other = nn.Sequential(layers[0]), nn.Sequential(layers[1], seeded(lambda: nn.Linear(32, 8)))
+    other[0].weight.requires_grad_(False)
+    for m in (model, other):
+        edkm.prepare(m, edkm.ClusterConfig(bits=2, rows_per_lut=8, anneal_steps=4))
+    x = random(4, 16)
+    model.train()(x).sum().backward()
+    optimizer = torch.optim.SGD(other.parameters(), lr=1e-2)
+    for _ in range(3):
+        other.train()(x).sum().backward()
+        optimizer.step()
+        model(x).sum().backward()
+    assert [int(m[0].clustering.step) for m in (model, other)] == [1, 3] and int(other[1].clustering.step) == 3
+
+
 def train(model, optimizer, steps, start=0):
     for step in range(start, start + steps):
         optimizer.zero_grad()

@@ -34,28 +34,31 @@ from edkm.core.sharded import Reduce, Rows
 _HARD = 1e-6
 
 
-def optimizer_steps(weight: Tensor) -> tuple[int, int]:
-    """Optimizer steps on a weight since this was first asked; before any, those on all others too.
+def optimizer_steps(weight: Tensor) -> int:
+    """Optimizer steps on a weight since this was first asked; of a frozen one all steps, so that it is annealed with the others.
 
-    Some optimizers write through `.data` or raw pointers, where `_version` does not see them. A frozen weight is annealed with the
-    others. And FSDP gathers shards into tensors that no optimizer ever sees.
+    Some optimizers write through `.data` or raw pointers, where `_version` does not see them.
     """
+    if not weight.requires_grad:
+        return _steps
     if not hasattr(weight, _STEPS):
         setattr(weight, _STEPS, 0)
-    own = getattr(weight, _STEPS)
-    return own, 0 if own else _steps
+    return getattr(weight, _STEPS)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    global _steps
+    global _steps, _steps_on_shards
     _steps += 1
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if hasattr(parameter, _STEPS):
                 setattr(parameter, _STEPS, getattr(parameter, _STEPS) + 1)
+        _steps_on_shards += any(hasattr(parameter, "full_tensor") for parameter in group["params"])
 
 
 _steps = 0
+# FSDP gathers shards (DTensors) into other tensors for the forward pass, which no optimizer ever sees.
+_steps_on_shards = 0
 _STEPS = "_edkm_optimizer_steps"
 register_optimizer_step_post_hook(_count_step)
 
@@ -182,7 +185,7 @@ class Clustering(nn.Module):
     def _state_of(self, weight: Tensor) -> tuple[Any, ...]:
         """Changes when the weight does."""
         if self._shard is None:
-            return weight.data_ptr(), weight._version, optimizer_steps(weight)
+            return weight.data_ptr(), weight._version, optimizer_steps(weight), _steps_on_shards
         return self._shard.weight._version, optimizer_steps(self._shard.weight)
 
     def _find(self, weight: Tensor) -> Solution:
