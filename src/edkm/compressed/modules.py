@@ -117,20 +117,19 @@ class PackedEmbedding(Packed, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, tokens = self.packed(), input.reshape(-1).long()  # rows * cols * bits may be beyond 32 bits
-        known = tokens.is_cpu and len(tokens) and not torch.compiler.is_compiling()  # looking costs nothing
-        if known and not 0 <= int(tokens.min()) <= int(tokens.max()) < weight.rows:
+        # A GPU would have to be waited for, and torch.compile to leave its graph.
+        looked_at = tokens.is_cpu and len(tokens) and not torch.compiler.is_compiling()
+        if looked_at and not 0 <= int(tokens.min()) <= int(tokens.max()) < weight.rows:
             raise IndexError(f"token {int(tokens.min())} or {int(tokens.max())} is not in the {weight.rows} rows of the embedding")
-        step = max(1, _EMBEDDED_WEIGHTS // weight.cols)
-        if len(tokens) <= step:
-            return _embedded(weight, tokens, self.dense_dtype).view(*input.shape, weight.cols)
         out = torch.empty(len(tokens), weight.cols, dtype=self.dense_dtype, device=tokens.device)
+        step = max(1, _EMBEDDED_WEIGHTS // weight.cols)
         for start in range(0, len(tokens), step):
-            out[start : start + step] = _embedded(weight, tokens[start : start + step], self.dense_dtype)
+            out[start : start + step] = _embedded(weight, tokens[start : start + step])
         return out.view(*input.shape, weight.cols)
 
 
-def _embedded(weight: PackedWeight, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Some rows, `[n, cols]`."""
+def _embedded(weight: PackedWeight, tokens: Tensor) -> Tensor:
+    """Some rows, `[n, cols]` in the dtype of the tables."""
     bits, tokens = weight.entry.bits, tokens.unsqueeze(1)
     bit = (tokens * weight.cols + torch.arange(weight.cols, device=tokens.device)) * bits  # [n, cols]
     # An index lies in two bytes at most; the byte after the last is none of its business.
@@ -138,7 +137,7 @@ def _embedded(weight: PackedWeight, tokens: Tensor, dtype: torch.dtype) -> Tenso
     low, high = (weight.stream[b].int() for b in (byte, (byte + 1).clamp_(max=len(weight.stream) - 1)))
     index = (low | high << 8) >> bit % 8 & ((1 << bits) - 1)
     table = tokens // (weight.rows // weight.entry.luts)
-    return weight.lut[table, index, 0].to(dtype)
+    return weight.lut[table, index, 0]
 
 
 class _Dense(Packed):

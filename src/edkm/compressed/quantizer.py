@@ -71,7 +71,7 @@ class EdkmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():
-            # Tying pads the bias of an output layer to the length of the weight: here that counts bytes.
+            # Tying pads the bias of an output layer to the length of the weight: of one that stays on disk that counts bytes.
             if isinstance(module, nn.Linear) and isinstance(module, Packed) and module.bias is not None:
                 module.bias.data = module.bias.data[: module.out_features]
         return model
@@ -89,22 +89,20 @@ class EdkmQuantizer(HfQuantizer):
             return model.state_dict(), {}
         _refuse_offloaded(model, "save_pretrained")
         state = model.state_dict(keep_vars=True)
-        named = self.quantization_config.tensors  # pyright: ignore
+        named, about = self.quantization_config.tensors, {}  # pyright: ignore
         for name in named:
             path, _, parameter = name.rpartition(".")
-            if name not in state or parameter not in getattr(model.get_submodule(path), "packed_entries", {}):
+            entries = getattr(model.get_submodule(path), "packed_entries", {}) if name in state else {}
+            if parameter not in entries:
                 raise FormatError(
                     f"save_pretrained: {name}: is not packed any more (it is under an adapter, or was replaced). Take the adapters off "
                     "(unload() of a PeftModel), or call dequantize() and save that."
                 )
+            about[name] = entries[parameter].about()
         kept: dict[int, str] = {}  # of tied tensors one: that which the file named, or the one that the others are tied to
         for name in [*named, *(name for name in state if name not in model.all_tied_weights_keys), *state]:
             kept.setdefault(id(state[name]), name)
         state = {name: tensor.detach() for name, tensor in state.items() if kept[id(tensor)] == name}
-        about = {}
-        for name in named:
-            path, _, parameter = name.rpartition(".")
-            about[name] = model.get_submodule(path).packed_entries[parameter].about()
         return state, checksum_metadata(state, about)
 
 
