@@ -187,6 +187,8 @@ def _make_dense(model: Any) -> None:
     from edkm.train.layer import ClusteredLinear
 
     class DenseLinear(ClusteredLinear):
+        _clustered = ("weight",)
+
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             if not self.clustering.is_soft:
                 return super().forward(input)

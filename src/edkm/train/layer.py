@@ -11,7 +11,7 @@ sum into the gradient of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -212,7 +212,7 @@ class Clustering(nn.Module):
 
     def decode(self, weight: Tensor, solution: Solution) -> Tensor:
         """The soft weight, like `weight`; no gradient."""
-        return solution.decode(self.matrix(weight)).view(weight.shape)
+        return _shaped(solution.decode(self.matrix(weight)), weight.shape)
 
     def backward(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
         """`dL/dweight` from the gradient of the soft weight."""
@@ -249,6 +249,11 @@ class Clustering(nn.Module):
         return self.training or self.soft_in_eval
 
 
+def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor that nobody else has, in another shape. Not as a view: what an autograd function returns as one cannot be written to."""
+    return torch.ops.aten._unsafe_view(x, list(shape))
+
+
 class Gate(torch.autograd.Function):
     """Identity on the weight; backward is the chain rule of the clustering. May run once per micro-batch, so it saves nothing."""
 
@@ -275,20 +280,22 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, live)
         ctx.bias_dtype = None if bias is None else bias.dtype
         w = clustering.decode(live, solution).to(x.dtype)
-        return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+        out = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+        return _shaped(out, out.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, live = ctx.saved_tensors
         dx = g = db = None
+        rows = dy.reshape(-1, dy.shape[-1])
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 dx = dy @ ctx.clustering.decode(live, ctx.solution).to(dy.dtype)
             if ctx.needs_input_grad[1]:
-                g = dy.flatten(0, -2).mT @ x.flatten(0, -2)
+                g = rows.mT @ x.reshape(-1, x.shape[-1])
             if ctx.needs_input_grad[3]:
-                db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+                db = rows.sum(0).to(ctx.bias_dtype)
         return dx, g, None, db, None
 
 
@@ -302,7 +309,7 @@ class _Embedding(torch.autograd.Function):
         if clustering.tables > 1:
             return F.embedding(ids, clustering.decode(live, solution))
         # With one table the rows that are looked up can be decoded alone.
-        return clustering.decode(live[ids.flatten()], solution).view(*ids.shape, -1)
+        return _shaped(clustering.decode(live[ids.flatten()], solution), (*ids.shape, live.shape[1]))
 
     @staticmethod
     @once_differentiable
@@ -341,46 +348,18 @@ class ClusteredLinear(nn.Linear):
         return _Linear.apply(input, *self.clustering.live(weight), self.bias, self.clustering)
 
 
-class ClusteredHead(ClusteredLinear):
-    """A model's output layer. Fused losses (TRL's, Liger's) never call it: they multiply by its `weight`. So within a forward pass of the
-    model that is the clustered weight; at all other times it is the parameter.
-    """
-
-    shown = False
-
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        parameter = self._parameters["weight"]
-        return clustered_weight(parameter, self.clustering) if self.shown else parameter
-
-
-def show_in_forward(model: nn.Module, head: ClusteredLinear) -> None:
-    """Make a model's output layer a `ClusteredHead`."""
-    head.__class__ = ClusteredHead
-    model.register_forward_pre_hook(_show)
-    model.register_forward_hook(_hide, always_call=True)
-
-
-def _show(model: Any, args: Any) -> None:
-    model.get_output_embeddings().shown = True
-
-
-def _hide(model: Any, args: Any, output: Any) -> None:
-    model.get_output_embeddings().shown = False
-
-
 class ClusteredEmbedding(nn.Embedding):
     """`nn.Embedding` whose weight is clustered; see `ClusteredLinear`."""
 
     clustering: Clustering
 
     def forward(self, input: Tensor) -> Tensor:
-        clustering = self.clustering
+        clustering, weight = self.clustering, self._parameters["weight"]
         if clustering.is_soft:
-            return _Embedding.apply(*clustering.live(self.weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
+            return _Embedding.apply(*clustering.live(weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
         if clustering.tables > 1:
-            return F.embedding(input, clustering.hard(self.weight))
-        return clustering.hard(self.weight[input.flatten()]).view(*input.shape, -1)
+            return F.embedding(input, clustering.hard(weight))
+        return clustering.hard(weight[input.flatten()]).view(*input.shape, -1)
 
 
 def clustered_weight(weight: Tensor, clustering: Clustering) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +13,8 @@ from edkm.core.assign import Frozen
 from edkm.core.matrix import as_matrix, count_tables
 from edkm.core.op import check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
-from edkm.train.layer import ClusteredEmbedding, ClusteredLinear, Clustering, show_in_forward
-from edkm.train.parametrized import clustered_weights, parametrize_weight
+from edkm.train.layer import Clustering
+from edkm.train.reading import clustered_keys, read_through, state_name, watch
 from edkm.train.targets import NO_WEIGHT, Target, targets_of
 
 
@@ -112,12 +112,9 @@ def prepare(
         note += "; tables by k-means" if centroids and start is None else ""
         entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
         made.append((target, clustering))
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    for target, clustering in made:
+    for _, clustering in made:
         clustering.prepared_by = config
-        install(target, clustering)
-    if type(head) is ClusteredLinear:
-        show_in_forward(model, head)
+    install(model, made)
     return Report(tuple(entries))
 
 
@@ -209,21 +206,14 @@ def _clustering(
     return clustering, "; ".join(remark for remark in remarks if remark)
 
 
-def install(target: Target, clustering: nn.Module) -> None:
-    """Make layers use `clustering`, a `Clustering` or what stands in for one."""
-    for i, (name, module) in enumerate(zip(target.names, target.modules, strict=True)):
-        user: nn.Module = module
-        if type(module) is nn.Linear:
-            module.__class__ = ClusteredLinear
-        elif type(module) is nn.Embedding:
-            module.__class__ = ClusteredEmbedding
-        else:
-            user = parametrize_weight(module, name.rpartition(".")[2])
-        if i == 0:
-            user.clustering = clustering
-        else:
-            # Tied: the first has the state; a second registration would store it twice.
-            user.__dict__["clustering"] = clustering
+def install(model: nn.Module, made: Sequence[tuple[Target, nn.Module]]) -> None:
+    """Make a model use clusterings: each a `Clustering` or what stands in for one."""
+    for target, clustering in made:
+        for i, (name, module) in enumerate(zip(target.names, target.modules, strict=True)):
+            read_through(module, name.rpartition(".")[2], clustering, owns=i == 0)
+    for module in model.modules():
+        if not clustered_keys(module) and any(clustered_keys(inner) for inner in module.modules()):
+            watch(module)
 
 
 def freeze(model: nn.Module) -> dict[str, Frozen]:
@@ -253,14 +243,13 @@ def whole(weight: Tensor) -> Tensor:
 
 def clusterings(model: nn.Module) -> list[tuple[str, nn.Parameter, Clustering]]:
     """`(name of the weight, the weight, its clustering)`, each once."""
-    found = []
-    for prefix, module in model.named_modules():
-        users: dict[str, tuple[nn.Parameter, nn.Module]] = {**clustered_weights(module)}
-        if isinstance(module, (ClusteredLinear, ClusteredEmbedding)):
-            users["weight"] = module._parameters["weight"], module
+    return [
+        (f"{prefix}.{key}".lstrip("."), module._parameters[key], module._modules[state_name(key)])
+        for prefix, module in model.named_modules()
+        for key in clustered_keys(module)
         # The first user of a tied weight has registered its clustering.
-        found += [(f"{prefix}.{key}".lstrip("."), w, user.clustering) for key, (w, user) in users.items() if "clustering" in user._modules]
-    return found
+        if state_name(key) in module._modules
+    ]
 
 
 def unclustered(model: nn.Module) -> dict[str, Tensor]:

@@ -34,20 +34,21 @@ class Target:
         """What a report says of how the weight is taken, if it is not the usual way."""
         if self.row_axes > 1:
             return f"a stack of {len(self.weight)} matrices"
-        return "its rows are inputs" if isinstance(self.modules[0], transposed_linear()) else ""
+        return "its rows are inputs" if any(isinstance(m, transposed_linear()) for m in self.modules) else ""
 
 
 def targets_of(model: nn.Module) -> list[Target]:
-    """Every parameter that can be clustered, with all its names and users."""
+    """Every parameter that can be clustered, with all its names and users: also those that could not be clustered by themselves."""
     found: dict[int, Target] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is None or not (axes := row_axes(module, key)):
+            if parameter is None:
                 continue
-            target = found.setdefault(id(parameter), Target([], [], parameter, axes))
+            target = found.setdefault(id(parameter), Target([], [], parameter, 0))
+            target.row_axes = target.row_axes or row_axes(module, key)
             target.names.append(f"{prefix}.{key}".lstrip("."))
             target.modules.append(module)
-    return list(found.values())
+    return [target for target in found.values() if target.row_axes]
 
 
 def row_axes(module: nn.Module, key: str) -> int:

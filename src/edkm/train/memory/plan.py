@@ -88,10 +88,12 @@ def plan_memory(
         twin = _twin(model, settings.checkpointing)
         buffers = list(twin.buffers())
         gathering = Gathering(twin, timeline, learners) if settings.fsdp else None
-        for target in targets_of(twin):
-            if target.names[0] in clustered:
-                choice = clustered[target.names[0]]
-                install(target, Sketch(target, choice, config, timeline, device_type, gathers=settings.fsdp))
+        sketches = [
+            (target, Sketch(target, clustered[target.names[0]], config, timeline, device_type, gathers=settings.fsdp))
+            for target in targets_of(twin)
+            if target.names[0] in clustered
+        ]
+        install(twin, sketches)
         held = list(twin.parameters()) if gathering is None else list(gathering.shards.values())
         for tensor in [*held, *buffers]:
             timeline.count(tensor, "weights")
