@@ -26,8 +26,8 @@ class ClusterConfig:
         anneal_steps: optimizer steps until then; 0 for never (`edkm compress` puts in its number of steps).
         max_iters: k-means iterations per optimizer step; the centroids go on from the last step, so that one does.
         embedding_bits: of embeddings (one table each, `dim` 1) and of linear layers tied to them; 0 leaves them alone.
-        skip: name patterns (`*`, `?`) of weights left alone.
-        overrides: name pattern -> other values of `bits`, `dim`, `rows_per_lut`, `softness`; the first match counts.
+        skip: name patterns (`*`, `?`) of weights left alone, or of modules with all weights in them. One without effect is refused.
+        overrides: name pattern, as in `skip` -> other values of `bits`, `dim`, `rows_per_lut`, `softness`; the first match counts.
 
     Raises:
         ValueError: a value out of range, an unknown field in `overrides`.
@@ -67,14 +67,16 @@ class ClusterConfig:
             except ValueError as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from None
 
-    def for_tensor(self, name: str) -> ClusterConfig | None:
-        """The settings of one weight, overrides applied; None if it is skipped."""
-        if any(fnmatchcase(name, pattern) for pattern in self.skip):
+    def for_tensor(self, *names: str) -> ClusterConfig | None:
+        """The settings of one weight (which has several names if it is tied), overrides applied; None if it is skipped."""
+        if any(matches(pattern, name) for pattern in self.skip for name in names):
             return None
-        for pattern, values in self.overrides.items():
-            if fnmatchcase(name, pattern):
-                return dataclasses.replace(self, overrides={}, **values)
-        return self
+        pattern = self.override_of(*names)
+        return self if pattern is None else dataclasses.replace(self, overrides={}, **self.overrides[pattern])
+
+    def override_of(self, *names: str) -> str | None:
+        """The pattern of `overrides` that counts for a weight, if one does."""
+        return next((pattern for pattern in self.overrides if any(matches(pattern, name) for name in names)), None)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; `from_json` reads it back to an equal config."""
@@ -91,6 +93,14 @@ class ClusterConfig:
         if unknown:
             raise ValueError(f"config: unknown field {', '.join(sorted(unknown))}. Was it written by a newer edkm?")
         return cls(**values)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern (`*`, `?`) is that of a weight, or of a module that it is in."""
+    if not set(pattern) & set("*?["):
+        return name == pattern or name.startswith(f"{pattern}.")
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(len(parts), 0, -1))
 
 
 _RANGES = {

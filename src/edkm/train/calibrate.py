@@ -42,11 +42,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     hooks = []
 
     def watch(name: str, key: str):
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if row_axes(module, key) == 2 and (not args or _input_axis(module, key, args[0].shape[-1]) is None):
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_input(args, kwargs)
+            if not (isinstance(x, Tensor) and x.is_floating_point()):
+                return
+            if row_axes(module, key) == 2 and _input_axis(module, key, x.shape[-1]) is None:
                 return
             owners[name] = module, key
-            square, count = _mean_square(module, args[0])
+            square, count = _mean_square(module, x)
             if not bool(square.isfinite().all()):
                 raise ValueError(f"{name}: its input is NaN or infinite. Calibrate in float32, or check the data.")
             totals[name] = totals.get(name, 0) + square
@@ -59,7 +62,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
             known = isinstance(module, (nn.Linear, *CONVOLUTIONS, *transposed_linear()))
             key = "weight" if known else first_stack(module)
             if key is not None:
-                hooks.append(module.register_forward_pre_hook(watch(f"{name}.{key}".lstrip("."), key)))
+                hooks.append(module.register_forward_pre_hook(watch(f"{name}.{key}".lstrip("."), key), with_kwargs=True))
         ran = 0
         with evaluating(model):
             for batch in batches:
@@ -89,16 +92,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Keys and values are not kept: layers are run more than once."""
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    if cache is not None:
-        config.use_cache = False
+    """Keys and values are not kept: layers are run more than once. Of a model within another, too, which has a config of its own."""
+    configs = {id(config): config for module in model.modules() if hasattr(config := getattr(module, "config", None), "use_cache")}
+    before = {key: config.use_cache for key, config in configs.items()}
     try:
+        for config in configs.values():
+            config.use_cache = False
         yield
     finally:
-        if cache is not None:
-            config.use_cache = cache
+        for key, config in configs.items():
+            config.use_cache = before[key]
 
 
 def call(model: nn.Module, batch: Any) -> None:
@@ -110,10 +113,15 @@ def call(model: nn.Module, batch: Any) -> None:
         model(batch)
 
 
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module was given first, by place or by name; None if nothing."""
+    return next(iter((*args, *kwargs.values())), None)
+
+
 def _mean_square(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """`(sum of squares of every input, or of every column of a convolution, number of inputs)`, float64."""
     if not isinstance(module, CONVOLUTIONS):
-        rows = x.detach().flatten(0, -2)
+        rows = x.detach().reshape(-1, x.shape[-1])
         return rows.double().square().sum(0), len(rows)
     # Every kernel position sees nearly every pixel: one number per input channel, averaged over the convolution's groups.
     x = x.detach().double().square()

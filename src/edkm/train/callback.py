@@ -7,29 +7,35 @@ in the Trainer's checkpoints with the weights. A run is resumed from them by a m
 
 from __future__ import annotations
 
+import inspect
 import os
+import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from edkm.config import ClusterConfig
 from edkm.train import ranks
-from edkm.train.prepare import clusterings, plan, prepare
+from edkm.train.calibrate import call, evaluating
+from edkm.train.checks import check_no_adapters
+from edkm.train.gradients import own_loss
+from edkm.train.prepare import check, clusterings, plan, prepare
 from edkm.train.presets import DEFAULT, PRESETS
-from edkm.train.stages import CALIBRATION_BLOCKS, check_no_adapters, check_replaceable, prepare_from, save
+from edkm.train.reading import state_name
+from edkm.train.stages import CALIBRATION_BLOCKS, check_replaceable, prepare_from, save
 
 # What one of `edkm compress`'s calibration blocks has.
 _EXAMPLE_TOKENS = 512
-# Where a layer keeps its clustering: its own, or that of a parametrization.
-_PLACES = ("clustering.", "parametrizations.weight.0.clustering.")
 
 
 class Callback(TrainerCallback):
@@ -55,7 +61,8 @@ class Callback(TrainerCallback):
 
     Raises:
         ValueError: an argument out of range, `out` holding something else; when the Trainer is made or starts: PEFT adapters, sharding
-            (FSDP, DeepSpeed), DataParallel, torch.compile, a callback that was added too late to resume.
+            (FSDP, DeepSpeed), DataParallel, torch.compile, a callback that was added too late to resume, and all that `edkm.prepare`
+            refuses. The model is also run on one example then, to find what calibration would fail on.
 
     Cost:
         Once, that of `edkm.calibrate` and `edkm.fit` (with `kmeans` of the former); then per step as stated at `edkm.cluster`.
@@ -102,6 +109,10 @@ class Callback(TrainerCallback):
         self._plain_steps = int(state.max_steps * self.plain_share)
         if clusterings(model):
             self._begin(model, state)
+        else:
+            # What the clustering step would fail on, after most of the training.
+            check(model, self.config, self.backend)
+            self._try_calibration(model, kwargs["train_dataloader"])
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step >= self._plain_steps and not clusterings(model):
@@ -128,11 +139,20 @@ class Callback(TrainerCallback):
 
     def _before_load(self, model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
         prepared = clusterings(model)
-        stored = any(f".{place}centroids" in name for name in state for place in _PLACES)
+        stored = any(name.endswith(".centroids") and ".clustering" in name for name in state)
         if prepared and not stored and all(f"{prefix}{name}" in state for name, *_ in prepared):
             raise ValueError("Callback: the checkpoint is from before clustering began, and the model is clustered. Load the model afresh.")
         if stored and not prepared:
             self.report = _prepare_for(model, self.config, state, prefix, self.backend)
+
+    def _try_calibration(self, model: nn.Module, loader: Any) -> None:
+        """Run the model on one example as calibration will; the data comes in the same order afterwards."""
+        states = random.getstate(), numpy.random.get_state()
+        with torch.random.fork_rng(devices=[]), _own_forward(model), evaluating(model):
+            for batch in _batches(model, loader, 1):
+                (own_loss if self.start == "guided" else call)(model, batch)
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
     def _cluster(self, model: nn.Module, state: Any, loader: Any) -> None:
         with _own_forward(model):
@@ -176,33 +196,44 @@ def _refuse(model: Any, args: Any, out: Path) -> None:
 def _prepare_for(model: nn.Module, config: ClusterConfig, state: dict[str, Tensor], prefix: str, backend: str) -> Any:
     """Prepare a model for the clustering in a state; the values are loaded afterwards."""
     importance, centroids = {}, {}
-    for entry in plan(model, config).clustered:
-        module = prefix + entry.name.removesuffix("weight")
-        place = next((module + place for place in _PLACES if f"{module}{place}centroids" in state), None)
-        if place is None:
+    for name in (entry.name for entry in plan(model, config).clustered):
+        place = prefix + state_name(name)
+        if f"{place}.centroids" not in state:
             raise ValueError(
-                f"{entry.name}: the config clusters it and this part of the checkpoint does not. Use the config the checkpoint was made "
-                "with; one in several files cannot be resumed."
+                f"{name}: the config clusters it and this part of the checkpoint does not. Use the config the checkpoint was made with; "
+                "one in several files cannot be resumed."
             )
-        centroids[entry.name] = state[f"{place}centroids"]
-        if f"{place}importance" in state:
-            importance[entry.name] = state[f"{place}importance"]
+        centroids[name] = state[f"{place}.centroids"]
+        if f"{place}.importance" in state:
+            importance[name] = state[f"{place}.importance"]
     return prepare(model, config, importance=importance, centroids=centroids, backend=backend)
 
 
-def _batches(model: nn.Module, loader: Any, tokens: int) -> list[dict[str, Any]]:
-    """Examples spread over the training data, one in each batch: nothing is padded. The loader itself stays where it is."""
-    data, device = loader.dataset, next(model.parameters()).device
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+def _batches(model: nn.Module, loader: Any, tokens: int) -> list[Any]:
+    """Examples spread over the training data, one in each batch: nothing is padded. The loader itself stays where it is.
+
+    Where the data are batches already, or the loader is somebody's own and tells of no data, its batches are taken as they are.
+    """
+    data, device = getattr(loader, "dataset", None), next(model.parameters()).device
+    if data is None:
+        examples = iter(loader)
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
         examples: Iterator[Any] = (data[i] for i in order)
     else:
-        examples = islice(data, tokens)
-    found: list[dict[str, Any]] = []
-    for example in examples:
-        batch = loader.collate_fn([example])
-        found.append({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-        tokens -= batch["input_ids"].numel() if "input_ids" in batch else _EXAMPLE_TOKENS
+        examples = iter(data)
+    accepted = inspect.signature(type(model).forward).parameters
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    found: list[Any] = []
+    for example in islice(examples, tokens):
+        batch = example
+        if data is not None:
+            batch = loader.collate_fn(example if loader.batch_sampler is None else [example])
+        if isinstance(batch, Mapping):
+            # What the Trainer of somebody takes out itself the model does not know.
+            batch = {key: value for key, value in batch.items() if any_name or key in accepted}
+        found.append(send_to_device(batch, device))
+        tokens -= batch["input_ids"].numel() if isinstance(batch, Mapping) and "input_ids" in batch else _EXAMPLE_TOKENS
         if tokens <= 0:
             break
     return found

@@ -161,6 +161,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..config import ClusterConfig
     from ..models import load_model
     from .data import load_blocks
+    from .prepare import check
 
     data_hash = hashlib.sha256(args.data.read_bytes()).hexdigest() if args.data.is_file() else ""
     model, tokenizer = load_model(args.model)
@@ -180,6 +181,7 @@ def _run(args: argparse.Namespace) -> int:
         embedding_bits=args.embedding_bits,
         skip=tuple(args.skip),
     )
+    check(model, config, args.backend)
     text = None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8")
     print(
         f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "

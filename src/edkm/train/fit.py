@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from edkm.config import ClusterConfig
 from edkm.core import curvature
 from edkm.core.assign import assign, lookup
-from edkm.train.calibrate import call, evaluating, without_cache
+from edkm.train.calibrate import call, evaluating, first_input, without_cache
 from edkm.train.prepare import clustered_linears, decoder_layers
 
 
@@ -56,7 +55,7 @@ def fit(
             the work the model is of no use.
 
     Cost:
-        Two forward passes over `batches`, whose hidden states are kept; a product `x^T x` per linear input, with `sensitivity` four
+        Three forward passes over `batches`, whose hidden states are kept; a product `x^T x` per linear input, with `sensitivity` four
         for every weight; a second copy of the fitted weights; for every weight what `core.curvature.fit` says.
     """
     batches = list(batches)
@@ -116,11 +115,12 @@ def _moments(tokens: dict[nn.Module, Tensor | None], run: Callable[[], Any]) -> 
     counts: dict[nn.Module, int] = {}
     last: list[Any] = [None, None]
 
-    def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x, weights, seen = args[0].detach().flatten(0, -2).float(), tokens[module], counts.get(module, 0)
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = first_input(args, kwargs)
+        x, weights, seen = given.detach().reshape(-1, given.shape[-1]).float(), tokens[module], counts.get(module, 0)
         if weights is None:
-            if last[0] is not args[0]:
-                last[:] = [args[0], [x.T @ x]]
+            if last[0] is not given:
+                last[:] = [given, [x.T @ x]]
             found = last[1]
         else:
             if seen + len(x) > len(weights):
@@ -129,7 +129,7 @@ def _moments(tokens: dict[nn.Module, Tensor | None], run: Callable[[], Any]) -> 
         totals[module] = [total + one for total, one in zip(totals[module], found, strict=True)] if seen else found
         counts[module] = seen + len(x)
 
-    hooks = [module.register_forward_pre_hook(watch) for module in tokens]
+    hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in tokens]
     try:
         if tokens:
             run()
@@ -153,7 +153,7 @@ _Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]
 def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Calls]:
     """The layers that can be run one after another, and how each was called for each batch; none if they are no chain.
 
-    Only the first batch is worked out. For the others the layers hand on what they are given, which is enough to see how they are called.
+    A chain's layers are called once each, and their first argument is the first, or only, thing that the layer before returned.
     """
     layers = decoder_layers(model)
     calls: _Calls = {layer: [] for layer in layers}
@@ -163,63 +163,33 @@ def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Call
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = layer is layers[0]
         chained[0] &= bool(args) and isinstance(args[0], Tensor) and (first or args[0] is output[0])
-        # Hidden states are kept for the first layer only, the others get theirs from the layer before.
-        calls[layer].append((args if first else (None, *args[1:]), kwargs))
+        if chained[0]:
+            # Hidden states are kept for the first layer only, the others get theirs from the layer before.
+            calls[layer].append(((args[0].clone() if first else None, *args[1:]), kwargs))
 
     def after(layer: nn.Module, args: Any, out: Any) -> None:
         output[0] = _hidden(out)
-        tuples[layer] = isinstance(out, tuple)
 
-    tuples: dict[nn.Module, bool] = {}
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(after) for layer in layers]
     try:
-        for batch in batches[:1] if layers else ():
-            call(model, batch)
-        if chained[0]:
-            with _handing_on(layers, tuples):
-                for batch in batches[1:]:
-                    with suppress(_Enough):
-                        call(model, batch)
+        for number, batch in enumerate(batches, 1):
+            if chained[0]:
+                call(model, batch)
+                chained[0] &= all(len(made) == number for made in calls.values())
     finally:
         for hook in hooks:
             hook.remove()
-    once = all(len(made) == len(batches) for made in calls.values())
-    return (layers, calls) if chained[0] and once else ([], {})
-
-
-class _Enough(Exception):
-    """What follows the last layer is of no interest."""
-
-
-@contextmanager
-def _handing_on(layers: list[nn.Module], tuples: dict[nn.Module, bool]) -> Iterator[None]:
-    """Layers do nothing, and the last ends the model's forward."""
-
-    def hand_on(layer: nn.Module) -> Callable[..., Any]:
-        def forward(x: Tensor, *_: Any, **__: Any) -> Any:
-            if layer is layers[-1]:
-                raise _Enough
-            return (x,) if tuples[layer] else x
-
-        return forward
-
-    own = {layer: vars(layer).get("forward") for layer in layers}  # of the instance: other libraries put one there
-    try:
-        for layer in layers:
-            layer.forward = hand_on(layer)
-        yield
-    finally:
-        for layer, forward in own.items():
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
+    return (layers, calls) if chained[0] else ([], {})
 
 
 def _through(layer: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Tensor]:
-    return [_hidden(layer(*args, **kwargs)) for args, kwargs in calls]
+    # A layer may write into what it is given, and is run again.
+    return [_hidden(layer(args[0].clone(), *args[1:], **kwargs)) for args, kwargs in calls]
 
 
 def _hidden(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
+    """The hidden states in what a layer returned: the first thing, if it is several."""
+    if isinstance(out, Mapping):
+        return next(iter(out.values()), None)
+    return out[0] if isinstance(out, (tuple, list)) and out else out

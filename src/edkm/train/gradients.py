@@ -97,7 +97,7 @@ def output_gradients(
             for batch in batches:
                 seen = True
                 before()
-                (_own_loss(model, batch) if loss is None else loss(batch)).backward()
+                (own_loss(model, batch) if loss is None else loss(batch)).backward()
     finally:
         for p in trained:
             p.requires_grad_()
@@ -107,7 +107,8 @@ def output_gradients(
         raise ValueError("batches: at least one is needed.")
 
 
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss by a batch's `labels`; of the next of `input_ids` where no label counts."""
     ids, labels = batch.get("input_ids"), batch.get("labels")
     # The first token is not predicted, and a mean over none is NaN.
     nothing = labels is None or (ids is not None and labels.shape == ids.shape and not bool((labels[..., 1:] != _IGNORED).any()))

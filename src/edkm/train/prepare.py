@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen
 from edkm.core.matrix import as_matrix, count_tables
-from edkm.core.op import check_shapes, choose_backend
+from edkm.core.op import Solution, _backend, check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
+from edkm.train.checks import MOST_ROUNDED, check_kind, check_no_adapters, check_not_quantized, check_patterns, check_values, rounding_loss
 from edkm.train.layer import Clustering
 from edkm.train.reading import clustered_keys, read_through, state_name, watch
 from edkm.train.targets import NO_WEIGHT, Target, targets_of
@@ -89,8 +91,9 @@ def prepare(
         A report on every parameter: clustered, or skipped and why.
 
     Raises:
-        ValueError: a tensor that cannot be clustered as asked (named), an unknown name in `importance`, a model that was prepared
-            already, or a model in which nothing is clustered.
+        ValueError: a tensor that cannot be clustered as asked (named): its shape, its kind (quantized, sharded), NaN, values that float16
+            cannot hold; a pattern of the config without effect, an unknown name in `importance`, PEFT adapters, a model that was prepared
+            already, or one in which nothing is clustered.
 
     Cost:
         A few passes over each weight; in training as stated at `edkm.cluster`.
@@ -101,6 +104,7 @@ def prepare(
         unknown = set(given) - {name for target in targets for name in target.names}
         if unknown:
             raise ValueError(f"{what}: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
+    check(model, config, backend)
     entries, made = [], []
     for name, parameter, target, settings, reason in decisions(model, config, targets):
         if settings is None:
@@ -118,11 +122,36 @@ def prepare(
     return Report(tuple(entries))
 
 
-def plan(model: nn.Module, config: ClusterConfig) -> Report:
+def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Report:
+    """Refuse what `prepare`, `freeze` or `save` would refuse. Nothing is changed: call it before training that comes before `prepare`.
+
+    Returns:
+        As `plan`.
+
+    Raises:
+        ValueError: as `prepare`; also a parameter that is NaN.
+
+    Cost:
+        A pass over each parameter.
+    """
+    check_no_adapters(model)
+    check_not_quantized(model)
+    report = plan(model, config, backend)
+    tables = {entry.name: entry.tables for entry in report.clustered}
+    axes = {target.names[0]: target.row_axes for target in targets_of(model)}
+    for name, parameter in model.named_parameters():
+        if name in tables:
+            check_values(name, as_matrix(parameter.detach(), axes[name]), tables[name])
+        elif parameter.is_floating_point() and not parameter.is_meta and bool(parameter.detach().isnan().any()):
+            raise ValueError(f"{name}: holds NaN. Repair the checkpoint: what is trained or calibrated with it is NaN, too.")
+    return report
+
+
+def plan(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Report:
     """What `prepare` would do, without looking at a weight.
 
     Raises:
-        ValueError: as `prepare`, as far as shapes can tell.
+        ValueError: as `prepare`, as far as names, shapes and dtypes can tell.
     """
     entries = []
     for name, parameter, target, settings, reason in decisions(model, config, targets_of(model)):
@@ -136,6 +165,8 @@ def plan(model: nn.Module, config: ClusterConfig) -> Report:
             tables = count_tables(shape, target.row_axes, settings.rows_per_lut)
             lut = torch.empty(tables, 2**settings.bits, settings.dim, dtype=compute_dtype(matrix.dtype), device="meta")
             check_shapes(matrix, lut, None)
+            if backend != "auto":
+                _backend(backend, matrix, Solution(lut.unsqueeze(0), None, lut, torch.bfloat16, backend))
         except ValueError as error:
             raise ValueError(f"{name}: {str(error).removeprefix('weight: ')}") from None
         entries.append(Entry(name, shape, settings.bits, tables, settings.dim, ""))
@@ -152,7 +183,13 @@ def decisions(
     found = []
     for name, parameter in model.named_parameters():
         target = by_name.get(name)
-        found.append((name, parameter, target, *_settings(config, name, parameter, target)))
+        settings, reason = _settings(config, parameter, target)
+        if settings is not None:
+            check_kind(name, parameter)
+        found.append((name, parameter, target, settings, reason))
+    aliases = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    modules = [name for name, _ in model.named_modules() if name]
+    check_patterns(config, [*modules, *aliases], [target.names for _, _, target, settings, _ in found if target and settings])
     if all(settings is None for *_, settings, _ in found):
         reasons = "; ".join(sorted({reason for *_, reason in found}))
         raise ValueError(f"model: no weight is clustered ({reasons or 'no parameters'}). Check skip and embedding_bits.")
@@ -175,7 +212,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names and module is not model]
 
 
-def _settings(config: ClusterConfig, name: str, parameter: Tensor, target: Target | None) -> tuple[ClusterConfig | None, str]:
+def _settings(config: ClusterConfig, parameter: Tensor, target: Target | None) -> tuple[ClusterConfig | None, str]:
     """The settings of a parameter, or None and why it is left alone."""
     if target is None:
         return None, "a vector" if parameter.ndim < 2 else NO_WEIGHT
@@ -186,9 +223,8 @@ def _settings(config: ClusterConfig, name: str, parameter: Tensor, target: Targe
         if embedding.max_norm is not None or embedding.sparse:
             return None, "an embedding with max_norm or sparse gradients"
         config = replace(config, bits=config.embedding_bits, rows_per_lut=0, dim=1)
-    if any(config.for_tensor(alias) is None for alias in target.names):
-        return None, "matches skip"
-    return config.for_tensor(name), ""
+    settings = config.for_tensor(*target.names)
+    return settings, "matches skip" if settings is None else ""
 
 
 def _clustering(
@@ -228,8 +264,13 @@ def freeze(model: nn.Module) -> dict[str, Frozen]:
     Cost:
         One pass over each weight; one byte a weight for the result.
     """
-    # A weight that FSDP has sharded is gathered, one at a time, on all ranks.
-    frozen = {name: clustering.freeze(whole(weight)) for name, weight, clustering in clusterings(model)}
+    frozen = {}
+    for name, parameter, clustering in clusterings(model):
+        # A weight that FSDP has sharded is gathered, one at a time, on all ranks.
+        weight = whole(parameter)
+        if (lost := rounding_loss(name, clustering.matrix(weight), clustering.tables)) > MOST_ROUNDED:
+            warnings.warn(f"{name}: its weights have become so small that float16 tables lose {100 * lost:.0f}% of some.", stacklevel=2)
+        frozen[name] = clustering.freeze(weight)
     if not frozen:
         raise ValueError("model: nothing in it is clustered. Call edkm.prepare first.")
     return frozen

@@ -122,5 +122,6 @@ def clustering_of(module: nn.Module, key: str) -> Clustering:
 
 
 def state_name(key: str) -> str:
-    """Where a module keeps the clustering of its parameter, in its state dict, too."""
-    return "clustering" if key == "weight" else f"clustering_of_{key}"
+    """Where a module keeps the clustering of its parameter, also in a state dict: `a.b.clustering` for `a.b.weight`."""
+    owner, dot, key = key.rpartition(".")
+    return owner + dot + ("clustering" if key == "weight" else f"clustering_of_{key}")

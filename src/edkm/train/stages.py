@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import shutil
 import sys
 from collections import Counter
@@ -123,6 +124,7 @@ def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
     Cost:
         One pass over each weight; one byte a weight in memory (with several ranks a byte for each weight of the largest tensor).
     """
+    from .checks import check_no_adapters
     from .prepare import clusterings
 
     model = unwrapped(model)
@@ -175,15 +177,6 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
-def check_no_adapters(model: Any) -> None:
-    """Refuse a model with PEFT adapters, whose small matrices would be clustered, and whose checkpoints lack the clustering."""
-    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "model: it has PEFT adapters, and clustering trains the weights themselves. Call merge_and_unload() first and train all "
-            "weights, or put adapters on the packed model afterwards."
-        )
-
-
 def check_replaceable(directory: Path) -> None:
     """Refuse to write a packed model over anything but another.
 
@@ -192,6 +185,9 @@ def check_replaceable(directory: Path) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: is a file, expected a directory to write. Name another.")
+    above = next(parent for parent in directory.absolute().parents if parent.exists())
+    if not directory.exists() and not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"{directory}: cannot be made in {above}, which is no directory or not to be written to. Name another.")
     if directory.is_dir() and any(directory.iterdir()):
         try:
             from ..compressed import layout

@@ -1,0 +1,113 @@
+"""What clustering refuses, found before anything is changed or trained: `prepare.check` asks for all of it."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from edkm.config import ClusterConfig, matches
+from edkm.core.assign import LUT_DTYPE
+from edkm.core.reference import compute_dtype
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What the rounding of a table to 16 bits may take from it, of the sum of its magnitudes.
+MOST_ROUNDED = 0.05
+_PIECE_WEIGHTS = 1 << 22
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Refuse a model with PEFT adapters, whose small matrices would be clustered, and whose checkpoints lack the clustering."""
+    layers = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    wrapped = getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False)
+    if wrapped or any(isinstance(module, layers) for module in model.modules()):
+        raise ValueError(
+            "model: it has PEFT adapters, and clustering trains the weights themselves. Call merge_and_unload() first and train all "
+            "weights, or put adapters on the packed model afterwards."
+        )
+
+
+def check_not_quantized(model: nn.Module) -> None:
+    """Refuse a model of transformers that was loaded with quantized weights."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        method = getattr(getattr(model, "quantization_method", ""), "value", None) or getattr(model, "quantization_method", "")
+        raise ValueError(f"model: its weights are quantized already ({method}). Call model.dequantize() first, or load it dequantized.")
+
+
+def check_kind(name: str, weight: Tensor) -> None:
+    """Refuse a parameter that holds something other than the weights themselves."""
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(f"{name}: is sharded already. Prepare the whole model first, then shard it and call edkm.distribute.")
+    if weight.dtype not in _DTYPES or is_traceable_wrapper_subclass(weight):
+        held = weight.dtype if weight.dtype not in _DTYPES else type(weight).__name__
+        raise ValueError(f"{name}: is quantized or of another kind ({held}), no floating-point weight. Dequantize it, or add it to skip.")
+    if weight.layout != torch.strided:
+        raise ValueError(f"{name}: is stored as {weight.layout}. Make it dense (to_dense()), or add it to skip.")
+
+
+def check_values(name: str, matrix: Tensor, tables: int) -> None:
+    """Refuse a weight that is not finite, or whose tables float16 cannot hold: they would be infinite, or 0."""
+    if matrix.is_meta:
+        raise ValueError(f"{name}: has no values yet (meta). Load the weights first.")
+    worst = rounding_loss(name, matrix, tables)
+    if worst > MOST_ROUNDED:
+        raise ValueError(
+            f"{name}: tables are stored in float16, which would lose {100 * worst:.0f}% of weights as small as some of these. Rescale the "
+            "weight, set rows that do not matter to 0, or add its name to skip."
+        )
+
+
+def rounding_loss(name: str, matrix: Tensor, tables: int) -> float:
+    """Share of its sum of magnitudes that the table of the smallest weights loses in float16; 0 for a table of zeros.
+
+    Raises:
+        ValueError: a weight is not finite or too large.
+    """
+    flat = matrix.detach().reshape(tables, -1)
+    wide = compute_dtype(flat.dtype)
+    lost, total, largest = (flat.new_zeros(tables, dtype=wide) for _ in range(3))
+    for piece in flat.split(max(1, _PIECE_WEIGHTS // tables), dim=1):
+        values = piece.to(wide)
+        lost += (values.to(LUT_DTYPE).to(wide) - values).abs().sum(1)
+        total += values.abs().sum(1)
+        largest = torch.maximum(largest, values.abs().amax(1))
+    highest = float(largest.max())
+    if not highest < float("inf"):
+        raise ValueError(
+            f"{name}: NaN or infinite values. Clustering needs finite weights: repair the checkpoint, or add the name to skip; after "
+            "training, was the learning rate too high?"
+        )
+    if highest > torch.finfo(LUT_DTYPE).max:
+        raise ValueError(
+            f"{name}: has a weight of magnitude {highest:.6g}, and tables are stored in float16 (at most 65504). Rescale the weight or add "
+            "its name to skip."
+        )
+    return float((lost / total.clamp_min(torch.finfo(wide).tiny)).max())
+
+
+def check_patterns(config: ClusterConfig, names: Collection[str], clustered: Collection[Collection[str]]) -> None:
+    """Refuse a pattern of a config that has no effect.
+
+    Args:
+        names: of all parameters and modules.
+        clustered: for each weight that is clustered its names.
+    """
+    for field, patterns in (("skip", config.skip), ("overrides", config.overrides)):
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in names):
+                near = difflib.get_close_matches(pattern, names, 3)
+                near = [f"*{pattern}*"] if any(matches(f"*{pattern}*", name) for name in names) else near
+                hint = (
+                    f" Did you mean {' or '.join(map(repr, near))}?" if near else " The report of a dry run or edkm.prepare has the names."
+                )
+                raise ValueError(f"{field}: {pattern!r} matches no weight or module of the model.{hint}")
+    used = {config.override_of(*names) for names in clustered}
+    for pattern in config.overrides:
+        if pattern not in used:
+            raise ValueError(
+                f"overrides: {pattern!r} changes nothing: what it matches is left alone, or a pattern before it matches. Remove or move it."
+            )
