@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import edkm
 from edkm import ClusterConfig
+from edkm.train.prepare import clustered_linears, plan
 
 per_tensor = st.fixed_dictionaries(
     {},
@@ -161,3 +163,68 @@ def test_every_field_changes_something():
 @pytest.mark.parametrize("name, value", [("bits", 2), ("dim", 2), ("rows_per_lut", 8), ("softness", 0.1)])
 def test_every_override_changes_something(name, value):
     assert not same(outcome(), outcome(overrides={"1.weight": {name: value}}))
+
+
+# Patterns.
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+def blocks():
+    model = nn.Module()
+    model.blocks = nn.ModuleList([Block(), Block()])
+    model.tokens, model.lm_head = nn.Embedding(16, 8), nn.Linear(8, 16)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("lm_head", {"lm_head"}),
+        ("lm_head.weight", {"lm_head"}),
+        ("blocks.1", {"blocks.1.up", "blocks.1.down"}),
+        ("blocks.?.up", {"blocks.0.up", "blocks.1.up"}),
+        ("*.up", {"blocks.0.up", "blocks.1.up"}),
+        ("*down.w*", {"blocks.0.down", "blocks.1.down"}),
+        ("blocks", {"blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"}),
+    ],
+)
+def test_a_pattern_names_a_weight_or_a_module(pattern, left):
+    model = blocks()
+    expected = {f"{name}.weight" for name in left}
+    config = ClusterConfig(bits=2, rows_per_lut=0, embedding_bits=2)
+    for report in (plan(model, replace(config, skip=(pattern,))), edkm.prepare(blocks(), replace(config, skip=(pattern,)))):
+        assert {entry.name for entry in report.entries if entry.note == "matches skip"} == expected
+    report = plan(model, replace(config, overrides={pattern: {"bits": 1}}))
+    assert {entry.name for entry in report.clustered if entry.bits == 1} == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"skip": ("lm_haed",)}, r"^skip: 'lm_haed' matches no weight or module of the model\. Did you mean 'lm_head'"),
+        ({"skip": ("down",)}, r"^skip: 'down' matches no .* Did you mean '\*down\*'"),
+        ({"skip": ("re:.*head",)}, r"^skip: 're:\.\*head' matches no "),
+        ({"overrides": {"blocks.0.upp": {"bits": 3}}}, r"^overrides: 'blocks.0.upp' matches no .* Did you mean 'blocks.0.up'"),
+        ({"overrides": {"*": {"bits": 1}, "lm_head": {"bits": 3}}}, r"^overrides: 'lm_head' changes nothing"),
+        ({"overrides": {"lm_head": {"bits": 3}}, "skip": ("lm_*",)}, r"^overrides: 'lm_head' changes nothing"),
+        ({"overrides": {"tokens": {"bits": 3}}, "embedding_bits": 0}, r"^overrides: 'tokens' changes nothing"),
+        ({"overrides": {"*bias": {"bits": 3}}}, r"^overrides: '\*bias' changes nothing"),
+    ],
+)
+def test_a_pattern_without_effect_is_refused(fields, message):
+    config = ClusterConfig(**{"bits": 2, "rows_per_lut": 0, "embedding_bits": 2, **fields})
+    for refuses in (edkm.prepare, plan, clustered_linears):
+        with pytest.raises(ValueError, match=message):
+            refuses(blocks(), config)
+
+
+def test_a_pattern_may_take_any_name_of_a_tied_weight():
+    model = blocks()
+    model.lm_head.weight = model.tokens.weight
+    report = edkm.prepare(model, ClusterConfig(bits=2, rows_per_lut=0, overrides={"lm_head": {"bits": 3}}))
+    assert {entry.name: entry.bits for entry in report.clustered}["tokens.weight"] == 3

@@ -2,12 +2,14 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_measuring import saved_bytes
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import edkm
@@ -214,6 +216,147 @@ def test_tied_weight_is_found_once():
     names = [name for name, _, _ in clusterings(model)]
     assert names == ["embed.weight", "hidden.weight"] and set(edkm.freeze(model)) == set(names)
     assert set(unclustered(model)) == {"hidden.bias", "norm.weight", "norm.bias"}
+
+
+# A weight that is read and not called.
+
+
+class TiedByUse(nn.Module):
+    """Multiplies by the weights of an embedding and of a layer that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.mix, self.gate = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+    def forward(self, ids):
+        x = self.mix(self.tokens(ids))
+        return self.logits(x * F.linear(x, self.gate.weight).sigmoid())
+
+    def logits(self, x):
+        return F.linear(x, self.tokens.weight)
+
+
+class ReadInBackward(TiedByUse):
+    """Computes its activations again in backward, by a function that belongs to no module."""
+
+    def logits(self, x):
+        return checkpoint(super().logits, x, use_reentrant=False)
+
+
+class SharedWithOthers(nn.Module):
+    """Its weights are also parameters of modules that could not be clustered by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head, self.mix = nn.EmbeddingBag(12, 8, mode="sum"), nn.Linear(8, 12, bias=False), nn.Linear(8, 8)
+        self.head.weight, self.raw = self.bag.weight, self.mix.weight
+
+    def forward(self, ids):
+        return self.head(self.mix(self.bag(ids)) @ self.raw)
+
+
+class Attention(nn.Module):
+    """PyTorch's own layer, which in evaluation gives all its weights to one function."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(12, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, ids):
+        return self.layer(self.tokens(ids))
+
+
+def a_library_put_a_forward_there():
+    model = TiedByUse()
+    plain = model.mix.forward
+    model.mix.forward = lambda x: plain(x)
+    return model
+
+
+READERS = [TiedByUse, ReadInBackward, SharedWithOthers, Attention, lambda: nn.Sequential(TiedByUse()), a_library_put_a_forward_there]
+
+
+@pytest.mark.parametrize("make", READERS)
+def test_a_weight_that_is_read_is_the_clustered_one(make):
+    """In evaluation that which is written, in training the soft one with its gradient, whoever reads it."""
+    # `functional_call` does not last until backward.
+    model, plain = seeded(make), seeded(TiedByUse if make is ReadInBackward else make)
+    edkm.prepare(model, CONFIG)
+    leaves = {name: weight.detach().clone().requires_grad_() for name, weight, _ in clusterings(model)}
+    replaced = {name: soft(leaves[name], clustering)[0] for name, _, clustering in clusterings(model)}
+    expected = torch.func.functional_call(plain, replaced, (IDS,))
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, list(leaves.values()), upstream)
+    out = model(IDS)
+    out.backward(upstream)
+    assert torch.allclose(out, expected, rtol=1e-8)
+    for (name, weight, _), gradient in zip(clusterings(model), gradients, strict=True):
+        assert gradient.norm() > 0 and torch.allclose(weight.grad, gradient, rtol=1e-7, atol=1e-10), name
+    written = {name: lookup(f.indices, f.lut, torch.float64).view(f.shape) for name, f in edkm.freeze(model).items()}
+    with torch.no_grad():
+        expected = torch.func.functional_call(plain.eval(), written, (IDS,))
+        for other in (model.eval(), copy.deepcopy(model)):
+            assert torch.allclose(other(IDS), expected, rtol=1e-10)
+
+
+def test_outside_of_a_forward_pass_a_weight_is_the_parameter():
+    model = seeded(TiedByUse)
+    edkm.prepare(model, CONFIG)
+    parameters = dict(model.named_parameters())
+    for _ in range(2):
+        assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+        with pytest.raises((IndexError, RuntimeError)):
+            model(IDS + 100)  # fails in the middle of a pass
+    assert set(parameters) == {"tokens.weight", "mix.weight", "mix.bias", "gate.weight"}
+    assert {name for name in model.state_dict() if ".clustering." not in name} == set(parameters)
+
+
+def test_a_pickled_model_is_the_same_model():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(64, 8))
+    edkm.prepare(model, CONFIG)
+    again, x = pickle.loads(pickle.dumps(model.eval())), torch.randn(3, 4, 10)
+    assert torch.equal(again(x), model(x)) and str(again) == str(model)
+    train_of = torch.optim.SGD(again.train().parameters(), lr=0.1)
+    again(x).sum().backward()
+    train_of.step()
+    assert not torch.equal(again.eval()(x), model(x))
+
+
+# What a layer returns.
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 3, 4, 8), (0, 8)])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 12), lambda: nn.Linear(8, 12, bias=False)])
+def test_what_a_linear_layer_returned_can_be_changed_in_place(make, shape):
+    assert_changes_in_place(make, random(*shape))
+
+
+@pytest.mark.parametrize("ids", [torch.tensor(3), torch.tensor([]).long(), IDS, IDS[:, :0], IDS.int()])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_what_an_embedding_returned_can_be_changed_in_place(ids, rows):
+    assert_changes_in_place(lambda: nn.Embedding(12, 8), ids, overrides={"0.weight": {"rows_per_lut": rows}})
+
+
+def assert_changes_in_place(make, x, **settings):
+    def changed(out):
+        out += 1.0
+        out[..., :2] = out[..., :2].tanh()
+        return out.mul_(0.5).relu_()
+
+    model, plain = seeded(lambda: nn.Sequential(make())), seeded(lambda: nn.Sequential(make()))
+    edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4, embedding_bits=3, **settings))
+    leaf = model[0].weight.detach().clone().requires_grad_()
+    expected = changed(torch.func.functional_call(plain, {"0.weight": soft(leaf, model[0].clustering)[0]}, (x,)))
+    out = changed(model(x))
+    assert out.shape == expected.shape and torch.allclose(out, expected, rtol=1e-10)
+    out.square().sum().backward()
+    (gradient,) = torch.autograd.grad(expected.square().sum(), leaf)
+    assert torch.allclose(model[0].weight.grad, gradient, rtol=1e-8, atol=1e-12)
+    with torch.no_grad():
+        before = model.eval()(x).clone()
+        model(x).zero_()
+        assert torch.equal(model(x), before)
 
 
 # Cost.
@@ -664,6 +807,87 @@ def test_non_finite_weights_are_named_and_the_others_untouched():
     with pytest.raises(ValueError, match=r"^hidden\.weight: NaN or infinite"):
         edkm.prepare(model, CONFIG)
     assert type(model.embed) is nn.Embedding and "embed.clustering.centroids" not in model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (lambda w: w.mul_(1e-9), "stored in float16, which would lose 100%.*skip"),
+        (lambda w: w[2].mul_(1e-9), "stored in float16, which would lose 100%.*skip"),
+        (lambda w: w[0, 0].fill_(1e5), r"a weight of magnitude.*at most 65504.*skip"),
+        (lambda w: w[0, 0].fill_(torch.inf), "NaN or infinite values.*skip"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_float16_tables_cannot_hold_are_refused(weight, message, dtype):
+    model = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 8)).to(dtype)
+    weight(model[1].weight.data)
+    with pytest.raises(ValueError, match=rf"^1\.weight: .*{message}"):
+        edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=1))
+    report = edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=1, skip=("1",)))
+    assert [entry.name for entry in report.clustered] == ["0.weight"]
+
+
+def test_small_weights_that_float16_resolves_and_zeros_are_kept():
+    model = nn.Sequential(nn.Linear(256, 8, bias=False))
+    with torch.no_grad():
+        model[0].weight.normal_(std=1e-6)
+        model[0].weight[3] = 0
+    edkm.prepare(model, edkm.ClusterConfig(bits=4, rows_per_lut=1))
+    assert edkm.freeze(model)["0.weight"].error < 0.02
+    with torch.no_grad():
+        model[0].weight[1] *= 1e-3
+    with pytest.warns(UserWarning, match=r"0\.weight: its weights have become so small"):
+        edkm.freeze(model)
+
+
+def test_nan_in_a_parameter_that_is_left_alone_is_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    model[1].weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r"^1\.weight: holds NaN"):
+        edkm.prepare(model, CONFIG)
+
+
+def as_parameter(weight):
+    return nn.Parameter(weight, requires_grad=weight.is_floating_point() and weight.dtype.itemsize > 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.to(torch.uint8), r"^1\.weight: .*torch\.uint8.*Dequantize"),
+        (lambda w: w.to(torch.int8), r"^1\.weight: .*torch\.int8.*Dequantize"),
+        (lambda w: w.to(torch.float8_e4m3fn), r"^1\.weight: .*torch\.float8_e4m3fn.*Dequantize"),
+        (lambda w: w.to(torch.complex64), r"^1\.weight: .*torch\.complex64"),
+        (lambda w: w.to_sparse(), r"^1\.weight: .*sparse.*to_dense"),
+        (lambda w: w.to("meta"), r"^1\.weight: .*meta.*Load the weights"),
+        (lambda w: TwoTensor(w, w), r"^1\.weight: .*TwoTensor.*Dequantize"),
+    ],
+)
+def test_what_is_no_plain_weight_is_refused(change, message):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = as_parameter(change(model[1].weight.detach()))
+    with pytest.raises(ValueError, match=message):
+        edkm.prepare(model, CONFIG)
+    assert type(model[0]) is nn.Linear
+    if not model[1].weight.is_meta:
+        assert len(edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4, skip=("1.weight",))).clustered) == 1
+
+
+def test_quantized_layers_of_others_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Identity())
+    model[1].register_buffer("qweight", torch.zeros(8, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"^1: its weight is packed or quantized already\. Load the model dequantized"):
+        edkm.prepare(model, CONFIG)
+    lazy = nn.Sequential(nn.LazyLinear(8))
+    with pytest.raises(ValueError, match=r"^0\.weight: has no shape yet"):
+        edkm.prepare(lazy, CONFIG)
+
+
+@pytest.mark.parametrize(("backend", "message"), [("none", "is not one of"), ("unique", "unique needs single values")])
+def test_a_backend_that_would_fail_in_training_is_refused(backend, message):
+    with pytest.raises(ValueError, match=message):
+        edkm.prepare(seeded(Tied), edkm.ClusterConfig(bits=2, dim=2, rows_per_lut=4, embedding_bits=0), backend=backend)
 
 
 def test_prepare_twice_and_freeze_before():

@@ -33,6 +33,7 @@ from edkm.train.prepare import check, clusterings, plan, prepare
 from edkm.train.presets import DEFAULT, PRESETS
 from edkm.train.reading import state_name
 from edkm.train.stages import CALIBRATION_BLOCKS, check_replaceable, prepare_from, save
+from edkm.train.targets import targets_of
 
 # What one of `edkm compress`'s calibration blocks has.
 _EXAMPLE_TOKENS = 512
@@ -142,6 +143,12 @@ class Callback(TrainerCallback):
         stored = any(name.endswith(".centroids") and ".clustering" in name for name in state)
         if prepared and not stored and all(f"{prefix}{name}" in state for name, *_ in prepared):
             raise ValueError("Callback: the checkpoint is from before clustering began, and the model is clustered. Load the model afresh.")
+        for target in targets_of(model) if stored else ():
+            if f"{prefix}{state_name(target.names[0])}.centroids" in state and not any(f"{prefix}{name}" in state for name in target.names):
+                raise ValueError(
+                    f"{target.names[0]}: the checkpoint has its clustering and not the weight, which transformers stores under another name. "
+                    "It cannot be taken up again; from_pretrained reads it."
+                )
         if stored and not prepared:
             self.report = _prepare_for(model, self.config, state, prefix, self.backend)
 

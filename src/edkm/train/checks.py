@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from edkm.config import ClusterConfig, matches
@@ -17,6 +18,8 @@ from edkm.core.reference import compute_dtype
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What the rounding of a table to 16 bits may take from it, of the sum of its magnitudes.
 MOST_ROUNDED = 0.05
+# Where quantized layers of GPTQ, AWQ, compressed-tensors and HQQ have the codes of their weights.
+_CODES = {"qweight", "weight_packed", "W_q"}
 _PIECE_WEIGHTS = 1 << 22
 
 
@@ -32,14 +35,22 @@ def check_no_adapters(model: nn.Module) -> None:
 
 
 def check_not_quantized(model: nn.Module) -> None:
-    """Refuse a model of transformers that was loaded with quantized weights."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        method = getattr(getattr(model, "quantization_method", ""), "value", None) or getattr(model, "quantization_method", "")
-        raise ValueError(f"model: its weights are quantized already ({method}). Call model.dequantize() first, or load it dequantized.")
+    """Refuse a model whose weights are packed or quantized, in layers of edkm, transformers' or others'."""
+    packed = getattr(sys.modules.get("edkm.compressed.modules"), "Packed", ())
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, packed) or not _CODES.isdisjoint([*module._parameters, *module._buffers])
+    ]
+    if found or getattr(model, "hf_quantizer", None) is not None:
+        where = f"{found[0]}: its weight is" if found else "model: its weights are"
+        raise ValueError(f"{where} packed or quantized already. Load the model dequantized, or call its dequantize() first.")
 
 
 def check_kind(name: str, weight: Tensor) -> None:
     """Refuse a parameter that holds something other than the weights themselves."""
+    if isinstance(weight, UninitializedTensorMixin):
+        raise ValueError(f"{name}: has no shape yet (a lazy module). Run the model on a batch first.")
     if hasattr(weight, "full_tensor"):
         raise ValueError(f"{name}: is sharded already. Prepare the whole model first, then shard it and call edkm.distribute.")
     if weight.dtype not in _DTYPES or is_traceable_wrapper_subclass(weight):

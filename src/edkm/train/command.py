@@ -82,7 +82,7 @@ def add_compress(
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave weights of this name alone (repeatable)",
+        help="leave weights of this name alone, or all in a module of this name (repeatable)",
     )
     what.add_argument(
         "--start",

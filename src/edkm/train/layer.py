@@ -359,7 +359,7 @@ class ClusteredEmbedding(nn.Embedding):
             return _Embedding.apply(*clustering.live(weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
         if clustering.tables > 1:
             return F.embedding(input, clustering.hard(weight))
-        return clustering.hard(weight[input.flatten()]).view(*input.shape, -1)
+        return clustering.hard(weight[input.flatten()]).view(*input.shape, weight.shape[1])
 
 
 def clustered_weight(weight: Tensor, clustering: Clustering) -> Tensor:
