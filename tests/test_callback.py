@@ -9,7 +9,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BatchEncoding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from trl import SFTConfig, SFTTrainer
 
 import edkm
@@ -254,8 +262,146 @@ def test_what_would_go_wrong_later_is_refused(tiny_model, tmp_path):
         lora = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"PEFT adapters.*merge_and_unload"):
         trainer_of(lora, tmp_path)
+    for inside in (lora, nn.ModuleList([lora])):
+        with pytest.raises(ValueError, match="PEFT adapters"):
+            edkm.prepare(inside, CONFIG)
     with pytest.raises(ValueError, match="PEFT adapters"):
         edkm.save(lora, tmp_path / "packed")
+
+
+class Batches(torch.utils.data.IterableDataset):
+    """Batches that were made before, as packers of examples and WebDataset give them."""
+
+    def __iter__(self):
+        for start in range(0, 24, 2):
+            batch = torch.tensor([row["input_ids"] for row in rows()[start : start + 2]])
+            yield {"input_ids": batch, "labels": batch}
+
+
+class Own:
+    """A loader of one's own, which tells of no dataset."""
+
+    def __iter__(self):
+        return iter(Batches())
+
+    def __len__(self):
+        return 12
+
+
+def extra(examples):
+    """A field that the Trainer of somebody takes out itself."""
+    return {**default_data_collator(examples), "weights": torch.ones(len(examples))}
+
+
+LOADERS = {
+    "batches": lambda: torch.utils.data.DataLoader(Batches(), batch_size=None),
+    "own": Own,
+    "encoding": lambda: torch.utils.data.DataLoader(rows(), batch_size=2, collate_fn=lambda x: BatchEncoding(default_data_collator(x))),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_trainer_may_have_a_loader_of_its_own(name, tiny_model, tmp_path):
+    class Theirs(Trainer):
+        def get_train_dataloader(self):
+            return LOADERS[name]() if name == "own" else self.accelerator.prepare(LOADERS[name]())
+
+    callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.5, calibration_tokens=128)
+    Theirs(model=tiny_model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[callback]).train()
+    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(tiny_model))
+
+
+def test_calibration_gives_a_model_what_its_forward_takes():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, input_ids):
+            return self.layer(input_ids)
+
+    loader = torch.utils.data.DataLoader([{"input_ids": [1.0, 2.0]}], collate_fn=extra)
+    assert [set(batch) for batch in _batches(Narrow(), loader, 1)] == [{"input_ids"}]
+
+
+def nan(model):
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (nan, {}, r"layers\.1\.mlp\.up_proj\.weight: NaN"),
+        (lambda model: model.model.norm.weight.data.fill_(torch.nan), {}, r"model\.norm\.weight: holds NaN"),
+        (lambda model: model.lm_head.weight.data.mul_(1e8), {}, r"embed_tokens\.weight: has a weight of magnitude"),
+        (lambda model: model.model.layers[0].mlp.up_proj.weight.data.mul_(1e-9), {}, "float16, which would lose"),
+        (None, {"config": edkm.ClusterConfig(rows_per_lut=7)}, "rows do not divide into tables of 7 rows"),
+        (None, {"config": edkm.ClusterConfig(skip=("lm_haed",))}, "'lm_haed' matches no weight"),
+        (None, {"backend": "none"}, "'none' is not one of"),
+        (None, {"data": [{"labels": [1, 2]}]}, "You must specify exactly one of input_ids or inputs_embeds"),
+    ],
+)
+def test_what_the_clustering_step_would_refuse_is_refused_before_the_first_step(change, more, message, tiny_model, tmp_path):
+    steps = []
+    if change is not None:
+        change(tiny_model)
+    data = more.pop("data", rows())
+    callback = edkm.Callback(tmp_path / "packed", **{"config": CONFIG, **more})
+    trainer = Trainer(model=tiny_model, args=arguments(tmp_path, remove_unused_columns=False), train_dataset=data, callbacks=[callback])
+    trainer.training_step = lambda *args, **kwargs: steps.append(1)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not steps and trainer.state.global_step == 0
+
+
+def test_an_out_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"packed: cannot be made in .*file, which is no directory"):
+        edkm.Callback(tmp_path / "file" / "packed")
+
+
+def family(name, **shape):
+    config = AutoConfig.for_model(name, vocab_size=300, bos_token_id=0, eos_token_id=0, pad_token_id=0, **shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def gpt2():
+    return family("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)
+
+
+def experts(name):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    count = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48, "moe_intermediate_size": 24}
+    return family(name, **shape, **count, rope_scaling=None)
+
+
+FAMILIES = {"gpt2": gpt2, "gpt_oss": lambda: experts("gpt_oss"), "qwen3_moe": lambda: experts("qwen3_moe")}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpoints_of_a_clustered_run_are_ordinary_ones(name, tmp_path):
+    """`from_pretrained` finds every trained weight in them by its name, and a run goes on from them where it can be read back."""
+    runs = {}
+    for where in ("whole", "parts"):
+        model = FAMILIES[name]()
+        callback = edkm.Callback(tmp_path / where / "packed", edkm.ClusterConfig(bits=3, rows_per_lut=4), plain_share=0.5, start="kmeans")
+        trainer = trainer_of(model, tmp_path / where, callback=callback, save_strategy="steps", save_steps=4)
+        resume = str(tmp_path / "whole" / "run" / "checkpoint-4") if where == "parts" else None
+        if resume and name == "qwen3_moe":  # transformers writes its experts one by one, and Trainer does not put them together again
+            with pytest.raises(ValueError, match=r"experts\.gate_up_proj: the checkpoint has its clustering and not the weight"):
+                trainer.train(resume_from_checkpoint=resume)
+            return
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(tmp_path / where / "final")
+        runs[where] = model.state_dict()
+        for saved in ("final", "run/checkpoint-6"):
+            again, info = AutoModelForCausalLM.from_pretrained(tmp_path / where / saved, output_loading_info=True)
+            assert not info["missing_keys"] and all(".clustering" in key for key in info["unexpected_keys"])
+            parameters = dict(model.named_parameters())
+            assert all(torch.equal(p, parameters[key]) for key, p in again.named_parameters())
+    assert all(torch.equal(runs["whole"][key], runs["parts"][key]) for key in runs["whole"])
 
 
 def test_sharding_is_refused(tiny_model, tmp_path, monkeypatch):

@@ -1,12 +1,17 @@
 """`edkm.fit`: weights and tables fitted to their inputs, layer by layer."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 import edkm
 from edkm.core.assign import lookup
 from edkm.models import load_model
 from edkm.train import fit
+from edkm.train.calibrate import without_cache
 
 CONFIG = edkm.ClusterConfig(bits=2, rows_per_lut=16)
 
@@ -164,3 +169,88 @@ def test_later_batches_are_called_as_the_first_and_the_model_is_left_as_it_was(t
             (args, kwargs), (args_alone, kwargs_alone) = calls[layer][i], alone[layer][0]
             assert (args[0] is None) == (layer is layers[1]) and kwargs.keys() == kwargs_alone.keys()
             torch.testing.assert_close([*args[:1], *kwargs["position_embeddings"]], [*args_alone[:1], *kwargs_alone["position_embeddings"]])
+
+
+class Layer(torch.nn.Module):
+    """A layer that returns its hidden states in one of many ways."""
+
+    def __init__(self, returns):
+        super().__init__()
+        self.up, self.down, self.returns = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16), returns
+
+    def forward(self, x, state=None, in_place=False):
+        delta = self.down(torch.tanh(self.up(input=x)))
+        x = x.add_(delta) if in_place else x + delta
+        state = x.sum(-1, keepdim=True) if state is None else state + 1
+        return self.returns(x, state)
+
+
+class Layers(torch.nn.Module):
+    _no_split_modules = ("Layer",)
+
+    def __init__(self, returns, again=0, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.again, self.options = torch.nn.ModuleList([Layer(returns) for _ in range(3)]), again, options
+
+    def forward(self, x, use_state=False):
+        x, state = x.clone(), None
+        for layer in [*self.layers, *self.layers[: self.again]]:
+            out = layer(x, state if use_state else None, **self.options)
+            found = list(out.values()) if isinstance(out, dict) else out
+            x, *others = found if isinstance(found, (tuple, list)) else [found]
+            state = others[0] if others else None
+        return x
+
+
+class Named(NamedTuple):
+    hidden: torch.Tensor
+    state: torch.Tensor
+
+
+WAYS = {
+    "one of one": lambda x, state: (x,),
+    "three": lambda x, state: (x, state, None),
+    "list": lambda x, state: [x, state],
+    "named": Named,
+    "mapping": lambda x, state: {"hidden": x, "state": state},
+    "output": lambda x, state: BaseModelOutput(last_hidden_state=x, attentions=state),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_layers_may_return_several_things(way):
+    """Fitted one after another, to the same result as if each returned its hidden states alone."""
+    examples = [torch.randn(2, 20, 16), torch.randn(3, 9, 16)]  # of different shapes
+    config = edkm.ClusterConfig(bits=2, rows_per_lut=16)
+    expected = edkm.fit(Layers(lambda x, state: x), config, examples)
+    alone = edkm.fit(Layers(lambda x, state: x), config, examples[:1])
+    for options in ({}, {"in_place": True}):
+        found = edkm.fit(Layers(WAYS[way], **options), config, examples)
+        assert len(found) == 6 and all(torch.equal(found[name], expected[name]) for name in expected)
+        assert not torch.equal(found["layers.2.down.weight"], alone["layers.2.down.weight"])
+    assert fit._chain(Layers(WAYS[way]), examples)[0]
+
+
+@pytest.mark.parametrize("model", [lambda: Layers(WAYS["three"], again=2), lambda: Layers(lambda x, state: x, again=1)])
+def test_layers_that_are_run_again_are_no_chain(model):
+    examples = [torch.randn(2, 20, 16), torch.randn(3, 9, 16)]
+    assert fit._chain(model(), examples) == ([], {})
+    assert len(edkm.fit(model(), edkm.ClusterConfig(bits=2, rows_per_lut=16), examples)) == 6
+
+
+def test_layers_may_hand_on_more_than_hidden_states():
+    model = Layers(WAYS["three"])
+    examples = [{"x": torch.randn(2, 20, 16), "use_state": True}, {"x": torch.randn(3, 9, 16), "use_state": True}]
+    layers, calls = fit._chain(model, examples)
+    assert [args[1].shape for args, _ in calls[layers[2]]] == [(2, 20, 1), (3, 9, 1)]
+    assert len(edkm.fit(model, edkm.ClusterConfig(bits=2, rows_per_lut=16), examples)) == 6
+
+
+def test_no_cache_is_kept_by_a_model_within_a_model(tiny_dir):
+    outer = torch.nn.Module()
+    outer.text, outer.config = load_model(tiny_dir)[0], LlamaConfig(use_cache=True)
+    with without_cache(outer):
+        assert outer.config.use_cache is False and outer.text.config.use_cache is False
+        assert outer.text(**batches()[0]).past_key_values is None
+    assert outer.config.use_cache is True and outer.text.config.use_cache is True

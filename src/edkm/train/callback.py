@@ -146,8 +146,8 @@ class Callback(TrainerCallback):
         for target in targets_of(model) if stored else ():
             if f"{prefix}{state_name(target.names[0])}.centroids" in state and not any(f"{prefix}{name}" in state for name in target.names):
                 raise ValueError(
-                    f"{target.names[0]}: the checkpoint has its clustering and not the weight, which transformers stores under another name. "
-                    "It cannot be taken up again; from_pretrained reads it."
+                    f"{target.names[0]}: the checkpoint has its clustering and not the weight, to which transformers gives another name "
+                    "in files. It cannot be taken up again; from_pretrained reads it."
                 )
         if stored and not prepared:
             self.report = _prepare_for(model, self.config, state, prefix, self.backend)
