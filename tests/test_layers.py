@@ -1,6 +1,7 @@
 """Clustered layers: the same numbers as `F.linear(x, edkm.cluster(...).weight)`, without the second weight."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -298,6 +299,15 @@ def test_a_weight_that_is_read_is_the_clustered_one(make):
         expected = torch.func.functional_call(plain.eval(), written, (IDS,))
         for other in (model.eval(), copy.deepcopy(model)):
             assert torch.allclose(other(IDS), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("hold", [lambda w: w, lambda w: [w], lambda w: (None, w), lambda w: {"w": w}])
+def test_a_weight_that_could_be_read_from_elsewhere_is_refused(hold):
+    model = seeded(lambda: nn.Sequential(TiedByUse(), nn.Identity()))
+    model[1].__dict__["aside"] = hold(model[0].mix.weight)
+    with pytest.raises(ValueError, match=r"^0\.mix\.weight: 1\.aside holds it, too"):
+        edkm.prepare(model, CONFIG)
+    assert len(edkm.prepare(model, dataclasses.replace(CONFIG, skip=("0.mix",))).clustered) == 2
 
 
 def test_outside_of_a_forward_pass_a_weight_is_the_parameter():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,23 @@ def check_kind(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: is quantized or of another kind ({held}), no floating-point weight. Dequantize it, or add it to skip.")
     if weight.layout != torch.strided:
         raise ValueError(f"{name}: is stored as {weight.layout}. Make it dense (to_dense()), or add it to skip.")
+
+
+def check_readers(model: nn.Module, names: Mapping[int, str]) -> None:
+    """Refuse a weight that a module also has in an attribute of its own, a list say, from where it would be read unclustered.
+
+    Args:
+        names: of the parameters that are clustered, by `id`.
+    """
+    for prefix, module in model.named_modules():
+        for key, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            found = None if key == "_parameters" else next((names[id(one)] for one in held if id(one) in names), None)
+            if found is not None:
+                where = f"{prefix}.{key}".lstrip(".")
+                raise ValueError(
+                    f"{found}: {where} holds it, too, and would give it unclustered. Read it from its module, or add it to skip."
+                )
 
 
 def check_values(name: str, matrix: Tensor, tables: int) -> None:

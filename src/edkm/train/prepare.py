@@ -14,7 +14,16 @@ from edkm.core.assign import Frozen
 from edkm.core.matrix import as_matrix, count_tables
 from edkm.core.op import Solution, _backend, check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
-from edkm.train.checks import MOST_ROUNDED, check_kind, check_no_adapters, check_not_quantized, check_patterns, check_values, rounding_loss
+from edkm.train.checks import (
+    MOST_ROUNDED,
+    check_kind,
+    check_no_adapters,
+    check_not_quantized,
+    check_patterns,
+    check_readers,
+    check_values,
+    rounding_loss,
+)
 from edkm.train.layer import Clustering
 from edkm.train.reading import clustered_keys, read_through, state_name, watch
 from edkm.train.targets import NO_WEIGHT, Target, targets_of
@@ -76,7 +85,9 @@ def prepare(
 
     Each matrix of a stack has tables of its own (`rows_per_lut` divides its rows; 0 is one table for each). Parameters stay what they
     were, so optimizers and tied weights do too; a tied tensor is clustered once. All tables are made before anything is changed: a
-    refused tensor leaves the model as it was. A frozen weight (`requires_grad` False) is clustered like any other, and annealed with
+    refused tensor leaves the model as it was. While a forward pass of the model or of a part of it runs, a weight that is read instead
+    of called (`F.linear(x, self.tokens.weight)`) is the clustered one; outside it is the parameter, so that a loss which multiplies by
+    `model.lm_head.weight` belongs into a `forward`. A frozen weight (`requires_grad` False) is clustered like any other, and annealed with
     them; `config.skip` leaves weights alone.
 
     Args:
@@ -189,6 +200,7 @@ def decisions(
         found.append((name, parameter, target, settings, reason))
     aliases = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     modules = [name for name, _ in model.named_modules() if name]
+    check_readers(model, {id(parameter): name for name, parameter, _, settings, _ in found if settings is not None})
     check_patterns(config, [*modules, *aliases], [target.names for _, _, target, settings, _ in found if target and settings])
     if all(settings is None for *_, settings, _ in found):
         reasons = "; ".join(sorted({reason for *_, reason in found}))
