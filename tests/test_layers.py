@@ -310,6 +310,30 @@ def test_a_weight_that_could_be_read_from_elsewhere_is_refused(hold):
     assert len(edkm.prepare(model, dataclasses.replace(CONFIG, skip=("0.mix",))).clustered) == 2
 
 
+class Limited(nn.Conv1d):
+    """Keeps its weight small by writing to it in each pass, as is usual in networks for EEG."""
+
+    def forward(self, x):
+        self.weight.data = self.weight.data.renorm(2, 0, 0.1)
+        return super().forward(x)
+
+
+class LimitedInPlace(nn.Conv1d):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Limited, LimitedInPlace])
+def test_a_forward_that_writes_to_its_weight_is_refused(kind):
+    model, x = nn.Sequential(kind(4, 8, 3)), torch.randn(2, 4, 10)
+    edkm.prepare(model, CONFIG)
+    for m in (model.train(), model.eval()):
+        with pytest.raises(ValueError, match=rf"^{kind.__name__}\.weight: the forward of its module writes to it.*skip"):
+            m(x)
+
+
 def test_outside_of_a_forward_pass_a_weight_is_the_parameter():
     model = seeded(TiedByUse)
     edkm.prepare(model, CONFIG)

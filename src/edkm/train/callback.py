@@ -22,7 +22,8 @@ import numpy
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.core_model_loading import revert_weight_conversion
 
 from edkm.config import ClusterConfig
 from edkm.train import ranks
@@ -113,6 +114,7 @@ class Callback(TrainerCallback):
         else:
             # What the clustering step would fail on, after most of the training.
             check(model, self.config, self.backend)
+            _check_names_in_files(model, args)
             self._try_calibration(model, kwargs["train_dataloader"])
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -198,6 +200,19 @@ def _refuse(model: Any, args: Any, out: Path) -> None:
         raise ValueError("Callback: nn.DataParallel copies the model for each step. Start with torchrun, or set CUDA_VISIBLE_DEVICES=0.")
     if args.torch_compile:
         raise ValueError("Callback: the layers change while training goes on, which torch.compile does not see. Set torch_compile=False.")
+
+
+def _check_names_in_files(model: nn.Module, args: Any) -> None:
+    """Say at the start if a Trainer would not find this model's weights in its own checkpoints: it takes names as they are."""
+    if not isinstance(model, PreTrainedModel) or args.save_strategy == "no":
+        return
+    written = revert_weight_conversion(model, {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()})
+    lost = next((name for name, _ in model.named_parameters() if name not in written), None)
+    if lost is not None:
+        message = f"{lost}: transformers gives it another name in files, and a Trainer does not find it there when it loads a checkpoint."
+        if args.load_best_model_at_end:
+            raise ValueError(f"{message} Set load_best_model_at_end=False.")
+        warnings.warn(f"edkm.Callback: {message} The run cannot be resumed.", stacklevel=2)
 
 
 def _prepare_for(model: nn.Module, config: ClusterConfig, state: dict[str, Tensor], prefix: str, backend: str) -> Any:

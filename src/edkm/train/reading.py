@@ -25,13 +25,14 @@ class _Passes(threading.local):
     Attributes:
         running: how many, one within another.
         read: clustered weights by their clustering, for modules that are running: experts in a loop read their whole stack for every
-            expert. With them, whether they can be differentiated: what was read without gradients, for its shape say, has none.
+            expert. With them, whether they can be differentiated (what was read without gradients, for its shape say, cannot), and their
+            state, by which it is seen if they are written to.
     """
 
     running = 0
 
     def __init__(self) -> None:
-        self.read: dict[nn.Module, tuple[bool, Tensor] | None] = {}
+        self.read: dict[nn.Module, tuple[bool, Tensor, Any] | None] = {}
 
 
 _passes = _Passes()
@@ -47,7 +48,16 @@ def _leave(module: nn.Module, args: Any, out: Any) -> None:
     # An error before `_enter` ends here, too.
     _passes.running = max(0, _passes.running - 1)
     for key in clustered_keys(module):
-        _passes.read.pop(clustering_of(module, key), None)
+        held = _passes.read.pop(clustering_of(module, key), None)
+        if held is not None and held[2] != _state(held[1]):
+            raise ValueError(
+                f"{type(module).__name__}.{key}: the forward of its module writes to it, and the trained weight would not change. Add its "
+                "name to skip."
+            )
+
+
+def _state(x: Tensor) -> tuple[int, int]:
+    return x._version, x.untyped_storage()._cdata
 
 
 def _read(module: nn.Module, key: str) -> Tensor | None:
@@ -65,7 +75,7 @@ def _read(module: nn.Module, key: str) -> Tensor | None:
     except AttributeError as error:  # of a property it would make nn.Module give the parameter
         raise RuntimeError(str(error)) from error
     if clustering in _passes.read:
-        _passes.read[clustering] = differentiable, out
+        _passes.read[clustering] = differentiable, out, _state(out)
     return out
 
 
