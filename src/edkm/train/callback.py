@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import TrainerCallback
 
 from edkm.config import ClusterConfig
 from edkm.train import ranks
+from edkm.train.calibrate import end_autocast
 from edkm.train.prepare import clusterings, plan, prepare
 from edkm.train.presets import DEFAULT, PRESETS
 from edkm.train.stages import CALIBRATION_BLOCKS, check_no_adapters, check_replaceable, prepare_from, save
@@ -118,6 +118,8 @@ class Callback(TrainerCallback):
                     stacklevel=2,
                 )
             self._cluster(model, state, kwargs["train_dataloader"])
+        # The model that is left is the one that is written, in its own precision.
+        end_autocast(model)
         save(model, self.out, processing_class)
 
     def _watch(self, model: nn.Module) -> None:
@@ -135,9 +137,8 @@ class Callback(TrainerCallback):
             self.report = _prepare_for(model, self.config, state, prefix, self.backend)
 
     def _cluster(self, model: nn.Module, state: Any, loader: Any) -> None:
-        with _own_forward(model):
-            batches = _batches(model, loader, self.calibration_tokens)
-            self.report, _ = prepare_from(model, self.config, batches, start=self.start, backend=self.backend)
+        batches = _batches(model, loader, self.calibration_tokens)
+        self.report, _ = prepare_from(model, self.config, batches, start=self.start, backend=self.backend)
         # The best so far had 16 bits.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._begin(model, state)
@@ -206,14 +207,3 @@ def _batches(model: nn.Module, loader: Any, tokens: int) -> list[dict[str, Any]]
         if tokens <= 0:
             break
     return found
-
-
-@contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Without the autocast that Accelerate wraps around `forward`: second moments in 16 bits are not positive definite."""
-    wrapped = vars(model).pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped

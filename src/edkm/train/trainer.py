@@ -91,7 +91,7 @@ def train(
     optimizer settings of eDKM, arXiv:2309.00964, section 4).
 
     Args:
-        model: a transformers model; after a clustered run it is left in `train()` mode.
+        model: a transformers model; after a clustered run it is left in `train()` mode, and its `forward` as it was.
         blocks: dataset of `input_ids` and `labels`.
         work: directory for checkpoints; holds the run's state afterwards if it was interrupted.
         resume: go on from the last checkpoint in `work`.
@@ -126,7 +126,7 @@ def train(
     remedy = (
         "The same command with --resume goes on from the last checkpoint." if settings.save_every else "Start again; --save-every helps."
     )
-    with _stop_on_signal(trainer) as stop, ranks.naming_the_lost(remedy):
+    with _forward_as_found(model), _stop_on_signal(trainer) as stop, ranks.naming_the_lost(remedy):
         trainer.train(resume_from_checkpoint=checkpoint)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     done = trainer.state.global_step
@@ -272,6 +272,19 @@ class _Trainer(transformers.Trainer):
             dcp.load(state, checkpoint_id=Path(checkpoint) / _STATE)
         set_state_dict(self.model, self.optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
+
+
+@contextmanager
+def _forward_as_found(model: nn.Module) -> Iterator[None]:
+    """For mixed precision Accelerate wraps `forward` in autocast and leaves it so, and what is done next would run in 16 bits."""
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 @contextmanager
