@@ -9,7 +9,7 @@ Convention of `perplexity`, since numbers of different conventions cannot be com
   again. The first token of the text is not scored; with `stride == window`, nor is the first token of any
   window: it has no context there.
 - The result is exp(mean negative log-likelihood of the scored tokens). The model runs in its own dtype,
-  without autocast; the log-likelihood is computed from its logits in float32 and summed in float64.
+  without autocast; the log-likelihood is computed from its logits in float32 and summed exactly.
 """
 
 import itertools
@@ -177,7 +177,7 @@ def _check_numbers(model: Any, *, window: int, stride: int, max_windows: int | N
 def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
     """Sum over tokens, in nats; logits [tokens, vocabulary] of any float dtype, targets int64 [tokens]."""
     losses = F.cross_entropy(logits.float(), targets, reduction="none")  # float32 [tokens]
-    return losses.double().sum().item()
+    return math.fsum(losses.tolist())
 
 
 def _exp(nll: float) -> float:

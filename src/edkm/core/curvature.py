@@ -83,7 +83,9 @@ def fit(
     """
     _check(weight, moment, shrinkage)
     dtype = compute_dtype(weight.dtype)
-    given, h = weight.detach().to(dtype), _shrunk(moment.to(weight.device, dtype), shrinkage)
+    # Columns go one by one; Metal lacks the factorizations, and is slow at thousands of small steps.
+    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
+    given, h = weight.detach().to(device, dtype), _shrunk(moment.to(device, dtype), shrinkage)
     # The columns that matter most go first: there is still much to the right that can make their errors good.
     order = h.diagonal().argsort(descending=True, stable=True)
     h = h[order][:, order]
@@ -105,7 +107,7 @@ def fit(
     whole = torch.empty_like(given, dtype=weight.dtype)
     mass = h.diagonal() if importance is None else importance.to(h.device, dtype).reshape(-1)[order]
     whole[:, order] = tables.settled(target, q, mass.unsqueeze(1), weight.dtype).T
-    return Fit(whole, tables.entries.unsqueeze(2), errors)
+    return Fit(whole.to(weight.device), tables.entries.unsqueeze(2).to(weight.device), errors)
 
 
 def _check(weight: Tensor, moment: Tensor, shrinkage: float) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edkm.core.reference import compute_dtype
 from edkm.train.targets import CONVOLUTIONS, first_stack, row_axes, transposed_linear
 
 
@@ -35,7 +36,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         ValueError: no batches, or an input that is not finite (with the module's name).
 
     Cost:
-        One forward pass; a float64 vector per layer.
+        One forward pass; a vector per layer.
     """
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -156,12 +157,13 @@ def call(model: nn.Module, batch: Any) -> None:
 
 
 def _mean_square(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """`(sum of squares of every input, or of every column of a convolution, number of inputs)`, float64."""
+    """`(sum of squares of every input, or of every column of a convolution, number of inputs)`, in float32 at least."""
+    x = x.detach().to(compute_dtype(x.dtype))
     if not isinstance(module, CONVOLUTIONS):
-        rows = x.detach().flatten(0, -2)
-        return rows.double().square().sum(0), len(rows)
+        rows = x.flatten(0, -2)
+        return rows.square().sum(0), len(rows)
     # Every kernel position sees nearly every pixel: one number per input channel, averaged over the convolution's groups.
-    x = x.detach().double().square()
+    x = x.square()
     spatial = len(module.kernel_size)
     batched = x if x.ndim == spatial + 2 else x.unsqueeze(0)
     per_channel = batched.sum((0, *range(2, 2 + spatial)))

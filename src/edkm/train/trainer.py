@@ -72,14 +72,22 @@ class TrainResult:
     interrupted: bool
 
 
+def pick_device() -> str:
+    """Where to train: `cuda`, or `mps` on a Mac (of which processes cannot share the work), else `cpu`."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() and ranks.world() == 1 else "cpu"
+
+
 def resolve_precision(precision: str) -> str:
-    """`auto` is bf16 autocast where the hardware multiplies bf16 fast, fp32 elsewhere (a CPU without it is 3 times slower in bf16)."""
+    """`auto` is bf16 autocast where the hardware is known to multiply bf16 fast, fp32 elsewhere (a CPU without it is 3 times slower)."""
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
+    device = pick_device()
+    if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     supported = [getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bf16" if any(supported) else "fp32"
+    return "bf16" if device == "cpu" and any(supported) else "fp32"
 
 
 def train(
@@ -154,8 +162,8 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=resolve_precision(settings.precision) == "bf16",
-        use_cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=pick_device() == "cpu",
+        dataloader_pin_memory=pick_device() == "cuda",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
         seed=settings.seed,
