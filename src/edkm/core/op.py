@@ -230,16 +230,14 @@ def find(
     return Solution(trajectory, importance, temperature, round_to, backend, table)
 
 
-def _backend(name: str, weight: Tensor, solution: Solution):
-    _, groups, k, d = solution.trajectory.shape
-    if name == "auto":
-        name = choose_backend(weight, groups, k, d, solution.round_to)[0]
-    if name not in BACKENDS:
+def check_backend(name: str, weight: Tensor, k: int, d: int, round_to: torch.dtype | None) -> None:
+    """Refuse a backend that is not there or cannot cluster this weight."""
+    if name not in (*BACKENDS, "auto"):
         raise ValueError(f"backend: {name!r} is not one of reference, {', '.join(BACKENDS)}, auto.")
-    wide = weight.dtype.itemsize > 2 and (solution.round_to is None or solution.round_to.itemsize > 2)
+    wide = weight.dtype.itemsize > 2 and (round_to is None or round_to.itemsize > 2)
     if name == "unique" and (d > 1 or wide):
         raise ValueError(
-            f"backend: unique needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={solution.round_to}. "
+            f"backend: unique needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={round_to}. "
             "Use fused, or round_to=torch.bfloat16."
         )
     if name == "compiled" and not compiled.takes(weight.device, k, d):
@@ -247,7 +245,12 @@ def _backend(name: str, weight: Tensor, solution: Solution):
             f"backend: compiled needs a CPU, a C compiler, single values and at most {compiled.MOST_CENTROIDS} centroids, got "
             f"{weight.device.type}, {'a compiler' if compiled.available() else 'no compiler'}, d={d}, {k} centroids. Use auto."
         )
-    return BACKENDS[name]
+
+
+def _backend(name: str, weight: Tensor, solution: Solution):
+    _, groups, k, d = solution.trajectory.shape
+    check_backend(name, weight, k, d, solution.round_to)
+    return BACKENDS[choose_backend(weight, groups, k, d, solution.round_to)[0] if name == "auto" else name]
 
 
 @torch.library.custom_op("edkm::solve", mutates_args=())

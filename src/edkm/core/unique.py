@@ -106,7 +106,7 @@ class Points(NamedTuple):
 
     def table(self, total: Tensor) -> Tensor:
         """`[g, width]` -> `[g, u / 256, 256]`, in the order of `values`."""
-        held = total[:, : len(self.keys)] if self.rank is not None else total[:, self.keys]
+        held = total[:, : len(self.keys)] if self.rank is not None else total.index_select(1, self.keys)
         return torch.nn.functional.pad(held, (0, -held.shape[1] % FOLD)).view(len(held), -1, FOLD)
 
     def mass(self, total: Tensor) -> Tensor:
@@ -186,9 +186,12 @@ def _points(rows: Tensor, dtype: torch.dtype, keys: Tensor, compute: torch.dtype
     rank = None
     if groups > 1:
         rank = torch.full((KEYS,), count, dtype=torch.int32, device=rows.device)
-        rank[keys] = torch.arange(count, dtype=torch.int32, device=rows.device)
+        rank.index_copy_(0, keys, torch.arange(count, dtype=torch.int32, device=rows.device))
     padded = torch.arange(-(-count // FOLD) * FOLD, device=rows.device).clamp_(max=count - 1)
-    values = _values(keys[padded], dtype, compute).view(-1, FOLD)
+    values = _values(keys.index_select(0, padded), dtype, compute).view(-1, FOLD)
+    if not counts_values(rows.device):
+        # Squares of values that no weight has would overflow. Rounding keeps the order, so that all others stay.
+        values = values.clamp(*(end.to(dtype).to(compute) for end in rows.aminmax()))
     return Points(rows, dtype, keys, rank, values.expand(groups, -1, -1).contiguous())
 
 
@@ -243,7 +246,7 @@ def solve(
     trajectory, table = centroids.new_empty(iters + 1, *centroids.shape), []
     for of, rows, key in pieces(weight, groups, round_to):
         points, (mass,) = find_points_and_sums(rows, key, centroids.dtype, [None if s is None else s[of]])
-        trajectory[:, of] = fused.iterate(points.values.unsqueeze(1), mass, centroids[of], temperature[of], iters, None)
+        trajectory[:, of].copy_(fused.iterate(points.values.unsqueeze(1), mass, centroids[of], temperature[of], iters, None))
         table.append((points.keys, mass if groups == 1 else None))
     return trajectory, table
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from edkm.config import ClusterConfig
+from edkm.core.op import BACKENDS
 from edkm.train import ranks
 from edkm.train.calibrate import end_autocast
 from edkm.train.prepare import clusterings, plan, prepare
@@ -77,6 +78,8 @@ class Callback(TrainerCallback):
             raise ValueError(f"start: fit, guided or kmeans, got {start!r}.")
         if calibration_tokens < 1:
             raise ValueError(f"calibration_tokens: at least 1, got {calibration_tokens!r}.")
+        if backend not in (*BACKENDS, "auto"):
+            raise ValueError(f"backend: {', '.join(BACKENDS)} or auto, got {backend!r}.")
         self.out = Path(out)
         check_replaceable(self.out)
         self.config = ClusterConfig(rows_per_lut=1) if config is None else config

@@ -25,10 +25,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from edkm.config import ClusterConfig
 from edkm.core import sharded
-from edkm.core.assign import Frozen, assign, lookup, round_lut
+from edkm.core.assign import Frozen, as_stored, assign, lookup, round_lut
 from edkm.core.centroids import initial_centroids, temperature_for
 from edkm.core.matrix import as_matrix, count_tables
-from edkm.core.op import Solution, check_importance, find
+from edkm.core.op import Solution, check_backend, check_importance, find
 from edkm.core.reference import NOT_FINITE, compute_dtype
 from edkm.core.sharded import Reduce, Rows
 
@@ -124,6 +124,7 @@ class Clustering(nn.Module):
         super().__init__()
         matrix = as_matrix(weight.detach(), row_axes)
         tables = count_tables(weight.shape, row_axes, config.rows_per_lut)
+        check_backend(backend, matrix, 2**config.bits, config.dim, torch.bfloat16)
         if importance is not None:
             importance = importance.to(matrix.device, compute_dtype(matrix.dtype))
             check_importance(importance)
@@ -249,7 +250,10 @@ class Clustering(nn.Module):
     def freeze(self, weight: Tensor) -> Frozen:
         """Indices and tables of the weight as it is now; what `eval()` uses and what is packed."""
         matrix = self.matrix(weight)
-        lut = round_lut(self.centroids)
+        try:
+            lut = round_lut(self.centroids)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
         indices = assign(matrix, lut)
         wide = matrix.to(compute_dtype(matrix.dtype))
         error = (wide - lookup(indices, lut, wide.dtype)).square().sum() / wide.square().sum().clamp_min(torch.finfo(wide.dtype).tiny)
@@ -260,7 +264,7 @@ class Clustering(nn.Module):
     def hard(self, weight: Tensor) -> Tensor:
         """The weight with every value on its nearest centroid, like `weight`; no gradient."""
         matrix = self.matrix(weight)
-        lut = round_lut(self.centroids)
+        lut = as_stored(self.centroids)
         return lookup(assign(matrix, lut), lut, weight.dtype).view(weight.shape)
 
     def matrix(self, weight: Tensor) -> Tensor:
