@@ -9,13 +9,11 @@ Convention of `perplexity`, since numbers of different conventions cannot be com
   again. The first token of the text is not scored; with `stride == window`, nor is the first token of any
   window: it has no context there.
 - The result is exp(mean negative log-likelihood of the scored tokens). The model runs in its own dtype,
-  without autocast; the log-likelihood is computed from its logits in float32 and summed in float64.
+  without autocast; the log-likelihood is computed from its logits in float32 and summed exactly.
 """
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +87,9 @@ def perplexity(
     window = min(window, ids.numel())
     windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
     total, scored = 0.0, 0
-    with evaluating(model), _no_autocast(model) as device:
+    with evaluating(model):
         for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size].to(device)  # [batch, window]
+            batch = windows[start : start + batch_size].to(_device(model))  # [batch, window]
             logits = model(input_ids=batch, use_cache=False).logits  # [batch, window, vocabulary]
             for row, tokens in enumerate(batch):
                 first = 1 if start + row == 0 else max(1, window - stride)
@@ -141,8 +139,8 @@ def generate(
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end,
     )
-    with evaluating(model), _no_autocast(model) as device:
-        ids = ids.to(device)
+    with evaluating(model):
+        ids = ids.to(_device(model))
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -179,7 +177,7 @@ def _check_numbers(model: Any, *, window: int, stride: int, max_windows: int | N
 def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
     """Sum over tokens, in nats; logits [tokens, vocabulary] of any float dtype, targets int64 [tokens]."""
     losses = F.cross_entropy(logits.float(), targets, reduction="none")  # float32 [tokens]
-    return losses.double().sum().item()
+    return math.fsum(losses.tolist())
 
 
 def _exp(nll: float) -> float:
@@ -189,10 +187,6 @@ def _exp(nll: float) -> float:
         return math.inf
 
 
-@contextmanager
-def _no_autocast(model: nn.Module) -> Iterator[torch.device]:
-    """Yield the model's device, with autocast off there."""
+def _device(model: nn.Module) -> torch.device:
     # A packed model may have no parameters at all, only buffers.
-    device = next(itertools.chain(model.parameters(), model.buffers())).device
-    with torch.autocast(device.type, enabled=False):
-        yield device
+    return next(itertools.chain(model.parameters(), model.buffers())).device

@@ -82,7 +82,11 @@ class EdkmQuantizer(HfQuantizer):
         assert not isinstance(dtype, str)
         _refuse_offloaded(model, "dequantize")
         unpack_modules(model, dtype)
-        return model if dtype is None else model.to(dtype)
+        # Not what is made anew for each model: rotary frequencies stay float32, as from_pretrained leaves them.
+        for tensor in model.state_dict(keep_vars=True).values() if dtype is not None else ():
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+        return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # pyright: ignore
         if getattr(model, "_hf_peft_config_loaded", False):  # only the adapters are saved

@@ -69,13 +69,19 @@ def round_lut(centroids: Tensor) -> Tensor:
     Cost:
         Nothing that depends on the weight.
     """
-    lut = centroids.detach().to(LUT_DTYPE)
+    lut = as_stored(centroids)
     if not lut.isfinite().all():
         largest = centroids.abs().max().item()
         raise ValueError(
             f"centroids: tables are stored in float16 (at most 65504), got a centroid of magnitude {largest:.6g}. "
             "Rescale the weight or leave it out of the clustering (skip)."
         )
+    return lut
+
+
+def as_stored(centroids: Tensor) -> Tensor:
+    """`round_lut` without a look at the values, for which a device would have to be waited for; those that do not fit are infinite."""
+    lut = centroids.detach().to(LUT_DTYPE)
     return lut.sort(dim=1).values if lut.shape[2] == 1 else lut
 
 
@@ -109,7 +115,7 @@ def assign(weight: Tensor, lut: Tensor) -> Tensor:
                 nearest = torch.bucketize(block.squeeze(1), midpoints, out_int32=True)
             else:
                 nearest = (block.unsqueeze(1) - table[g].view(1, k, d, 1)).square().sum(2).argmin(1)  # [v, cols]
-            indices[g, start : start + step] = nearest.to(torch.uint8)
+            indices[g, start : start + step].copy_(nearest)
     return indices.view(groups * vectors, cols)
 
 

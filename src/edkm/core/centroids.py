@@ -1,6 +1,6 @@
 """Where clustering starts: importance-weighted k-means, and the temperature that goes with it.
 
-One-dimensional clusters are segments of the sorted values, and prefix sums give the error of any segment at once. On a CPU with a
+One-dimensional clusters are segments of the sorted values, and prefix sums give the error of any segment at once. Where there is a
 compiler dynamic programming finds the optimum (`compiled.segments`). Elsewhere boundaries start where they share density^(1/3) evenly,
 the optimal density of centroids at high resolution (Panter & Dite 1951), and once more as the best among coarse places; then all of them
 move together, by dynamic programming over places near each, until none moves. The better end counts (docs/log.md compares it with the
@@ -76,16 +76,18 @@ def initial_centroids(
     weight = weight.detach()
     if not bool(weight.isfinite().all()):
         raise ValueError(NOT_FINITE)
+    # The work is done by the host: its sums need float64, which not every device has, and the tables are the same wherever a weight is.
+    device, weight, importance = weight.device, weight.cpu(), None if importance is None else importance.cpu()
     if dim > 1:
-        return _vector_centroids(weight, groups, k, dim, importance).to(dtype)
-    centroids = torch.empty(groups, k, 1, dtype=dtype, device=weight.device)
+        return _vector_centroids(weight, groups, k, dim, importance).to(device)
+    centroids = torch.empty(groups, k, 1, dtype=dtype)
     s = unique.grouped(importance, weight, groups)
     for of, rows, key in unique.pieces(weight, groups, torch.bfloat16):
         values, mass, count = _ascending(rows, None if s is None else s[of], key)
         # A group without any importance is clustered by density.
         mass = torch.where(mass.sum(1, keepdim=True) > 0, mass, count)
-        centroids[of, :, 0] = _kmeans_1d(values, mass, k, quick).to(dtype)
-    return centroids
+        centroids[of, :, 0] = compiled.segments(values, mass, k) if compiled.available() else _kmeans_1d(values, mass, k, quick)
+    return centroids.to(device)
 
 
 def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None, softness: float) -> Tensor:
@@ -116,14 +118,15 @@ def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None
 
 
 def _ascending(rows: Tensor, importance: Tensor | None, key: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, importance and number `[g, m]` float64 of the weights `[g, rows, cols]`: of each by itself, or of each 16-bit value."""
+    """Values, importance and number `[g, m]` of the weights `[g, rows, cols]`: of each by itself, or of each 16-bit value."""
+    dtype = compute_dtype(rows.dtype)
     if rows[0].numel() > unique.KEYS:
-        points, (mass, count) = unique.find_points_and_sums(rows, key, torch.float64, [importance, None])
+        points, (mass, count) = unique.find_points_and_sums(rows, key, dtype, [importance, None])
         return points.values.flatten(1), mass.flatten(1), count.flatten(1)
-    values, order = rows.flatten(1).sort(1)
-    count = torch.ones_like(values, dtype=torch.float64)
-    mass = count if importance is None else importance.flatten(1).gather(1, order).double()
-    return values.double(), mass, count
+    values, order = rows.to(dtype).flatten(1).sort(1)
+    count = torch.ones_like(values)
+    mass = count if importance is None else importance.to(dtype).flatten(1).gather(1, order)
+    return values, mass, count
 
 
 def _prefix(values: Tensor) -> Tensor:
@@ -132,19 +135,18 @@ def _prefix(values: Tensor) -> Tensor:
 
 
 def _kmeans_1d(values: Tensor, mass: Tensor, k: int, quick: bool) -> Tensor:
-    """Centroids `[g, k]` ascending, of ascending values `[g, m]` with mass `[g, m]`, all float64."""
+    """Centroids `[g, k]` ascending, of ascending values `[g, m]` with mass `[g, m]`."""
+    values, mass = values.double(), mass.double()
     offset = (values * mass).sum(1, keepdim=True) / mass.sum(1, keepdim=True)
     values = values - offset
     prefixes = torch.stack([_prefix(mass), _prefix(mass * values)])  # [2, g, m + 1]
-    if values.device.type == "cpu" and compiled.available():
-        return _means(values, prefixes, compiled.segments(prefixes[0], prefixes[1], k)) + offset
     prefixes = torch.cat([prefixes, _prefix(mass * values**2).unsqueeze(0)])
     if quick:
         edges = _coarse(values, mass, prefixes, k, 3 * k) if k <= _COARSE_CENTROIDS else _quantiles(values, mass, k)
         return _means(values, prefixes, _lloyd_edges(values, prefixes, edges)) + offset
     found = [_search(prefixes, start) for start in _starts(values, mass, prefixes, k)]
     errors = torch.stack([_error(prefixes, edges) for edges in found])  # [starts, g]
-    edges = torch.stack(found)[errors.argmin(0), torch.arange(len(values), device=values.device)]
+    edges = torch.stack(found)[errors.argmin(0), torch.arange(len(values))]
     return _means(values, prefixes, edges) + offset
 
 
@@ -156,7 +158,7 @@ def _lloyd_edges(values: Tensor, prefixes: Tensor, edges: Tensor) -> Tensor:
 
 
 def _search(prefixes: Tensor, edges: Tensor) -> Tensor:
-    edges, moving = edges.clone(), torch.arange(len(edges), device=edges.device)
+    edges, moving = edges.clone(), torch.arange(len(edges))
     for _ in range(_ROUNDS):
         before, here = edges[moving], prefixes[:, moving]
         after = before
@@ -181,7 +183,7 @@ def _quantiles(values: Tensor, mass: Tensor, k: int) -> Tensor:
     gaps = values.diff(dim=1)
     width = torch.nn.functional.pad(gaps, (0, 1)) + torch.nn.functional.pad(gaps, (1, 0))
     share = _prefix((mass * width**2).pow(1 / 3))
-    targets = share[:, -1:] * torch.linspace(0, 1, k + 1, dtype=values.dtype, device=values.device)
+    targets = share[:, -1:] * torch.linspace(0, 1, k + 1, dtype=values.dtype)
     edges = torch.searchsorted(share, targets).clamp_(max=m)
     edges[:, 0], edges[:, -1] = 0, m
     return edges
@@ -198,7 +200,7 @@ def _starts(values: Tensor, mass: Tensor, prefixes: Tensor, k: int) -> list[Tens
 def _coarse(values: Tensor, mass: Tensor, prefixes: Tensor, k: int, places: int) -> Tensor:
     """The best boundaries among some places."""
     m = values.shape[1]
-    everywhere = torch.arange(m + 1, device=values.device).expand(len(values), -1)
+    everywhere = torch.arange(m + 1).expand(len(values), -1)
     chosen = everywhere if m <= places else _quantiles(values, mass, places)
     return _best(prefixes, chosen.unsqueeze(1).expand(-1, k - 1, -1))
 
@@ -208,12 +210,12 @@ def _improve(prefixes: Tensor, edges: Tensor, reach: float) -> Tensor:
 
     Places lie up to `reach` of the neighbouring cluster's length away, closer ones more densely.
     """
-    steps = torch.linspace(-1, 1, _STEPS, dtype=torch.float64, device=edges.device)
+    steps = torch.linspace(-1, 1, _STEPS, dtype=torch.float64)
     steps = steps.abs().square() * steps.sign()
     length = edges.diff(dim=1).double() * reach
     side = torch.where(steps.view(1, 1, -1) < 0, length[:, :-1].unsqueeze(2), length[:, 1:].unsqueeze(2))
     # At least one place per step, so that short clusters are searched position by position.
-    away = torch.maximum(steps.abs() * side, torch.linspace(-1, 1, _STEPS, device=edges.device).abs() * (_STEPS // 2)).round()
+    away = torch.maximum(steps.abs() * side, torch.linspace(-1, 1, _STEPS).abs() * (_STEPS // 2)).round()
     places = (edges[:, 1:-1].unsqueeze(2) + (away * steps.sign()).long()).clamp(0, int(edges[0, -1]))  # [g, k - 1, STEPS]
     return _best(prefixes, places)
 
@@ -257,7 +259,7 @@ def _vector_centroids(weight: Tensor, groups: int, k: int, d: int, importance: T
         mass = vectors.new_ones(len(vectors)) if s is None else s[g].to(dtype).flatten()
         if float(mass.sum()) <= 0:
             mass = torch.ones_like(mass)
-        sample = torch.randperm(len(vectors), generator=generator)[:_VECTOR_SAMPLE].to(weight.device)
+        sample = torch.randperm(len(vectors), generator=generator)[:_VECTOR_SAMPLE]
         centroids = _plus_plus(vectors[sample], mass[sample], k, generator)
         for _ in range(_VECTOR_STEPS):
             centroids = _lloyd_step(vectors, mass, centroids)

@@ -145,26 +145,26 @@ class _Call:
 # For centroids.py and curvature.py.
 
 
-def segments(mass: Tensor, total: Tensor, k: int) -> Tensor:
-    """The `k` segments of ascending values that have the least squared error in all: boundaries `[g, k + 1]`, int64.
+def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
+    """The means, `[g, k]` ascending, of the `k` segments of ascending values that have the least squared error in all.
 
     Args:
-        mass, total: of everything before each place, `[g, m + 1]` float64 on a CPU.
+        values, mass: `[g, m]` float32 or float64 on a CPU; each group has mass.
 
     Cost:
         `k m log m` rounds of some ten operations for every table.
     """
-    groups, places = mass.shape
-    edges = torch.empty(groups, k + 1, dtype=torch.int64)
-    mass, total = mass.contiguous(), total.contiguous()
-    kernel = _kernel("edkm_segments", torch.float32)
+    groups, count = values.shape
+    values, mass, means = values.contiguous(), mass.contiguous(), values.new_empty(groups, k)
+    assert values.dtype == mass.dtype
+    kernel = _kernel("edkm_segments", values.dtype)
 
     def work(first: int, stop: int) -> None:
-        own = torch.empty(2, places, dtype=torch.float64), torch.empty(k, places, dtype=torch.int32)
-        kernel(*_passed([places - 1, k, mass, total, edges, *own, first, stop]))
+        own = torch.empty(4 * 8 * (count + 1), dtype=torch.uint8), torch.empty(k, count + 1, dtype=torch.int32)
+        kernel(*_passed([count, k, values, mass, means, *own, first, stop]))
 
-    _in_threads(work, groups, groups * places * k)
-    return edges
+    _in_threads(work, groups, groups * count * k)
+    return means
 
 
 def columns(target: Tensor, before: Tensor, spread: Tensor, entries: Tensor, middles: Tensor) -> Tensor:

@@ -83,7 +83,9 @@ def fit(
     """
     _check(weight, moment, shrinkage)
     dtype = compute_dtype(weight.dtype)
-    given, h = weight.detach().to(dtype), _shrunk(moment.to(weight.device, dtype), shrinkage)
+    # Columns go one by one; Metal lacks the factorizations, and is slow at thousands of small steps.
+    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
+    given, h = weight.detach().to(device, dtype), _shrunk(moment.to(device, dtype), shrinkage)
     # The columns that matter most go first: there is still much to the right that can make their errors good.
     order = h.diagonal().argsort(descending=True, stable=True)
     h = h[order][:, order]
@@ -102,10 +104,10 @@ def fit(
         q, target = _descend(w, h, q, tables)
         slope = h @ (q - w)
         errors.append(float((slope * (q - w)).sum() / scale))
-    whole = torch.empty_like(given)
+    whole = torch.empty_like(given, dtype=weight.dtype)
     mass = h.diagonal() if importance is None else importance.to(h.device, dtype).reshape(-1)[order]
-    whole[:, order] = tables.settled(target, q, mass.unsqueeze(1)).T
-    return Fit(whole.to(weight.dtype), tables.entries.unsqueeze(2), errors)
+    whole[:, order] = tables.settled(target, q, mass.unsqueeze(1), weight.dtype).T
+    return Fit(whole.to(weight.device), tables.entries.unsqueeze(2).to(weight.device), errors)
 
 
 def _check(weight: Tensor, moment: Tensor, shrinkage: float) -> None:
@@ -173,9 +175,9 @@ class _Tables:
         """Sums of `x [cols, rows]` over the weights of each entry, `[g, k]`."""
         return x.new_zeros(self.entries.numel()).index_add_(0, cells.reshape(-1), x.reshape(-1)).view_as(self.entries)
 
-    def settled(self, target: Tensor, q: Tensor, mass: Tensor) -> Tensor:
+    def settled(self, target: Tensor, q: Tensor, mass: Tensor, dtype: torch.dtype) -> Tensor:
         """Targets with each entry's moved together, within reach of the entry, so that their mean weighted by `mass [cols, 1]` is the
-        entry."""
+        entry; in `dtype`, the weight's."""
         cells, mass = self.cells(q), mass.expand_as(q)
         ends = self.entries.new_full((self.groups, 1), torch.inf)
         between = (self.entries[:, 1:] + self.entries[:, :-1]) / 2
@@ -186,7 +188,9 @@ class _Tables:
         for _ in range(_SETTLE_STEPS):
             mean = self.gather(mass * (target - q), cells) / torch.where(total > 0, total, 1)
             target = (target - mean.view(-1)[cells]).maximum(low).minimum(high)
-        return target
+        rounded = target.to(dtype)
+        # 16 bits may carry a weight past the middle, to another entry.
+        return torch.where((rounded < low) | (rounded > high), q.to(dtype), rounded)
 
     def refit(self, h: Tensor, q: Tensor, slope: Tensor) -> None:
         """Least squares in the entries, with every weight staying on its entry; `slope` is `h @ (q - w)`."""

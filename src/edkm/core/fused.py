@@ -264,7 +264,7 @@ def iterate(
         of = chunk[0].groups
         for t in range(iters):
             c = trajectory[t, of]
-            trajectory[t + 1, of] = advance(_sums(chunk, buffers, grid, importance, c, temperature[of], round_to), c)
+            trajectory[t + 1, of].copy_(advance(_sums(chunk, buffers, grid, importance, c, temperature[of], round_to), c))
     return trajectory
 
 
@@ -293,8 +293,8 @@ def _sums(
         assignment(w, c, tau, a, x)
         if s is not None:
             a *= s
-        out[..., 0] += a.sum(-1)
-        out[..., 1:] += moments(a, w, None, x)
+        out[..., 0].add_(a.sum(-1))
+        out[..., 1:].add_(moments(a, w, None, x))
     return out
 
 

@@ -297,27 +297,37 @@ static void cut(const Cuts *c, int64_t low, int64_t high, int64_t from, int64_t 
     }
 }
 
-/* edges [groups, k + 1] from mass and total [groups, m + 1]. work [2 (m + 1)] and origin [k (m + 1)] are a thread's own. */
-void edkm_segments(int64_t m, int64_t k, const double *mass, const double *total, int64_t *edges, double *work, int32_t *origin,
+/* means [groups, k], ascending, from ascending values and their mass [groups, m]; a segment without mass takes the value at its left
+   end. Sums are in double. work [4 (m + 1)] and origin [k (m + 1)] are a thread's own. */
+void edkm_segments(int64_t m, int64_t k, const real *values, const real *weights, real *means, double *work, int32_t *origin,
                    int64_t first, int64_t stop) {
     const int64_t n = m + 1;
     for (int64_t g = first; g < stop; g++) {
-        double *before = work, *most = work + n;
-        for (int64_t b = 0; b < n; b++) {
-            const double w = mass[g * n + b], x = total[g * n + b];
-            before[b] = w > 0 ? x * x / w : 0;
+        const real *value = values + g * m, *weight = weights + g * m;
+        double *mass = work, *total = work + n, *before = work + 2 * n, *most = work + 3 * n;
+        double all = 0, middle = 0;
+        for (int64_t b = 0; b < m; b++) all += weight[b], middle += (double)weight[b] * value[b];
+        middle /= all;
+        mass[0] = total[0] = before[0] = 0;
+        for (int64_t b = 0; b < m; b++) {
+            mass[b + 1] = mass[b] + weight[b];
+            total[b + 1] = total[b] + (double)weight[b] * (value[b] - middle);
+            before[b + 1] = mass[b + 1] > 0 ? total[b + 1] * total[b + 1] / mass[b + 1] : 0;
         }
         for (int64_t j = 1; j < k; j++) {
-            Cuts c = {mass + g * n, total + g * n, before, most, origin + j * n};
+            Cuts c = {mass, total, before, most, origin + j * n};
             cut(&c, j + 1 < k ? 0 : m, m, 0, m);
             double *swap = before;
             before = most, most = swap;
         }
-        int64_t at = m;
-        for (int64_t j = k; j > 0; j--) {
-            edges[g * (k + 1) + j] = at;
-            at = j > 1 ? origin[(j - 1) * n + at] : 0;
+        real *mean = means + g * k;
+        for (int64_t j = k, end = m; j > 0; j--) {
+            const int64_t start = j > 1 ? origin[(j - 1) * n + end] : 0;
+            const double w = mass[end] - mass[start];
+            mean[j - 1] = (real)(w > 0 ? middle + (total[end] - total[start]) / w : value[start < m ? start : m - 1]);
+            end = start;
         }
-        edges[g * (k + 1)] = 0;
+        for (int64_t j = 1; j < k; j++)
+            if (mean[j] < mean[j - 1]) mean[j] = mean[j - 1];
     }
 }

@@ -28,7 +28,6 @@ BACKENDS = {"unique": unique, "fused": fused, "compiled": compiled}
 _NS_PER_MAP_ENTRY = 14.0
 _NS_PER_COMPILED_ENTRY = 6.0
 _NS_PER_WEIGHT = 30.0
-_SAMPLE_WEIGHTS = 1 << 16
 
 
 class Clustered(NamedTuple):
@@ -102,24 +101,24 @@ def choose_backend(
 ) -> tuple[str, str]:
     """What `auto` takes for a weight `[rows, cols]`, and why; `device` is where it will be, if not where it is.
 
-    Counts the distinct 16-bit values in a sample of the weight, which the tables of all groups share, and compares the map entries that
-    `unique` and `fused`, or `compiled` where there is a compiler, would compute for a group, plus what a table costs per weight.
+    Compares the map entries that `unique` and `fused`, or `compiled` where there is a compiler, would compute for a group, plus what a
+    table costs per weight. Shape, dtype and device decide, not the values: the choice is the same in every step and in a run that is
+    resumed, and costs nothing.
 
     Returns:
         `(backend, reason)`.
     """
     if d > 1:
         return "fused", f"vectors of {d} values"
-    n = weight.numel() // groups
+    n, device = weight.numel() // groups, device or weight.device
     costs, reason = {"fused": n * k * _NS_PER_MAP_ENTRY}, "weights wider than 16 bits"
-    if compiled.takes(device or weight.device, k, d):
+    if compiled.takes(device, k, d):
         costs, reason = {"compiled": n * k * _NS_PER_COMPILED_ENTRY}, f"{k} centroids, on a CPU with a compiler"
     key = weight.dtype if weight.dtype.itemsize == 2 else round_to
     if key is not None and key.itemsize == 2:
-        sample = weight.detach().reshape(-1)[:_SAMPLE_WEIGHTS].to(key).view(torch.int16)
-        distinct = int((torch.bincount(sample.int() + unique.KEYS // 2) > 0).sum())
+        distinct = min(n, unique.usual_values(device))
         costs["unique"] = distinct * k * _NS_PER_MAP_ENTRY + n * _NS_PER_WEIGHT
-        reason = f"{distinct} distinct values for {n} weights of a group, {k} centroids"
+        reason = f"some {distinct:,} distinct values for {n:,} weights of a group, {k} centroids"
     return min(costs, key=lambda name: costs[name]), reason
 
 
@@ -159,12 +158,16 @@ def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, m
             ) from None
 
 
-def check_problem(importance: Tensor | None, temperature: Tensor, trajectory: Tensor) -> None:
+def check_importance(importance: Tensor | None) -> None:
+    if importance is not None and not bool(((importance >= 0) & importance.isfinite()).all()):
+        raise ValueError("importance: must be finite and not negative. Mean squared inputs and squared gradients are.")
+
+
+def _check_problem(importance: Tensor | None, temperature: Tensor, trajectory: Tensor) -> None:
     """Say which input made the centroids non-finite or the problem ill-posed."""
     if not bool((temperature > 0).all()):
         raise ValueError(f"temperature: must be positive, got {temperature.min().item():.6g}. It is in squared weight units.")
-    if importance is not None and not bool(((importance >= 0) & importance.isfinite()).all()):
-        raise ValueError("importance: must be finite and not negative. Mean squared inputs and squared gradients are.")
+    check_importance(importance)
     if not bool(trajectory.isfinite().all()):
         raise ValueError(NOT_FINITE)
 
@@ -207,7 +210,10 @@ def find(
     round_to: torch.dtype | None,
     backend: str,
 ) -> Solution:
-    """Run the iterations; arguments as for `cluster`, temperature `[g]`. No gradient."""
+    """Run the iterations; arguments as for `cluster`, temperature `[g]`. No gradient.
+
+    Without `tol` nothing is read from the weight's device. Centroids of weights that are not finite are NaN.
+    """
     weight, (groups, k, d) = weight.contiguous(), centroids.shape
     if backend == "auto":
         backend = choose_backend(weight, groups, k, d, round_to)[0]
@@ -217,23 +223,21 @@ def find(
     else:
         blank = Solution(centroids.unsqueeze(0), importance, temperature, round_to, backend)
         trajectory, table = _backend(backend, weight, blank).solve(*problem)
-    check_problem(importance, temperature, trajectory)
-    moved = (trajectory[1:] - trajectory[:-1]).abs().amax((1, 2, 3))  # [max_iters]
-    still = (moved <= tol).nonzero()
-    iters = int(still[0]) + 1 if tol > 0 and len(still) else max_iters
-    return Solution(trajectory[: iters + 1], importance, temperature, round_to, backend, table)
+    if tol > 0:
+        moved = (trajectory[1:] - trajectory[:-1]).abs().amax((1, 2, 3))  # [max_iters]
+        still = (moved <= tol).nonzero()
+        trajectory = trajectory[: int(still[0]) + 2 if len(still) else max_iters + 1]
+    return Solution(trajectory, importance, temperature, round_to, backend, table)
 
 
-def _backend(name: str, weight: Tensor, solution: Solution):
-    _, groups, k, d = solution.trajectory.shape
-    if name == "auto":
-        name = choose_backend(weight, groups, k, d, solution.round_to)[0]
-    if name not in BACKENDS:
+def check_backend(name: str, weight: Tensor, k: int, d: int, round_to: torch.dtype | None) -> None:
+    """Refuse a backend that is not there or cannot cluster this weight."""
+    if name not in (*BACKENDS, "auto"):
         raise ValueError(f"backend: {name!r} is not one of reference, {', '.join(BACKENDS)}, auto.")
-    wide = weight.dtype.itemsize > 2 and (solution.round_to is None or solution.round_to.itemsize > 2)
+    wide = weight.dtype.itemsize > 2 and (round_to is None or round_to.itemsize > 2)
     if name == "unique" and (d > 1 or wide):
         raise ValueError(
-            f"backend: unique needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={solution.round_to}. "
+            f"backend: unique needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={round_to}. "
             "Use fused, or round_to=torch.bfloat16."
         )
     if name == "compiled" and not compiled.takes(weight.device, k, d):
@@ -241,7 +245,12 @@ def _backend(name: str, weight: Tensor, solution: Solution):
             f"backend: compiled needs a CPU, a C compiler, single values and at most {compiled.MOST_CENTROIDS} centroids, got "
             f"{weight.device.type}, {'a compiler' if compiled.available() else 'no compiler'}, d={d}, {k} centroids. Use auto."
         )
-    return BACKENDS[name]
+
+
+def _backend(name: str, weight: Tensor, solution: Solution):
+    _, groups, k, d = solution.trajectory.shape
+    check_backend(name, weight, k, d, solution.round_to)
+    return BACKENDS[choose_backend(weight, groups, k, d, solution.round_to)[0] if name == "auto" else name]
 
 
 @torch.library.custom_op("edkm::solve", mutates_args=())
@@ -257,6 +266,7 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """`(trajectory [max_iters + 1, g, k, d], iters)`; entries after `iters` repeat the last. No gradient."""
     path = find(weight, importance, centroids, temperature, max_iters, tol, round_to, backend).trajectory
+    _check_problem(importance, temperature, path)
     trajectory = path[-1].repeat(max_iters + 1, 1, 1, 1)
     trajectory[: len(path)] = path
     return trajectory, torch.tensor(len(path) - 1)

@@ -21,8 +21,8 @@ from torch import Tensor
 from edkm.core import compiled, fused, unique
 from edkm.core.assign import assign, lookup
 from edkm.core.fused import advance
-from edkm.core.op import Solution, check_problem
-from edkm.core.reference import NOT_FINITE, compute_dtype, group_importance, group_vectors
+from edkm.core.op import Solution
+from edkm.core.reference import compute_dtype, group_importance, group_vectors
 
 Reduce = Callable[[Tensor], Tensor]
 # Of centroids `[g, k, d]` and temperature `[g]`: mass and total of every centroid, `[g, k, 1 + d]`.
@@ -107,8 +107,7 @@ def find(
         backend: `unique`, `fused` or `compiled`, the same on all ranks.
         The rest as for `edkm.cluster`, temperature `[g]`; the same on all ranks.
 
-    Raises:
-        ValueError: on all ranks, as `edkm.cluster`.
+    Centroids of weights that are not finite are NaN, on all ranks.
 
     Cost:
         One pass over this rank's rows per iteration. `max_iters` sums of `g k (d + 1)` numbers are reduced, and for `unique` one of
@@ -118,11 +117,7 @@ def find(
     mine = parts(rows, groups, d, reduce)
     trajectory = centroids.repeat(max_iters + 1, 1, 1, 1)
     seen = trajectory.new_zeros(unique.KEYS)
-    try:
-        points = list(_points(mine, rows.total, importance, centroids, round_to, backend, seen))
-    except ValueError:
-        # The other ranks are waiting for a sum; NaN tells them.
-        points, seen = [], seen.fill_(torch.nan)
+    points = list(_points(mine, rows.total, importance, centroids, round_to, backend, seen))
     for t in range(max_iters):
         total = trajectory.new_zeros(*centroids.shape[:2], 1 + d)
         for of, sums in points:
@@ -130,13 +125,11 @@ def find(
         trajectory[t + 1] = advance(reduce(total), trajectory[t])
     table = None
     if backend == "unique":
-        seen = reduce(seen)
-        if not bool(seen.isfinite().all()):
-            raise ValueError(NOT_FINITE)
+        if unique.counts_values(seen.device):
+            seen = reduce(seen)
         key = rows.values.dtype if rows.values.dtype.itemsize == 2 else round_to
         assert key is not None
         table = unique.table_of(seen > 0, key, groups, rows.total // groups * rows.values.shape[1])
-    check_problem(importance, temperature, trajectory)
     return Solution(trajectory, importance, temperature, round_to, backend, table)
 
 
@@ -181,7 +174,7 @@ def freeze(rows: Rows, lut: Tensor, reduce: Reduce) -> tuple[Tensor, float]:
         lut: `[g, k, d]` from `round_lut`, the same on all ranks.
     """
     dtype = compute_dtype(rows.values.dtype)
-    found, sums = [], lut.new_zeros(2, dtype=torch.float64)
+    found, sums = [], lut.new_zeros(2, dtype=dtype)
     for part in parts(rows, lut.shape[0], lut.shape[2], reduce):
         tables = lut[part.groups]
         indices, wide = assign(part.values, tables), part.values.to(dtype)

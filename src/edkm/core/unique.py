@@ -11,12 +11,14 @@ on the table,
 
 Groups of rows have a table each. Groups are worked through in chunks, weights in blocks
 of rows, so that next to the result only blocks and tables exist.
+
+Only on a CPU does a table hold the values that occur and no others: their number would have to be read from any other device, which
+stops it. There a table has all finite 16-bit values, and those that no weight has no mass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,6 @@ from torch import Tensor
 
 from edkm.core import fused
 from edkm.core.fused import Block, chunks
-from edkm.core.reference import NOT_FINITE
 
 KEYS = 1 << 16
 # Weights handled at a time, and weights whose tables exist at a time.
@@ -36,13 +37,23 @@ _USUAL_VALUES = 4096
 FOLD = 256
 
 
-@cache
-def _values(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`(values [65536] float64 by key, keys of the finite ones in ascending order of value)`. Key: bit pattern + 32768."""
-    bits = torch.arange(-KEYS // 2, KEYS // 2, dtype=torch.int16, device=device)
-    values = bits.view(dtype).double()
-    order = values.argsort(stable=True)
-    return values, order[values[order].isfinite()]
+# The largest finite value of each 16-bit dtype, as bits.
+_LARGEST = {torch.bfloat16: 0x7F7F, torch.float16: 0x7BFF}
+
+
+def counts_values(device: torch.device) -> bool:
+    """Whether tables hold only the values that occur."""
+    return device.type == "cpu"
+
+
+def _finite(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Keys of the finite values, ascending by value, int64. Key: bit pattern + 32768, so that negative ones have their magnitude's bits."""
+    magnitudes = torch.arange(_LARGEST[dtype] + 1, device=device)
+    return torch.cat([magnitudes.flip(0), magnitudes + KEYS // 2])
+
+
+def _values(keys: Tensor, dtype: torch.dtype, compute: torch.dtype) -> Tensor:
+    return (keys - KEYS // 2).to(torch.int16).view(dtype).to(compute)
 
 
 def _bits(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,8 +65,8 @@ class Points(NamedTuple):
     """Distinct values of a chunk of groups.
 
     A table has a row per group and a column per distinct value of the chunk, ascending; a value that a group lacks has no mass there
-    and does no harm. A weight's *cell* is its place in a row of `width` cells: its value's rank, or with a single group simply its key,
-    which saves a gather.
+    and does no harm. A weight's *cell* is its place in a row of `width` cells: its value's rank, the last if it is not finite, or with a
+    single group simply its key, which saves a gather.
     """
 
     rows: Tensor  # [g, rows, cols] the weights themselves, a view
@@ -66,7 +77,7 @@ class Points(NamedTuple):
 
     @property
     def width(self) -> int:
-        return KEYS if self.rank is None else len(self.keys)
+        return KEYS if self.rank is None else len(self.keys) + 1
 
     def blocks(self) -> list[Block]:
         groups, rows, cols = self.rows.shape
@@ -87,19 +98,32 @@ class Points(NamedTuple):
         for block in self.blocks():
             cells = self.cells(block)
             for total, term in zip(totals, terms, strict=True):
-                part = None if term is None else term[block.groups, block.rows].to(total.dtype).reshape(-1)
+                part = total.new_ones(()).expand(len(cells)) if term is None else term[block.groups, block.rows].to(total.dtype).reshape(-1)
                 into = total[block.groups]
-                into += torch.bincount(cells, part, minlength=into.numel()).view_as(into)
+                # Block by block: a long sum in one go would lose digits.
+                into += torch.zeros_like(into).view(-1).index_add_(0, cells, part).view_as(into)
         return totals
 
     def table(self, total: Tensor) -> Tensor:
         """`[g, width]` -> `[g, u / 256, 256]`, in the order of `values`."""
-        return _fold(total if self.rank is not None else total[:, self.keys], 0.0)
+        held = total[:, : len(self.keys)] if self.rank is not None else total.index_select(1, self.keys)
+        return torch.nn.functional.pad(held, (0, -held.shape[1] % FOLD)).view(len(held), -1, FOLD)
+
+    def mass(self, total: Tensor) -> Tensor:
+        """The table of importance; NaN for a group with weights that are not finite, so that their centroids tell."""
+        if self.rank is not None:
+            outside = total[:, -1:]
+        else:
+            beyond = slice(_LARGEST[self.dtype] + 1, KEYS // 2)
+            outside = total.unflatten(1, (2, -1))[:, :, beyond].sum((1, 2)).unsqueeze(1)
+        return self.table(total) + torch.where(outside == 0, 0.0, torch.nan).unsqueeze(2)
 
     def gather(self, table: Tensor, dtype: torch.dtype) -> Tensor:
-        """A table's entries laid out for `look_up`."""
+        """A table's entries laid out for `look_up`, NaN for what is not finite."""
         by_cell = table.flatten(1)[:, : len(self.keys)].to(dtype)
-        return by_cell if self.rank is not None else by_cell.new_zeros(1, KEYS).index_copy_(1, self.keys, by_cell)
+        if self.rank is not None:
+            return torch.nn.functional.pad(by_cell, (0, 1), value=torch.nan)
+        return by_cell.new_full((1, KEYS), torch.nan).index_copy_(1, self.keys, by_cell)
 
 
 def look_up(by_cell: Tensor, cells: Tensor, block: Block, out: Tensor) -> Tensor:
@@ -112,22 +136,23 @@ def find_points(rows: Tensor, dtype: torch.dtype, compute: torch.dtype, entries:
 
     With a single group of more weights than `entries` it is not worth finding out which of all 16-bit values occur.
     """
-    _, finite = _values(dtype, rows.device)
-    if len(rows) == 1 and 0 < entries < rows.numel():
+    finite = _finite(dtype, rows.device)
+    if not counts_values(rows.device) or (len(rows) == 1 and 0 < entries < rows.numel()):
         return _points(rows, dtype, finite, compute)
-    seen = torch.zeros(KEYS, dtype=torch.bool, device=rows.device)
+    count = torch.zeros(KEYS, dtype=torch.int32, device=rows.device)
     for chunk in chunks(len(rows), rows.shape[1], rows.shape[2], BLOCK_WEIGHTS):
         for block in chunk:
-            seen |= torch.bincount(_bits(rows[block.groups, block.rows], dtype).view(-1), minlength=KEYS) > 0
-    return _points(rows, dtype, _occurring(seen, finite), compute)
+            bits = _bits(rows[block.groups, block.rows], dtype).view(-1)
+            count.index_add_(0, bits, count.new_ones(()).expand(len(bits)))
+    return _points(rows, dtype, _occurring(count > 0, finite), compute)
 
 
 def _occurring(seen: Tensor, finite: Tensor) -> Tensor:
-    """Keys that occur, ascending by value."""
-    keys = finite[seen[finite]]
-    if len(keys) < int(seen.sum()):
-        raise ValueError(NOT_FINITE)
-    return keys
+    """Keys that occur, ascending by value; all finite ones where they are not counted."""
+    if not counts_values(seen.device):
+        return finite
+    found = finite.numpy()[seen.numpy()[finite.numpy()]]
+    return torch.from_numpy(found) if len(found) else finite[:1]
 
 
 def find_points_and_sums(rows: Tensor, dtype: torch.dtype, compute: torch.dtype, terms: list[Tensor | None]) -> tuple[Points, list[Tensor]]:
@@ -135,16 +160,17 @@ def find_points_and_sums(rows: Tensor, dtype: torch.dtype, compute: torch.dtype,
 
     With a single group one visit gives both: values that occur are those with importance, unless that can be zero.
     """
-    if len(rows) > 1:
+    if len(rows) > 1 or not counts_values(rows.device):
         points = find_points(rows, dtype, compute)
-        return points, [points.table(total) for total in points.totals(terms)]
-    _, finite = _values(dtype, rows.device)
-    everywhere = terms[0] is None or bool((_without_expansion(terms[0]) > 0).all())
-    bare = _points(rows, dtype, finite[:1], compute)
-    totals = bare.totals(terms if everywhere else [*terms, None])
-    seen = totals[0 if everywhere else -1][0] > 0
-    points = _points(rows, dtype, _occurring(seen, finite), compute)
-    return points, [points.table(total) for total in totals[: len(terms)]]
+        mass, *others = points.totals(terms)
+    else:
+        finite = _finite(dtype, rows.device)
+        everywhere = terms[0] is None or bool((_without_expansion(terms[0]) > 0).numpy().all())
+        bare = _points(rows, dtype, finite[:1], compute)
+        totals = bare.totals(terms if everywhere else [*terms, None])
+        points = _points(rows, dtype, _occurring(totals[0 if everywhere else -1][0] > 0, finite), compute)
+        mass, *others = totals[: len(terms)]
+    return points, [points.mass(mass), *map(points.table, others)]
 
 
 def _without_expansion(x: Tensor) -> Tensor:
@@ -156,18 +182,17 @@ def _without_expansion(x: Tensor) -> Tensor:
 
 
 def _points(rows: Tensor, dtype: torch.dtype, keys: Tensor, compute: torch.dtype) -> Points:
+    groups, count = len(rows), len(keys)
     rank = None
-    if len(rows) > 1:
-        rank = torch.zeros(KEYS, dtype=torch.int32, device=rows.device)
-        rank[keys] = torch.arange(len(keys), dtype=torch.int32, device=rows.device)
-    table = _values(dtype, rows.device)[0][keys].to(compute).expand(len(rows), -1)
-    return Points(rows, dtype, keys, rank, _fold(table, table[0, -1].item()))
-
-
-def _fold(table: Tensor, padding: float) -> Tensor:
-    """`[g, u]` -> `[g, ceil(u / 256), 256]`."""
-    short = -table.shape[1] % FOLD
-    return torch.nn.functional.pad(table, (0, short), value=padding).view(len(table), -1, FOLD)
+    if groups > 1:
+        rank = torch.full((KEYS,), count, dtype=torch.int32, device=rows.device)
+        rank.index_copy_(0, keys, torch.arange(count, dtype=torch.int32, device=rows.device))
+    padded = torch.arange(-(-count // FOLD) * FOLD, device=rows.device).clamp_(max=count - 1)
+    values = _values(keys.index_select(0, padded), dtype, compute).view(-1, FOLD)
+    if not counts_values(rows.device):
+        # Squares of values that no weight has would overflow. Rounding keeps the order, so that all others stay.
+        values = values.clamp(*(end.to(dtype).to(compute) for end in rows.aminmax()))
+    return Points(rows, dtype, keys, rank, values.expand(groups, -1, -1).contiguous())
 
 
 def pieces(weight: Tensor, groups: int, round_to: torch.dtype | None) -> Iterator[tuple[slice, Tensor, torch.dtype]]:
@@ -175,15 +200,20 @@ def pieces(weight: Tensor, groups: int, round_to: torch.dtype | None) -> Iterato
     rows = weight.detach().view(groups, -1, weight.shape[1])
     key = weight.dtype if weight.dtype.itemsize == 2 else round_to
     assert key is not None
-    step = groups_of_piece(rows[0].numel())
+    step = groups_of_piece(rows[0].numel(), weight.device)
     for start in range(0, groups, step):
         of = slice(start, min(start + step, groups))
         yield of, rows[of], key
 
 
-def groups_of_piece(weights: int) -> int:
+def groups_of_piece(weights: int, device: torch.device) -> int:
     """Groups of `weights` weights each that are worked through together."""
-    return max(1, CHUNK_WEIGHTS // max(weights, _USUAL_VALUES))
+    return max(1, CHUNK_WEIGHTS // max(weights, usual_values(device)))
+
+
+def usual_values(device: torch.device) -> int:
+    """Values in a table, usually."""
+    return _USUAL_VALUES if counts_values(device) else KEYS
 
 
 def grouped(importance: Tensor | None, weight: Tensor, groups: int) -> Tensor | None:
@@ -196,9 +226,8 @@ Table = list[tuple[Tensor, Tensor | None]]
 
 def table_of(seen: Tensor, dtype: torch.dtype, groups: int, weights: int) -> Table:
     """The aid that `solve` would hand on for `groups` groups of `weights` weights each, from the keys that occur in any of them."""
-    _, finite = _values(dtype, seen.device)
-    keys = _occurring(seen, finite)
-    return [(keys, None)] * -(-groups // groups_of_piece(weights))
+    keys = _occurring(seen, _finite(dtype, seen.device))
+    return [(keys, None)] * -(-groups // groups_of_piece(weights, seen.device))
 
 
 # The three functions that every backend has; op.py documents them.
@@ -217,7 +246,7 @@ def solve(
     trajectory, table = centroids.new_empty(iters + 1, *centroids.shape), []
     for of, rows, key in pieces(weight, groups, round_to):
         points, (mass,) = find_points_and_sums(rows, key, centroids.dtype, [None if s is None else s[of]])
-        trajectory[:, of] = fused.iterate(points.values.unsqueeze(1), mass, centroids[of], temperature[of], iters, None)
+        trajectory[:, of].copy_(fused.iterate(points.values.unsqueeze(1), mass, centroids[of], temperature[of], iters, None))
         table.append((points.keys, mass if groups == 1 else None))
     return trajectory, table
 

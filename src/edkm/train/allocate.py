@@ -77,7 +77,7 @@ def allocate(
     squares: dict[str, Tensor] = {}
 
     def collect(name: str, gradient: Tensor) -> None:
-        square = gradient.double().square().sum(0)
+        square = gradient.square().sum(0)
         squares[name] = squares[name] + square if name in squares else square
 
     output_gradients(model, config, batches, collect, loss=loss)
@@ -157,10 +157,11 @@ def _choices(weight: Tensor, importance: Tensor, gradient: Tensor) -> list[Choic
         tables = len(weight) // rows
         picked = torch.linspace(0, tables - 1, min(tables, max(1, _SAMPLE // rows)), device=weight.device).long().unique()
         some, share = (x.view(tables, rows, -1)[picked].flatten(0, 1) for x in (weight, gradient))
+        share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         for bits, _ in options:
             lut = round_lut(initial_centroids(some, bits, rows_per_lut=rows, importance=importance, quick=True))
-            error = (some - lookup(assign(some, lut), lut, some.dtype)).double().square() * importance
-            loss = float((error.sum(1) @ share.flatten()) / share.sum().clamp_min(1e-300) * gradient.sum())
+            error = (some.float() - lookup(assign(some, lut), lut)).square() * importance
+            loss = float(error.sum(1) @ share.flatten()) * float(gradient.sum())
             found.append(Choice(_cost(weight, bits, rows), loss, bits, rows))
     return _hull(found)
 

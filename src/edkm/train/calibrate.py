@@ -6,13 +6,15 @@ dense the weights lie and throws away the rare large ones that matter (docs/log.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edkm.core.reference import compute_dtype
 from edkm.train.targets import CONVOLUTIONS, first_stack, row_axes, transposed_linear
 
 
@@ -34,7 +36,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         ValueError: no batches, or an input that is not finite (with the module's name).
 
     Cost:
-        One forward pass; a float64 vector per layer.
+        One forward pass; a vector per layer.
     """
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -78,16 +80,60 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the while, without gradients; each module's flag is put back, since a model may be frozen in part."""
+    """Eval mode for the while, without gradients or autocast; each module's flag is put back, since a model may be frozen in part."""
     found = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         # Not inference_mode: tensors made there could not be used for training later (a cached table, say).
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(model):
             yield
     finally:
         for module, training in found:
             module.training = training
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """A model in its own precision for the while: no autocast around the block, nor around `forward`, where Accelerate puts it for good."""
+    wrapped = {m: (vars(m)["forward"], own) for m in model.modules() if (own := _autocasted(vars(m).get("forward"))) is not None}
+    devices = {tensor.device.type for tensor in itertools.chain(model.parameters(), model.buffers())}
+    try:
+        with ExitStack() as stack:
+            for device in devices:
+                if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            for module, (forward, own) in wrapped.items():
+                # A bound method is wrapped as a function.
+                module.forward = own.__get__(module) if hasattr(forward, "__func__") else own
+            yield
+    finally:
+        for module, (forward, _) in wrapped.items():
+            module.forward = forward
+        # 16-bit copies of the weights, which may have been changed.
+        torch.clear_autocast_cache()
+
+
+def end_autocast(model: nn.Module) -> None:
+    """Take off for good what Accelerate puts around a model's `forward` to train it in mixed precision."""
+    for module in model.modules():
+        own = _autocasted(vars(module).get("forward"))
+        if own is None:
+            continue
+        if own is type(module).forward:
+            del module.forward
+        else:
+            module.forward = own.__get__(module) if hasattr(module.forward, "__func__") else own
+        # By these Accelerate would take the model for wrapped, the next time it is trained.
+        for name in ("_original_forward", "_is_accelerate_prepared"):
+            vars(module).pop(name, None)
+
+
+def _autocasted(forward: Any) -> Any:
+    """The function that Accelerate wrapped, perhaps more than once, in autocast and a conversion of outputs; None if it did not."""
+    function, found = getattr(forward, "__func__", forward), None
+    while type(conversion := getattr(function, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":
+        function = found = conversion.__wrapped__.__wrapped__
+    return found
 
 
 @contextmanager
@@ -119,12 +165,13 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _mean_square(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """`(sum of squares of every input, or of every column of a convolution, number of inputs)`, float64."""
+    """`(sum of squares of every input, or of every column of a convolution, number of inputs)`, in float32 at least."""
+    x = x.detach().to(compute_dtype(x.dtype))
     if not isinstance(module, CONVOLUTIONS):
-        rows = x.detach().reshape(-1, x.shape[-1])
-        return rows.double().square().sum(0), len(rows)
+        rows = x.reshape(-1, x.shape[-1])
+        return rows.square().sum(0), len(rows)
     # Every kernel position sees nearly every pixel: one number per input channel, averaged over the convolution's groups.
-    x = x.detach().double().square()
+    x = x.square()
     spatial = len(module.kernel_size)
     batched = x if x.ndim == spatial + 2 else x.unsqueeze(0)
     per_channel = batched.sum((0, *range(2, 2 + spatial)))

@@ -12,7 +12,6 @@ import os
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,8 +25,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.core_model_loading import revert_weight_conversion
 
 from edkm.config import ClusterConfig
+from edkm.core.op import BACKENDS
 from edkm.train import ranks
-from edkm.train.calibrate import call, evaluating
+from edkm.train.calibrate import call, end_autocast, evaluating
 from edkm.train.checks import check_no_adapters
 from edkm.train.gradients import own_loss
 from edkm.train.prepare import check, clusterings, plan, prepare
@@ -86,6 +86,8 @@ class Callback(TrainerCallback):
             raise ValueError(f"start: fit, guided or kmeans, got {start!r}.")
         if calibration_tokens < 1:
             raise ValueError(f"calibration_tokens: at least 1, got {calibration_tokens!r}.")
+        if backend not in (*BACKENDS, "auto"):
+            raise ValueError(f"backend: {', '.join(BACKENDS)} or auto, got {backend!r}.")
         self.out = Path(out)
         check_replaceable(self.out)
         self.config = ClusterConfig(rows_per_lut=1) if config is None else config
@@ -132,6 +134,8 @@ class Callback(TrainerCallback):
                     stacklevel=2,
                 )
             self._cluster(model, state, kwargs["train_dataloader"])
+        # The model that is left is the one that is written, in its own precision.
+        end_autocast(model)
         save(model, self.out, processing_class)
 
     def _watch(self, model: nn.Module) -> None:
@@ -157,16 +161,15 @@ class Callback(TrainerCallback):
     def _try_calibration(self, model: nn.Module, loader: Any) -> None:
         """Run the model on one example as calibration will; the data comes in the same order afterwards."""
         states = random.getstate(), numpy.random.get_state()
-        with torch.random.fork_rng(devices=[]), _own_forward(model), evaluating(model):
+        with torch.random.fork_rng(devices=[]), evaluating(model):
             for batch in _batches(model, loader, 1):
                 (own_loss if self.start == "guided" else call)(model, batch)
         random.setstate(states[0])
         numpy.random.set_state(states[1])
 
     def _cluster(self, model: nn.Module, state: Any, loader: Any) -> None:
-        with _own_forward(model):
-            batches = _batches(model, loader, self.calibration_tokens)
-            self.report, _ = prepare_from(model, self.config, batches, start=self.start, backend=self.backend)
+        batches = _batches(model, loader, self.calibration_tokens)
+        self.report, _ = prepare_from(model, self.config, batches, start=self.start, backend=self.backend)
         # The best so far had 16 bits.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._begin(model, state)
@@ -259,14 +262,3 @@ def _batches(model: nn.Module, loader: Any, tokens: int) -> list[Any]:
         if tokens <= 0:
             break
     return found
-
-
-@contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Without the autocast that Accelerate wraps around `forward`: second moments in 16 bits are not positive definite."""
-    wrapped = vars(model).pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped

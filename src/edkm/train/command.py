@@ -201,6 +201,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(model, config, args, blocks.block_tokens)
     from .checkpoints import check_same_run, remember_run
+    from .trainer import resolve_precision
 
     settings = _settings(args, steps)
     # Not how the work is shared out, or when it is saved: another number of ranks may go on.
@@ -224,6 +225,8 @@ def _run(args: argparse.Namespace) -> int:
         ranks.on_first(lambda: shutil.rmtree(work) if work.exists() else None)
         if steps:
             ranks.on_first(lambda: remember_run(work, identity))
+    device = _to_device(model, args)
+    print(f"device: {device}, {resolve_precision(args.precision)}", flush=True)
     recorder = Recorder(work / "record.json", args, said_of(args, blocks, settings, plain_steps))
     recorder.keep(model, config)
     recorder.measure("original", model, tokenizer, text)
@@ -235,6 +238,16 @@ def _run(args: argparse.Namespace) -> int:
         model = load_model(work / "plain")[0]
         settings = replace(settings, steps=steps - plain_steps, first_step=plain_steps)
     return _compress(args, model, tokenizer, blocks, config, settings, recorder, text)
+
+
+def _to_device(model: Any, args: argparse.Namespace) -> str:
+    """Where the model trains; it is moved there, unless it is to be sharded and may be too large for one."""
+    from .trainer import pick_device
+
+    device = pick_device()
+    if not args.fsdp:
+        model.to(device)
+    return device
 
 
 def _fine_tune(model: Any, tokenizer: Any, blocks: Any, settings: Any, out: Path, recorder: Recorder) -> bool:
@@ -271,15 +284,12 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, record
 
 
 def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) -> int:
-    import torch
-
     from ..config import ClusterConfig
     from . import ranks
     from .checkpoints import last_checkpoint
 
     work = args.out / "training"
-    if torch.cuda.is_available() and not args.fsdp:  # what is to be sharded may be too large for one
-        model.to("cuda")
+    _to_device(model, args)
     began = time.perf_counter()
     teacher = copy.deepcopy(model) if settings.distill else None
     if last_checkpoint(work / "clustered") is not None:
@@ -319,11 +329,10 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
 
 
 def _dry_run(model: Any, config: Any, args: argparse.Namespace, block_tokens: int) -> int:
-    import torch
-
     from . import ranks
     from .memory import plan_memory
     from .prepare import plan
+    from .trainer import pick_device
 
     report = plan(model, config)
     print(report)
@@ -332,11 +341,17 @@ def _dry_run(model: Any, config: Any, args: argparse.Namespace, block_tokens: in
         print(f"bits are chosen in the run; this plan, its size and memory have {config.bits} in every linear weight")
     print(f"packed weights: {report.packed_bytes / 1e6:.1f} MB to expect (16-bit model: {total * 2 / 1e6:.1f} MB)")
     learners = args.learners or ranks.world()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     how = "" if learners == 1 else f", {learners} processes, {'FSDP' if args.fsdp else 'DDP'}"
     print(f"training on {device}{how}:")
     budget = plan_memory(
-        model, config, _settings(args, 1), block_tokens=block_tokens, learners=learners, device_type=device, backend=args.backend
+        model,
+        config,
+        _settings(args, 1),
+        block_tokens=block_tokens,
+        learners=learners,
+        device_type="cuda" if device == "cuda" else "cpu",  # a Mac's memory is one
+        backend=args.backend,
     )
     print(budget)
     return 0

@@ -11,6 +11,8 @@ sum into the gradient of the weight.
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,11 +25,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from edkm.config import ClusterConfig
 from edkm.core import sharded
-from edkm.core.assign import Frozen, assign, lookup, round_lut
+from edkm.core.assign import Frozen, as_stored, assign, lookup, round_lut
 from edkm.core.centroids import initial_centroids, temperature_for
 from edkm.core.matrix import as_matrix, count_tables
-from edkm.core.op import Solution, find
-from edkm.core.reference import compute_dtype
+from edkm.core.op import Solution, check_backend, check_importance, find
+from edkm.core.reference import NOT_FINITE, compute_dtype
 from edkm.core.sharded import Reduce, Rows
 
 # Softness 0 is the hard assignment: this fraction of the quantisation error leaves every weight on one centroid.
@@ -54,12 +56,28 @@ def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             if hasattr(parameter, _STEPS):
                 setattr(parameter, _STEPS, getattr(parameter, _STEPS) + 1)
         _steps_on_shards += any(hasattr(parameter, "full_tensor") for parameter in group["params"])
+    _check_finite()
+
+
+def _check_finite() -> None:
+    """Name a weight that was not finite in this step: one number is read from a device, whatever the number of layers."""
+    by_device: dict[torch.device, list[Clustering]] = {}
+    while _moved:
+        clustering = _moved.pop()
+        by_device.setdefault(clustering.centroids.device, []).append(clustering)
+    for found in by_device.values():
+        sums = torch.stack([clustering.centroids.sum(dtype=torch.float32) for clustering in found])
+        if not bool(sums.isfinite().all()):
+            wrong = min(clustering.name for clustering, finite in zip(found, sums.isfinite().tolist(), strict=True) if not finite)
+            raise ValueError(f"{wrong}: {NOT_FINITE.removeprefix('weight: ')}")
 
 
 _steps = 0
 # FSDP gathers shards (DTensors) into other tensors for the forward pass, which no optimizer ever sees.
 _steps_on_shards = 0
 _STEPS = "_edkm_optimizer_steps"
+# Whose centroids have moved since they were looked at.
+_moved: weakref.WeakSet[Clustering] = weakref.WeakSet()
 register_optimizer_step_post_hook(_count_step)
 
 
@@ -106,8 +124,10 @@ class Clustering(nn.Module):
         super().__init__()
         matrix = as_matrix(weight.detach(), row_axes)
         tables = count_tables(weight.shape, row_axes, config.rows_per_lut)
+        check_backend(backend, matrix, 2**config.bits, config.dim, torch.bfloat16)
         if importance is not None:
             importance = importance.to(matrix.device, compute_dtype(matrix.dtype))
+            check_importance(importance)
         if centroids is None:
             per_lut = len(matrix) // tables
             centroids = initial_centroids(matrix, config.bits, dim=config.dim, rows_per_lut=per_lut, importance=importance)
@@ -117,11 +137,14 @@ class Clustering(nn.Module):
                 raise ValueError(f"centroids: expected {list(shape)} by the config, got {list(centroids.shape)}.")
             centroids = centroids.to(matrix.device, compute_dtype(matrix.dtype))
         temperature = temperature_for(matrix, centroids, importance, config.softness or _HARD)
+        if not bool(temperature.isfinite().all()):
+            raise ValueError(NOT_FINITE)
         self.register_buffer("centroids", centroids)
         self.register_buffer("temperature", temperature)
         self.register_buffer("importance", importance)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=matrix.device))
         self.config, self.backend, self.row_axes = config, backend, row_axes
+        self.name = "weight"  # `prepare` puts the parameter's here
         self.prepared_by = config  # `prepare` puts the whole model's here: it goes into the packed file
         self.soft_in_eval = False
         self._key: tuple[Any, ...] | None = None
@@ -164,7 +187,9 @@ class Clustering(nn.Module):
         """`[g]`, annealed to this step."""
         if not self.config.anneal_steps:
             return self.temperature
-        return self.temperature * self.config.anneal ** min(1.0, int(self.step) / self.config.anneal_steps)
+        # The step is not read from the device.
+        share = (self.step.to(self.temperature.dtype) / self.config.anneal_steps).clamp_(max=1)
+        return self.temperature * self.config.anneal**share
 
     def solve(self, weight: Tensor) -> Solution:
         """The centroids for the weight as it is now; found once until the weight changes.
@@ -180,12 +205,13 @@ class Clustering(nn.Module):
                 self.centroids.copy_(self._solution.trajectory[-1])
                 self.step += 1
             self._counted = True
+            _moved.add(self)
         return self._solution
 
     def _state_of(self, weight: Tensor) -> tuple[Any, ...]:
         """Changes when the weight does."""
         if self._shard is None:
-            return weight.data_ptr(), weight._version, optimizer_steps(weight), _steps_on_shards
+            return weight.untyped_storage()._cdata, weight._version, optimizer_steps(weight), _steps_on_shards
         return self._shard.weight._version, optimizer_steps(self._shard.weight)
 
     def _find(self, weight: Tensor) -> Solution:
@@ -224,16 +250,21 @@ class Clustering(nn.Module):
     def freeze(self, weight: Tensor) -> Frozen:
         """Indices and tables of the weight as it is now; what `eval()` uses and what is packed."""
         matrix = self.matrix(weight)
-        lut = round_lut(self.centroids)
+        try:
+            lut = round_lut(self.centroids)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
         indices = assign(matrix, lut)
         wide = matrix.to(compute_dtype(matrix.dtype))
         error = (wide - lookup(indices, lut, wide.dtype)).square().sum() / wide.square().sum().clamp_min(torch.finfo(wide.dtype).tiny)
+        if not math.isfinite(error):
+            raise ValueError(f"{self.name}: {NOT_FINITE.removeprefix('weight: ')}")
         return Frozen(indices.cpu(), lut.cpu(), tuple(weight.shape), float(error))
 
     def hard(self, weight: Tensor) -> Tensor:
         """The weight with every value on its nearest centroid, like `weight`; no gradient."""
         matrix = self.matrix(weight)
-        lut = round_lut(self.centroids)
+        lut = as_stored(self.centroids)
         return lookup(assign(matrix, lut), lut, weight.dtype).view(weight.shape)
 
     def matrix(self, weight: Tensor) -> Tensor:

@@ -244,6 +244,7 @@ def _clustering(
 ) -> tuple[Clustering, str]:
     try:
         clustering = Clustering(target.weight, settings, importance, backend, start, target.row_axes)
+        clustering.name = name
     except ValueError as error:
         message = str(error)
         raise ValueError(f"{name}: {message.removeprefix('weight: ')}") from None

@@ -221,6 +221,6 @@ def fingerprint(model: Any) -> str:
     """Of the names and shapes of a model's weights and of some of their values, spread evenly."""
     found = hashlib.sha256()
     for name, p in model.named_parameters():
-        values = p.detach().flatten()[:: max(1, p.numel() // 1024)].double().cpu()
+        values = p.detach().flatten()[:: max(1, p.numel() // 1024)].cpu().double()
         found.update(f"{name} {tuple(p.shape)}".encode() + values.numpy().tobytes())
     return found.hexdigest()

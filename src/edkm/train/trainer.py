@@ -72,14 +72,22 @@ class TrainResult:
     interrupted: bool
 
 
+def pick_device() -> str:
+    """Where to train: `cuda`, or `mps` on a Mac (of which processes cannot share the work), else `cpu`."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() and ranks.world() == 1 else "cpu"
+
+
 def resolve_precision(precision: str) -> str:
-    """`auto` is bf16 autocast where the hardware multiplies bf16 fast, fp32 elsewhere (a CPU without it is 3 times slower in bf16)."""
+    """`auto` is bf16 autocast where the hardware is known to multiply bf16 fast, fp32 elsewhere (a CPU without it is 3 times slower)."""
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
+    device = pick_device()
+    if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     supported = [getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bf16" if any(supported) else "fp32"
+    return "bf16" if device == "cpu" and any(supported) else "fp32"
 
 
 def train(
@@ -91,7 +99,7 @@ def train(
     optimizer settings of eDKM, arXiv:2309.00964, section 4).
 
     Args:
-        model: a transformers model; after a clustered run it is left in `train()` mode.
+        model: a transformers model; after a clustered run it is left in `train()` mode, and its `forward` as it was.
         blocks: dataset of `input_ids` and `labels`.
         work: directory for checkpoints; holds the run's state afterwards if it was interrupted.
         resume: go on from the last checkpoint in `work`.
@@ -126,7 +134,7 @@ def train(
     remedy = (
         "The same command with --resume goes on from the last checkpoint." if settings.save_every else "Start again; --save-every helps."
     )
-    with _stop_on_signal(trainer) as stop, ranks.naming_the_lost(remedy):
+    with _forward_as_found(model), _stop_on_signal(trainer) as stop, ranks.naming_the_lost(remedy):
         trainer.train(resume_from_checkpoint=checkpoint)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     done = trainer.state.global_step
@@ -154,8 +162,8 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=resolve_precision(settings.precision) == "bf16",
-        use_cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=pick_device() == "cpu",
+        dataloader_pin_memory=pick_device() == "cuda",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
         seed=settings.seed,
@@ -272,6 +280,19 @@ class _Trainer(transformers.Trainer):
             dcp.load(state, checkpoint_id=Path(checkpoint) / _STATE)
         set_state_dict(self.model, self.optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
+
+
+@contextmanager
+def _forward_as_found(model: nn.Module) -> Iterator[None]:
+    """For mixed precision Accelerate wraps `forward` in autocast and leaves it so, and what is done next would run in 16 bits."""
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 @contextmanager

@@ -72,8 +72,9 @@ def scratch_bytes(
         points = _largest_block(groups, rows // groups // d, cols * k, entries) // k
         # Three maps; a point's weights, gradient, output and results, its importance and sums; importance averaged over vectors.
         return 4 * points * (3 * k + 6 * d + 4) + (4 * rows * cols // d if d > 1 else 0)
-    together = min(groups, unique.groups_of_piece(weights))
-    folds = -(-min(values, together * weights) // unique.FOLD)
+    together = min(groups, unique.groups_of_piece(weights, torch.device(device_type)))
+    values = min(values, together * weights) if device_type == "cpu" else unique.KEYS
+    folds = -(-values // unique.FOLD)
     points = _largest_block(together, folds, unique.FOLD * k, entries) // k
     table = together * folds * unique.FOLD
     cells = unique.KEYS if together == 1 else table
@@ -113,7 +114,7 @@ class Sketch(nn.Module):
         importance, temperature = torch.empty(1, cols, dtype=dtype), torch.empty(self.tables, dtype=dtype)
         trajectory = torch.empty(config.max_iters + 1, *self.shape, dtype=dtype)
         # `unique` keeps keys of 8 bytes for every chunk, and a single group's importance.
-        chunks = -(-self.tables // unique.groups_of_piece(weights))
+        chunks = -(-self.tables // unique.groups_of_piece(weights, torch.device(device_type)))
         per_chunk = min(choice.values, weights) * (12 if self.tables == 1 else 8)
         table = torch.empty(chunks * per_chunk if choice.backend == "unique" else 0, dtype=torch.uint8)
         self.centroids = torch.empty(self.shape, dtype=dtype)

@@ -1,0 +1,286 @@
+"""What a GPU or a Mac needs, checked on a CPU: steps that read nothing from the device, no float64, no mixing of devices."""
+
+import copy
+import gc
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import edkm
+from edkm.core import compiled, unique
+from edkm.core.op import find
+from edkm.evaluate import perplexity
+from edkm.train import command, trainer
+from edkm.train.prepare import clusterings
+
+# Operations whose result, or its shape, the host has to wait for.
+READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount", "histc"}
+READS |= {"_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"}
+TEXT = "the quick brown fox jumps over the lazy dog " * 6
+
+
+class CountReads(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        masks = name.startswith(("index", "_index")) and any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in _indices(args))
+        if name in READS or masks or (name == "repeat_interleave" and isinstance(args[-1], torch.Tensor)):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _indices(args):
+    return [x for argument in args[1:] if isinstance(argument, (list, tuple)) for x in argument]
+
+
+class RefuseFloat64(TorchDispatchMode):
+    """Metal has none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(out)), func.name()
+        return out
+
+
+@pytest.fixture
+def not_the_cpu(monkeypatch):
+    """Tables as on any other device, and no kernels of a CPU."""
+    monkeypatch.setattr(unique, "counts_values", lambda device: False)
+    monkeypatch.setattr(compiled, "takes", lambda device, k, d: False)
+
+
+def batch():
+    ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def prepared(model, backend="auto", **config):
+    model = copy.deepcopy(model)
+    config = edkm.ClusterConfig(**{"bits": 2, "rows_per_lut": 0, "embedding_bits": 4, "max_iters": 2, **config})
+    edkm.prepare(model.train(), config, importance=edkm.calibrate(model, [batch()]), backend=backend)
+    return model
+
+
+def reads_of_a_step(model, optimizer):
+    """Of forward and backward, and of the optimizer."""
+    with CountReads() as passes:
+        model(**batch()).loss.backward()
+    with CountReads() as stepping:
+        optimizer.step()
+    optimizer.zero_grad()
+    return len(passes.found), len(stepping.found)
+
+
+# Reads.
+
+
+@pytest.mark.parametrize("config", [{"anneal_steps": 4}, {"softness": 0.0}])
+@pytest.mark.parametrize(
+    ("backend", "rows_per_lut", "accumulate"), [("unique", 0, 2), ("unique", 32, 1), ("fused", 0, 1), ("fused", 16, 2), ("auto", 1, 1)]
+)
+def test_clustering_reads_nothing_and_a_step_one_number_for_all_layers(tiny_model, not_the_cpu, backend, rows_per_lut, accumulate, config):
+    def step(model, optimizer):
+        model(**batch()).loss.backward() if accumulate > 1 else None
+        return reads_of_a_step(model, optimizer)
+
+    plain, clustered = tiny_model.train(), prepared(tiny_model, backend, rows_per_lut=rows_per_lut, **config)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in (plain, clustered)]
+    expected, _ = step(plain, optimizers[0])
+    step(clustered, optimizers[1])
+    for _ in range(2):
+        assert step(clustered, optimizers[1]) == (expected, 1)
+    assert {int(c.step) for *_, c in clusterings(clustered)} == {3}
+
+
+@pytest.mark.parametrize("backend", ["unique", "compiled", "auto"])
+def test_nor_does_it_on_a_cpu(tiny_model, backend):
+    if backend == "compiled" and not compiled.available():
+        pytest.skip("no C compiler")
+    model = prepared(tiny_model, backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    reads_of_a_step(model, optimizer)
+    expected, _ = reads_of_a_step(tiny_model.train(), torch.optim.SGD(tiny_model.parameters(), lr=1e-3))
+    assert reads_of_a_step(model, optimizer) == (expected, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_tables_of_all_values_give_what_tables_of_those_that_occur_give(dtype, groups, monkeypatch):
+    weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)).mul_(0.1).to(dtype)
+    weight[0, :4] = torch.tensor([0.0, -0.0, 1e-7, -1e-7]).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    importance, grad = torch.rand(1, 40, generator=generator), torch.randn(16, 40, generator=generator).to(dtype)
+    importance[0, 7] = 0
+    start = edkm.initial_centroids(weight, 3, rows_per_lut=16 // groups)
+    tau = torch.full((groups,), 1e-3)
+
+    def results():
+        solution = find(weight, importance, start, tau, 3, 0.0, torch.bfloat16, "unique")
+        return solution.trajectory, solution.decode(weight).float(), solution.adjoint(grad, weight).float()
+
+    counted = results()
+    monkeypatch.setattr(unique, "counts_values", lambda device: False)
+    for got, expected in zip(results(), counted, strict=True):
+        assert float((got - expected).norm() / expected.norm()) < (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+# Weights that are not finite are still told, by name.
+
+
+def test_a_backend_that_is_not_there_is_refused_before_training(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"backend: 'dense' is not one of"):
+        prepared(tiny_model, "dense")
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj\.weight: backend: unique needs single values"):
+        edkm.prepare(tiny_model, edkm.ClusterConfig(dim=2, embedding_bits=0), backend="unique")
+    with pytest.raises(ValueError, match="backend: unique, fused, compiled or auto, got 'dense'"):
+        edkm.Callback(tmp_path / "packed", backend="dense")
+
+
+@pytest.mark.parametrize("backend", ["unique", "fused", "compiled"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [0, 16])
+def test_a_weight_that_is_not_finite_is_named_at_the_end_of_the_step(tiny_model, backend, value, rows):
+    model = prepared(tiny_model, backend, rows_per_lut=rows)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    model(**batch()).loss.backward()
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: NaN or infinite values.*learning rate"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_not_written(tiny_model, value):
+    model = prepared(tiny_model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: NaN or infinite values"):
+        edkm.freeze(model)
+
+
+def test_a_step_looks_at_the_layers_that_moved_in_it_and_forgets_models_that_are_gone(tiny_model):
+    gone, model = prepared(tiny_model), prepared(tiny_model)
+    for one in (gone, model):
+        with torch.no_grad():
+            one.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
+    gone(**batch())
+    del gone, one
+    gc.collect()
+    linear = nn.Linear(2, 2)
+    linear(torch.ones(2)).sum().backward()
+    torch.optim.SGD(linear.parameters(), lr=1e-3).step()
+
+
+# float64.
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("unique", torch.float32), ("fused", torch.bfloat16), ("compiled", torch.float32)])
+def test_no_float64_from_calibration_to_freezing(tiny_model, tiny_tokenizer, backend, dtype):
+    """k-means on a CPU keeps its sums in C."""
+    if not compiled.available():
+        pytest.skip("no C compiler: the host's sums are float64 tensors")
+    model, config = tiny_model.to(dtype), edkm.ClusterConfig(bits=2, rows_per_lut=16, embedding_bits=4, anneal_steps=3)
+    with RefuseFloat64():
+        importance = edkm.calibrate(model, [batch()])
+        tokens = edkm.sensitivity(model, config, [batch()])
+        chosen = edkm.allocate(model, config, [batch()], 3.3, importance=importance)
+        centroids = edkm.fit(model, chosen, [batch()], importance=importance, sensitivity=tokens)
+        edkm.prepare(model, chosen, importance=importance, centroids=centroids, backend=backend)
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
+        for _ in range(2):
+            model(**batch()).loss.backward()
+            optimizer.step()
+        perplexity(model, tiny_tokenizer, TEXT, window=16)
+        with edkm.soft_weights(model):
+            model.eval()(**batch())
+        edkm.freeze(model)
+
+
+# Devices.
+
+
+def run_on_a_device_that_is_not_there():
+    """Tensors have shapes and a device, and no values: mixing devices fails, and so does asking for a value."""
+    backend_registration._setup_privateuseone_for_python_backend("elsewhere")
+    # The backward pass of a layer switches autocast off.
+    torch.elsewhere.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    for dtype, config in itertools.product(
+        (torch.float32, torch.bfloat16),
+        ({"rows_per_lut": 0, "embedding_bits": 4}, {"rows_per_lut": 2, "anneal_steps": 3}, {"dim": 2}, {"softness": 0.0}),
+    ):
+        model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64), nn.ReLU(), nn.Conv1d(8, 4, 3)).to(dtype)
+        edkm.prepare(model, edkm.ClusterConfig(**{"bits": 2, "rows_per_lut": 0, **config}))
+        with FakeTensorMode(), RefuseFloat64():
+            for module in model.modules():
+                for kept in (module._parameters, module._buffers):
+                    for name, tensor in kept.items():
+                        if tensor is not None:
+                            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="elsewhere")
+                            kept[name] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+            ids = torch.empty(2, 8, dtype=torch.int64, device="elsewhere")
+            for _ in range(2):
+                out = model.train()(ids)
+                out.float().square().sum().backward()
+            assert {p.grad.device.type for p in model.parameters()} == {"elsewhere"}
+            assert {p.grad.dtype for p in model.parameters()} == {dtype}
+            with torch.no_grad():
+                assert model.eval()(ids).device.type == "elsewhere"
+                with edkm.soft_weights(model):
+                    model(ids)
+            assert {b.device.type for *_, c in clusterings(model) for b in c.buffers() if b is not None} == {"elsewhere"}
+    print("ran")
+
+
+def test_a_step_and_an_evaluation_on_a_device_that_is_not_there():
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("torch cannot make up a device")
+    script = "import test_devices; test_devices.run_on_a_device_that_is_not_there()"
+    found = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert found.stdout == "ran\n", found.stderr
+
+
+def test_other_devices_than_a_cpu_and_cuda_are_fitted_by_the_host(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compiled, "available", lambda: asked.append(1) or False)
+    for kind in ("mps", "cuda", "xpu"):
+        assert not compiled.takes(torch.device(kind), 8, 1)
+        assert edkm.choose_backend(torch.empty(64, 64, device="meta"), 1, 8, 1, torch.bfloat16, torch.device(kind))[0] != "compiled"
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "world", "device"),
+    [(False, False, 1, "cpu"), (False, True, 1, "mps"), (False, True, 2, "cpu"), (True, True, 1, "cuda"), (True, False, 2, "cuda")],
+)
+def test_the_device_that_is_taken(monkeypatch, cuda, mps, world, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(trainer.ranks, "world", lambda: world)
+    assert trainer.pick_device() == device
+    assert device != "mps" or trainer.resolve_precision("auto") == "fp32"
+
+
+def test_compress_moves_the_model_to_the_device_and_says_which(tiny_dir, tmp_path, monkeypatch, capsys):
+    from edkm.cli import main
+
+    moved = []
+    monkeypatch.setattr(command, "_to_device", lambda model, args: moved.append(type(model).__name__) or "cpu")
+    data = tmp_path / "train.txt"
+    data.write_text(TEXT * 40)
+    more = ["--steps", "2", "--plain-steps", "1", "--block-tokens", "64", "--rows-per-lut", "16", "--precision", "fp32"]
+    assert main(["compress", str(tiny_dir), "--data", str(data), "--out", str(tmp_path / "out"), *more]) == 0
+    assert "device: cpu, fp32\n" in capsys.readouterr().out
+    assert len(moved) == 2  # before the plain steps, and the model that is read again after them

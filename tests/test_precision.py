@@ -1,0 +1,339 @@
+"""The whole way of a model, from calibration to the packed file, in every precision that people train in.
+
+bf16 autocast and 16-bit parameters work on any CPU, which has the arithmetic or imitates it.
+"""
+
+import copy
+import functools
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import edkm
+from edkm import demo
+from edkm.cli import main
+from edkm.compressed import hf
+from edkm.core import curvature
+from edkm.core.assign import assign, lookup
+from edkm.evaluate import generate, perplexity
+from edkm.train import trainer
+from edkm.train.calibrate import end_autocast, evaluating
+from edkm.train.prepare import clusterings
+
+TEXT = "the quick brown fox jumps over the lazy dog and the other dog " * 8
+CONFIG = edkm.ClusterConfig(bits=3, rows_per_lut=16)
+
+
+class Precision(NamedTuple):
+    """Of the parameters, and whether training runs in bf16 autocast."""
+
+    dtype: torch.dtype
+    autocast: bool
+
+    def __call__(self):
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
+
+    @property
+    def error(self):
+        """Of a number made with a model of such parameters."""
+        return {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[self.dtype]
+
+
+PRECISIONS = {
+    "float32": Precision(torch.float32, False),
+    "bf16 autocast": Precision(torch.float32, True),
+    "bfloat16": Precision(torch.bfloat16, False),
+    "float16": Precision(torch.float16, False),
+}
+both_trainings = pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request):
+    return PRECISIONS[request.param]
+
+
+def rows(count=24, length=32):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 300, (count, length), generator=generator).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def batches(count=4):
+    ids = torch.tensor([row["input_ids"] for row in rows(2 * count)]).view(count, 2, -1)
+    return [{"input_ids": part, "labels": part} for part in ids]
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(torch.arange(40).view(2, 20)).logits
+
+
+def arguments(tmp_path, **more):
+    defaults = {"output_dir": str(tmp_path / "run"), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    defaults |= {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
+    # AdamW's moments of small gradients are zero in float16.
+    return TrainingArguments(**{**defaults, "lr_scheduler_type": "constant", "optim": "sgd", **more})
+
+
+def train(model, tmp_path, precision, callbacks=(), resume=None, **more):
+    more = {"bf16": precision.autocast, **more}
+    Trainer(model=model, args=arguments(tmp_path, **more), train_dataset=rows(), callbacks=list(callbacks)).train(resume)
+
+
+def findings(model, tokenizer):
+    """What is computed with a model besides training it."""
+    importance = edkm.calibrate(model, batches())
+    tokens = edkm.sensitivity(model, CONFIG, batches())
+    config = edkm.allocate(model, CONFIG, batches(), 3.3, importance=importance)
+    errors = {}
+    moved = copy.deepcopy(model) if "forward" not in vars(model) else model
+    centroids = edkm.fit(moved, CONFIG, batches(), importance=importance, sensitivity=tokens, report=errors.__setitem__)
+    score = perplexity(moved, tokenizer, TEXT, window=64).nll
+    return importance, tokens, config, centroids, errors, score, generate(moved, tokenizer, "the quick", max_new_tokens=5)
+
+
+def same(a, b):
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# Every precision, all the way.
+
+
+def loaded(model, dtype):
+    """Parameters of a dtype, as `from_pretrained` makes them; `to` would also round the rotary frequencies."""
+    model = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
+def test_from_calibration_to_the_packed_file(precision, tiny_model, tiny_tokenizer, tmp_path):
+    reference, model = copy.deepcopy(tiny_model), loaded(tiny_model, precision.dtype)
+    exact = edkm.calibrate(copy.deepcopy(reference).double(), batches())
+    expected, importance = {}, edkm.calibrate(reference, batches())
+    centroids = edkm.fit(reference, CONFIG, batches(), importance=importance, report=expected.__setitem__)
+    edkm.prepare(reference, CONFIG, importance=importance, centroids=centroids)
+    with precision():
+        importance = edkm.calibrate(model, batches())
+        errors = {}
+        centroids = edkm.fit(model, CONFIG, batches(), importance=importance, report=errors.__setitem__)
+        edkm.prepare(model, CONFIG, importance=importance, centroids=centroids)
+        fitted = perplexity(model, tiny_tokenizer, TEXT, window=64)
+    for name, one in importance.items():
+        torch.testing.assert_close(one, exact[name].float(), rtol=precision.error, atol=1e-6)
+    for name, error in errors.items():
+        assert error == pytest.approx(expected[name], rel=0.2)
+    # What was fitted is what is on the tables now.
+    assert fitted.nll == pytest.approx(perplexity(reference, tiny_tokenizer, TEXT, window=64).nll, rel=precision.error * 2)
+    losses = []
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+    for _ in range(3):
+        for batch in batches():
+            with precision():
+                loss = model(**batch).loss
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(p.isfinite().all() and p.dtype == precision.dtype for p in model.parameters())
+    assert losses[-1] < losses[3] and {int(c.step) for *_, c in clusterings(model)} == {12}
+    with precision():
+        hard = perplexity(model, tiny_tokenizer, TEXT, window=64).nll
+        with edkm.soft_weights(model):
+            assert perplexity(model, tiny_tokenizer, TEXT, window=64).nll == pytest.approx(hard, rel=0.05)
+    edkm.save(model, tmp_path / "packed", tiny_tokenizer)
+    packed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dequantize()
+    assert packed.dtype == precision.dtype and torch.equal(logits(packed), logits(model))
+    assert perplexity(packed, tiny_tokenizer, TEXT, window=64).nll == hard
+    dense = hf.load(tmp_path / "packed", precision.dtype)
+    assert torch.equal(logits(dense), logits(model))
+
+
+def test_the_callback_writes_the_model_that_it_leaves_and_resumes_to_it(precision, tiny_model, tmp_path):
+    start = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+
+    def run(where, resume=None, **more):
+        model = type(tiny_model)(tiny_model.config)
+        model.load_state_dict(start)
+        model = loaded(model, precision.dtype)
+        callback = edkm.Callback(tmp_path / where / "packed", CONFIG, plain_share=0.5, calibration_tokens=128)
+        train(model, tmp_path / where, precision, [callback], resume, gradient_accumulation_steps=2, **more)
+        return model
+
+    whole = run("whole", save_strategy="steps", save_steps=3)
+    assert "forward" not in vars(whole)
+    assert torch.equal(logits(whole), logits(hf.load(tmp_path / "whole" / "packed", precision.dtype)))
+    run("parts", resume=str(tmp_path / "whole" / "run" / "checkpoint-3"))
+    files = [(tmp_path / where / "packed" / "model.safetensors").read_bytes() for where in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+def test_sensitivity_and_the_choice_of_bits(precision, tiny_model):
+    exact = edkm.sensitivity(tiny_model, CONFIG, batches())
+    model = loaded(tiny_model, precision.dtype)
+    with precision():
+        found = edkm.sensitivity(model, CONFIG, batches())
+        config = edkm.allocate(model, CONFIG, batches(), 3.3, importance=edkm.calibrate(model, batches()))
+    assert found.keys() == exact.keys() and len(config.overrides) == 14
+    for name, tokens in found.items():
+        # Of a token's four numbers, to the sum over all.
+        assert float((tokens - exact[name]).abs().sum() / exact[name].sum()) < 3 * precision.error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [3, 6, 8])
+def test_rounding_leaves_fitted_weights_on_their_centroids(dtype, bits):
+    """Were the targets only rounded, one of a hundred would lie nearer to the next of 256 centroids."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 64) @ torch.randn(64, 64)
+    weight = (0.02 * torch.randn(64, 64)).to(dtype)
+    moment = x.T @ x / len(x)
+    fit = curvature.fit(weight, moment, bits, rows_per_lut=64, shrinkage=0)
+    off = lookup(assign(fit.weight, fit.centroids), fit.centroids) - weight.float()
+    error = ((off @ moment) * off).sum() / ((weight.float() @ moment) * weight.float()).sum()
+    assert fit.weight.dtype == dtype and float(error) == pytest.approx(fit.errors[-1], rel=1e-3)
+
+
+# Nothing but training runs in autocast.
+
+
+def test_an_autocast_around_the_call_changes_nothing(tiny_model, tiny_tokenizer):
+    expected = findings(tiny_model, tiny_tokenizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_model(**batches(1)[0])  # autocast keeps 16-bit copies of the weights
+        assert same(findings(tiny_model, tiny_tokenizer), expected)
+
+
+@pytest.mark.parametrize("trainings", [1, 2])
+def test_a_training_of_the_users_own_changes_nothing(tiny_model, tiny_tokenizer, tmp_path, trainings):
+    """Two Trainers wrap the model's `forward` twice if the first wrapping is not marked."""
+    for _ in range(trainings):
+        vars(tiny_model).pop("_is_accelerate_prepared", None)
+        train(tiny_model, tmp_path, PRECISIONS["bf16 autocast"], learning_rate=0)
+    wrapped, other = tiny_model.forward, type(tiny_model)(tiny_model.config)
+    assert logits(tiny_model).equal(logits(tiny_model)) and "forward" in vars(tiny_model)
+    other.load_state_dict(tiny_model.state_dict())
+    assert same(findings(tiny_model, tiny_tokenizer), findings(other, tiny_tokenizer))
+    assert tiny_model.forward is wrapped
+    end_autocast(tiny_model)
+    assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & set(vars(tiny_model))
+
+
+def test_a_forward_that_others_wrapped_is_put_back(tiny_model, tmp_path):
+    own = type(tiny_model).forward
+
+    @functools.wraps(own)
+    def mine(*args, **kwargs):  # as hooks of Accelerate are
+        return own(tiny_model, *args, **kwargs)
+
+    tiny_model.forward = mine
+    with evaluating(tiny_model):
+        assert tiny_model.forward is mine
+    train(tiny_model, tmp_path, PRECISIONS["bf16 autocast"])
+    with evaluating(tiny_model):
+        assert tiny_model.forward is mine
+    end_autocast(tiny_model)
+    assert tiny_model.forward is mine
+
+
+@both_trainings
+@pytest.mark.parametrize("ending", ["end", "error", "interrupt"])
+def test_training_leaves_forward_as_it_was(tiny_model, tmp_path, monkeypatch, autocast, ending):
+    class Block(dict):
+        pass
+
+    blocks = [{"input_ids": torch.tensor(row["input_ids"]), "labels": torch.tensor(row["labels"])} for row in rows()]
+
+    class End(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append("forward" in vars(tiny_model))
+            if ending != "end":
+                raise RuntimeError if ending == "error" else KeyboardInterrupt
+
+    seen = []
+    made = trainer._Trainer.__init__
+    monkeypatch.setattr(trainer._Trainer, "__init__", lambda self, **more: made(self, **more) or self.add_callback(End()))
+    settings = trainer.TrainSettings(steps=2, lr=1e-3, precision="bf16" if autocast else "fp32")
+    if ending == "end":
+        trainer.train(tiny_model, blocks, settings, tmp_path / "work")
+    else:
+        with pytest.raises(RuntimeError if ending == "error" else KeyboardInterrupt):
+            trainer.train(tiny_model, blocks, settings, tmp_path / "work")
+    assert seen[0] == autocast and not {"forward", "_original_forward", "_is_accelerate_prepared"} & set(vars(tiny_model))
+
+
+def test_trl_with_accumulated_gradients(tiny_model, chat_tokenizer, tmp_path):
+    data = Dataset.from_list([{"prompt": "the quick brown", "completion": " fox jumps over"}] * 16)
+    settings = {"bf16": True, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 4, "learning_rate": 1e-2}
+    settings |= {"activation_checkpointing": True, "report_to": [], "use_cpu": True, "save_strategy": "no", "dataloader_pin_memory": False}
+    callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.5, calibration_tokens=64)
+    sft = SFTTrainer(
+        tiny_model,
+        args=SFTConfig(output_dir=str(tmp_path / "run"), max_steps=4, **settings),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=chat_tokenizer,
+        callbacks=[callback],
+    )
+    sft.train()
+    packed = hf.load(tmp_path / "packed")
+    assert torch.equal(logits(packed), logits(tiny_model))
+    # The loss that the Trainer measured while it trained, in its autocast, is that of the packed model in the same.
+    evaluated = next(entry["eval_loss"] for entry in sft.state.log_history if "eval_loss" in entry)
+    args = SFTConfig(output_dir=str(tmp_path / "run"), **settings)
+    again = SFTTrainer(packed, args=args, train_dataset=data, eval_dataset=data, processing_class=chat_tokenizer)
+    assert again.evaluate()["eval_loss"] == evaluated
+
+
+# The packed model is the trained one, in a process that never saw the training.
+
+
+@both_trainings
+def test_the_compressed_model_in_a_fresh_process(tiny_dir, tmp_path, autocast):
+    data, text, out = tmp_path / "train.json", tmp_path / "text.txt", tmp_path / "packed"
+    data.write_text(
+        json.dumps([{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)])
+    )
+    text.write_text(TEXT)
+    more = ["--steps", "4", "--lr", "1e-3", "--rows-per-lut", "16", "--block-tokens", "64", "--eval-text", str(text)]
+    assert (
+        main(["compress", str(tiny_dir), "--data", str(data), "--out", str(out), "--precision", "bf16" if autocast else "fp32", *more]) == 0
+    )
+    trained = next(s for s in json.loads((out / "edkm_report.json").read_text())["scores"] if s["model"] == "packed")
+    script = (
+        "import sys, edkm.evaluate, edkm.models\n"
+        "model, tokenizer = edkm.models.load_model(sys.argv[1])\n"
+        "print(repr(edkm.evaluate.perplexity(model, tokenizer, open(sys.argv[2]).read(), window=64).perplexity))"
+    )
+    found = subprocess.run([sys.executable, "-c", script, str(out), str(text)], capture_output=True, text=True, check=True)
+    assert float(found.stdout) == trained["perplexity"]
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-6])
+def test_the_demonstration_fails_if_the_packed_model_is_another(tmp_path, monkeypatch, difference):
+    figures = dict.fromkeys(("perplexity", "start", "soft", "hard", "seconds", "peak_mib", "bytes", "weights", "bits_per_weight"), 9.0)
+    figures |= dict.fromkeys(("clustered_bits_per_weight", "plain_seconds", "prepare_seconds", "clustered_seconds"), 9.0)
+    figures |= {"plain_steps": 9, "text": "It ends a loop."}
+
+    def run(command, **options):
+        stage = command[command.index("--stage") + 1]
+        found = {**figures, "perplexity": 9.0 + difference * (stage == "reload")}
+        (tmp_path / f"{stage}.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(demo, "_fetch", lambda out: None)
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    assert demo.main(["--out", str(tmp_path)]) == (1 if difference else 0)
