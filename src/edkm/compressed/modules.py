@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from edkm.compressed.dense_view import DenseView, Parameters
 from edkm.compressed.layout import LUT_SUFFIX, Entry
-from edkm.compressed.linear import PackedWeight, linear
+from edkm.compressed.linear import PackedWeight, is_recorded, linear
 from edkm.core.assign import LUT_DTYPE
 
 # Of an embedding, decoded at once: some 40 bytes live for each.
@@ -54,6 +54,8 @@ class Packed(nn.Module):
         if lut.is_meta and not stream.is_meta:
             kind = type(self).__name__
             raise ValueError(f"{kind}.{name}: its tables are offloaded with the layer it is tied to. Load without offload_buffers.")
+        if is_recorded(stream):  # what is made of recorded tensors is of no use later
+            return PackedWeight(stream, lut.to(stream.device), self.packed_entries[name])
         # Once and not at every product: a small layer is multiplied in less time than this takes.
         known = parameters.known.get(name)
         if known is not None and known[0].stream is stream and known[1] is lut and known[2] == stream.device:
@@ -69,6 +71,8 @@ class Packed(nn.Module):
             raise self._constant(name)
         if stream.is_meta:
             return stream
+        if is_recorded(stream):
+            return self.packed(name).dense(self.dense_dtype)
         return DenseView(self.packed(name), self.dense_dtype, f"{type(self).__name__}.{name}")
 
     def _constant(self, name: str) -> ValueError:
@@ -117,9 +121,10 @@ class PackedEmbedding(Packed, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, tokens = self.packed(), input.reshape(-1).long()  # rows * cols * bits may be beyond 32 bits
-        # A GPU would have to be waited for, and torch.compile to leave its graph.
-        looked_at = tokens.is_cpu and len(tokens) and not torch.compiler.is_compiling()
-        if looked_at and not 0 <= int(tokens.min()) <= int(tokens.max()) < weight.rows:
+        if is_recorded(tokens, weight.stream):  # neither may their values be looked at, nor their number
+            return _embedded(weight, tokens).to(self.dense_dtype).view(*input.shape, weight.cols)
+        # A GPU would have to be waited for.
+        if tokens.is_cpu and len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < weight.rows:
             raise IndexError(f"token {int(tokens.min())} or {int(tokens.max())} is not in the {weight.rows} rows of the embedding")
         out = torch.empty(len(tokens), weight.cols, dtype=self.dense_dtype, device=tokens.device)
         step = max(1, _EMBEDDED_WEIGHTS // weight.cols)
@@ -144,6 +149,8 @@ class _Dense(Packed):
     """Any other module: reads dense weights, decoded when it is called. For backward none of them is kept: it decodes what it needs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_recorded(*(self._parameters[name] for name in self.packed_entries)):  # pyright: ignore
+            return super().forward(*args, **kwargs)
         thread = threading.get_ident()
         # Experts read their weights once for each expert.
         mine = self.decoded[thread] = {name: self.packed(name).dense(self.dense_dtype) for name in self.packed_entries}
@@ -171,7 +178,7 @@ class _Dense(Packed):
         return weight.decode(first_row, last_row, dtype).as_strided(shape, stride, offset - first_row * weight.cols)
 
     def _read(self, name: str) -> Tensor:
-        mine = self.decoded.get(threading.get_ident())
+        mine = self.decoded.get(threading.get_ident()) if self.decoded else None
         return self.seen(name) if mine is None else mine[name]
 
 
