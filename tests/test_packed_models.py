@@ -336,15 +336,23 @@ def test_an_adapter_is_merged_after_dequantize(llama):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_saving_with_adapters_on(llama, tmp_path):
-    from peft import LoraConfig
-
     model = adapted(load(llama[0]))
     with pytest.raises(FormatError, match=r"q_proj.weight: is not packed any more.*unload\(\)"):
         model.get_base_model().save_pretrained(tmp_path / "base")
     model.unload().save_pretrained(tmp_path / "unloaded")
     same(load(tmp_path / "unloaded"), llama[1])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_that_transformers_has_added(llama, tmp_path):
+    import peft
+    from packaging.version import parse
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if parse(peft.__version__) < parse(MIN_PEFT_VERSION):
+        pytest.skip(f"transformers {transformers.__version__} wants peft {MIN_PEFT_VERSION}, this is {peft.__version__}")
     own = load(llama[0])
-    own.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    own.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     expected = logits(own)
     own.save_pretrained(tmp_path / "adapter")
     again = load(llama[0])

@@ -8,10 +8,13 @@ parameter is a `DenseView`.
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,8 @@ from edkm.core.assign import LUT_DTYPE
 
 # Of an embedding, decoded at once: some 40 bytes live for each.
 _EMBEDDED_WEIGHTS = 1 << 18
+# Of each stream of indices in use, by its id.
+_VIEWS: WeakValueDictionary[int, DenseView] = WeakValueDictionary()
 
 
 class Packed(nn.Module):
@@ -73,7 +78,20 @@ class Packed(nn.Module):
             return stream
         if is_recorded(stream):
             return self.packed(name).dense(self.dense_dtype)
-        return DenseView(self.packed(name), self.dense_dtype, f"{type(self).__name__}.{name}")
+        return self.view(name, stream)
+
+    def view(self, name: str, parameter: Any) -> Any:
+        """A parameter as it is counted and looked at: of a packed one, for all modules that share it, the same `DenseView`."""
+        if parameter is None or name not in self.packed_entries:
+            return parameter
+        weight, views = self.packed(name), cast(Parameters, self._parameters).views
+        known = views.get(name)
+        if known is None or known[0] is not weight or known[1].dtype != self.dense_dtype:
+            view = _VIEWS.get(id(parameter))
+            if view is None or not view.shows(weight, self.dense_dtype):
+                view = _VIEWS[id(parameter)] = DenseView(weight, self.dense_dtype, f"{type(self).__name__}.{name}")
+            known = views[name] = weight, view
+        return known[1]
 
     def _constant(self, name: str) -> ValueError:
         return ValueError(
@@ -84,12 +102,47 @@ class Packed(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes that are made here have no name to be found by.
         dims = [(name, entry.dim) for name, entry in self.packed_entries.items()]
-        return _blank, (self.ordinary, dims), {**self.__dict__, "decoded": {}}
+        return _blank, (self.ordinary, dims), {**self.__dict__, "decoded": {}, "_parameters": dict(self._parameters)}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._parameters = Parameters(self._parameters, self)  # pyright: ignore
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy. Of this module alone it is dense and ordinary: such copies are made to be trained (PEFT's `modules_to_save`)."""
+        alone = not memo
+        make, arguments, state = self.__reduce_ex__(4)
+        memo[id(self)] = other = make(*arguments)
+        other.__setstate__(copy.deepcopy(state, memo))
+        if alone:
+            unpack_modules(other)
+        return other
+
+    @contextmanager
+    def _as_kept(self) -> Iterator[None]:
+        """Within, torch's own methods meet the bytes of parameters and not their views."""
+        parameters = self._parameters
+        self._parameters = dict(parameters)
+        try:
+            yield
+        finally:
+            kept, self._parameters = self._parameters, parameters
+            for name, parameter in kept.items():
+                parameters[name] = parameter
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        with self._as_kept():
+            super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with self._as_kept():
+            super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
         kept = {name: b for name, b in self._buffers.items() if b is not None and name.removesuffix(LUT_SUFFIX) in self.packed_entries}
-        super()._apply(fn, recurse)
+        with self._as_kept():
+            super()._apply(fn, recurse)
         for name, before in kept.items():
             after = self._buffers[name]
             assert after is not None
@@ -196,7 +249,7 @@ def pack_module(module: nn.Module, name: str, entry: Entry, k: int, dtype: torch
     if not isinstance(module, Packed):
         # Not through setattr: a module in an attribute would be a child.
         module.__dict__ |= {"packed_entries": {}, "dense_dtype": dtype, "ordinary": type(module), "tables_of": None}
-        module.__dict__ |= {"decoded": {}, "_parameters": Parameters(module._parameters)}
+        module.__dict__ |= {"decoded": {}, "_parameters": Parameters(module._parameters, module)}
     module.__class__ = _packed_class(type(module), name, entry.dim)  # pyright: ignore
     assert isinstance(module, Packed)
     module.packed_entries[name] = entry
