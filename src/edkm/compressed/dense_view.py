@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from edkm.compressed.linear import PackedWeight
 
@@ -57,17 +57,25 @@ class DenseView(Tensor):
             return cls(args[0].packed, args[0].dtype, args[0].label)
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype) and kwargs.get("device") is not None:
             return cls(args[0].packed.to(kwargs["device"]), args[0].dtype, args[0].label)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
-                value._refuse("changed (by merging an adapter, say)")
-        args, kwargs = tree_map_only(cls, lambda view: view.packed.dense(view.dtype), (args, kwargs))
-        return func(*args, **kwargs)
+        written = []
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                written += [view for view in tree_leaves(value) if isinstance(view, cls)]
+        dense: dict[int, Tensor] = {}
+        args, kwargs = tree_map_only(cls, lambda view: dense.setdefault(id(view), view.packed.dense(view.dtype)), (args, kwargs))
+        out = func(*args, **kwargs)
+        for view in written:
+            # To write what stands there, as an average over all parameters does, is no change.
+            if not view._is_equal(dense[id(view)]):
+                view._refuse("changed (by merging an adapter, say)")
+        return out
 
     def shows(self, weight: PackedWeight, dtype: torch.dtype) -> bool:
         """Whether this is `weight` in `dtype`; its tables may be a copy."""
         mine = self.packed
         same = mine.stream is weight.stream and self.device == weight.stream.device and self.dtype == dtype
-        return same and (mine.lut is weight.lut or (not mine.lut.is_meta and torch.equal(mine.lut, weight.lut)))
+        return same and (mine.lut is weight.lut or mine.lut.is_meta or torch.equal(mine.lut, weight.lut))
 
     @property
     def data(self) -> DenseView:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -77,7 +85,7 @@ class DenseView(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         # Some code sets all parameters in another dtype: that is no change.
-        if value is not self and not (value.shape == self.shape and torch.equal(value, self.to(value.dtype))):
+        if value is not self and not self._is_equal(value):
             self._refuse("changed (by merging an adapter, say)")
 
     @property
@@ -101,6 +109,19 @@ class DenseView(Tensor):
         """Of the indices: equal for tied weights."""
         return self.packed.stream.data_ptr()
 
+    def is_contiguous(self, *_: Any, **__: Any) -> bool:
+        """No: whoever reads memory by address must make it so first, and `contiguous()` is the dense weight."""
+        return False
+
+    def contiguous(self, *_: Any, **__: Any) -> Tensor:
+        return self.packed.dense(self.dtype)
+
+    def numpy(self, **options: Any) -> Any:
+        return self.contiguous().numpy(**options)
+
+    def tolist(self) -> Any:
+        return self.contiguous().tolist()
+
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.packed.stream.untyped_storage()
 
@@ -112,6 +133,9 @@ class DenseView(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.packed.dense(self.dtype).__reduce_ex__(protocol)
+
+    def _is_equal(self, other: Tensor) -> bool:
+        return other.shape == self.shape and torch.equal(other, self.packed.dense(self.dtype).to(other.dtype))
 
     def _refuse(self, done: str) -> NoReturn:
         raise ValueError(
@@ -139,20 +163,23 @@ class Parameters(dict[str, Any]):
         if isinstance(value, DenseView):
             stream = value.packed.stream
             value = stream if isinstance(stream, nn.Parameter) else nn.Parameter(stream, requires_grad=False)
+        elif value is not None and value.dtype != torch.uint8 and name in self.module().packed_entries:
+            raise ValueError(
+                f"{type(self.module()).__name__}.{name}: is packed, and {value.dtype} {list(value.shape)} cannot be set in its place. "
+                "Call dequantize() on the model first."
+            )
         self.known.pop(name, None)
         self.views.pop(name, None)
         super().__setitem__(name, value)
 
     def items(self) -> Any:
-        if _exporting():  # the program keeps the bytes
-            return super().items()
-        return {name: self.module().view(name, value) for name, value in super().items()}.items()
+        kept, module = dict(self), self.module()
+        # torch makes a program of the model, and collects the parameters before and after it records.
+        if getattr(sys.modules.get("torch.export._trace"), "_EXPORT_MODULE_HIERARCHY", None) is not None:
+            return kept.items()  # of bytes
+        if getattr(torch.jit._trace, "_trace_module_map", None) is not None:  # there they are constants
+            return {name: value for name, value in kept.items() if name not in module.packed_entries}.items()
+        return {name: module.view(name, value) for name, value in kept.items()}.items()
 
     def values(self) -> Any:
         return dict(self.items()).values()
-
-
-def _exporting() -> bool:
-    """Whether torch.export is at work, also before and after it traces, where it collects the parameters."""
-    at_work = getattr(sys.modules.get("torch.export._trace"), "_EXPORT_MODULE_HIERARCHY", None) is not None
-    return at_work or torch.compiler.is_exporting()

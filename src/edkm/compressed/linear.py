@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.fx import Proxy
 
 from edkm.compressed import cpu
 from edkm.compressed.layout import Entry
@@ -83,13 +84,23 @@ class PackedWeight:
 
 
 def is_recorded(*tensors: Tensor) -> bool:
-    """Whether somebody records or transforms what is done with a tensor: torch.compile, export, trace, a mode, vmap, a subclass."""
+    """Whether somebody records or transforms what is done with a tensor: torch.compile, export, trace, a mode, vmap, a subclass.
+
+    Raises:
+        ValueError: a tensor stands for any other (torch.fx.symbolic_trace).
+    """
+    for tensor in tensors:
+        if isinstance(tensor, Proxy):
+            raise ValueError(
+                "torch.fx.symbolic_trace knows no shapes, as packed layers must. Use torch.export, or call dequantize() first."
+            )
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return True
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
     )
 
 
@@ -109,11 +120,12 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     Cost:
         Nothing is kept for backward but the packed weight itself; backward decodes it again, tile by tile.
     """
+    recorded = is_recorded(x, weight.stream)
     if not x.is_floating_point():
         raise ValueError(f"x: a packed linear layer takes floating point, got {x.dtype}. Convert it first.")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as autocast does
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if is_recorded(x, weight.stream):
+    if recorded:
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             return _operator(x, weight.stream, weight.lut, *weight.matrix)
         return F.linear(x, weight.dense(x.dtype))

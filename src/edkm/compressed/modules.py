@@ -59,14 +59,13 @@ class Packed(nn.Module):
         if lut.is_meta and not stream.is_meta:
             kind = type(self).__name__
             raise ValueError(f"{kind}.{name}: its tables are offloaded with the layer it is tied to. Load without offload_buffers.")
-        if is_recorded(stream):  # what is made of recorded tensors is of no use later
-            return PackedWeight(stream, lut.to(stream.device), self.packed_entries[name])
         # Once and not at every product: a small layer is multiplied in less time than this takes.
-        known = parameters.known.get(name)
+        known = None if torch.compiler.is_compiling() else parameters.known.get(name)
         if known is not None and known[0].stream is stream and known[1] is lut and known[2] == stream.device:
             return known[0]
         weight = PackedWeight(stream, lut.to(stream.device), self.packed_entries[name])
-        parameters.known[name] = weight, lut, stream.device
+        if not is_recorded(stream):  # what is made while somebody records is of no use later
+            parameters.known[name] = weight, lut, stream.device
         return weight
 
     def seen(self, name: str) -> Tensor:
@@ -202,7 +201,7 @@ class _Dense(Packed):
     """Any other module: reads dense weights, decoded when it is called. For backward none of them is kept: it decodes what it needs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if is_recorded(*(self._parameters[name] for name in self.packed_entries)):  # pyright: ignore
+        if is_recorded(*(self._parameters.get(name) for name in self.packed_entries)):  # pyright: ignore
             return super().forward(*args, **kwargs)
         thread = threading.get_ident()
         # Experts read their weights once for each expert.
@@ -302,6 +301,8 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     packed = [
         (module, name, module.packed(name)) for module in model.modules() if isinstance(module, Packed) for name in module.packed_entries
     ]
+    for module in {module for module, _, _ in packed}:
+        module._parameters = dict(module._parameters)
     dense: dict[Tensor, nn.Parameter] = {}
     for module, name, weight in packed:
         if weight.stream not in dense:
@@ -310,6 +311,5 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         module._buffers.pop(name + LUT_SUFFIX, None)
     for module in {module for module, _, _ in packed}:
         module.__class__ = module.ordinary  # pyright: ignore
-        module._parameters = dict(module._parameters)
         for attribute in ("packed_entries", "dense_dtype", "ordinary", "tables_of", "decoded"):
             del module.__dict__[attribute]

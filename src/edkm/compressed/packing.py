@@ -103,28 +103,30 @@ def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: int, count: int, at_once: int) -> Tensor:
-    packed = packed.contiguous()
+    if count <= at_once:
+        return _unpack_block(packed, bits)[:count]
     indices = packed.new_empty(count)
-    period, width = _period(bits)
-    mask = (1 << bits) - 1
     for start in range(0, count, at_once):
         size = min(at_once, count - start)
         first = start * bits // 8
-        block = packed[first : first + packed_bytes(size, bits)]
-        if block.numel() % width:
-            padded = block.new_zeros(math.ceil(block.numel() / width) * width)
-            padded[: block.numel()] = block
-            block = padded
-        rows = block.view(-1, width)  # [m, width]
-        out = rows.new_empty(rows.shape[0], period)  # [m, period]
-        for column in range(period):
-            byte, shift = divmod(column * bits, 8)
-            value = rows[:, byte] >> shift
-            if shift + bits > 8:
-                value |= rows[:, byte + 1] << (8 - shift)
-            out[:, column] = value & mask
-        indices[start : start + size] = out.view(-1)[:size]
+        indices[start : start + size] = _unpack_block(packed[first : first + packed_bytes(size, bits)], bits)[:size]
     return indices
+
+
+def _unpack_block(block: Tensor, bits: int) -> Tensor:
+    """All indices of a part of the stream, and those that padding would be."""
+    period, width = _period(bits)
+    if block.numel() % width:
+        block = torch.nn.functional.pad(block, (0, -block.numel() % width))
+    rows = block.reshape(-1, width)  # [m, width]
+    columns = []
+    for column in range(period):
+        byte, shift = divmod(column * bits, 8)
+        value = rows[:, byte] >> shift
+        if shift + bits > 8:
+            value = value | rows[:, byte + 1] << (8 - shift)
+        columns.append(value & ((1 << bits) - 1))
+    return torch.stack(columns, 1).view(-1)  # [m * period]
 
 
 def unpack_rows(packed: Tensor, bits: int, shape: tuple[int, int], start: int, stop: int, in_blocks: bool = True) -> Tensor:
