@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.jit import _trace
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from edkm.compressed.linear import PackedWeight
@@ -96,7 +97,7 @@ class DenseView(Tensor):
     def requires_grad(self, value: bool) -> None:
         self.requires_grad_(value)
 
-    def requires_grad_(self, requires_grad: bool = True) -> DenseView:
+    def requires_grad_(self, requires_grad: bool = True) -> DenseView:  # pyright: ignore[reportIncompatibleMethodOverride]
         if requires_grad:
             self._refuse("trained (put an adapter on its layer, or leave the layer out when compressing)")
         return self
@@ -135,7 +136,9 @@ class DenseView(Tensor):
         return self.packed.dense(self.dtype).__reduce_ex__(protocol)
 
     def _is_equal(self, other: Tensor) -> bool:
-        return other.shape == self.shape and torch.equal(other, self.packed.dense(self.dtype).to(other.dtype))
+        if other.shape != self.shape or other.is_meta != self.is_meta:
+            return False
+        return self.is_meta or torch.equal(other, self.packed.dense(self.dtype).to(other.dtype))
 
     def _refuse(self, done: str) -> NoReturn:
         raise ValueError(
@@ -177,7 +180,7 @@ class Parameters(dict[str, Any]):
         # torch makes a program of the model, and collects the parameters before and after it records.
         if getattr(sys.modules.get("torch.export._trace"), "_EXPORT_MODULE_HIERARCHY", None) is not None:
             return kept.items()  # of bytes
-        if getattr(torch.jit._trace, "_trace_module_map", None) is not None:  # there they are constants
+        if getattr(_trace, "_trace_module_map", None) is not None:  # there they are constants
             return {name: value for name, value in kept.items() if name not in module.packed_entries}.items()
         return {name: module.view(name, value) for name, value in kept.items()}.items()
 

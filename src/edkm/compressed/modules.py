@@ -129,13 +129,13 @@ class Packed(nn.Module):
             for name, parameter in kept.items():
                 parameters[name] = parameter
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with self._as_kept():
-            super()._save_to_state_dict(*args)
+            super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with self._as_kept():
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
