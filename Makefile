@@ -9,13 +9,16 @@ PEERS := .venv-peers
 BASELINES := .venv-baselines
 # coreai-opt brings torchao, which transformers would import, too.
 COREAI := .venv-coreai
+# All of it, nothing pinned but torch: what pip gives a user today.
+LATEST := .venv-latest
 
-.PHONY: help setup demo test test-coreai check format baselines bench bench-gpu clean
+.PHONY: help setup demo test test-coreai test-latest check format baselines bench bench-gpu clean
 
 help:
 	@echo "make demo       compress SmolLM2-135M to 3.2 bits a weight while fine-tuning it, and print one table"
 	@echo "make test       run the tests"
 	@echo "make test-coreai  those of edkm.coreai, in an environment that has coreai-opt"
+	@echo "make test-latest  all of them, with the newest of every dependency but torch"
 	@echo "make check      format, lint and types"
 	@echo "make baselines  the environment of edkm compare's gptq, awq and smoothquant"
 	@echo "make bench      time and memory of the clustering, and of packed layers, beside others"
@@ -43,6 +46,14 @@ $(COREAI)/.ready: pyproject.toml constraints.txt
 
 test-coreai: $(COREAI)/.ready
 	$(COREAI)/bin/python -m pytest tests/test_coreai.py
+
+test-latest:
+	$(PYTHON) -m venv $(LATEST)
+	grep '^torch==' constraints.txt > $(LATEST)/constraints.txt
+	$(LATEST)/bin/python -m pip install --quiet --constraint $(LATEST)/constraints.txt torch
+	$(LATEST)/bin/python -m pip install --quiet --constraint $(LATEST)/constraints.txt \
+		--upgrade --upgrade-strategy eager --editable ".[dev,coreai]"
+	$(LATEST)/bin/python -m pytest -n 2
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -80,4 +91,4 @@ bench-gpu:
 	PYTHONPATH=src python3 -m benchmarks generation --device cuda --json benchmarks/results/generation-cuda.json
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(BASELINES) $(COREAI) out
+	rm -rf $(VENV) $(PEERS) $(BASELINES) $(COREAI) $(LATEST) out

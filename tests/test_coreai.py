@@ -27,7 +27,7 @@ import edkm
 from edkm.core.assign import lookup
 from edkm.coreai import EdkmTrainingSpec, attach
 
-# coreai-opt 0.3 reads `model_fields` from an instance, which pydantic 2.11 deprecates.
+# coreai-opt 0.4 reads `model_fields` from an instance, which pydantic 2.11 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the 'model_fields' attribute on the instance")
 ROOT = Path(__file__).resolve().parents[1]
 ROWS4 = PerGroupedChannelGranularity(axis=0, group_size=4)
@@ -97,7 +97,7 @@ def assert_hard(step, weight, out):
     assert torch.equal(step.indices.flatten(1), frozen.indices)
     assert torch.equal(step.lut.flatten(), frozen.lut.flatten().to(step.lut.dtype))
     assert torch.equal(out, lookup(frozen.indices, frozen.lut, weight.dtype).view(weight.shape))
-    for rows in out.detach().view(frozen.lut.shape[0], -1):
+    for rows in out.detach().reshape(frozen.lut.shape[0], -1):
         assert rows.unique().numel() <= 2**step.n_bits * step.cluster_dim
 
 
@@ -363,6 +363,7 @@ def test_copies_go_on_alone():
     [
         ({"lut_qspec": QuantizationSpec(dtype=torch.int8, qscheme=QuantizationScheme.SYMMETRIC)}, "tables are float16, .* lut_qspec=None"),
         ({"enable_per_channel_scale": True}, "Set enable_per_channel_scale=False"),
+        ({"sparsity_detection_threshold": 0.5}, "Set sparsity_detection_threshold=None"),
         ({"granularity": PerGroupedChannelGranularity(axis=1, group_size=4)}, r"got axis=1\. Use PerGroupedChannelGranularity\(axis=0\)"),
         ({"granularity": PerGroupedChannelGranularity(axis=0, group_size=1), "n_bits": 6}, "64 centroids need at least 64 weights, got 16"),
         ({"state": "bias"}, r"matrices and convolutions, got \[32\]\. Leave it out of op_state_spec"),

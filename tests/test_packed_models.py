@@ -12,7 +12,9 @@ import pytest
 import torch
 import transformers
 from packed import TINY, TOKENS, freeze, logits, pack, same
+from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM
 
 from edkm.compressed import hf, modules
@@ -55,6 +57,71 @@ def load(directory, **options):
     return AutoModelForCausalLM.from_pretrained(directory, **options)
 
 
+# Going over all parameters.
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def tied(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tied")
+    return directory, pack(make("llama", tie_word_embeddings=request.param), directory)
+
+
+def test_it_has_the_parameters_of_the_model_that_it_stands_for(tied, tmp_path):
+    directory, model = tied
+    loaded, file = load(directory), directory / "model.safetensors"
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    on_disk = load(directory, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    for found in (loaded, copy.deepcopy(loaded), on_disk, loaded.to(torch.bfloat16)):
+        assert {name: p.shape for name, p in found.named_parameters()} == shapes
+        for options in ({}, {"exclude_embeddings": True}):
+            assert found.num_parameters(**options) == model.num_parameters(**options)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16} == {loaded.dtype}
+    # The memory is that of the bytes.
+    assert 0.9 * file.stat().st_size < loaded.get_memory_footprint() < 1.1 * file.stat().st_size
+
+
+def test_all_parameters_at_once(tied):
+    loaded, dense = load(tied[0]), load(tied[0]).dequantize()
+    vector = torch.nn.utils.parameters_to_vector(loaded.parameters())
+    assert torch.equal(vector, torch.nn.utils.parameters_to_vector(dense.parameters()))
+    torch.nn.utils.vector_to_parameters(vector, loaded.parameters())  # what stands there already
+    torch.optim.AdamW(loaded.parameters(), weight_decay=0.1).step()
+    loaded.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"cannot be trained \(put an adapter on its layer, or leave the layer out.*dequantize\(\)"):
+        loaded.requires_grad_(True)
+    with pytest.raises(ValueError, match="cannot be trained"):
+        loaded.lm_head.weight.requires_grad = True
+    with pytest.raises(ValueError, match="non contiguous"):  # its memory is not that of a dense weight
+        save_file(dict(loaded.named_parameters()), "nowhere")
+    assert loaded.lm_head.weight.numpy().tolist() == loaded.lm_head.weight.tolist() == dense.lm_head.weight.tolist()
+    same(loaded, tied[1])
+
+
+def test_an_average_of_all_parameters(llama):
+    loaded = load(llama[0])
+    average = AveragedModel(loaded, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(2):
+        loaded.model.norm.weight.data += 1
+        average.update_parameters(loaded)
+    assert average.module.model.norm.weight[0].item() == pytest.approx(2 + 0.1)
+    x = torch.randn(2, 64)
+    assert torch.equal(average.module.lm_head(x), loaded.lm_head(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_is_the_file(llama, assign):
+    loaded, other = load(llama[0]), load(llama[0])
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    assert state["lm_head.weight"].dtype == torch.uint8
+    for tensor in loaded.state_dict().values():
+        tensor.zero_()
+    assert not logits(loaded).any()
+    loaded.load_state_dict(state, assign=assign)
+    same(loaded, llama[1])
+    with pytest.raises(ValueError, match=r"PackedLinear.weight: is packed, and torch.float32 \[300, 64\] cannot be set.*dequantize\(\)"):
+        loaded.lm_head.weight = nn.Parameter(torch.zeros(300, 64))
+
+
 # Reading a weight.
 
 
@@ -76,6 +143,7 @@ def test_a_weight_reads_as_the_dense_one():
     assert torch.equal(torch.cat([weight, weight]), torch.cat([dense, dense]))
     assert torch.equal(weight.to(torch.float64), dense.double()) and "packed in 180 bytes" in repr(weight)
     x = torch.randn(2, 20, requires_grad=True)
+    assert copy.deepcopy(weight) is weight and weight.data.copy_(dense.clone()) is not None  # no change
     (x @ weight.t()).square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * (x.detach() @ dense.t()) @ dense)
     assert module.to(torch.bfloat16).weight.dtype == torch.bfloat16
@@ -89,6 +157,9 @@ def test_a_weight_reads_as_the_dense_one():
         lambda weight: setattr(weight, "data", torch.zeros(24, 20)),
         lambda weight: weight.detach().mul_(2),
         lambda weight: nn.init.normal_(weight.detach()),
+        lambda weight: torch._foreach_mul_([weight.detach()], 2),
+        lambda weight: torch.zeros(24, 20, out=weight.detach()),
+        lambda weight: torch.add(torch.ones(24, 20), 1, out=weight.detach()),
     ],
 )
 def test_a_weight_is_not_changed(change):
@@ -336,15 +407,23 @@ def test_an_adapter_is_merged_after_dequantize(llama):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_saving_with_adapters_on(llama, tmp_path):
-    from peft import LoraConfig
-
     model = adapted(load(llama[0]))
     with pytest.raises(FormatError, match=r"q_proj.weight: is not packed any more.*unload\(\)"):
         model.get_base_model().save_pretrained(tmp_path / "base")
     model.unload().save_pretrained(tmp_path / "unloaded")
     same(load(tmp_path / "unloaded"), llama[1])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_that_transformers_has_added(llama, tmp_path):
+    import peft
+    from packaging.version import parse
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if parse(peft.__version__) < parse(MIN_PEFT_VERSION):
+        pytest.skip(f"transformers {transformers.__version__} wants peft {MIN_PEFT_VERSION}, this is {peft.__version__}")
     own = load(llama[0])
-    own.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    own.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     expected = logits(own)
     own.save_pretrained(tmp_path / "adapter")
     again = load(llama[0])
@@ -381,8 +460,77 @@ def test_training_an_adapter_keeps_no_dense_weight(family, tmp_path):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_on_experts_is_refused(tmp_path):
     pack(make("mixtral"), tmp_path)
-    with pytest.raises(ValueError, match=rf"down_proj \[4, 64, 96\]: {CONSTANT}"):
+    with pytest.raises(ValueError, match=rf"Experts.down_proj: {CONSTANT}.*has taken it away.*dequantize\(\)"):
         logits(adapted(load(tmp_path), "mixtral", target_parameters=["mlp.experts.down_proj"]))
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+KINDS = {
+    "all linear layers": ("LoraConfig", {**LORA, "target_modules": "all-linear"}),
+    "embeddings": ("LoraConfig", {**LORA, "target_modules": ["embed_tokens", "lm_head"]}),
+    "dora": ("LoraConfig", {**LORA, "use_dora": True}),
+    "biases": ("LoraConfig", {**LORA, "bias": "all"}),
+    "replicated layers": ("LoraConfig", {**LORA, "layer_replication": [[0, 2], [0, 2]]}),
+    "some tokens": ("LoraConfig", {**LORA, "trainable_token_indices": [5, 10]}),
+    "a copy of the head": ("LoraConfig", {**LORA, "modules_to_save": ["lm_head"]}),
+    "a copy of both": ("LoraConfig", {**LORA, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "adalora": ("AdaLoraConfig", {"init_r": 6, "target_r": 4, "total_step": 10, "target_modules": ["q_proj"]}),
+    "vera": ("VeraConfig", {**LORA, "target_modules": ["q_proj"]}),
+    "ia3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "lokr": ("LoKrConfig", LORA),
+    "oft": ("OFTConfig", {"r": 0, "oft_block_size": 4, "target_modules": ["q_proj"]}),
+    "hra": ("HRAConfig", LORA),
+    "norms": ("LNTuningConfig", {}),
+    "a prompt": ("PromptTuningConfig", {"num_virtual_tokens": 4}),
+    "a prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 4}),
+    "an encoded prompt": ("PromptEncoderConfig", {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_trains_as_on_the_dense_model(kind, tied, tmp_path):
+    import peft
+
+    name, settings = KINDS[kind]
+    found = []
+    for dense in (True, False):
+        base = load(tied[0])
+        torch.manual_seed(0)
+        model = peft.get_peft_model(base.dequantize() if dense else base, getattr(peft, name)(**settings, task_type="CAUSAL_LM"))
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, model))
+    assert found[0][1].keys() == found[1][1].keys() and any(grad is not None and grad.any() for grad in found[1][1].values())
+    torch.testing.assert_close(found[1][:2], found[0][:2], rtol=1e-3, atol=1e-5)
+    assert found[0][2].get_nb_trainable_parameters() == found[1][2].get_nb_trainable_parameters()
+    if "copy" in kind:
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(load(tied[0]), tmp_path)
+        assert torch.equal(again(input_ids=TOKENS).logits, model.eval()(input_ids=TOKENS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, CONSTANT),
+        ({"init_lora_weights": "olora"}, CONSTANT),
+        ({"modules_to_save": ["mlp"]}, "cannot be trained"),
+    ],
+)
+def test_an_adapter_that_changes_the_base_is_refused(settings, message, llama):
+    with pytest.raises(ValueError, match=rf"{message}.*dequantize\(\)"):
+        adapted(load(llama[0]), target_modules=["q_proj"], **settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+def test_an_adapter_on_a_model_that_peft_has_prepared(llama):
+    from peft import prepare_model_for_kbit_training
+
+    model = adapted(prepare_model_for_kbit_training(load(llama[0], dtype=torch.bfloat16)))
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.filterwarnings(

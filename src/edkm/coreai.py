@@ -224,6 +224,8 @@ def _settings(module: _KMeansFakePalettize, weight: Tensor) -> ClusterConfig:
         raise ValueError(f"{name}: edkm clusters matrices and convolutions, got {list(weight.shape)}. Leave it out of op_state_spec.")
     if module.lut_qspec is not None:
         raise ValueError(f"{name}: edkm's tables are float16, and lut_qspec would quantize them after training. Set lut_qspec=None.")
+    if module.sparsity_detection_threshold is not None:
+        raise ValueError(f"{name}: edkm clusters all weights, zeros too. Set sparsity_detection_threshold=None in the PalettizationSpec.")
     if module.enable_per_channel_scale:
         raise ValueError(
             f"{name}: edkm clusters weights as they are. Set enable_per_channel_scale=False; PerGroupedChannelGranularity(axis=0, "

@@ -2,18 +2,22 @@
 
 Where a kernel can do that, `linear` multiplies without ever holding the dense weight; elsewhere it is decoded tile by tile. Weights are
 constants here; gradients reach the inputs, which is what adapters (LoRA) need.
+
+The kernels read memory by its address, which nothing that records operations would see. So `torch.compile` is given the product as one
+operator, `edkm::linear`; a program that others run (torch.export, torch.jit.trace) is given the ordinary operations that decode the weight.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.fx import Proxy
 
 from edkm.compressed import cpu
 from edkm.compressed.layout import Entry
@@ -40,7 +44,10 @@ class PackedWeight:
         self.stream, self.lut, self.entry = stream, lut, entry
         self.rows, self.cols = entry.grid[0] * entry.dim, entry.grid[1]
         self.matrix = entry.bits, self.rows, self.cols
-        self.compiled = stream.is_cpu and cpu.reads(stream, lut, *self.matrix)
+
+    @cached_property
+    def compiled(self) -> bool:
+        return self.stream.is_cpu and cpu.reads(self.stream, self.lut, *self.matrix)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         return PackedWeight(self.stream.to(device), self.lut.to(device), self.entry)
@@ -59,10 +66,11 @@ class PackedWeight:
         Cost:
             One pass over the rows. Besides the result 4 MiB live on a CPU with a compiler, else 13 bytes a weight.
         """
-        if self.compiled:
+        recorded = is_recorded(self.stream)
+        if not recorded and self.compiled:
             return cpu.unpack(self.stream, self.lut, *self.matrix, dtype, start, stop)
         first, last = start // self.entry.dim, stop // self.entry.dim  # rows of indices
-        indices = unpack_rows(self.stream, self.entry.bits, self.entry.grid, first, last)
+        indices = unpack_rows(self.stream, self.entry.bits, self.entry.grid, first, last, in_blocks=not recorded)
         if start == 0 and stop == self.rows:
             return lookup(indices, self.lut, dtype)
         # A table for every row of indices: rows need not be whole groups.
@@ -73,6 +81,27 @@ class PackedWeight:
     def row_step(self) -> int:
         """Rows after which the stream is at the start of a byte again, whatever the bits."""
         return 8 * self.entry.dim
+
+
+def is_recorded(*tensors: Tensor) -> bool:
+    """Whether somebody records or transforms what is done with a tensor: torch.compile, export, trace, a mode, vmap, a subclass.
+
+    Raises:
+        ValueError: a tensor stands for any other (torch.fx.symbolic_trace).
+    """
+    for tensor in tensors:
+        if isinstance(tensor, Proxy):
+            raise ValueError(
+                "torch.fx.symbolic_trace knows no shapes, as packed layers must. Use torch.export, or call dequantize() first."
+            )
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return True
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    )
 
 
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -91,10 +120,15 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     Cost:
         Nothing is kept for backward but the packed weight itself; backward decodes it again, tile by tile.
     """
+    recorded = is_recorded(x, weight.stream)
     if not x.is_floating_point():
         raise ValueError(f"x: a packed linear layer takes floating point, got {x.dtype}. Convert it first.")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as autocast does
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if recorded:
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return _operator(x, weight.stream, weight.lut, *weight.matrix)
+        return F.linear(x, weight.dense(x.dtype))
     if torch.is_grad_enabled() and x.requires_grad:
         return _Linear.apply(x, weight)  # pyright: ignore[reportReturnType]
     return _multiply(x, weight)
@@ -136,9 +170,50 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        dx = None
-        for start, stop in _tiles(ctx.weight):
-            part = grad[..., start:stop] @ ctx.weight.decode(start, stop, grad.dtype)
-            dx = part if dx is None else dx + part
-        assert dx is not None
-        return dx, None
+        return _input_gradient(grad, ctx.weight), None
+
+
+def _input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
+    dx = None
+    for start, stop in _tiles(weight):
+        part = grad[..., start:stop] @ weight.decode(start, stop, grad.dtype)
+        dx = part if dx is None else dx + part
+    assert dx is not None
+    return dx
+
+
+def _weight_of(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> PackedWeight:
+    return PackedWeight(stream, lut, Entry(bits, (rows, cols), lut.shape[2], lut.shape[0], 0.0, rows))
+
+
+@torch.library.custom_op("edkm::linear", mutates_args=())
+def _operator(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    """The product as torch.compile sees it."""
+    return _multiply(x, _weight_of(stream, lut, bits, rows, cols))
+
+
+@torch.library.custom_op("edkm::linear_input_gradient", mutates_args=())
+def _gradient_operator(grad: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    return _input_gradient(grad, _weight_of(stream, lut, bits, rows, cols))
+
+
+@_operator.register_fake
+def _(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@_gradient_operator.register_fake
+def _(grad: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], cols)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, stream, lut, *ctx.matrix = inputs
+    ctx.save_for_backward(stream, lut)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradient_operator(grad, *ctx.saved_tensors, *ctx.matrix), None, None, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_keep)

@@ -8,10 +8,13 @@ parameter is a `DenseView`.
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +22,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from edkm.compressed.dense_view import DenseView, Parameters
 from edkm.compressed.layout import LUT_SUFFIX, Entry
-from edkm.compressed.linear import PackedWeight, linear
+from edkm.compressed.linear import PackedWeight, is_recorded, linear
 from edkm.core.assign import LUT_DTYPE
 
 # Of an embedding, decoded at once: some 40 bytes live for each.
 _EMBEDDED_WEIGHTS = 1 << 18
+# Of each stream of indices in use, by its id.
+_VIEWS: WeakValueDictionary[int, DenseView] = WeakValueDictionary()
 
 
 class Packed(nn.Module):
@@ -55,11 +60,12 @@ class Packed(nn.Module):
             kind = type(self).__name__
             raise ValueError(f"{kind}.{name}: its tables are offloaded with the layer it is tied to. Load without offload_buffers.")
         # Once and not at every product: a small layer is multiplied in less time than this takes.
-        known = parameters.known.get(name)
+        known = None if torch.compiler.is_compiling() else parameters.known.get(name)
         if known is not None and known[0].stream is stream and known[1] is lut and known[2] == stream.device:
             return known[0]
         weight = PackedWeight(stream, lut.to(stream.device), self.packed_entries[name])
-        parameters.known[name] = weight, lut, stream.device
+        if not is_recorded(stream):  # what is made while somebody records is of no use later
+            parameters.known[name] = weight, lut, stream.device
         return weight
 
     def seen(self, name: str) -> Tensor:
@@ -69,7 +75,22 @@ class Packed(nn.Module):
             raise self._constant(name)
         if stream.is_meta:
             return stream
-        return DenseView(self.packed(name), self.dense_dtype, f"{type(self).__name__}.{name}")
+        if is_recorded(stream):
+            return self.packed(name).dense(self.dense_dtype)
+        return self.view(name, stream)
+
+    def view(self, name: str, parameter: Any) -> Any:
+        """A parameter as it is counted and looked at: of a packed one, for all modules that share it, the same `DenseView`."""
+        if parameter is None or name not in self.packed_entries:
+            return parameter
+        weight, views = self.packed(name), cast(Parameters, self._parameters).views
+        known = views.get(name)
+        if known is None or known[0] is not weight or known[1].dtype != self.dense_dtype:
+            view = _VIEWS.get(id(parameter))
+            if view is None or not view.shows(weight, self.dense_dtype):
+                view = _VIEWS[id(parameter)] = DenseView(weight, self.dense_dtype, f"{type(self).__name__}.{name}")
+            known = views[name] = weight, view
+        return known[1]
 
     def _constant(self, name: str) -> ValueError:
         return ValueError(
@@ -80,12 +101,47 @@ class Packed(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes that are made here have no name to be found by.
         dims = [(name, entry.dim) for name, entry in self.packed_entries.items()]
-        return _blank, (self.ordinary, dims), {**self.__dict__, "decoded": {}}
+        return _blank, (self.ordinary, dims), {**self.__dict__, "decoded": {}, "_parameters": dict(self._parameters)}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._parameters = Parameters(self._parameters, self)  # pyright: ignore
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy. Of this module alone it is dense and ordinary: such copies are made to be trained (PEFT's `modules_to_save`)."""
+        alone = not memo
+        make, arguments, state = self.__reduce_ex__(4)
+        memo[id(self)] = other = make(*arguments)
+        other.__setstate__(copy.deepcopy(state, memo))
+        if alone:
+            unpack_modules(other)
+        return other
+
+    @contextmanager
+    def _as_kept(self) -> Iterator[None]:
+        """Within, torch's own methods meet the bytes of parameters and not their views."""
+        parameters = self._parameters
+        self._parameters = dict(parameters)
+        try:
+            yield
+        finally:
+            kept, self._parameters = self._parameters, parameters
+            for name, parameter in kept.items():
+                parameters[name] = parameter
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._as_kept():
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._as_kept():
+            super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
         kept = {name: b for name, b in self._buffers.items() if b is not None and name.removesuffix(LUT_SUFFIX) in self.packed_entries}
-        super()._apply(fn, recurse)
+        with self._as_kept():
+            super()._apply(fn, recurse)
         for name, before in kept.items():
             after = self._buffers[name]
             assert after is not None
@@ -117,9 +173,10 @@ class PackedEmbedding(Packed, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, tokens = self.packed(), input.reshape(-1).long()  # rows * cols * bits may be beyond 32 bits
-        # A GPU would have to be waited for, and torch.compile to leave its graph.
-        looked_at = tokens.is_cpu and len(tokens) and not torch.compiler.is_compiling()
-        if looked_at and not 0 <= int(tokens.min()) <= int(tokens.max()) < weight.rows:
+        if is_recorded(tokens, weight.stream):  # neither may their values be looked at, nor their number
+            return _embedded(weight, tokens).to(self.dense_dtype).view(*input.shape, weight.cols)
+        # A GPU would have to be waited for.
+        if tokens.is_cpu and len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < weight.rows:
             raise IndexError(f"token {int(tokens.min())} or {int(tokens.max())} is not in the {weight.rows} rows of the embedding")
         out = torch.empty(len(tokens), weight.cols, dtype=self.dense_dtype, device=tokens.device)
         step = max(1, _EMBEDDED_WEIGHTS // weight.cols)
@@ -144,6 +201,8 @@ class _Dense(Packed):
     """Any other module: reads dense weights, decoded when it is called. For backward none of them is kept: it decodes what it needs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_recorded(*(self._parameters.get(name) for name in self.packed_entries)):  # pyright: ignore
+            return super().forward(*args, **kwargs)
         thread = threading.get_ident()
         # Experts read their weights once for each expert.
         mine = self.decoded[thread] = {name: self.packed(name).dense(self.dense_dtype) for name in self.packed_entries}
@@ -171,7 +230,7 @@ class _Dense(Packed):
         return weight.decode(first_row, last_row, dtype).as_strided(shape, stride, offset - first_row * weight.cols)
 
     def _read(self, name: str) -> Tensor:
-        mine = self.decoded.get(threading.get_ident())
+        mine = self.decoded.get(threading.get_ident()) if self.decoded else None
         return self.seen(name) if mine is None else mine[name]
 
 
@@ -189,7 +248,7 @@ def pack_module(module: nn.Module, name: str, entry: Entry, k: int, dtype: torch
     if not isinstance(module, Packed):
         # Not through setattr: a module in an attribute would be a child.
         module.__dict__ |= {"packed_entries": {}, "dense_dtype": dtype, "ordinary": type(module), "tables_of": None}
-        module.__dict__ |= {"decoded": {}, "_parameters": Parameters(module._parameters)}
+        module.__dict__ |= {"decoded": {}, "_parameters": Parameters(module._parameters, module)}
     module.__class__ = _packed_class(type(module), name, entry.dim)  # pyright: ignore
     assert isinstance(module, Packed)
     module.packed_entries[name] = entry
@@ -242,6 +301,8 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     packed = [
         (module, name, module.packed(name)) for module in model.modules() if isinstance(module, Packed) for name in module.packed_entries
     ]
+    for module in {module for module, _, _ in packed}:
+        module._parameters = dict(module._parameters)
     dense: dict[Tensor, nn.Parameter] = {}
     for module, name, weight in packed:
         if weight.stream not in dense:
@@ -250,6 +311,5 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         module._buffers.pop(name + LUT_SUFFIX, None)
     for module in {module for module, _, _ in packed}:
         module.__class__ = module.ordinary  # pyright: ignore
-        module._parameters = dict(module._parameters)
         for attribute in ("packed_entries", "dense_dtype", "ordinary", "tables_of", "decoded"):
             del module.__dict__[attribute]

@@ -99,50 +99,58 @@ def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{list(packed.shape)}. Give the width and count that the stream was packed with."
         )
     check_padding(packed, bits, count)
-    packed = packed.contiguous()
+    return _unpack(packed, bits, count, _BLOCK)
+
+
+def _unpack(packed: Tensor, bits: int, count: int, at_once: int) -> Tensor:
+    if count <= at_once:
+        return _unpack_block(packed, bits)[:count]
     indices = packed.new_empty(count)
-    period, width = _period(bits)
-    mask = (1 << bits) - 1
-    for start in range(0, count, _BLOCK):
-        size = min(_BLOCK, count - start)
+    for start in range(0, count, at_once):
+        size = min(at_once, count - start)
         first = start * bits // 8
-        block = packed[first : first + packed_bytes(size, bits)]
-        if block.numel() % width:
-            padded = block.new_zeros(math.ceil(block.numel() / width) * width)
-            padded[: block.numel()] = block
-            block = padded
-        rows = block.view(-1, width)  # [m, width]
-        out = rows.new_empty(rows.shape[0], period)  # [m, period]
-        for column in range(period):
-            byte, shift = divmod(column * bits, 8)
-            value = rows[:, byte] >> shift
-            if shift + bits > 8:
-                value |= rows[:, byte + 1] << (8 - shift)
-            out[:, column] = value & mask
-        indices[start : start + size] = out.view(-1)[:size]
+        indices[start : start + size] = _unpack_block(packed[first : first + packed_bytes(size, bits)], bits)[:size]
     return indices
 
 
-def unpack_rows(packed: Tensor, bits: int, shape: tuple[int, int], start: int, stop: int) -> Tensor:
-    """Some rows of the grid of indices that a whole stream holds.
+def _unpack_block(block: Tensor, bits: int) -> Tensor:
+    """All indices of a part of the stream, and those that padding would be."""
+    period, width = _period(bits)
+    if block.numel() % width:
+        block = torch.nn.functional.pad(block, (0, -block.numel() % width))
+    rows = block.reshape(-1, width)  # [m, width]
+    columns = []
+    for column in range(period):
+        byte, shift = divmod(column * bits, 8)
+        value = rows[:, byte] >> shift
+        if shift + bits > 8:
+            value = value | rows[:, byte + 1] << (8 - shift)
+        columns.append(value & ((1 << bits) - 1))
+    return torch.stack(columns, 1).view(-1)  # [m * period]
+
+
+def unpack_rows(packed: Tensor, bits: int, shape: tuple[int, int], start: int, stop: int, in_blocks: bool = True) -> Tensor:
+    """Some rows of the grid of indices that a whole stream holds. Reads no value of the stream: it can be traced.
 
     Args:
         packed: the stream of all rows.
         bits: width of one index, 1 to 8.
         shape: of the grid, rows and columns.
         start, stop: the rows; `start` is a multiple of 8, where the stream is at the start of a byte.
+        in_blocks: bounds the memory; without, there are fewer operations.
 
     Returns:
         uint8 `[stop - start, cols]` on the device of `packed`.
 
     Cost:
-        One pass over these rows of the stream. Besides input and output at most 3 MiB live.
+        One pass over these rows of the stream. Besides input and output at most 3 MiB live, or without blocks twice the output.
     """
     rows, cols = shape
     # 8 rows end on a whole byte: no bits of the next rows stand where padding would.
     count = (min((stop + 7) // 8 * 8, rows) - start) * cols
     first = start * cols * bits // 8
-    indices = unpack_indices(packed[first : first + packed_bytes(count, bits)], bits, count)
+    stream = packed[first : first + packed_bytes(count, bits)]
+    indices = _unpack(stream, bits, count, _BLOCK if in_blocks else max(count, 1))
     return indices.view(-1, cols)[: stop - start]
 
 
