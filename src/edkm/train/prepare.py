@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from edkm.compressed.savable import check_savable
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen
 from edkm.core.matrix import as_matrix, count_tables
@@ -95,6 +96,7 @@ def prepare(
     Cost:
         A few passes over each weight; in training as stated at `edkm.cluster`.
     """
+    check_savable(model)
     targets = targets_of(model)
     importance, centroids = dict(importance or {}), dict(centroids or {})
     for what, given in (("importance", importance), ("centroids", centroids)):
