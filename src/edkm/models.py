@@ -11,6 +11,7 @@ quantized in a way that transformers does not undo while loading; adapters, and 
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,9 @@ import torch
 from .compressed.companions import COMPANIONS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_GGUF_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+_LFS_POINTER = b"version https://git-lfs"
+# Weights of another shape are reported, not raised: `_check_loaded` refuses them by name.
+_LOADING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 _EXPECTED = "expected a checkpoint directory, a .gguf file or a hub id"
 
 
@@ -52,6 +55,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
         return _load_gguf(path, dtype)
     directory = model_files(source)
     config = _read_config(source, directory)
+    _check_code(source, config)
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "edkm":
         return _load_packed(source, packed_directory(source), dtype)
@@ -100,6 +104,20 @@ def _read_config(source: str | Path, directory: Path) -> dict[str, Any]:
     return _json_object(directory / "config.json")
 
 
+def _check_code(source: str | Path, config: dict[str, Any]) -> None:
+    """Refuse a model whose class is not one of transformers'."""
+    transformers = _import_transformers()
+    named = [str(name) for name in config.get("architectures") or []]
+    own = next((name for name in named if not hasattr(transformers, name)), None)
+    if config.get("auto_map") and config.get("model_type") not in transformers.CONFIG_MAPPING:
+        own = own or "its class"
+    if own:
+        raise ModelError(
+            f"{source}: {own} is not a class of transformers but code of its own, which edkm does not run. In a script, use edkm.prepare "
+            "and edkm.save on the model that from_pretrained(trust_remote_code=True), or the class itself, gives."
+        )
+
+
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -128,16 +146,17 @@ def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     transformers = _import_transformers()
     with _no_loading_bars():
         try:
-            config = transformers.AutoConfig.from_pretrained(source)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             _check_causal(source, config)
             quantized = _dequantize_on_load(source, config)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            options = {"config": config, "dtype": dtype, "trust_remote_code": False}
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **_LOADING)
         except ModelError:
             raise
         # safetensors and tokenizers raise bare Exceptions for damaged files; the cause stays attached.
         except Exception as error:
             raise ModelError(_load_failure(source, error)) from error
+        tokenizer = _load_tokenizer(source, source)
     _check_loaded(source, model, info)
     if quantized:
         _forget_quantization(model)
@@ -177,37 +196,53 @@ def _check_loaded(source: str | Path, model: Any, info: dict[str, Any]) -> None:
             f"{source}: {len(missing)} weights of {kind} are not in the checkpoint, first {missing[0]}; they would be random. "
             "Give a checkpoint of the whole causal language model."
         )
-    # What belongs to parts that the class does not have (a vision tower, a head for predicting more tokens) is left out, as transformers
-    # logs. What belongs to a layer that it has, a scale or a bias, changes that layer.
-    modules = dict(model.named_modules())
-    for name in sorted(info["unexpected_keys"]):
+    for name, stored, shape in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"{source}: {name}: {kind} has shape {list(shape)}, the checkpoint {list(stored)}. Check that config.json belongs to these "
+            "weights, and that they are not quantized."
+        )
+    # What belongs to parts that the class does not have (a vision tower, a head for predicting more tokens) is left out. What belongs to
+    # a layer that it has, a scale or a bias, changes that layer.
+    modules, unread = dict(model.named_modules()), sorted(info["unexpected_keys"])
+    for name in unread:
         layer = modules.get(name.rpartition(".")[0])
         if layer is not None and layer._parameters:
             raise ModelError(
                 f"{source}: {name} is in the checkpoint and {kind} does not read it, so the layer would not be what was saved. Check that "
                 "config.json belongs to these weights, and that they are neither quantized nor of another class."
             )
+    if unread:
+        warnings.warn(f"{source}: {kind} leaves out {len(unread)} tensors of the checkpoint, first {unread[0]}.", stacklevel=3)
     if odd := next((name for name, weight in model.named_parameters() if not weight.is_floating_point()), None):
         raise ModelError(f"{source}: {odd} holds codes, not numbers. Dequantise the model and save it first.")
 
 
 def _load_packed(source: str | Path, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    transformers = _import_transformers()
+    _require("transformers", "to load models")
     from .compressed import hf
 
     model = hf.load(path, dtype)
     _check_causal(str(source), model.config)
+    return model, _load_tokenizer(source, path)
+
+
+def _load_tokenizer(source: str | Path, path: str | Path) -> Any:
+    transformers = _import_transformers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{source}: its tokenizer cannot be loaded: {_first_line(error)} Save the tokenizer there.") from error
-    return model, tokenizer
 
 
 def _load_failure(source: str, error: Exception) -> str:
     reason = _first_line(error)
     if Path(source).is_dir():
-        return f"{source}: the checkpoint cannot be loaded: {reason} Save model and tokenizer there again."
+        remedy = "Save model and tokenizer there again."
+        for path in [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]:
+            with path.open("rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    remedy = f"{path.name} is a pointer of Git LFS, not the file: fetch it with git lfs pull."
+        return f"{source}: the checkpoint cannot be loaded: {reason} {remedy}"
     return (
         f"{source}: is no local path, and as a hub id it cannot be loaded: {reason} "
         "Check the spelling and the connection, or give a local directory."
@@ -217,11 +252,6 @@ def _load_failure(source: str, error: Exception) -> str:
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if not path.is_file():
         raise ModelError(f"{path}: no such file; {_EXPECTED}. Check the path.")
-    if (part := _GGUF_PART.search(path.name)) and int(part[2]) > 1:
-        raise ModelError(
-            f"{path}: is part {int(part[1])} of {int(part[2])} of a GGUF model. Join them first: "
-            "llama-gguf-split --merge FIRST_PART MODEL.gguf, and name that file."
-        )
     transformers = _import_transformers()
     _require("gguf", "to read .gguf files")
     options: dict[str, Any] = {"gguf_file": path.name}
@@ -229,8 +259,11 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _no_loading_bars(), _no_gguf_bar():
         try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, output_loading_info=True, **options)
+            _check_gguf(path)
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options, **_LOADING)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(
                 f"{path}: cannot be read as a GGUF causal language model: {_first_line(error)} "
@@ -239,6 +272,28 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     _check_loaded(path, model, info)
     _forget_quantization(model)
     return model.eval(), tokenizer
+
+
+def _check_gguf(path: Path) -> None:
+    """Refuse a GGUF file that is not a whole model, for which transformers would build one of the size that is usual and fill it."""
+    import gguf
+
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError("it does not begin as a GGUF file does")
+    reader = gguf.GGUFReader(path)
+    fields = {name: reader.fields[name] for name in ("split.count", "split.no", "general.type") if name in reader.fields}
+    values = {name: field.parts[field.data[0]] for name, field in fields.items()}
+    if "split.count" in values and (parts := int(values["split.count"][0])) > 1:
+        raise ModelError(
+            f"{path}: is one of {parts} parts of a GGUF model. Join them first (llama-gguf-split --merge FIRST_PART MODEL.gguf), and name "
+            "that file."
+        )
+    kind = bytes(values["general.type"]).decode() if "general.type" in values else "model"
+    if kind != "model" or not reader.tensors:
+        raise ModelError(
+            f"{path}: holds {'no weights' if kind == 'model' else f'no model but its {kind}'}. Name the file of the whole model."
+        )
 
 
 def _forget_quantization(model: Any) -> None:
@@ -253,7 +308,6 @@ def _forget_quantization(model: Any) -> None:
 
 
 def _check_causal(source: str, config: Any) -> None:
-    import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
@@ -263,11 +317,6 @@ def _check_causal(source: str, config: Any) -> None:
     if causal & declared:
         return
     what = ", ".join(sorted(declared)) or config.model_type
-    if getattr(config, "auto_map", None) and not hasattr(transformers, what):
-        raise ModelError(
-            f"{source}: {what} is code that lies beside the model (auto_map), which edkm does not run. Use edkm.prepare and edkm.save in a "
-            "script of your own, on the model that from_pretrained(trust_remote_code=True) gives."
-        )
     raise ModelError(
         f"{source}: {what} is not a causal language model; expected one that predicts the next token "
         "(a ...ForCausalLM class). Give another model."
