@@ -120,5 +120,5 @@ def packed_dir(tmp_path_factory):
     tokenizer = _tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     directory = tmp_path_factory.mktemp("packed")
-    hf.save_pretrained(directory, frozen, dense, {}, model.config, tokenizer)
+    hf.save_pretrained(directory, frozen, dense, {}, model, tokenizer)
     return directory

@@ -46,7 +46,7 @@ def pack(model, directory, bits=3):
     parameters = dict(model.named_parameters(remove_duplicate=False))
     dense |= {name: buffer for name, buffer in model.state_dict().items() if name not in parameters}
     model.config.architectures = [type(model).__name__]
-    hf.save_pretrained(directory, frozen, dense, {"bits": bits}, model.config)
+    hf.save_pretrained(directory, frozen, dense, {"bits": bits}, model)
     return model.eval()
 
 

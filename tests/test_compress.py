@@ -79,7 +79,7 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
     ids = blocks[0]["input_ids"].unsqueeze(0)
     with torch.no_grad():
         expected = model(ids).logits
-    hf.save_pretrained(tmp_path / "packed", edkm.freeze(model), unclustered(model), config.to_json(), model.config)
+    hf.save_pretrained(tmp_path / "packed", edkm.freeze(model), unclustered(model), config.to_json(), model)
     with torch.no_grad():
         assert torch.equal(hf.load(tmp_path / "packed")(ids).logits, expected)
 

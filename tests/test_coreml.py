@@ -63,7 +63,7 @@ def pack(directory, kind="Llama", plans=PLANS, head="ForCausalLM", **fields):
         else:
             bits, rows, dim, k = plans[i % len(plans)]
             frozen[name] = frozen_of(parameter, bits, rows if parameter.shape[0] % rows == 0 else 16, dim, k, seed=i)
-    hf.save_pretrained(directory, frozen, dense, {}, config)
+    hf.save_pretrained(directory, frozen, dense, {}, model)
     return directory
 
 
@@ -180,7 +180,7 @@ def test_architectures(tmp_path, kind, fields):
 def test_a_tied_weight_may_have_the_name_of_the_head(packed, tmp_path):
     frozen, dense, _ = checkpoint.read(packed)
     frozen["lm_head.weight"] = frozen.pop("model.embed_tokens.weight")
-    hf.save_pretrained(tmp_path / "packed", frozen, dense, {}, hf.load(packed).config)
+    hf.save_pretrained(tmp_path / "packed", frozen, dense, {}, hf.load(packed))
     assert export.export(tmp_path / "packed", tmp_path / "M.mlpackage").program.cosine > 0.99995
 
 
@@ -190,13 +190,13 @@ def test_large_activations_fit_float16(tmp_path):
     name = "model.embed_tokens.weight"
     # Squares of these values are beyond float16; the norm brings them back.
     frozen[name] = frozen[name]._replace(lut=frozen[name].lut * 4000)
-    config = hf.load(directory).config
-    hf.save_pretrained(tmp_path / "large", frozen, dense, {}, config)
+    model = hf.load(directory)
+    hf.save_pretrained(tmp_path / "large", frozen, dense, {}, model)
     with torch.no_grad():
         assert hf.load(tmp_path / "large").model.embed_tokens.weight.abs().max() > 1000
     # The logits go through the same weights: keep them within float16 by what the last norm multiplies with.
     dense["model.norm.weight"] = dense["model.norm.weight"] * 1e-3
-    hf.save_pretrained(tmp_path / "large", frozen, dense, {}, config)
+    hf.save_pretrained(tmp_path / "large", frozen, dense, {}, model)
     assert export.export(tmp_path / "large", tmp_path / "M.mlpackage").program.cosine > 0.9999
 
 

@@ -121,7 +121,7 @@ def test_a_family_from_prepare_to_the_file(family, tmp_path):
 
     frozen = edkm.freeze(model)
     assert frozen.keys() == {entry.name for entry in report.clustered}
-    hf.save_pretrained(tmp_path / "packed", frozen, unclustered(model), config.to_json(), model.config)
+    hf.save_pretrained(tmp_path / "packed", frozen, unclustered(model), config.to_json(), model)
     quantization = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert quantization["format_version"] == (2 if any(len(shape) == 3 for shape in shapes.values()) else 1)
     with torch.no_grad():

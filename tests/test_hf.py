@@ -65,8 +65,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     frozen, dense = parts(model)
     directory = tmp_path_factory.mktemp("packed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, "a")))
-    generation = GenerationConfig(max_new_tokens=17)
-    hf.save_pretrained(directory, frozen, dense, {"bits": 3}, model.config, tokenizer, generation)
+    model.generation_config = GenerationConfig(max_new_tokens=17)
+    hf.save_pretrained(directory, frozen, dense, {"bits": 3}, model, tokenizer)
     with torch.no_grad():
         for name, tensor in frozen.items():
             model.get_parameter(name).copy_(dequantize(tensor))
@@ -104,7 +104,7 @@ def test_load_in_16_bits(saved):
 
 def test_load_in_a_fresh_process(tmp_path: Path):
     model = build()
-    hf.save_pretrained(tmp_path, *parts(model), {}, model.config)
+    hf.save_pretrained(tmp_path, *parts(model), {}, model)
     expected = hf.load(tmp_path)
     code = "import sys, torch; from edkm.compressed import hf; assert 'transformers' not in sys.modules\n"
     code += f"print(hf.load(sys.argv[1])(torch.tensor({TOKENS.tolist()})).logits.double().sum().item())"
@@ -149,7 +149,7 @@ def test_unpack_loses_nothing(tmp_path: Path, dtype: torch.dtype, expected: torc
     model = build(dtype=dtype)
     frozen, dense = parts(model)
     dense = {name: tensor + 2**-7 for name, tensor in dense.items()}
-    hf.save_pretrained(tmp_path / "packed", frozen, dense, {}, model.config)
+    hf.save_pretrained(tmp_path / "packed", frozen, dense, {}, model)
     hf.unpack(tmp_path / "packed", tmp_path / "dense")
     tensors = load_file(tmp_path / "dense" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {expected}
@@ -165,20 +165,20 @@ def test_names_must_be_the_models(tmp_path: Path):
     name = "model.layers.0.mlp.up_proj.weight"
     gone = {key: tensor for key, tensor in frozen.items() if key != name}
     with pytest.raises(FormatError, match=f"LlamaForCausalLM: missing {name}; unexpected none"):
-        hf.save_pretrained(tmp_path, gone, dense, {}, model.config)
+        hf.save_pretrained(tmp_path, gone, dense, {}, model)
     with pytest.raises(FormatError, match="missing none; unexpected extra"):
-        hf.save_pretrained(tmp_path, frozen, dense | {"extra": torch.ones(1)}, {}, model.config)
+        hf.save_pretrained(tmp_path, frozen, dense | {"extra": torch.ones(1)}, {}, model)
     tied = dense | {"lm_head.weight": model.lm_head.weight}
     with pytest.raises(FormatError, match=r"(?=.*embed_tokens.weight)(?=.*lm_head.weight).*are one tied tensor"):
-        hf.save_pretrained(tmp_path, frozen, tied, {}, model.config)
+        hf.save_pretrained(tmp_path, frozen, tied, {}, model)
     with pytest.raises(FormatError, match=r"norm.weight: LlamaForCausalLM has shape \[64\], got \[3\]"):
-        hf.save_pretrained(tmp_path, frozen, dense | {"model.norm.weight": torch.ones(3)}, {}, model.config)
+        hf.save_pretrained(tmp_path, frozen, dense | {"model.norm.weight": torch.ones(3)}, {}, model)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_load_refuses_another_models_config(tmp_path: Path):
     model = build()
-    hf.save_pretrained(tmp_path, *parts(model), {}, model.config)
+    hf.save_pretrained(tmp_path, *parts(model), {}, model)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -193,7 +193,7 @@ def test_either_name_of_a_tied_weight_will_do(tmp_path: Path):
     model = build()
     frozen, dense = parts(model)
     frozen["lm_head.weight"] = frozen.pop("model.embed_tokens.weight")
-    hf.save_pretrained(tmp_path, frozen, dense, {}, model.config)
+    hf.save_pretrained(tmp_path, frozen, dense, {}, model)
     loaded = hf.load(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded.lm_head.weight, dequantize(frozen["lm_head.weight"]))

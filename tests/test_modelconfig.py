@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from edkm.compressed.jsonfile import FormatError
 from edkm.compressed.modelconfig import model_config, refusing
 
+SHAPES = {f"layers.{i}.weight": (8, 8) for i in range(20)}
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -27,7 +28,7 @@ def write(directory: Path, **fields: Any) -> Path:
 
 
 def test_an_ordinary_config_comes_back(tmp_path: Path):
-    config = model_config(write(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5000.0}), 20)
+    config = model_config(write(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5000.0}), SHAPES)
     assert isinstance(config, LlamaConfig) and config.num_hidden_layers == 2
 
 
@@ -49,7 +50,7 @@ def test_an_ordinary_config_comes_back(tmp_path: Path):
 def test_refused(tmp_path: Path, fields: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]):
     (tmp_path / "evil.py").write_text("raise SystemExit('run')")
     with pytest.raises(FormatError, match=message) as caught:
-        model_config(write(tmp_path, **fields), 20)
+        model_config(write(tmp_path, **fields), SHAPES)
     assert str(caught.value).isprintable() and len(str(caught.value)) <= 1000
     assert "Do you wish to run" not in capfd.readouterr().out
 
@@ -58,4 +59,4 @@ def test_refused(tmp_path: Path, fields: dict[str, Any], message: str, capfd: py
 def test_a_model_that_cannot_be_built(tmp_path: Path, fields: dict[str, Any]):
     path = write(tmp_path, **fields) / "config.json"
     with pytest.raises(FormatError, match="transformers cannot use it"), refusing(path), torch.device("meta"):
-        AutoModelForCausalLM.from_config(model_config(tmp_path, 20))
+        AutoModelForCausalLM.from_config(model_config(tmp_path, SHAPES))

@@ -128,7 +128,7 @@ def test_every_trace_of_quantization_is_removed():
     config = types.SimpleNamespace(quantization_config={})
     model = types.SimpleNamespace(config=config, hf_quantizer=1, quantization_method=2, is_quantized=True)
     _forget_quantization(model)
-    assert vars(model) == {"config": config, "is_quantized": False}
+    assert vars(model) == {"config": config, "is_quantized": False, "_weight_conversions": None}
     assert vars(config) == {}
 
 

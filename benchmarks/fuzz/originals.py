@@ -23,7 +23,7 @@ def _save(directory: Path, width: int) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from edkm.compressed import hf
 
@@ -56,7 +56,7 @@ def _save(directory: Path, width: int) -> None:
     words = Tokenizer(WordLevel({"a": 0, "b": 1}, "a"))
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    hf.save_pretrained(directory, frozen, dense, {"bits": 3}, config, tokenizer, GenerationConfig())
+    hf.save_pretrained(directory, frozen, dense, {"bits": 3}, model, tokenizer)
 
 
 def _freeze(weight: Any, k: int, luts: int, dim: int) -> Any:

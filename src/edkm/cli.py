@@ -248,13 +248,15 @@ def _add_inspect(subparsers: Any) -> None:
 
 def _run_inspect(args: argparse.Namespace) -> int:
     from .compressed import checkpoint
+    from .models import packed_directory
 
-    summary = checkpoint.summary(args.directory)
+    directory = packed_directory(args.directory)
+    summary = checkpoint.summary(directory)
     if args.json:
         print(dumps(summary))
     else:
         print(_summary_table(summary))
-        print(_told(args.directory), end="")
+        print(_told(directory), end="")
     return 0
 
 
@@ -313,7 +315,8 @@ def _run_unpack(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out} is the packed directory itself; name another")
     check_output(args.out, overwrite=args.overwrite)
     from .compressed import hf
+    from .models import packed_directory
 
-    hf.unpack(args.directory, args.out)
+    hf.unpack(packed_directory(args.directory), args.out)
     print(f"wrote {args.out}")
     return 0

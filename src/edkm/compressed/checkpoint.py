@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -88,13 +88,7 @@ def write(
     entries = {name: layout.entry_of(name, tensor) for name, tensor in frozen.items()}
     groups = [_announce(name, frozen[name], entry) for name, entry in entries.items()]
     groups += [{name: Pending(t.dtype, tuple(t.shape), partial(_same, t))} for name, t in dense.items()]
-    taken = {"__metadata__"}  # a key of every file's header
-    for name in (name for group in groups for name in group):
-        if name in taken:
-            raise FormatError(f"{name}: the name is taken ({LUT_SUFFIX} marks tables). Rename the tensor.")
-        if not name.isprintable():
-            raise FormatError(f"{name}: a name must be printable. Rename the tensor.")
-        taken.add(name)
+    check_names(name for group in groups for name in group)
     memory: dict[tuple[int, ...], str] = {}
     for name, tensor in dense.items():
         if tensor.numel() and (other := memory.setdefault((tensor.data_ptr(), *tensor.shape), name)) != name:
@@ -108,6 +102,17 @@ def write(
         "settings": settings,
         "tensors": {name: entry.to_json(version) for name, entry in entries.items()},
     }
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises FormatError for names that cannot be stored beside each other."""
+    taken = {"__metadata__"}  # a key of every file's header
+    for name in names:
+        if name in taken:
+            raise FormatError(f"{name}: the name is taken ({LUT_SUFFIX} marks tables). Rename the tensor.")
+        if not name.isprintable():
+            raise FormatError(f"{name}: a name must be printable. Rename the tensor.")
+        taken.add(name)
 
 
 def read(directory: str | Path) -> Packed:

@@ -1,4 +1,4 @@
-"""Compressed checkpoints of transformers' causal language models. transformers is imported when a function is
+"""Compressed checkpoints of transformers' models. transformers is imported when a function is
 called.
 
 `load` and `unpack` give back ordinary dense models that hold the clustered values.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,17 +17,16 @@ import torch
 from torch import Tensor
 
 from edkm.compressed import checkpoint
-from edkm.compressed.layout import RECORD
+from edkm.compressed.companions import copy_companions, drop_absent_code
+from edkm.compressed.jsonfile import show
 from edkm.compressed.modelconfig import model_config, refusing
-from edkm.compressed.shards import INDEX, FormatError, Pending, read_json, write_json, write_shards
+from edkm.compressed.names import match_names
+from edkm.compressed.savable import described
+from edkm.compressed.shards import FormatError, Pending, read_json, write_json, write_shards
 from edkm.core.assign import Frozen, Later
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# What may lie beside the weights and belongs to the model: tokenizer, chat template, generation settings.
-_COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_CHAT_TEMPLATES = "additional_chat_templates"
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def save_pretrained(
@@ -36,9 +34,8 @@ def save_pretrained(
     frozen: Mapping[str, Frozen | Later],
     dense: dict[str, Tensor],
     settings: dict[str, Any],
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    generation_config: GenerationConfig | None = None,
+    model: PreTrainedModel,
+    tokenizer: Any = None,
 ) -> None:
     """Writes a compressed model with everything that is needed to load it.
 
@@ -47,35 +44,39 @@ def save_pretrained(
         frozen: clustered tensors, by their names in the model.
         dense: every other parameter and persistent buffer; of tied ones give one name.
         settings: how the tables were made (`ClusterConfig` as json). Stored, not interpreted.
-        config: of the model; not changed.
-        tokenizer: saved beside the model, if given.
-        generation_config: saved beside the model, if given.
+        model: whose tensors these are; its class, config, ties and generation settings are written. Not changed.
+        tokenizer: or a processor; saved beside the model, if given.
 
     Raises:
-        FormatError: names that the model of this config does not have, lacks or has tied; and what
-            `checkpoint.write` refuses.
+        FormatError: names that the model does not have, lacks or has tied; and what `checkpoint.write` refuses.
 
     Cost:
         That of `checkpoint.write`, and a model without memory for its weights to compare names with.
     """
+    from transformers.dynamic_module_utils import custom_object_save
+
     directory = Path(directory)
-    # On a copy: a model writes its dtype into the config that it is built from.
-    with torch.device("meta"):
-        model = _build(copy.deepcopy(config), torch.float32)
+    config, built = described(model)
     shapes = {name: tensor.shape for name, tensor in frozen.items()}
     shapes |= {name: tuple(tensor.shape) for name, tensor in dense.items()}
-    match_names(model, shapes, "what is to be saved")
-    content = json.loads(config.to_json_string(use_diff=True))
-    content["architectures"] = content.get("architectures") or [type(model).__name__]
-    if content.get("dtype") is None:  # transformers would take that of the first tensor it finds, a table
+    if built is not None:
+        match_names(built, shapes, "model")
+    if getattr(config, "use_cache", None) is False:
+        config.use_cache = True  # switched off for training
+    if config.dtype is None:  # transformers would take that of the first tensor it finds, a table
         floating = {tensor.dtype for tensor in dense.values() if tensor.is_floating_point()}
-        content["dtype"] = str(floating.pop() if len(floating) == 1 else torch.float32).removeprefix("torch.")
-    content["quantization_config"] = checkpoint.write(directory, frozen, dense, settings)
-    write_json(directory / "config.json", content)
+        config.dtype = floating.pop() if len(floating) == 1 else torch.float32
+    quantization = checkpoint.write(directory, frozen, dense, settings)
+    for part in (built, config):
+        if getattr(part, "_auto_class", None) is not None and type(part).__module__ != "__main__":
+            custom_object_save(part, directory, config=config)  # pyright: ignore
+    write_json(directory / "config.json", json.loads(config.to_json_string()) | {"quantization_config": quantization})
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    if generation_config is not None:
-        generation_config.save_pretrained(directory)
+    if getattr(model, "generation_config", None) is not None:
+        # Not save_pretrained, which refuses settings that it has read itself.
+        model.generation_config.to_json_file(directory / "generation_config.json")  # pyright: ignore
+    drop_absent_code(directory)
 
 
 def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -100,7 +101,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTraine
 
     directory = Path(directory)
     with checkpoint.open_items(directory) as items:
-        config = model_config(directory, len(items))
+        config = model_config(directory, {name: item.shape for name, item in items.items()})
         # The weights will be dense: nothing about this model is quantized any more.
         del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
         shapes = {name: item.shape for name, item in items.items()}
@@ -165,58 +166,23 @@ def unpack(directory: str | Path, out: str | Path) -> None:
     for part in [config, *(part for part in config.values() if isinstance(part, dict) and "dtype" in part)]:
         part["dtype"] = str(dtype).removeprefix("torch.")
     write_json(out / "config.json", config)
-    for path in directory.iterdir():
-        if path.suffix in _COMPANION_SUFFIXES and path.name not in ("config.json", INDEX, RECORD) and path.is_file():
-            shutil.copyfile(path, out / path.name)
-    for path in sorted((directory / _CHAT_TEMPLATES).glob("*.jinja")):
-        if path.is_file():
-            (out / _CHAT_TEMPLATES).mkdir(exist_ok=True)
-            shutil.copyfile(path, out / _CHAT_TEMPLATES / path.name)
+    copy_companions(directory, out)
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the class that the config names, if it is one of transformers'; else a causal language model."""
+    """A model of the class of transformers that the config names; a causal language model if it names none."""
     import transformers
 
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-        return named._from_config(config, dtype=dtype)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def match_names(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Tensor]:
-    """The model's tensor for every name; those that are tied are one. Raises FormatError unless each tensor has exactly one name and its
-    shape."""
-    state = model.state_dict(keep_vars=True)
-    # While transformers loads a model, what it ties is not tied yet.
-    targets = {name: state[model.all_tied_weights_keys.get(name, name)] for name in state}
-    by_tensor: dict[int, list[str]] = {}
-    for name, tensor in targets.items():
-        by_tensor.setdefault(id(tensor), []).append(name)
-    for aliases in by_tensor.values():
-        given = [name for name in aliases if name in shapes]
-        if len(given) > 1:
-            raise FormatError(f"{source}: {' and '.join(given)} are one tied tensor. Leave all but one out.")
-    missing = [aliases[0] for aliases in by_tensor.values() if not any(name in shapes for name in aliases)]
-    unexpected = [name for name in shapes if name not in targets]
-    kind = type(model).__name__
-    if missing or unexpected:
+    if not config.architectures:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    kind = str(config.architectures[0])
+    named = getattr(transformers, kind, None)
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
         raise FormatError(
-            f"{source}: does not fit {kind}: missing {_list(missing)}; unexpected {_list(unexpected)}. "
-            "Use the config and the tensors of one model."
+            f"config.json: {show(kind)} is not a class of transformers. Import it where it is defined, and load the model with its "
+            "from_pretrained (or with trust_remote_code=True, if its code lies beside the model)."
         )
-    for name, shape in shapes.items():
-        if tuple(targets[name].shape) != tuple(shape):
-            raise FormatError(
-                f"{source}: {name}: {kind} has shape {list(targets[name].shape)}, got {list(shape)}. "
-                "Use the config and the tensors of one model."
-            )
-    return targets
-
-
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(names[:5]) or "none") + more
+    return named._from_config(config, dtype=dtype)
 
 
 def _dense(item: checkpoint.Item, dtype: torch.dtype) -> Tensor:

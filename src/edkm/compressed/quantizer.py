@@ -20,10 +20,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from edkm.compressed import checkpoint
-from edkm.compressed.hf import match_names
 from edkm.compressed.jsonfile import show
 from edkm.compressed.layout import CONFIG_KEYS, QUANT_METHOD
 from edkm.compressed.modules import Packed, pack_module, tie_module, unpack_modules
+from edkm.compressed.names import match_names, names_in, new_parts
 from edkm.compressed.shards import FormatError, checksum_metadata, shard_names
 
 
@@ -66,7 +66,7 @@ class EdkmQuantizer(HfQuantizer):
             raise FormatError(
                 f"{folder}: from_pretrained reads other files than the packed model's ({min(odd)}). Leave out variant and use_safetensors."
             )
-        _prepare(model, folder, dtype or torch.get_default_dtype())
+        _prepare(model, folder, dtype or torch.get_default_dtype(), self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -118,10 +118,16 @@ def _refuse_offloaded(model: Any, what: str) -> None:
                 raise FormatError(f"{what}: {path}.{name}: is offloaded (device_map). Load the model without a device_map for this.")
 
 
-def _prepare(model: Any, directory: Path, dtype: torch.dtype) -> None:
+def _prepare(model: Any, directory: Path, dtype: torch.dtype, quantization: Any) -> None:
     """Check the whole checkpoint, and put packed modules, still empty, into the model."""
     with checkpoint.open_items(directory) as items:
-        targets = match_names(model, {name: item.shape for name, item in items.items()}, str(directory))
+        new: set[str] = set()
+        if [type(model).__name__] != model.config.architectures:  # the base model of what is stored, say, or another head on it
+            names = names_in(model, list(items))
+            items = {here: items[name] for name, here in names.items()}
+            quantization.tensors = {names[name]: entry for name, entry in quantization.tensors.items() if name in names}
+            new = new_parts(model, set(items))
+        targets = match_names(model, {name: item.shape for name, item in items.items()}, str(directory), new)
         users: dict[int, list[str]] = {}
         for alias, tensor in targets.items():
             users.setdefault(id(tensor), []).append(alias)

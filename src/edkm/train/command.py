@@ -18,7 +18,7 @@ from typing import Any
 
 from .presets import DEFAULT, PRESETS, plain_steps_of
 from .record import Recorder, said_of
-from .stages import fingerprint, prepare_on, save_whole, write
+from .stages import fingerprint, load_weights, prepare_on, save_weights, write
 
 # torch and transformers are imported when a command runs: see cli.py.
 
@@ -231,11 +231,14 @@ def _run(args: argparse.Namespace) -> int:
     recorder.keep(model, config)
     recorder.measure("original", model, tokenizer, text)
     if plain_steps:
-        if not _fine_tune(model, tokenizer, blocks, replace(settings, steps=plain_steps, distill=0.0), work / "plain", recorder):
+        plain = work / "plain.pt"
+        if not _fine_tune(model, blocks, replace(settings, steps=plain_steps, distill=0.0), plain, recorder):
             return 130
         del model
         gc.collect()  # the optimizer is part of cycles; weights and moments go before the next model comes
-        model = load_model(work / "plain")[0]
+        # Into the same model, and not one that is written and read: a config may not say all that the model is.
+        model = load_model(args.model)[0]
+        load_weights(plain, model)
         settings = replace(settings, steps=steps - plain_steps, first_step=plain_steps)
     return _compress(args, model, tokenizer, blocks, config, settings, recorder, text)
 
@@ -250,14 +253,14 @@ def _to_device(model: Any, args: argparse.Namespace) -> str:
     return device
 
 
-def _fine_tune(model: Any, tokenizer: Any, blocks: Any, settings: Any, out: Path, recorder: Recorder) -> bool:
+def _fine_tune(model: Any, blocks: Any, settings: Any, out: Path, recorder: Recorder) -> bool:
     """Fine-tune and save in `out`, unless that was done before; False if it was interrupted. Any rank reads the same from there."""
     from . import ranks
 
-    if not out.is_dir():
+    if not out.is_file():
         if not _train(model, blocks, settings, out.with_name("plain-steps"), "plain fine-tuning", recorder):
             return False
-        save_whole(out, model, tokenizer)
+        save_weights(out, model)
         ranks.on_first(lambda: shutil.rmtree(out.with_name("plain-steps")))
     return True
 
@@ -284,7 +287,9 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, record
 
 
 def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) -> int:
+    from ..compressed.companions import copy_companions
     from ..config import ClusterConfig
+    from ..models import model_files
     from . import ranks
     from .checkpoints import last_checkpoint
 
@@ -314,6 +319,8 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
         recorder.weights(model, "trained")
     began = time.perf_counter()
     write(args.out, model, tokenizer, config)
+    if Path(args.model).suffix.lower() != ".gguf":
+        ranks.on_first(lambda: copy_companions(model_files(args.model), args.out))
     recorder.phase("writing", time.perf_counter() - began)
     recorder.measure("packed", model, tokenizer, text)
     ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from edkm.compressed.savable import check_savable
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen
 from edkm.core.matrix import as_matrix, count_tables
@@ -140,21 +141,20 @@ def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Rep
         As `plan`.
 
     Raises:
-        ValueError: as `prepare`; also a parameter that is NaN.
+        ValueError: as `prepare`; also a parameter that is NaN or infinite.
 
     Cost:
         A pass over each parameter.
     """
     check_no_adapters(model)
     check_not_quantized(model)
+    check_savable(model)
     report = plan(model, config, backend)
     tables = {entry.name: entry.tables for entry in report.clustered}
     axes = {target.names[0]: target.row_axes for target in targets_of(model)}
     for name, parameter in model.named_parameters():
         if name in tables:
             check_values(name, as_matrix(parameter.detach(), axes[name]), tables[name])
-        elif parameter.is_floating_point() and not parameter.is_meta and bool(parameter.detach().isnan().any()):
-            raise ValueError(f"{name}: holds NaN. Repair the checkpoint: what is trained or calibrated with it is NaN, too.")
     return report
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
-import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -139,6 +137,7 @@ def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
 def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
     """Freeze a prepared model and write the packed directory, without what `edkm compress` records of a run."""
     from ..compressed import checkpoint, hf, layout, shards
+    from ..compressed.savable import is_transformers
     from ..report.record import PAGE
     from . import ranks
     from .prepare import freeze, unclustered
@@ -146,15 +145,13 @@ def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
     def save(frozen: Any, dense: Any) -> None:
         for name in (layout.RECORD, PAGE):  # of the weights that are replaced
             (out / name).unlink(missing_ok=True)
-        if not hasattr(getattr(model, "config", None), "model_type"):
+        if not is_transformers(model):
             found = checkpoint.write(out, frozen, dense, config.to_json())
             shards.write_json(out / "config.json", {"quantization_config": found})
             if tokenizer is not None:
                 tokenizer.save_pretrained(out)
             return
-        described = copy.deepcopy(model.config)
-        described.use_cache = True  # switched off for training
-        hf.save_pretrained(out, frozen, dense, config.to_json(), described, tokenizer, getattr(model, "generation_config", None))
+        hf.save_pretrained(out, frozen, dense, config.to_json(), model, tokenizer)
 
     if ranks.world() == 1:
         save(freeze(model), unclustered(model))
@@ -197,11 +194,13 @@ def check_replaceable(directory: Path) -> None:
             raise ValueError(f"{directory}: holds something other than a packed model. Name another directory.") from None
 
 
-def save_whole(out: Path, model: Any, tokenizer: Any) -> None:
-    """Write an ordinary checkpoint, all of it or nothing, from rank 0, where the weights of a sharded model are gathered."""
+def save_weights(out: Path, model: Any) -> None:
+    """Write a model's state, all of it or nothing, from rank 0, where the weights of a sharded model are gathered."""
+    import torch
+
     from . import ranks
 
-    state = None
+    state = model.state_dict()
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -209,12 +208,17 @@ def save_whole(out: Path, model: Any, tokenizer: Any) -> None:
 
     def save() -> None:
         part = out.with_name(out.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part, state_dict=state)
-        tokenizer.save_pretrained(part)
+        torch.save(state, part)
         part.replace(out)
 
     ranks.on_first(save)
+
+
+def load_weights(path: Path, model: Any) -> None:
+    """Read what `save_weights` wrote into the same model, loaded afresh."""
+    import torch
+
+    model.load_state_dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
 
 
 def fingerprint(model: Any) -> str:

@@ -30,10 +30,11 @@ def add_export(subparsers: Any, command: Callable[..., argparse.ArgumentParser])
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ...models import packed_directory
     from .export import export
 
     done = export(
-        args.directory,
+        packed_directory(args.directory),
         args.out,
         precision=args.precision,
         kv_cache=args.kv_cache,

@@ -1,0 +1,94 @@
+"""Compare the tensors of a checkpoint with those of a model: names, shapes, and which of them are tied."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from edkm.compressed.jsonfile import FormatError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def match_names(
+    model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], source: str, new: AbstractSet[str] = frozenset()
+) -> dict[str, Tensor]:
+    """The model's tensor for every name; those that are tied are one. Raises FormatError unless each tensor has exactly one name and its
+    shape; those in `new` may have none."""
+    targets = _targets(model)
+    by_tensor: dict[int, list[str]] = {}
+    for name, tensor in targets.items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+    for aliases in by_tensor.values():
+        given = [name for name in aliases if name in shapes]
+        if len(given) > 1:
+            raise FormatError(f"{source}: {' and '.join(given)} are one tied tensor. Leave all but one out.")
+    missing = [aliases[0] for aliases in by_tensor.values() if not any(name in shapes or name in new for name in aliases)]
+    unexpected = [name for name in shapes if name not in targets]
+    kind = type(model).__name__
+    if missing or unexpected:
+        raise FormatError(
+            f"{source}: does not fit {kind}: missing {_list(missing)}; unexpected {_list(unexpected)}. "
+            "Use the class, the config and the tensors of one model."
+        )
+    for name, shape in shapes.items():
+        if tuple(targets[name].shape) != tuple(shape):
+            raise FormatError(
+                f"{source}: {name}: {kind} has shape {list(targets[name].shape)}, got {list(shape)}. "
+                "Use the class, the config and the tensors of one model."
+            )
+    return targets
+
+
+def names_in(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
+    """The name in the model for each tensor of a checkpoint that was saved from another class of the same architecture.
+
+    As transformers does for ordinary checkpoints, the prefix of the base model is added or taken away, and whole parts (a head, a pooler,
+    a decoder) that only one of the two has are left out, or made new. Tensors that are left out have no name in what is returned.
+    """
+    state, prefix = model.state_dict(keep_vars=True), f"{model.base_model_prefix}."
+    found = {}
+    for name in names:
+        candidates = (name.removeprefix(prefix), prefix + name, name)
+        found[name] = next((candidate for candidate in candidates if candidate in state), name)
+    parts = {_part(name, prefix) for name in state}
+    return {name: here for name, here in found.items() if _part(here, prefix) in parts}
+
+
+def new_parts(model: PreTrainedModel, names: set[str]) -> set[str]:
+    """The tensors of a model that belong to parts of which a checkpoint has nothing: transformers makes and reports them."""
+    prefix = f"{model.base_model_prefix}."
+    stored = {_part(name, prefix) for name in names}
+    return {name for name in model.state_dict() if _part(name, prefix) not in stored}
+
+
+def tied_groups(model: nn.Module) -> set[frozenset[str]]:
+    """The names of each tensor that has several."""
+    names: dict[int, set[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), set()).add(plain_name(name))
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def plain_name(name: str) -> str:
+    """The name that a tensor has without a parametrization."""
+    return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name)
+
+
+def _targets(model: PreTrainedModel) -> dict[str, Tensor]:
+    state = model.state_dict(keep_vars=True)
+    # While transformers loads a model, what it ties is not tied yet.
+    return {name: state[model.all_tied_weights_keys.get(name, name)] for name in state}
+
+
+def _part(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).partition(".")[0]
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "none") + more
