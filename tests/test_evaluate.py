@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from edkm.evaluate import EvaluationError, generate, perplexity
+from edkm.train.limits import LimitError
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the other dog saw it. " * 4
 
@@ -111,12 +112,12 @@ def test_what_is_not_finite_is_not_hidden(tiny_model, tiny_tokenizer, scale, sho
     ],
 )
 def test_numbers_out_of_range(tiny_model, tiny_tokenizer, changed, message):
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(ValueError, match=message):
         perplexity(tiny_model, tiny_tokenizer, TEXT, **changed)
 
 
 def test_a_text_of_one_token(tiny_model, tiny_tokenizer):
-    with pytest.raises(EvaluationError, match=r"the text has 1 token\(s\)"):
+    with pytest.raises(LimitError, match=r"the text: has 1 token\(s\)"):
         perplexity(tiny_model, tiny_tokenizer, "the", window=8)
 
 

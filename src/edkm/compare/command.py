@@ -18,6 +18,7 @@ from edkm.compare.making import last_line
 from edkm.compare.methods import METHODS, chosen
 from edkm.compare.plot import plot
 from edkm.compare.stage import SETTINGS, path_of, write_whole
+from edkm.textfile import read_text
 
 TEXT = """Compare edkm with other methods on one model: bits, size, perplexity, tasks, cost.
 
@@ -118,6 +119,7 @@ def _texts(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
 
 
 def _sha256(path: Path) -> str:
+    read_text(path)  # refused now, not when the first method is measured
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
