@@ -79,7 +79,7 @@ def test_text_has_labels_everywhere(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "a.md", "the quick brown fox\n\n" * 5)
     blocks = load_blocks(path, tiny_tokenizer, block_tokens=7)
     assert torch.equal(blocks.input_ids, blocks.labels)
-    assert (blocks.kind, blocks.examples) == ("text", 1)
+    assert blocks.examples == 1
     assert blocks.trained_tokens == 6 * len(blocks)
 
 
@@ -96,7 +96,7 @@ def test_blocks_are_the_joined_examples_but_for_the_tail(tmp_path, chat_tokenize
     assert blocks.tokens == len(whole_ids)
     assert blocks.tail_tokens == len(whole_ids) % block_tokens
     assert blocks.trained_tokens == sum(label != -100 for _, labels in kept for label in labels[1:])
-    assert (blocks.examples, blocks.kind, blocks.block_tokens) == (3, "records", block_tokens)
+    assert (blocks.examples, blocks.block_tokens) == (3, block_tokens)
     assert blocks.input_ids.dtype == blocks.labels.dtype == torch.int64
 
 

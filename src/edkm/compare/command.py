@@ -19,6 +19,7 @@ from edkm.compare.methods import METHODS, chosen
 from edkm.compare.plot import plot
 from edkm.compare.stage import SETTINGS, path_of, write_whole
 from edkm.textfile import read_text
+from edkm.train.records import fields, read_records
 
 TEXT = """Compare edkm with other methods on one model: bits, size, perplexity, tasks, cost.
 
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     _check(args, methods, tasks)
     _open(args.out, settings, fresh=args.fresh)
+    for note in fields(read_records(args.data)):
+        print(f"data: {note}")
     stages = ["make", *(f"perplexity:{text}" for text in settings["texts"]), *(f"task:{task}" for task in tasks)]
     failures = {}
     for number, name in enumerate(methods, 1):

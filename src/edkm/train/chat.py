@@ -150,9 +150,9 @@ class _Turns:
             )
         stop = len(self.text) - len(after)
         if start is None:
+            history = self._written(self.messages[:index])
             same = _shared(before, self.text)
-            history = self._written(self.messages[:index]) or ""
-            start = same if len(history) <= same and self.text.startswith(history) else None
+            start = same if same >= len(history if history and self.text.startswith(history) else before) else None
         if start is None or start > stop or not self.text.endswith(after):
             raise ChatError(
                 f"{_template_of(self.tokenizer)} does not show which text is the assistant's: the rest changes with the answer. "

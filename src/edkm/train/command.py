@@ -163,16 +163,14 @@ def _run(args: argparse.Namespace) -> int:
     from ..models import load_model
     from ..textfile import read_text
     from .data import load_blocks
-    from .limits import check_length, check_tokens, tokens_to_score
+    from .limits import tokens_to_score
 
     # The files first: a misspelt name should not cost the minutes of loading a model.
     read_text(args.data)
     text = None if args.eval_text is None else read_text(args.eval_text)
     data_hash = hashlib.sha256(args.data.read_bytes()).hexdigest() if args.data.is_file() else ""
     model, tokenizer = load_model(args.model)
-    blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens)
-    check_length(model, blocks.block_tokens, "--block-tokens")
-    check_tokens(model, tokenizer, blocks.input_ids, str(args.data))
+    blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens, model=model)
     if text is not None:
         tokens_to_score(model, tokenizer, text, window=args.block_tokens, source=str(args.eval_text))
     steps = _steps(args, len(blocks), ranks.world())

@@ -16,6 +16,7 @@ was trained so is far off without. Where a block cuts a text, the token is put i
 """
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..textfile import read_text
 from .chat import ChatError, beginning, encode, encode_conversation, has_template, unused_fields
-from .records import DataError, Record, read_records
+from .limits import check_length, check_tokens
+from .records import DataError, Record, fields, read_records
 
 IGNORED = -100
 
@@ -40,7 +41,6 @@ class Blocks(Dataset):
     Attributes:
         input_ids: int64 [blocks, block_tokens].
         labels: int64 [blocks, block_tokens]; -100 where there is no loss. Not shifted: the model shifts them.
-        kind: "records" or "text".
         examples: records in the file; 1 for a text.
         tokens: tokens of the whole file, prompts and markers included; not those that are put in where a block cuts a text.
         trained_tokens: labels that the loss sees, in the blocks that are kept. The first label of a block is
@@ -52,7 +52,6 @@ class Blocks(Dataset):
 
     input_ids: Tensor
     labels: Tensor
-    kind: str
     examples: int
     tokens: int
     trained_tokens: int
@@ -72,7 +71,7 @@ class Blocks(Dataset):
         return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
 
 
-def load_blocks(path: str | Path, tokenizer: Any, *, block_tokens: int) -> Blocks:
+def load_blocks(path: str | Path, tokenizer: Any, *, block_tokens: int, model: Any = None) -> Blocks:
     """Read a file of records or text and cut it into blocks of exactly `block_tokens` tokens.
 
     Nothing is lost but the tail shorter than a block (`tail_tokens`) and blocks that the loss would not see
@@ -83,46 +82,53 @@ def load_blocks(path: str | Path, tokenizer: Any, *, block_tokens: int) -> Block
         path: `.json`, `.jsonl` or `.ndjson` for records; any other name is read as plain UTF-8 text.
         tokenizer: a transformers tokenizer. Its chat template is used if it has one.
         block_tokens: tokens per block, at least 2.
+        model: refuse blocks that this model cannot take; None asks no model.
 
     Raises:
         TextFileError: a file that is missing, not UTF-8 or empty.
         DataError: `block_tokens` below 2; invalid JSON; a record that has none of the forms; a conversation that the chat template
             does not write, or does not show the answers of; a text that the tokenizer cannot encode; nothing to train on.
+        LimitError: blocks longer than the model's context, or a token without a row in its embedding.
     """
     path = Path(path)
     first = beginning(tokenizer)
     if block_tokens < len(first) + 2:
         raise DataError(f"block_tokens={block_tokens}: a block needs at least {len(first) + 2} tokens, one to predict another.")
-    text = read_text(path)
-    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
-        kind, records = "records", read_records(path, text)
-    else:
-        kind, records = "text", [Record(str(path), [], 0, ("", text), [], [])]
-    encoded, unused = [], Counter(name for record in records for name in record.unused)
-    for record in records:
-        try:
-            encoded.append(_encode(tokenizer, record))
-            if has_template(tokenizer):
-                unused.update(f"{name} of messages" for name in unused_fields(tokenizer, record.messages))
-        except ChatError as error:
-            raise DataError(f"{record.where}: {error}") from error
-    empty = sum(sum(m["role"] == "assistant" and not m["content"].strip() for m in r.messages[r.trained_from :]) for r in records)
-    notes = []
-    for what, counts in (("fields used", Counter(name for record in records for name in record.used)), ("fields not used", unused)):
-        if counts:
-            notes.append(f"{what}: " + ", ".join(f"{name} ({count:,})" for name, count in counts.items()))
+    records = read_records(path)
+    encoded = [_encode(tokenizer, record, first) for record in records]
+    blocks = _cut(path, encoded, first, block_tokens=block_tokens, notes=tuple(_notes(tokenizer, records)))
+    if model is not None:
+        check_length(model, blocks.block_tokens, "block_tokens")
+        check_tokens(model, tokenizer, blocks.input_ids, str(path))
+    return blocks
+
+
+def _notes(tokenizer: Any, records: Sequence[Record]) -> Iterator[str]:
+    yield from fields(records)
+    if has_template(tokenizer):
+        unused = Counter(name for record in records for name in unused_fields(tokenizer, record.messages))
+        if unused:
+            yield "fields of messages that the chat template does not use: " + ", ".join(f"{name} ({n:,})" for name, n in unused.items())
+    answers = (message["content"] for r in records for message in r.messages[r.trained_from :] if message["role"] == "assistant")
+    empty = sum(not answer.strip() for answer in answers)
     if empty:
-        notes.append(f"answers without text: {empty:,}; what is learnt from them is to end at once")
-    return _cut(path, encoded, first, block_tokens=block_tokens, kind=kind, notes=tuple(notes))
+        yield f"answers without text: {empty:,}; what is learnt from them is to end at once"
 
 
-def _encode(tokenizer: Any, record: Record) -> tuple[list[int], list[int]]:
+def _encode(tokenizer: Any, record: Record, first: list[int]) -> tuple[list[int], list[int]]:
     """Token ids of a record, and its labels."""
-    if record.messages and has_template(tokenizer):
-        if "prompt" in record.used:
-            _check_not_written(tokenizer, record)
-        ids, mask = encode_conversation(tokenizer, record.messages, trained_from=record.trained_from)
-        return ids, [token if own else IGNORED for token, own in zip(ids, mask)]
+    try:
+        if record.messages and has_template(tokenizer):
+            if "prompt" in record.used:
+                _check_not_written(tokenizer, record)
+            ids, mask = encode_conversation(tokenizer, record.messages, trained_from=record.trained_from)
+            return ids, [token if own else IGNORED for token, own in zip(ids, mask)]
+        return _encode_plain(tokenizer, record, first)
+    except ChatError as error:
+        raise DataError(f"{record.where}: {error}") from error
+
+
+def _encode_plain(tokenizer: Any, record: Record, first: list[int]) -> tuple[list[int], list[int]]:
     if record.plain is None:
         raise DataError(
             f"{record.where}: is a conversation, and the model's tokenizer has no chat template to write it by. Set its chat_template "
@@ -136,9 +142,9 @@ def _encode(tokenizer: Any, record: Record) -> tuple[list[int], list[int]]:
     merged = all_ids[: len(prompt_ids)] != prompt_ids
     answer_ids = encode(tokenizer, answer).input_ids if merged else all_ids[len(prompt_ids) :]
     answer_ids = answer_ids + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
-    before = beginning(tokenizer) + prompt_ids
-    # In a text the beginning is a token like any other; only the tokens of a question are not learnt.
-    return before + answer_ids, (before if not prompt else [IGNORED] * len(before)) + answer_ids
+    if not prompt:
+        return first + answer_ids, first + answer_ids
+    return first + prompt_ids + answer_ids, [IGNORED] * len(first + prompt_ids) + answer_ids
 
 
 def _check_not_written(tokenizer: Any, record: Record) -> None:
@@ -152,9 +158,7 @@ def _check_not_written(tokenizer: Any, record: Record) -> None:
         )
 
 
-def _cut(
-    path: Path, encoded: list[tuple[list[int], list[int]]], first: list[int], *, block_tokens: int, kind: str, notes: tuple[str, ...]
-) -> Blocks:
+def _cut(path: Path, encoded: list[tuple[list[int], list[int]]], first: list[int], *, block_tokens: int, notes: tuple[str, ...]) -> Blocks:
     ids = torch.cat([torch.tensor(ids, dtype=torch.int64) for ids, _ in encoded])  # int64 [tokens]
     labels = torch.cat([torch.tensor(labels, dtype=torch.int64) for _, labels in encoded])  # int64 [tokens]
     rows, used = _pieces(ids, labels, first, block_tokens)
@@ -171,7 +175,6 @@ def _cut(
     return Blocks(
         input_ids=ids[kept],
         labels=labels[kept],
-        kind=kind,
         examples=len(encoded),
         tokens=tokens,
         trained_tokens=int(seen.sum()),

@@ -1,5 +1,6 @@
 """What a model can take: token ids with a row in its embedding, and texts within its longest context; checked before any work."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,18 +38,18 @@ def check_length(model: Any, length: int, what: str) -> None:
         raise LimitError(f"{what}={length}: the model's context is {longest} tokens. Use {longest} or fewer.")
 
 
-def check_tokens(model: Any, tokenizer: Any, ids: Tensor, what: str) -> None:
+def check_tokens(model: Any, tokenizer: Any, ids: Tensor | Sequence[int], what: str) -> None:
     """Refuse token ids that have no row in the model's embedding.
 
     Args:
-        ids: int64 of any shape, not empty.
+        ids: of any shape, not empty.
         what: the text that they are of, for the message.
 
     Raises:
         LimitError: an id is not in the embedding.
     """
     rows = _embedding_rows(model)
-    largest = int(ids.max())
+    largest = int(ids.max()) if isinstance(ids, Tensor) else max(ids)
     if rows is not None and largest >= rows:
         raise LimitError(
             f"{what}: holds the token {tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), and the model's embedding has {rows} rows, "

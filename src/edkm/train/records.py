@@ -1,4 +1,4 @@
-"""Records of training data: a `.json` list or `.jsonl` lines become conversations and texts.
+"""Records of training data: a `.json` list or `.jsonl` lines become conversations and texts; any other file is one text.
 
 A record has one of these forms; where it has the fields of several, the first counts:
 
@@ -13,11 +13,13 @@ Fields that are null or empty count as absent. A record says which of the others
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..textfile import read_text
 from .chat import Message
 
 _ALPACA = (
@@ -61,16 +63,28 @@ class Record:
     unused: list[str]
 
 
-def read_records(path: Path, text: str) -> list[Record]:
-    """Parse the text of a `.json` list or of `.jsonl` lines; `path` is for the error messages.
+def read_records(path: Path) -> list[Record]:
+    """Read a `.json` list, or `.jsonl` or `.ndjson` lines; a file of any other name is one record of text.
 
     Raises:
+        TextFileError: the file is missing, not UTF-8 or empty.
         DataError: invalid JSON, no records, or a record of no form, or with a field of the wrong type.
     """
+    text = read_text(path)
+    if path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
+        return [Record(str(path), [], 0, ("", text), [], [])]
     records = [_record(where, value) for where, value in _values(path, text)]
     if not records:
         raise DataError(f"{path}: has no records. Add at least one. {_EXPECTED}.")
     return records
+
+
+def fields(records: Sequence[Record]) -> list[str]:
+    """Lines that say which fields are used, and which are not, with the number of records that have them."""
+    used = Counter(name for record in records for name in record.used)
+    unused = Counter(name for record in records for name in record.unused)
+    counted = [", ".join(f"{name} ({count:,})" for name, count in counts.items()) for counts in (used, unused)]
+    return [f"{what}: {names}" for what, names in zip(("fields used", "fields not used"), counted) if names]
 
 
 def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
