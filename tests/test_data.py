@@ -8,6 +8,7 @@ import torch
 
 from edkm.textfile import TextFileError
 from edkm.train.data import DataError, load_blocks
+from edkm.train.limits import LimitError
 
 RECORDS = [
     {"instruction": "Name a fox.", "input": "", "output": "the quick one"},
@@ -61,18 +62,101 @@ def test_prompt_keeps_its_own_tokens_where_the_answer_would_merge_with_it(tmp_pa
     assert flat(load_blocks(path, tiny_tokenizer, block_tokens=64)) == (t + he + end, [-100] + he + end)
 
 
-def test_beginning_of_sequence_is_added_where_the_tokenizer_adds_it(tmp_path, tiny_tokenizer):
-    from tokenizers.processors import TemplateProcessing
+def test_every_block_begins_with_the_token_that_the_tokenizer_puts_before_a_text(tmp_path, bos_tokenizer):
+    start, text = bos_tokenizer.bos_token_id, "the quick brown fox " * 9
+    whole = bos_tokenizer(text).input_ids + [bos_tokenizer.eos_token_id]
+    ids, labels = flat(load_blocks(write(tmp_path / "a.txt", text), bos_tokenizer, block_tokens=len(whole)))
+    assert ids == labels == whole and whole.count(start) == 1
+    blocks = load_blocks(tmp_path / "a.txt", bos_tokenizer, block_tokens=8)
+    assert (blocks.input_ids[:, 0] == start).all() and (blocks.input_ids[:, 1:] != start).all() and len(blocks) > 3
+    assert whole[1:].index(blocks.input_ids[0, 1]) == 0
+    text_of = [token for block in blocks.input_ids for token in block[1:].tolist()]
+    assert text_of == whole[1:][: len(text_of)] and len(whole) - 1 - len(text_of) == blocks.tail_tokens
+    # Where a text is cut, the token after the beginning follows other text: it is not predicted from there.
+    assert (blocks.labels[1:, :2] == -100).all() and torch.equal(blocks.labels[1:, 2:], blocks.input_ids[1:, 2:])
+    assert blocks.tokens == len(whole) and blocks.trained_tokens == 7 + 6 * (len(blocks) - 1)
 
-    start = tiny_tokenizer.convert_tokens_to_ids("<|start|>")
-    tiny_tokenizer.bos_token = "<|start|>"
-    tiny_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", start)])
-    text = load_blocks(write(tmp_path / "a.txt", "the dog"), tiny_tokenizer, block_tokens=64)
-    assert tiny_tokenizer.decode(text[0]["input_ids"]) == "<|start|>the dog<|end|>"
-    alpaca = load_blocks(write(tmp_path / "a.json", RECORDS[:1]), tiny_tokenizer, block_tokens=1000)
-    ids = alpaca[0]["input_ids"].tolist()
-    assert ids[0] == start
-    assert ids.count(start) == 1
+
+def test_a_beginning_that_the_template_writes_is_not_written_twice(tmp_path, bos_tokenizer):
+    path = write(tmp_path / "a.json", RECORDS[:2])
+    plain = load_blocks(path, bos_tokenizer, block_tokens=1000)[0]["input_ids"].tolist()
+    bos_tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
+    chat = load_blocks(path, bos_tokenizer, block_tokens=1000)[0]["input_ids"].tolist()
+    for ids in (plain, chat):
+        assert ids[0] == bos_tokenizer.bos_token_id and ids.count(bos_tokenizer.bos_token_id) == 2
+
+
+def learnt(tokenizer, blocks):
+    ids, labels = flat(blocks)
+    return tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != -100])
+
+
+TURNS = [("system", "Be brief."), ("user", "Who?"), ("assistant", "A fox."), ("user", "And?"), ("assistant", "A dog.")]
+SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
+FORMS = {
+    "messages": {"messages": [{"role": role, "content": text} for role, text in TURNS]},
+    "null fields": {"messages": [{"role": r, "content": t, "tool_calls": None} for r, t in TURNS], "tools": [], "prompt": None},
+    "parts": {"messages": [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in TURNS]},
+    "system beside": {"messages": [{"role": r, "content": t} for r, t in TURNS[1:]], "system": "Be brief."},
+    "sharegpt": {"conversations": [{"from": SHAREGPT[role], "value": text} for role, text in TURNS]},
+    "alpaca": {"instruction": "And?", "output": "A dog.", "history": [["Who?", "A fox."]], "system": "Be brief."},
+    "completion": {
+        "prompt": [{"role": role, "content": text} for role, text in TURNS[:4]],
+        "completion": [{"role": "assistant", "content": "A dog."}],
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_conversations_of_every_form_are_the_templates_text(tmp_path, chat_tokenizer, form):
+    record = FORMS[form]
+    conversation = [{"role": role, "content": text} for role, text in TURNS]
+    written = chat_tokenizer.apply_chat_template(conversation, tokenize=False)
+    answers = "A dog.<|end|>\n" if form == "completion" else "A fox.<|end|>\nA dog.<|end|>\n"
+    for name, content in (("a.json", [record]), ("a.jsonl", json.dumps(record)), ("a.ndjson", json.dumps(record) + "\n")):
+        blocks = load_blocks(write(tmp_path / name, content), chat_tokenizer, block_tokens=1000)
+        assert learnt(chat_tokenizer, blocks) == (written, answers)
+        assert blocks.notes == ("fields used: " + ", ".join(f"{key} (1)" for key in record if record[key]),)
+
+
+def test_records_of_several_forms_may_be_mixed(tmp_path, chat_tokenizer):
+    question = {"prompt": "Who?", "completion": "A fox."}
+    path = write(tmp_path / "a.json", [FORMS["sharegpt"], question, {"text": "the lazy dog"}, RECORDS[0]])
+    _, answers = learnt(chat_tokenizer, load_blocks(path, chat_tokenizer, block_tokens=1000))
+    assert answers == "A fox.<|end|>\nA dog.<|end|>\nA fox.<|end|>\nthe lazy dog<|end|>the quick one<|end|>\n"
+
+
+def test_without_a_template_strings_are_written_as_they_stand_and_messages_are_refused(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "a.json", [{"prompt": "Who? ", "completion": "A fox."}, {"text": "the dog"}])
+    found = learnt(tiny_tokenizer, load_blocks(path, tiny_tokenizer, block_tokens=1000))
+    assert found == ("Who? A fox.<|end|>the dog<|end|>", "A fox.<|end|>the dog<|end|>")
+    for form in FORMS:
+        with pytest.raises(DataError, match=r"record 1: is a conversation, and the model's tokenizer has no chat template"):
+            load_blocks(write(tmp_path / "b.json", [FORMS[form]]), tiny_tokenizer, block_tokens=1000)
+
+
+def test_fields_that_are_not_used_and_answers_without_text_are_said(tmp_path, chat_tokenizer):
+    weighed = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " ", "weight": 0}], "id": 3, "note": ""}
+    path = write(tmp_path / "a.json", [*RECORDS, weighed, weighed])
+    assert load_blocks(path, chat_tokenizer, block_tokens=1000).notes == (
+        "fields used: instruction (3), output (3), input (1), messages (2)",
+        "fields not used: source (1), id (2)",
+        "fields of messages that the chat template does not use: weight (2)",
+        "answers without text: 2; what is learnt from them is to end at once",
+    )
+
+
+def test_blocks_that_the_model_cannot_take_are_refused(tmp_path, chat_tokenizer, tiny_model):
+    path = write(tmp_path / "a.json", RECORDS * 20)
+    assert load_blocks(path, chat_tokenizer, block_tokens=256, model=tiny_model).block_tokens == 256
+    with pytest.raises(LimitError, match=r"block_tokens=257: the model's context is 256 tokens\. Use 256"):
+        load_blocks(path, chat_tokenizer, block_tokens=257, model=tiny_model)
+    tiny_model.resize_token_embeddings(len(chat_tokenizer))
+    chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<|late|>"]})
+    load_blocks(path, chat_tokenizer, block_tokens=256, model=tiny_model)
+    chat_tokenizer.chat_template = "<|late|>" + chat_tokenizer.chat_template
+    with pytest.raises(LimitError, match=r"a\.json: holds the token '<\|late\|>' \(295\), and the model's embedding has 295 rows"):
+        load_blocks(path, chat_tokenizer, block_tokens=256, model=tiny_model)
 
 
 def test_text_has_labels_everywhere(tmp_path, tiny_tokenizer):

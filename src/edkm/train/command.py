@@ -164,9 +164,10 @@ def _run(args: argparse.Namespace) -> int:
     from ..textfile import read_text
     from .data import load_blocks
     from .limits import tokens_to_score
+    from .records import read_records
 
     # The files first: a misspelt name should not cost the minutes of loading a model.
-    read_text(args.data)
+    read_records(args.data)
     text = None if args.eval_text is None else read_text(args.eval_text)
     data_hash = hashlib.sha256(args.data.read_bytes()).hexdigest() if args.data.is_file() else ""
     model, tokenizer = load_model(args.model)
