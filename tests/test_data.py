@@ -265,6 +265,7 @@ def test_bad_records_are_named(tmp_path, chat_tokenizer, content, message):
 
 BAD_JSON = [
     ("a.json", "[]", r"has no records"),
+    ("a.csv", "instruction,output", r"is a table\. Convert it to JSON lines"),
     ("a.json", "[{]", r"is not valid JSON: .*line 1 column 3"),
     ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{oops}', r"line 3: is not valid JSON: .* column 2"),
     ("a.ndjson", "{oops}", r"line 1: is not valid JSON"),

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from .train.calibrate import evaluating
 from .train.chat import ChatError, beginning, encode, has_template, render
-from .train.limits import check_length, check_tokens, longest_context, tokens_to_score
+from .train.limits import check_tokens, longest_context, tokens_to_score
 
 
 class EvaluationError(ValueError):
@@ -124,8 +124,9 @@ def generate(
         chat: whether to write the prompt with the chat template; None means if the tokenizer has one.
 
     Raises:
-        EvaluationError: `chat=True` without a chat template, a template that fails, an empty prompt, or a number out of range.
-        LimitError: a prompt longer than the model's context, or with a token without a row in its embedding.
+        EvaluationError: `chat=True` without a chat template, a template that fails, a prompt that is empty or fills the model's context,
+            or a number out of range.
+        LimitError: the prompt has a token without a row in the model's embedding.
     """
     if max_new_tokens < 1:
         raise EvaluationError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
@@ -135,7 +136,8 @@ def generate(
     check_tokens(model, tokenizer, ids, "the prompt")
     longest = longest_context(model)
     if longest is not None:
-        check_length(model, ids.shape[1] + 1, "tokens of the prompt and an answer")
+        if ids.shape[1] >= longest:
+            raise EvaluationError(f"the prompt has {ids.shape[1]} tokens, and the model's context is {longest}. Shorten it.")
         max_new_tokens = min(max_new_tokens, longest - ids.shape[1])
     from transformers import GenerationConfig
 

@@ -18,6 +18,7 @@ from edkm.compare.making import last_line
 from edkm.compare.methods import METHODS, chosen
 from edkm.compare.plot import plot
 from edkm.compare.stage import SETTINGS, path_of, write_whole
+from edkm.compressed.jsonfile import printable
 from edkm.textfile import read_text
 from edkm.train.records import fields, read_records
 
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, methods, tasks)
     _open(args.out, settings, fresh=args.fresh)
     for note in fields(read_records(args.data)):
-        print(f"data: {note}")
+        print(f"data: {printable(note)}")
     stages = ["make", *(f"perplexity:{text}" for text in settings["texts"]), *(f"task:{task}" for task in tasks)]
     failures = {}
     for number, name in enumerate(methods, 1):

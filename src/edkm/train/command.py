@@ -159,19 +159,21 @@ def _run(args: argparse.Namespace) -> int:
     from . import ranks
 
     ranks.on_first(lambda: _check_directories(args))
+    from ..compressed.jsonfile import printable
     from ..config import ClusterConfig
     from ..models import load_model
     from ..textfile import read_text
-    from .data import load_blocks
+    from .data import make_blocks
     from .limits import tokens_to_score
     from .records import read_records
 
     # The files first: a misspelt name should not cost the minutes of loading a model.
-    read_records(args.data)
+    records = read_records(args.data)
     text = None if args.eval_text is None else read_text(args.eval_text)
     data_hash = hashlib.sha256(args.data.read_bytes()).hexdigest() if args.data.is_file() else ""
     model, tokenizer = load_model(args.model)
-    blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens, model=model)
+    blocks = make_blocks(records, tokenizer, block_tokens=args.block_tokens, source=str(args.data), model=model)
+    del records
     if text is not None:
         tokens_to_score(model, tokenizer, text, window=args.block_tokens, source=str(args.eval_text))
     steps = _steps(args, len(blocks), ranks.world())
@@ -194,7 +196,7 @@ def _run(args: argparse.Namespace) -> int:
         f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks"
     )
     for note in blocks.notes:
-        print(f"data: {note}")
+        print(f"data: {printable(note)}")
     if args.target_bpw is None and PRESETS[args.preset].chosen_bits:
         from .allocate import bits_of
 

@@ -90,16 +90,19 @@ def load_blocks(path: str | Path, tokenizer: Any, *, block_tokens: int, model: A
             does not write, or does not show the answers of; a text that the tokenizer cannot encode; nothing to train on.
         LimitError: blocks longer than the model's context, or a token without a row in its embedding.
     """
-    path = Path(path)
+    return make_blocks(read_records(Path(path)), tokenizer, block_tokens=block_tokens, source=str(path), model=model)
+
+
+def make_blocks(records: Sequence[Record], tokenizer: Any, *, block_tokens: int, source: str, model: Any = None) -> Blocks:
+    """`load_blocks` of records that were read before; `source` names their file in error messages."""
     first = beginning(tokenizer)
     if block_tokens < len(first) + 2:
         raise DataError(f"block_tokens={block_tokens}: a block needs at least {len(first) + 2} tokens, one to predict another.")
-    records = read_records(path)
     encoded = [_encode(tokenizer, record, first) for record in records]
-    blocks = _cut(path, encoded, first, block_tokens=block_tokens, notes=tuple(_notes(tokenizer, records)))
+    blocks = _cut(source, encoded, first, block_tokens=block_tokens, notes=tuple(_notes(tokenizer, records)))
     if model is not None:
         check_length(model, blocks.block_tokens, "block_tokens")
-        check_tokens(model, tokenizer, blocks.input_ids, str(path))
+        check_tokens(model, tokenizer, blocks.input_ids, source)
     return blocks
 
 
@@ -119,7 +122,7 @@ def _encode(tokenizer: Any, record: Record, first: list[int]) -> tuple[list[int]
     """Token ids of a record, and its labels."""
     try:
         if record.messages and has_template(tokenizer):
-            if "prompt" in record.used:
+            if record.plain is not None and "prompt" in record.used:
                 _check_not_written(tokenizer, record)
             ids, mask = encode_conversation(tokenizer, record.messages, trained_from=record.trained_from)
             return ids, [token if own else IGNORED for token, own in zip(ids, mask)]
@@ -158,7 +161,7 @@ def _check_not_written(tokenizer: Any, record: Record) -> None:
         )
 
 
-def _cut(path: Path, encoded: list[tuple[list[int], list[int]]], first: list[int], *, block_tokens: int, notes: tuple[str, ...]) -> Blocks:
+def _cut(source: str, encoded: list[tuple[list[int], list[int]]], first: list[int], *, block_tokens: int, notes: tuple[str, ...]) -> Blocks:
     ids = torch.cat([torch.tensor(ids, dtype=torch.int64) for ids, _ in encoded])  # int64 [tokens]
     labels = torch.cat([torch.tensor(labels, dtype=torch.int64) for _, labels in encoded])  # int64 [tokens]
     rows, used = _pieces(ids, labels, first, block_tokens)
@@ -169,7 +172,7 @@ def _cut(path: Path, encoded: list[tuple[list[int], list[int]]], first: list[int
     kept = seen.any(dim=-1)  # [blocks]
     if not kept.any():
         raise DataError(
-            f"{path}: none of its {tokens} tokens can be trained on: the {len(rows)} block(s) of {block_tokens} or fewer hold "
+            f"{source}: none of its {tokens} tokens can be trained on: the {len(rows)} block(s) of {block_tokens} or fewer hold "
             f"no answer, and the last {tokens - used} fill no block. Add examples or longer answers."
         )
     return Blocks(

@@ -35,6 +35,7 @@ _ALPACA_WITH_INPUT = (
 _FORMS = ("messages", "conversations", "prompt, completion", "instruction, output", "text")
 _EXPECTED = "Expected messages, or prompt and completion, or instruction and output, or text"
 _ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "developer", "user", "assistant")}
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 _TOOLS = ("tools", "tool_calls", "function_call", "functions")
 
 
@@ -70,6 +71,8 @@ def read_records(path: Path) -> list[Record]:
         TextFileError: the file is missing, not UTF-8 or empty.
         DataError: invalid JSON, no records, or a record of no form, or with a field of the wrong type.
     """
+    if path.suffix.lower() in _TABLES:
+        raise DataError(f"{path}: is a table. Convert it to JSON lines, one object a line, in a file that ends in .jsonl. {_EXPECTED}.")
     text = read_text(path)
     if path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
         return [Record(str(path), [], 0, ("", text), [], [])]
