@@ -97,6 +97,7 @@ FORMS = {
     "messages": {"messages": [{"role": role, "content": text} for role, text in TURNS]},
     "null fields": {"messages": [{"role": r, "content": t, "tool_calls": None} for r, t in TURNS], "tools": [], "prompt": None},
     "parts": {"messages": [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in TURNS]},
+    "parts with values": {"messages": [{"role": r, "content": [{"type": "text", "value": t}]} for r, t in TURNS]},
     "system beside": {"messages": [{"role": r, "content": t} for r, t in TURNS[1:]], "system": "Be brief."},
     "sharegpt": {"conversations": [{"from": SHAREGPT[role], "value": text} for role, text in TURNS]},
     "alpaca": {"instruction": "And?", "output": "A dog.", "history": [["Who?", "A fox."]], "system": "Be brief."},
@@ -266,7 +267,7 @@ def test_bad_records_are_named(tmp_path, chat_tokenizer, content, message):
 BAD_JSON = [
     ("a.json", "[]", r"has no records"),
     ("a.csv", "instruction,output", r"is a table\. Convert it to JSON lines"),
-    ("a.json", "[{]", r"is not valid JSON: .*line 1 column 3"),
+    ("a.json", "[\n{]", r"is not valid JSON: .*line 2 column 2"),
     ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{oops}', r"line 3: is not valid JSON: .* column 2"),
     ("a.ndjson", "{oops}", r"line 1: is not valid JSON"),
     ("a.json", "[" * 100_000, r"its JSON is nested too deeply"),

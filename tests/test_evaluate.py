@@ -222,7 +222,7 @@ def test_the_longest_context_is_found_by_whatever_name_it_has(config, longest):
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[3].content }}", "{% if %}", "{{ 1 + 'a' }}"])
 def test_a_template_that_fails_is_one_line(tiny_model, tiny_tokenizer, template):
     tiny_tokenizer.chat_template = template
-    with pytest.raises(EvaluationError, match=r"^prompt: the chat template of .* cannot write this conversation .* --raw"):
+    with pytest.raises(EvaluationError, match=r"^the prompt: the chat template of .* cannot write this conversation .* --raw"):
         generate(tiny_model, tiny_tokenizer, "the")
     assert isinstance(generate(tiny_model, tiny_tokenizer, "the", chat=False, max_new_tokens=1), str)
 
@@ -248,5 +248,5 @@ def test_sampling_follows_torchs_generator(tiny_model, tiny_tokenizer):
     ],
 )
 def test_generation_errors(tiny_model, tiny_tokenizer, prompt, changed, message):
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(ValueError, match=message):
         generate(tiny_model, tiny_tokenizer, prompt, **changed)

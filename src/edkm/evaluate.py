@@ -126,6 +126,7 @@ def generate(
     Raises:
         EvaluationError: `chat=True` without a chat template, a template that fails, a prompt that is empty or fills the model's context,
             or a number out of range.
+        ChatError: the tokenizer cannot encode the prompt.
         LimitError: the prompt has a token without a row in the model's embedding.
     """
     if max_new_tokens < 1:
@@ -161,14 +162,14 @@ def generate(
 def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None) -> Tensor:
     if chat and not has_template(tokenizer):
         raise EvaluationError("chat=True: this tokenizer has no chat template. Use chat=False.")
-    try:
-        if has_template(tokenizer) and chat is not False:
+    if has_template(tokenizer) and chat is not False:
+        try:
             text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-            ids = encode(tokenizer, text).input_ids
-        else:
-            ids = beginning(tokenizer) + encode(tokenizer, prompt).input_ids
-    except ChatError as error:
-        raise EvaluationError(f"prompt: {error} --raw (chat=False) continues it without the template.") from error
+        except ChatError as error:
+            raise EvaluationError(f"the prompt: {error} --raw (chat=False) goes without the template.") from error
+        ids = encode(tokenizer, text).input_ids
+    else:
+        ids = beginning(tokenizer) + encode(tokenizer, prompt).input_ids
     if not ids:
         raise EvaluationError("the prompt is empty: there is nothing to continue. Give at least one word.")
     return torch.tensor([ids])  # int64 [1, tokens]

@@ -9,7 +9,7 @@ from torch import Tensor
 from .chat import beginning, encode
 
 # Names that configs of transformers have for the longest context; most map their own to the first.
-_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 
 class LimitError(ValueError):

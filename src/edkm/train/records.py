@@ -108,7 +108,8 @@ def _parse(where: str, text: str) -> Any:
     except RecursionError as error:
         raise DataError(f"{where}: its JSON is nested too deeply. Correct it there.") from error
     except ValueError as error:  # of the syntax, or of a number with too many digits
-        raise DataError(f"{where}: is not valid JSON: {error}. Expected one object a line, or one list of objects in the file.") from error
+        reason = str(error) if "\n" in text else str(error).replace("line 1 column", "column")
+        raise DataError(f"{where}: is not valid JSON: {reason}. Expected one object a line, or one list of objects in the file.") from error
 
 
 def _record(where: str, value: Any) -> Record:
@@ -187,7 +188,7 @@ def _message(where: str, message: Any) -> Message:
         raise DataError(f"{where}: has the {names[0]} {role!r}, expected one of {', '.join(_ROLES)}. Rename it.")
     content = given.pop(names[1], None)
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict) and content[0].get("type") == "text":
-        content = content[0].get("text")
+        content = content[0].get("text", content[0].get("value"))
     if not isinstance(content, str):
         raise DataError(f"{where}: its {names[1]} is a {type(content).__name__}, expected a string, or a list of one part of text.")
     return {**given, "role": _ROLES[role], "content": content}
