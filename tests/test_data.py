@@ -99,7 +99,7 @@ FORMS = {
     "parts": {"messages": [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in TURNS]},
     "parts with values": {"messages": [{"role": r, "content": [{"type": "text", "value": t}]} for r, t in TURNS]},
     "system beside": {"messages": [{"role": r, "content": t} for r, t in TURNS[1:]], "system": "Be brief."},
-    "sharegpt": {"conversations": [{"from": SHAREGPT[role], "value": text} for role, text in TURNS]},
+    "sharegpt": {"conversations": [{"from": SHAREGPT[role], "value": text} for role, text in TURNS], "tools": ""},
     "alpaca": {"instruction": "And?", "output": "A dog.", "history": [["Who?", "A fox."]], "system": "Be brief."},
     "completion": {
         "prompt": [{"role": role, "content": text} for role, text in TURNS[:4]],
@@ -249,9 +249,12 @@ BAD_RECORDS = [
     ([chat(("user", "a"))], r"record 1: holds no answer of the assistant"),
     ([{"prompt": [QUESTION, ANSWER], "completion": [QUESTION]}], r"record 1: holds no answer of the assistant"),
     ([chat(("system", "a"), ("assistant", "b"), system="c")], r"has a field 'system' and a first message of the system"),
-    ([chat(("user", "a"), ("assistant", "b"), ("tool", "c"))], r"messages 3: calls of tools are not trained on"),
-    ([{"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [{}]}]}], r"messages 2: calls of tools"),
-    ([chat(("user", "a"), ("assistant", "b"), tools=[{}])], r"field 'tools': calls of tools"),
+    ([chat(("user", "a"), ("assistant", "b"), ("tool", "c"))], r"messages 3: has the role 'tool': calls of tools are not trained on"),
+    (
+        [{"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [{}]}]}],
+        r"messages 2: has the field 'tool_calls': calls of tools",
+    ),
+    ([chat(("user", "a"), ("assistant", "b"), tools=[{}])], r"record 1: has the field 'tools': calls of tools"),
     ([RECORDS[0], {"instruction": "a", "output": "b \ud83d"}], r"record 2: the text holds '\\ud83d', half of a surrogate pair"),
 ]
 

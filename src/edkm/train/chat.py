@@ -102,8 +102,11 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message], *, trained_
             start, _ = turns.span(answers[0])
             mask = [own and end > start for own, (_, end) in zip(mask, offsets)]
     else:
-        spans = [turns.span(index) for index in answers]
-        mask = [_within(offset, spans) for offset in offsets]
+        own = bytearray(len(text) + 1)  # 1 for each character of the assistant's
+        for start, end in (turns.span(index) for index in answers):
+            own[start:end] = b"\1" * (end - start)
+        # Some tokenizers give a token no length.
+        mask = [1 in own[begin : max(end, begin + 1)] for begin, end in offsets]
     if not any(mask):
         raise ChatError(f"{_template_of(tokenizer)} marks no token as the assistant's, so there is nothing to train on. Correct it.")
     return found["input_ids"], mask
@@ -194,12 +197,6 @@ def unused_fields(tokenizer: Any, messages: Sequence[Message]) -> list[str]:
 def _shared(a: str, b: str) -> int:
     """Characters at the beginning that two texts have in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def _within(offset: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a token holds text of a span; some tokenizers give a token of no length."""
-    begin, end = offset[0], max(offset[1], offset[0] + 1)
-    return any(begin < stop and end > start for start, stop in spans)
 
 
 def _name(tokenizer: Any) -> str:

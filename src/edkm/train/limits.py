@@ -18,8 +18,8 @@ class LimitError(ValueError):
 
 def longest_context(model: Any) -> int | None:
     """Tokens of a model's longest context, by its config; None where that names none (Mamba, BLOOM)."""
-    config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", lambda: config)()
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     found = [getattr(text, name, None) for name in _CONTEXT]
     return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 

@@ -120,9 +120,7 @@ def _record(where: str, value: Any) -> Record:
     if form is None:
         found = ", ".join(f"{key} (empty)" if key not in given else key for key in value) or "none"
         raise DataError(f"{where}: its fields are not those of a record that is read (its fields: {found}). {_EXPECTED}.")
-    for key in _TOOLS:
-        if key in given:
-            raise DataError(f"{where}: field {key!r}: calls of tools are not trained on. Leave such records out.")
+    _check_no_tools(where, given)
     used, plain, start = {*form.split(", ")}, None, 0
     if form in ("messages", "conversations"):
         messages = _messages(where, form, given[form])
@@ -181,9 +179,10 @@ def _message(where: str, message: Any) -> Message:
         raise DataError(f"{where}: is a {type(message).__name__}, expected an object with role and content.")
     given = {key: field for key, field in message.items() if field not in (None, [], {})}
     names = ("from", "value") if "from" in given else ("role", "content")
+    _check_no_tools(where, given)
     role = given.pop(names[0], None)
-    if role in ("tool", "function", "observation", "function_call") or any(key in given for key in _TOOLS):
-        raise DataError(f"{where}: calls of tools are not trained on. Leave such conversations out.")
+    if role in ("tool", "function", "observation", "function_call"):
+        raise DataError(f"{where}: has the {names[0]} {role!r}: calls of tools are not trained on. Leave such records out.")
     if role not in _ROLES:
         raise DataError(f"{where}: has the {names[0]} {role!r}, expected one of {', '.join(_ROLES)}. Rename it.")
     content = given.pop(names[1], None)
@@ -192,6 +191,12 @@ def _message(where: str, message: Any) -> Message:
     if not isinstance(content, str):
         raise DataError(f"{where}: its {names[1]} is a {type(content).__name__}, expected a string, or a list of one part of text.")
     return {**given, "role": _ROLES[role], "content": content}
+
+
+def _check_no_tools(where: str, given: dict[str, Any]) -> None:
+    for key in _TOOLS:
+        if given.get(key) not in (None, "", "[]"):
+            raise DataError(f"{where}: has the field {key!r}: calls of tools are not trained on. Leave such records out.")
 
 
 def _string(where: str, field: str, value: Any) -> str:
