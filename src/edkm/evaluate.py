@@ -89,12 +89,13 @@ def perplexity(
     _check_numbers(window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
     ids, begins = tokens_to_score(model, tokenizer, text, window=window)
     window = min(window, ids.numel())
-    windows = ids.unfold(0, window, stride)[:max_windows].clone()  # [windows, window]
-    windows[:, :begins] = ids[:begins]
+    windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
     total, scored = 0.0, 0
     with evaluating(model), _no_autocast(model) as device:
         for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size].to(device)  # [batch, window]
+            batch = windows[start : start + batch_size].clone()  # [batch, window]; the windows overlap
+            batch[:, :begins] = ids[:begins]
+            batch = batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits  # [batch, window, vocabulary]
             for row, tokens in enumerate(batch):
                 new = max(1, begins, 0 if start + row == 0 else window - stride)
