@@ -65,6 +65,18 @@ def chat_tokenizer():
     return tokenizer
 
 
+@pytest.fixture
+def bos_tokenizer():
+    """The same tokenizer, which puts `<|start|>` before every text, as Llama's and Gemma's do theirs."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = _tokenizer()
+    tokenizer.bos_token = "<|start|>"
+    form = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = form
+    return tokenizer
+
+
 def _model():
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -231,12 +231,34 @@ def test_interruption_and_our_own_mistakes(stub, capsys):
         cli.main(["inspect", "packed"])
 
 
-def test_text_that_cannot_be_read_is_reported_before_the_model_is_loaded(tmp_path, capsys):
-    assert cli.main(["eval", "no/such/model", "--text", str(tmp_path / "none.txt")]) == 1
-    assert "none.txt" in capsys.readouterr().err
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 noir")
-    assert cli.main(["eval", "no/such/model", "--text", str(tmp_path / "latin.txt")]) == 1
-    assert "latin.txt: is not UTF-8 text" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"", "is empty"),
+        (b"caf\xe9 noir", "is not UTF-8 text"),
+        ("caf\xe9 noir".encode("utf-16"), "is not UTF-8 text"),
+        (b"\x7fELF\0\0", "holds null bytes"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval no/such/model --text {}",
+        "compress no/such/model --data {} --out {}.out",
+        "compress no/such/model --data {}.good --eval-text {} --out {}.out",
+        "compare no/such/model --data {} --text {}.good --out {}.out",
+        "compare no/such/model --data {}.good --text {} --out {}.out",
+    ],
+)
+def test_text_that_cannot_be_read_is_reported_before_the_model_is_loaded(tmp_path, capsys, command, content, said):
+    path = tmp_path / "text.txt"
+    (tmp_path / "text.txt.good").write_text("the dog")
+    if content is not None:
+        path.write_bytes(content)
+    assert cli.main(command.format(path, path, path).split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"edkm: error: {path}: ") and said in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("argv", [[], ["nonesuch"], ["eval", "model"], ["unpack", "packed"]])

@@ -233,6 +233,31 @@ def test_user_errors_are_one_line(tiny_dir, data, tmp_path, capsys, more, messag
     assert message in error and "Traceback" not in error
 
 
+def test_what_the_model_cannot_take_is_refused_before_any_work(tiny_dir, data, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("a")
+    text = tmp_path / "text.txt"
+    text.write_text("the dog " * 300)
+    for more, said in (
+        (("--eval-text", str(short)), f"{short}: has 1 token(s)"),
+        (("--eval-text", str(text), "--block-tokens", "300"), "the model's context is 256 tokens"),
+        (("--block-tokens", "300"), "block_tokens=300: the model's context is 256 tokens. Use 256 or fewer."),
+    ):
+        assert main(arguments(tiny_dir, data, tmp_path / "out", *more)) == 1
+        printed = capsys.readouterr()
+        assert said in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_fields_of_the_data_are_said(tiny_dir, tmp_path, capsys):
+    path = tmp_path / "chat.jsonl"
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": 1}
+    path.write_text("\n".join([json.dumps(record)] * 20))
+    assert main(arguments(tiny_dir, path, tmp_path / "out", "--dry-run")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("data: 20 examples") and lines[1:3] == ["data: fields used: messages (20)", "data: fields not used: id (20)"]
+
+
 def test_checkpointing_trains_to_the_same_weights(tiny_dir, data, tmp_path):
     states = []
     for checkpointing in (False, True):

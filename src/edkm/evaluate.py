@@ -2,12 +2,14 @@
 
 Convention of `perplexity`, since numbers of different conventions cannot be compared:
 
-- The text is tokenised once, as a whole, without special tokens.
+- The text is tokenised once, as a whole. Where the tokenizer puts a token before every text (the beginning of sequence of Llama and Gemma,
+  found by tokenising, not by a flag), the text begins with it, and so does every window: it takes the place of the window's first token.
+  That is llama.cpp's convention; lm-eval's rolling windows have the token in the first window only. No other special token is added.
 - Windows of `window` tokens start at token 0, `stride`, 2 `stride`, ...; only whole windows count, so up to
   `stride` - 1 tokens at the end are not used. A text shorter than one window is one shorter window.
 - A token is scored in the first window that has it, given the tokens before it in that window, and never
   again. The first token of the text is not scored; with `stride == window`, nor is the first token of any
-  window: it has no context there.
+  window: it has no context there. A beginning of sequence is never scored.
 - The result is exp(mean negative log-likelihood of the scored tokens). The model runs in its own dtype,
   without autocast; the log-likelihood is computed from its logits in float32 and summed exactly.
 """
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .train.calibrate import evaluating
+from .train.chat import ChatError, beginning, encode, has_template, render
+from .train.limits import check_tokens, longest_context, tokens_to_score
 
 
 class EvaluationError(ValueError):
@@ -73,28 +77,28 @@ def perplexity(
         batch_size: windows per forward pass. Changes speed and memory only.
 
     Raises:
-        EvaluationError: a number out of range, or a text of fewer than 2 tokens.
+        EvaluationError: a number out of range.
+        LimitError: a window longer than the model's context, a token without a row in its embedding, a text of fewer than 2 tokens.
 
     Cost:
         Memory for logits: batch_size * window * vocabulary values, twice over in float32.
     """
     stride = window if stride is None else stride
-    _check_numbers(model, window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
-    # verbose=False: the text is longer than the model's context, and that is what the windows are for.
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)  # int64 [tokens]
-    if ids.numel() < 2:
-        raise EvaluationError(f"the text has {ids.numel()} token(s), perplexity needs at least 2: one to predict another. Give more.")
+    _check_numbers(window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
+    ids, begins = tokens_to_score(model, tokenizer, text, window=window)
     window = min(window, ids.numel())
     windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
     total, scored = 0.0, 0
     with evaluating(model):
         for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size].to(_device(model))  # [batch, window]
+            batch = windows[start : start + batch_size].clone()  # [batch, window]; the windows overlap
+            batch[:, :begins] = ids[:begins]
+            batch = batch.to(_device(model))
             logits = model(input_ids=batch, use_cache=False).logits  # [batch, window, vocabulary]
             for row, tokens in enumerate(batch):
-                first = 1 if start + row == 0 else max(1, window - stride)
-                total += _negative_log_likelihood(logits[row, first - 1 : -1], tokens[first:])
-                scored += window - first
+                new = max(1, begins, 0 if start + row == 0 else window - stride)
+                total += _negative_log_likelihood(logits[row, new - 1 : -1], tokens[new:])
+                scored += window - new
     nll = total / scored
     return Perplexity(perplexity=_exp(nll), nll=nll, tokens=scored, windows=len(windows), window=window, stride=stride)
 
@@ -114,18 +118,27 @@ def generate(
         model: a causal language model of transformers.
         tokenizer: its tokenizer.
         prompt: the text to continue, or, with `chat`, the user's message to answer.
-        max_new_tokens: at most so many tokens; fewer if the model ends its text.
+        max_new_tokens: at most so many tokens; fewer if the model ends its text, or if its context is full.
         temperature: 0 takes the likeliest token each time; above 0 samples, from torch's global generator.
         chat: whether to write the prompt with the chat template; None means if the tokenizer has one.
 
     Raises:
-        EvaluationError: `chat=True` without a chat template, an empty prompt, or a number out of range.
+        EvaluationError: `chat=True` without a chat template, a template that fails, a prompt that is empty or fills the model's context,
+            or a number out of range.
+        ChatError: the tokenizer cannot encode the prompt.
+        LimitError: the prompt has a token without a row in the model's embedding.
     """
     if max_new_tokens < 1:
         raise EvaluationError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise EvaluationError(f"temperature={temperature}: must be 0 (greedy) or a positive number.")
     ids = _prompt_ids(tokenizer, prompt, chat=chat)  # int64 [1, tokens]
+    check_tokens(model, tokenizer, ids, "the prompt")
+    longest = longest_context(model)
+    if longest is not None:
+        if ids.shape[1] >= longest:
+            raise EvaluationError(f"the prompt has {ids.shape[1]} tokens, and the model's context is {longest}. Shorten it.")
+        max_new_tokens = min(max_new_tokens, longest - ids.shape[1])
     from transformers import GenerationConfig
 
     stored = getattr(model, "generation_config", None)
@@ -146,26 +159,24 @@ def generate(
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None) -> Tensor:
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not has_template:
+    if chat and not has_template(tokenizer):
         raise EvaluationError("chat=True: this tokenizer has no chat template. Use chat=False.")
-    if has_template and chat is not False:
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+    if has_template(tokenizer) and chat is not False:
+        try:
+            text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+        except ChatError as error:
+            raise EvaluationError(f"the prompt: {error} --raw (chat=False) goes without the template.") from error
+        ids = encode(tokenizer, text).input_ids
     else:
-        ids = tokenizer(prompt).input_ids
+        ids = beginning(tokenizer) + encode(tokenizer, prompt).input_ids
     if not ids:
         raise EvaluationError("the prompt is empty: there is nothing to continue. Give at least one word.")
     return torch.tensor([ids])  # int64 [1, tokens]
 
 
-def _check_numbers(model: Any, *, window: int, stride: int, max_windows: int | None, batch_size: int) -> None:
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+def _check_numbers(*, window: int, stride: int, max_windows: int | None, batch_size: int) -> None:
     if window < 2:
         raise EvaluationError(f"window={window}: must be at least 2, one token to predict another.")
-    if longest is not None and window > longest:
-        raise EvaluationError(f"window={window}: the model's context is {longest} tokens. Use a shorter window.")
     if not 1 <= stride <= window:
         raise EvaluationError(f"stride={stride}: must be 1 to window ({window}), or tokens would be skipped.")
     if max_windows is not None and max_windows < 1:

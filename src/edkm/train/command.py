@@ -24,9 +24,10 @@ from .stages import fingerprint, load_weights, prepare_on, save_weights, write
 
 TEXT = """Fine-tune a model while clustering its weights, and write the packed model.
 
-MODEL is a checkpoint directory, a .gguf file or a hub id. FILE is instruction data in Alpaca form (JSON or
-JSONL with instruction, input, output; the loss is on the output) or plain text. Ctrl-C finishes the step and
-saves; the same command with --resume goes on to the same result.
+MODEL is a checkpoint directory, a .gguf file or a hub id. FILE is JSON or JSONL or plain text. A record of JSON has
+messages (role, content), or prompt and completion, or instruction and output (Alpaca: input, system and history,
+too), or text; the model's chat template writes it, and the loss is on the assistant's answers. Ctrl-C finishes
+the step and saves; the same command with --resume goes on to the same result.
 
 Several GPUs: torchrun --nproc-per-node N -m edkm compress ...; --batch is then per GPU."""
 
@@ -158,14 +159,24 @@ def _run(args: argparse.Namespace) -> int:
     from . import ranks
 
     ranks.on_first(lambda: _check_directories(args))
+    from ..compressed.jsonfile import printable
     from ..config import ClusterConfig
     from ..models import load_model
-    from .data import load_blocks
+    from ..textfile import read_text
+    from .data import make_blocks
+    from .limits import tokens_to_score
     from .prepare import check
+    from .records import read_records
 
+    # The files first: a misspelt name should not cost the minutes of loading a model.
+    records = read_records(args.data)
+    text = None if args.eval_text is None else read_text(args.eval_text)
     data_hash = hashlib.sha256(args.data.read_bytes()).hexdigest() if args.data.is_file() else ""
     model, tokenizer = load_model(args.model)
-    blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens)
+    blocks = make_blocks(records, tokenizer, block_tokens=args.block_tokens, source=str(args.data), model=model)
+    del records
+    if text is not None:
+        tokens_to_score(model, tokenizer, text, window=args.block_tokens, source=str(args.eval_text))
     steps = _steps(args, len(blocks), ranks.world())
     plain_steps = plain_steps_of(steps, args.preset) if args.plain_steps is None else args.plain_steps
     if plain_steps > steps:
@@ -184,11 +195,12 @@ def _run(args: argparse.Namespace) -> int:
         skip=tuple(args.skip),
     )
     check(model, config, args.backend)
-    text = None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8")
     print(
         f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
         f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks"
     )
+    for note in blocks.notes:
+        print(f"data: {printable(note)}")
     if args.target_bpw is None and PRESETS[args.preset].chosen_bits:
         from .allocate import bits_of
 

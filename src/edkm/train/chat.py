@@ -1,0 +1,207 @@
+"""Conversations as the tokenizer's chat template writes them, and which of their tokens the assistant wrote.
+
+The tokens are those of `tokenizer.apply_chat_template(messages)`: nothing is added to the template's text and nothing left out. The
+assistant's are found in one of two ways:
+
+- a template with `{% generation %}` says itself which they are;
+- else renderings are compared. An answer begins where the prompt for it ends (the messages before it, with `add_generation_prompt`), and
+  ends where the conversation up to it ends, end of turn included. Where the template writes a shortened conversation otherwise (Qwen3
+  keeps thoughts for the last answers only, gpt-oss ends the last answer otherwise), the answer is found by writing another in its
+  place: what stays the same around it is not the answer. The end of a turn is then the assistant's if a last answer ends so, too.
+
+A token that holds the end of a prompt and the beginning of an answer counts as the answer's.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+
+_OTHER = "edkm-answer-goes-here"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatError(ValueError):
+    """A conversation that the tokenizer or its template cannot write; the message names the rule and the remedy."""
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Say whether a tokenizer knows how conversations are written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    """Write a conversation by the chat template.
+
+    Raises:
+        ChatError: the template fails, or refuses the conversation.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    # A template is somebody's program: it raises errors of jinja2, and any of Python's own.
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
+        raise ChatError(
+            f"{_template_of(tokenizer)} cannot write this conversation ({type(error).__name__}: {reason}). "
+            "Give it the roles and the order that it asks for, or correct the template."
+        ) from error
+
+
+def encode(tokenizer: Any, text: str, **options: Any) -> Any:
+    """Tokens of a text as it stands, without those that the tokenizer would add around it.
+
+    Raises:
+        ChatError: the text holds half of a surrogate pair, or the tokenizer cannot encode it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ChatError(
+            f"the text holds {text[error.start]!r}, half of a surrogate pair: a character that was cut in two. Complete or remove it."
+        ) from error
+    try:
+        # verbose=False: the remark that a text is longer than the model's window is meant for those who feed it whole.
+        return tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ChatError(f"the tokenizer of {_name(tokenizer)} cannot encode the text ({type(error).__name__}: {reason}).") from error
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before every text, found by tokenising one: one for Llama and Gemma, none for GPT-2 and Qwen."""
+    bare = encode(tokenizer, "a").input_ids
+    whole = tokenizer("a").input_ids
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    return whole[: next(starts, 0)]
+
+
+def encode_conversation(tokenizer: Any, messages: Sequence[Message], *, trained_from: int = 0) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, and which of them the assistant wrote.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers, with a chat template.
+        messages: with `role` and `content`.
+        trained_from: answers before this message do not count.
+
+    Raises:
+        ChatError: the template fails, leaves a message out, or does not show which text is the assistant's.
+    """
+    text = render(tokenizer, messages)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ChatError(f"the tokenizer of {_name(tokenizer)} does not say where its tokens begin (it is not a fast one). Convert it.")
+    found = encode(tokenizer, text, return_offsets_mapping=True)
+    offsets = found["offset_mapping"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= trained_from]
+    turns = _Turns(tokenizer, messages, text, [begin for begin, _ in offsets])
+    turns.check_written()
+    if _GENERATION.search(tokenizer.get_chat_template()):
+        mask = _own_mask(tokenizer, messages)
+        if trained_from:
+            start, _ = turns.span(answers[0])
+            mask = [own and end > start for own, (_, end) in zip(mask, offsets)]
+    else:
+        own = bytearray(len(text) + 1)  # 1 for each character of the assistant's
+        for start, end in (turns.span(index) for index in answers):
+            own[start:end] = b"\1" * (end - start)
+        # Some tokenizers give a token no length.
+        mask = [1 in own[begin : max(end, begin + 1)] for begin, end in offsets]
+    if not any(mask):
+        raise ChatError(f"{_template_of(tokenizer)} marks no token as the assistant's, so there is nothing to train on. Correct it.")
+    return found["input_ids"], mask
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Where each message of a conversation is in the text that the template writes.
+
+    Attributes:
+        text: the rendering of `messages`.
+        begins: where its tokens begin.
+    """
+
+    tokenizer: Any
+    messages: Sequence[Message]
+    text: str
+    begins: Sequence[int]
+
+    def check_written(self) -> None:
+        """Refuse a template that leaves out a message, as some do with those of the system."""
+        for index, message in enumerate(self.messages):
+            if message["role"] == "assistant" or message["content"].strip() in self.text:
+                continue
+            if render(self.tokenizer, self._with(index, message["content"] + _OTHER)) == self.text:
+                raise ChatError(
+                    f"{_template_of(self.tokenizer)} leaves out message {index + 1}, of the role {message['role']!r}. "
+                    "Put its text into a message that is written, or remove it."
+                )
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Where the assistant writes message `index`: from the end of the prompt for it to the end of its turn."""
+        prompt = self._written(self.messages[:index], add_generation_prompt=True)
+        whole = self.text if index == len(self.messages) - 1 else self._written(self.messages[: index + 1])
+        start = len(prompt) if prompt and self.text.startswith(prompt) else None
+        end = len(whole) if whole and self.text.startswith(whole) else None
+        if start is not None and end is not None and start < end and self.messages[index]["content"].strip() in self.text[start:end]:
+            return start, end
+        other = self._with(index, _OTHER)
+        before, found, after = render(self.tokenizer, other).partition(_OTHER)
+        if not found:
+            raise ChatError(
+                f"{_template_of(self.tokenizer)} does not write the assistant's answer, so there is nothing to train on. Correct it."
+            )
+        stop = len(self.text) - len(after)
+        if start is None:
+            history = self._written(self.messages[:index])
+            same = _shared(before, self.text)
+            start = same if same >= len(history if history and self.text.startswith(history) else before) else None
+        if start is None or start > stop or not self.text.endswith(after):
+            raise ChatError(
+                f"{_template_of(self.tokenizer)} does not show which text is the assistant's: the rest changes with the answer. "
+                "Put {% generation %} and {% endgeneration %} around it in the template."
+            )
+        if end is None or end < stop:
+            ending = (self._written(other[: index + 1]) or "").partition(_OTHER)[2]
+            same = stop + _shared(ending, self.text[stop:])
+            end = max([stop, *(begin for begin in self.begins if stop < begin <= same)])
+        return start, end
+
+    def _with(self, index: int, content: str) -> list[Message]:
+        """The conversation with another text in one message."""
+        return [*self.messages[:index], {**self.messages[index], "content": content}, *self.messages[index + 1 :]]
+
+    def _written(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str | None:
+        """A rendering, or None where the template takes no such conversation."""
+        try:
+            return render(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        except ChatError:
+            return None
+
+
+def _own_mask(tokenizer: Any, messages: Sequence[Message]) -> list[bool]:
+    try:
+        found = tokenizer.apply_chat_template(list(messages), return_dict=True, return_assistant_tokens_mask=True)
+    except Exception as error:
+        raise ChatError(f"{_template_of(tokenizer)} gives no mask of the assistant's tokens ({error}). Correct it.") from error
+    return [bool(own) for own in found["assistant_masks"]]
+
+
+def unused_fields(tokenizer: Any, messages: Sequence[Message]) -> list[str]:
+    """Fields of messages besides role and content that the template does not write."""
+    names = sorted({name for message in messages for name in message} - {"role", "content"})
+    rest = {name: [{key: value for key, value in message.items() if key != name} for message in messages] for name in names}
+    return [name for name in names if render(tokenizer, rest[name]) == render(tokenizer, messages)]
+
+
+def _shared(a: str, b: str) -> int:
+    """Characters at the beginning that two texts have in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _name(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or "this model"
+
+
+def _template_of(tokenizer: Any) -> str:
+    return f"the chat template of {_name(tokenizer)}"

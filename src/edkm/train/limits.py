@@ -1,0 +1,91 @@
+"""What a model can take: token ids with a row in its embedding, and texts within its longest context; checked before any work."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chat import beginning, encode
+
+# Names that configs of transformers have for the longest context; most map their own to the first.
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+
+
+class LimitError(ValueError):
+    """Tokens that a model cannot take; the message names the token or the length, the limit and the remedy."""
+
+
+def longest_context(model: Any) -> int | None:
+    """Tokens of a model's longest context, by its config; None where that names none (Mamba, BLOOM)."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    found = [getattr(text, name, None) for name in _CONTEXT]
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+
+
+def check_length(model: Any, length: int, what: str) -> None:
+    """Refuse more tokens than the model's longest context.
+
+    Args:
+        what: the option that asks for this length, for the message.
+
+    Raises:
+        LimitError: `length` is above the limit.
+    """
+    longest = longest_context(model)
+    if longest is not None and length > longest:
+        raise LimitError(f"{what}={length}: the model's context is {longest} tokens. Use {longest} or fewer.")
+
+
+def check_tokens(model: Any, tokenizer: Any, ids: Tensor | Sequence[int], what: str) -> None:
+    """Refuse token ids that have no row in the model's embedding.
+
+    Args:
+        ids: of any shape, not empty.
+        what: the text that they are of, for the message.
+
+    Raises:
+        LimitError: an id is not in the embedding.
+    """
+    rows = _embedding_rows(model)
+    largest = int(ids.max()) if isinstance(ids, Tensor) else max(ids)
+    if rows is not None and largest >= rows:
+        raise LimitError(
+            f"{what}: holds the token {tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), and the model's embedding has {rows} rows, "
+            f"for 0 to {rows - 1}. Resize the model (resize_token_embeddings({len(tokenizer)})) and save it with its tokenizer, or take "
+            "the model's own tokenizer."
+        )
+
+
+def tokens_to_score(model: Any, tokenizer: Any, text: str, *, window: int, source: str = "the text") -> tuple[Tensor, int]:
+    """Tokenise a text to score in windows, and refuse what the model cannot take.
+
+    Returns:
+        int64 [tokens], and how many of the first are those that the tokenizer puts before every text, which every window begins with.
+
+    Raises:
+        LimitError: a window longer than the model's context, a token without a row in its embedding, or nothing to score.
+        ChatError: the tokenizer cannot encode the text.
+    """
+    check_length(model, window, "window")
+    first = beginning(tokenizer)
+    ids = torch.tensor(first + encode(tokenizer, text).input_ids)  # int64 [tokens]
+    least = max(1, len(first))
+    if min(window, ids.numel()) <= least:
+        raise LimitError(
+            f"{source}: has {ids.numel()} token(s), in a window of {window}; perplexity needs {least + 1}, one to predict another."
+        )
+    check_tokens(model, tokenizer, ids, source)
+    return ids, len(first)
+
+
+def _embedding_rows(model: Any) -> int | None:
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    found = getattr(embedding, "num_embeddings", None)
+    if found is None:
+        found = getattr(getattr(embedding, "weight", None), "shape", [None])[0]
+    return found

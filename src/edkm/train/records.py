@@ -1,0 +1,205 @@
+"""Records of training data: a `.json` list or `.jsonl` lines become conversations and texts; any other file is one text.
+
+A record has one of these forms; where it has the fields of several, the first counts:
+
+- `messages`: a list of `{"role", "content"}`, with roles system, developer, user and assistant. `conversations`, with `from` and `value`
+  (ShareGPT: human and gpt), is read in the same way. A field `system` is written as the first message.
+- `prompt` and `completion`: two lists of messages, or two strings: a question and its answer, which without a chat template are written
+  one after the other as they stand.
+- `instruction` and `output` (Alpaca), with `input`, `system` and `history`, a list of [question, answer].
+- `text`: written as it stands; the loss is on all of it.
+
+Fields that are null or empty count as absent. A record says which of the others it used.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..textfile import read_text
+from .chat import Message
+
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+_FORMS = ("messages", "conversations", "prompt, completion", "instruction, output", "text")
+_EXPECTED = "Expected messages, or prompt and completion, or instruction and output, or text"
+_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "developer", "user", "assistant")}
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
+_TOOLS = ("tools", "tool_calls", "function_call", "functions")
+
+
+class DataError(ValueError):
+    """Training data that cannot be used; the message names the file, the record, the rule and the remedy."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file.
+
+    Attributes:
+        where: file and number, for error messages.
+        messages: the conversation; empty for a text.
+        trained_from: answers before this message are not trained on.
+        plain: prompt and answer as they are written where there is no chat template; None if they are not.
+        used: names of the fields that are read.
+        unused: names of the others that are not empty.
+    """
+
+    where: str
+    messages: list[Message]
+    trained_from: int
+    plain: tuple[str, str] | None
+    used: list[str]
+    unused: list[str]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a `.json` list, or `.jsonl` or `.ndjson` lines; a file of any other name is one record of text.
+
+    Raises:
+        TextFileError: the file is missing, not UTF-8 or empty.
+        DataError: invalid JSON, no records, or a record of no form, or with a field of the wrong type.
+    """
+    if path.suffix.lower() in _TABLES:
+        raise DataError(f"{path}: is a table. Convert it to JSON lines, one object a line, in a file that ends in .jsonl. {_EXPECTED}.")
+    text = read_text(path)
+    if path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
+        return [Record(str(path), [], 0, ("", text), [], [])]
+    records = [_record(where, value) for where, value in _values(path, text)]
+    if not records:
+        raise DataError(f"{path}: has no records. Add at least one. {_EXPECTED}.")
+    return records
+
+
+def fields(records: Sequence[Record]) -> list[str]:
+    """Lines that say which fields are used, and which are not, with the number of records that have them."""
+    used = Counter(name for record in records for name in record.used)
+    unused = Counter(name for record in records for name in record.unused)
+    counted = [", ".join(f"{name} ({count:,})" for name, count in counts.items()) for counts in (used, unused)]
+    return [f"{what}: {names}" for what, names in zip(("fields used", "fields not used"), counted) if names]
+
+
+def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Yield (where, value); lines are those of "\\n", since JSON strings may hold other line ends."""
+    if text.lstrip().startswith("["):
+        for number, value in enumerate(_parse(str(path), text), start=1):
+            yield f"{path}: record {number}", value
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}: line {number}"
+            yield where, _parse(where, line)
+
+
+def _parse(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise DataError(f"{where}: its JSON is nested too deeply. Correct it there.") from error
+    except ValueError as error:  # of the syntax, or of a number with too many digits
+        reason = str(error) if "\n" in text else str(error).replace("line 1 column", "column")
+        raise DataError(f"{where}: is not valid JSON: {reason}. Expected one object a line, or one list of objects in the file.") from error
+
+
+def _record(where: str, value: Any) -> Record:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: is a {type(value).__name__}, expected an object. {_EXPECTED}.")
+    given = {key: field for key, field in value.items() if field not in (None, [], {})}
+    form = next((form for form in _FORMS if all(key in given for key in form.split(", "))), None)
+    if form is None:
+        found = ", ".join(f"{key} (empty)" if key not in given else key for key in value) or "none"
+        raise DataError(f"{where}: its fields are not those of a record that is read (its fields: {found}). {_EXPECTED}.")
+    _check_no_tools(where, given)
+    used, plain, start = {*form.split(", ")}, None, 0
+    if form in ("messages", "conversations"):
+        messages = _messages(where, form, given[form])
+    elif form == "text":
+        messages, plain = [], ("", _string(where, "text", given["text"]))
+    elif form == "instruction, output":
+        messages, plain = _alpaca(where, given)
+        used |= {"input", "history"}
+    else:
+        messages, plain, start = _prompt_and_completion(where, given["prompt"], given["completion"])
+    if form != "text" and given.get("system"):
+        used.add("system")
+        if messages[0]["role"] == "system":
+            raise DataError(f"{where}: has a field 'system' and a first message of the system. Leave one out.")
+        messages = [{"role": "system", "content": _string(where, "system", given["system"])}, *messages]
+        plain, start = None, start and start + 1
+    if messages and all(message["role"] != "assistant" for message in messages[start:]):
+        raise DataError(f"{where}: holds no answer of the assistant, so there is nothing to train on. Add one or leave the record out.")
+    filled = [key for key in given if given[key] != ""]
+    return Record(where, messages, start, plain, [key for key in filled if key in used], [key for key in filled if key not in used])
+
+
+def _alpaca(where: str, given: dict[str, Any]) -> tuple[list[Message], tuple[str, str] | None]:
+    values = {field: _string(where, field, given.get(field, "")) for field in ("instruction", "input", "output")}
+    history = given.get("history", [])
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not pairs:
+        raise DataError(f"{where}: field 'history' is not a list of pairs [question, answer]. Write it so.")
+    rounds = [(_string(where, "history", question), _string(where, "history", answer)) for question, answer in history]
+    question = f"{values['instruction']}\n\n{values['input']}" if values["input"] else values["instruction"]
+    messages = [
+        {"role": role, "content": content}
+        for pair in [*rounds, (question, values["output"])]
+        for role, content in zip(("user", "assistant"), pair)
+    ]
+    prompt = (_ALPACA_WITH_INPUT if values["input"] else _ALPACA).format(**values)
+    return messages, None if rounds else (prompt, values["output"])
+
+
+def _prompt_and_completion(where: str, prompt: Any, completion: Any) -> tuple[list[Message], tuple[str, str] | None, int]:
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before = _messages(where, "prompt", prompt)
+        return before + _messages(where, "completion", completion), None, len(before)
+    pair = _string(where, "prompt", prompt), _string(where, "completion", completion)
+    return [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}], pair, 0
+
+
+def _messages(where: str, field: str, value: Any) -> list[Message]:
+    if not isinstance(value, list):
+        raise DataError(f"{where}: field {field!r} is a {type(value).__name__}, expected a list of messages.")
+    return [_message(f"{where}: {field} {number}", message) for number, message in enumerate(value, start=1)]
+
+
+def _message(where: str, message: Any) -> Message:
+    if not isinstance(message, dict):
+        raise DataError(f"{where}: is a {type(message).__name__}, expected an object with role and content.")
+    given = {key: field for key, field in message.items() if field not in (None, [], {})}
+    names = ("from", "value") if "from" in given else ("role", "content")
+    _check_no_tools(where, given)
+    role = given.pop(names[0], None)
+    if role in ("tool", "function", "observation", "function_call"):
+        raise DataError(f"{where}: has the {names[0]} {role!r}: calls of tools are not trained on. Leave such records out.")
+    if role not in _ROLES:
+        raise DataError(f"{where}: has the {names[0]} {role!r}, expected one of {', '.join(_ROLES)}. Rename it.")
+    content = given.pop(names[1], None)
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict) and content[0].get("type") == "text":
+        content = content[0].get("text", content[0].get("value"))
+    if not isinstance(content, str):
+        raise DataError(f"{where}: its {names[1]} is a {type(content).__name__}, expected a string, or a list of one part of text.")
+    return {**given, "role": _ROLES[role], "content": content}
+
+
+def _check_no_tools(where: str, given: dict[str, Any]) -> None:
+    for key in _TOOLS:
+        if given.get(key) not in (None, "", "[]"):
+            raise DataError(f"{where}: has the field {key!r}: calls of tools are not trained on. Leave such records out.")
+
+
+def _string(where: str, field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field {field!r} is a {type(value).__name__}, expected a string.")
+    return value
