@@ -94,7 +94,6 @@ def write(chat_tokenizer):
         runs = groupby(zip(ids, mask), key=lambda pair: pair[1])
         return [chat_tokenizer.decode([token for token, _ in run]) for own, run in runs if own]
 
-    write.tokenizer = chat_tokenizer
     return write
 
 
@@ -132,9 +131,9 @@ def test_an_answer_without_text_is_its_end(write):
     assert write(PHI4, messages(("user", "Who?"), ("assistant", ""))) == ["<|im_end|>"]
 
 
-def test_a_token_of_the_prompt_and_the_answer_is_the_answers(write):
+def test_a_token_of_the_prompt_and_the_answer_is_the_answers(write, chat_tokenizer):
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert len(write.tokenizer("the").input_ids) == 1, "the example needs a tokenizer that merges these letters"
+    assert len(chat_tokenizer("the").input_ids) == 1, "the example needs a tokenizer that merges these letters"
     assert write(template, messages(("user", "xt"), ("assistant", "he"))) == ["the"]
 
 
@@ -155,8 +154,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("template", "message"), REFUSED)
-def test_templates_that_do_not_show_the_answers_are_refused_by_name(write, template, message):
-    write.tokenizer.name_or_path = "some/model"
+def test_templates_that_do_not_show_the_answers_are_refused_by_name(write, chat_tokenizer, template, message):
+    chat_tokenizer.name_or_path = "some/model"
     with pytest.raises(ChatError, match=message) as caught:
         write(template, messages(*TWO_TURNS))
     assert str(caught.value).startswith("the chat template of some/model ")
@@ -170,10 +169,10 @@ def test_a_system_message_that_the_template_drops_is_refused(write):
         )
 
 
-def test_fields_that_the_template_does_not_write_are_found(write):
-    write.tokenizer.chat_template = "{% for m in messages %}{{ m.thought }}{{ m.content }}{% endfor %}"
+def test_fields_that_the_template_does_not_write_are_found(write, chat_tokenizer):
+    chat_tokenizer.chat_template = "{% for m in messages %}{{ m.thought }}{{ m.content }}{% endfor %}"
     conversation = [{"role": "user", "content": "a", "name": "Bo"}, {"role": "assistant", "content": "b", "thought": "c"}]
-    assert unused_fields(write.tokenizer, conversation) == ["name"]
+    assert unused_fields(chat_tokenizer, conversation) == ["name"]
 
 
 def test_texts_that_no_tokenizer_takes_are_one_line(tiny_tokenizer):
@@ -192,9 +191,9 @@ def test_texts_that_no_tokenizer_takes_are_one_line(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("form", "expected"), [("$A", []), ("<bos> $A", ["<bos>"]), ("$A <|end|>", []), ("<bos> <|head|> $A <|eot|>", ["<bos>", "<|head|>"])]
 )
-def test_what_a_tokenizer_puts_before_every_text_is_found_by_tokenising(write, form, expected):
+def test_what_a_tokenizer_puts_before_every_text_is_found_by_tokenising(write, chat_tokenizer, form, expected):
     from tokenizers.processors import TemplateProcessing
 
-    special = [(token, write.tokenizer.convert_tokens_to_ids(token)) for token in form.split() if token != "$A"]
-    write.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=form, special_tokens=special)
-    assert write.tokenizer.convert_ids_to_tokens(beginning(write.tokenizer)) == expected
+    special = [(token, chat_tokenizer.convert_tokens_to_ids(token)) for token in form.split() if token != "$A"]
+    chat_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=form, special_tokens=special)
+    assert chat_tokenizer.convert_ids_to_tokens(beginning(chat_tokenizer)) == expected
