@@ -16,6 +16,7 @@ from edkm.core.op import Solution, _backend, check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
 from edkm.train.checks import (
     MOST_ROUNDED,
+    check_finite,
     check_kind,
     check_no_adapters,
     check_not_quantized,
@@ -140,7 +141,7 @@ def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Rep
         As `plan`.
 
     Raises:
-        ValueError: as `prepare`; also a parameter that is NaN.
+        ValueError: as `prepare`.
 
     Cost:
         A pass over each parameter.
@@ -153,8 +154,8 @@ def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Rep
     for name, parameter in model.named_parameters():
         if name in tables:
             check_values(name, as_matrix(parameter.detach(), axes[name]), tables[name])
-        elif parameter.is_floating_point() and not parameter.is_meta and bool(parameter.detach().isnan().any()):
-            raise ValueError(f"{name}: holds NaN. Repair the checkpoint: what is trained or calibrated with it is NaN, too.")
+        else:
+            check_finite(name, parameter)
     return report
 
 
