@@ -333,7 +333,7 @@ def nan(model):
     ("change", "more", "message"),
     [
         (nan, {}, r"layers\.1\.mlp\.up_proj\.weight: NaN"),
-        (lambda model: model.model.norm.weight.data.fill_(torch.nan), {}, r"model\.norm\.weight: holds NaN"),
+        (lambda model: model.model.norm.weight.data.fill_(torch.nan), {}, r"model\.norm\.weight: NaN"),
         (lambda model: model.lm_head.weight.data.mul_(1e8), {}, r"embed_tokens\.weight: has a weight of magnitude"),
         (lambda model: model.model.layers[0].mlp.up_proj.weight.data.mul_(1e-9), {}, "float16, which would lose"),
         (None, {"config": edkm.ClusterConfig(rows_per_lut=7)}, "rows do not divide into tables of 7 rows"),

@@ -849,7 +849,6 @@ def test_non_finite_weights_are_named_and_the_others_untouched():
         (lambda w: w.mul_(1e-9), "stored in float16, which would lose 100%.*skip"),
         (lambda w: w[2].mul_(1e-9), "stored in float16, which would lose 100%.*skip"),
         (lambda w: w[0, 0].fill_(1e5), r"a weight of magnitude.*at most 65504.*skip"),
-        (lambda w: w[0, 0].fill_(torch.inf), "NaN or infinite values.*skip"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -878,7 +877,7 @@ def test_small_weights_that_float16_resolves_and_zeros_are_kept():
 def test_nan_in_a_parameter_that_is_left_alone_is_named():
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     model[1].weight.data[3] = torch.nan
-    with pytest.raises(ValueError, match=r"^1\.weight: holds NaN"):
+    with pytest.raises(ValueError, match=r"^1\.weight: NaN or infinite values"):
         edkm.prepare(model, CONFIG)
 
 
@@ -904,7 +903,7 @@ def test_what_is_no_plain_weight_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         edkm.prepare(model, CONFIG)
     assert type(model[0]) is nn.Linear
-    if not model[1].weight.is_meta:
+    if model[1].weight.dtype.itemsize == 1:  # of a kind that can be written as it is
         assert len(edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4, skip=("1.weight",))).clustered) == 1
 
 

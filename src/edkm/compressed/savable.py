@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from edkm.compressed.checkpoint import check_names
 from edkm.compressed.jsonfile import FormatError, text_limit
@@ -31,13 +31,12 @@ def check_savable(model: nn.Module) -> None:
         model: before it is prepared.
 
     Raises:
-        ValueError: a weight that is not finite; a tensor whose name or dtype cannot be stored; a transformers model whose tensors are not
+        ValueError: a tensor whose name or dtype cannot be stored; a transformers model whose tensors are not
             those of its class and config.
 
     Cost:
-        A pass over the weights, and a model without memory for its weights.
+        A model without memory for its weights.
     """
-    _check_finite(model)
     state = model.state_dict(keep_vars=True)
     check_names([*state, *(name + LUT_SUFFIX for name in state)])
     description(state, {})
@@ -111,16 +110,3 @@ def described(model: PreTrainedModel) -> tuple[PreTrainedConfig, PreTrainedModel
 
 def _within(names: set[str], groups: set[frozenset[str]]) -> set[frozenset[str]]:
     return {group & names for group in groups if len(group & names) > 1}
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not weight.is_meta and not bool(_local(weight).isfinite().all()):
-            raise ValueError(
-                f"{name}: has a value that is NaN or infinite. If the checkpoint has it, take another, or look for an overflow in 16 bits "
-                "where it was made (merged, converted); if training made it, lower the learning rate."
-            )
-
-
-def _local(weight: Tensor) -> Tensor:
-    return weight.detach().to_local() if hasattr(weight, "to_local") else weight.detach()  # pyright: ignore

@@ -15,6 +15,7 @@ from edkm.config import ClusterConfig, matches
 from edkm.core.assign import LUT_DTYPE
 from edkm.core.reference import compute_dtype
 
+NOT_FINITE = "NaN or infinite values. Take another checkpoint or repair it; after training, was the learning rate too high?"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What the rounding of a table to 16 bits may take from it, of the sum of its magnitudes.
 MOST_ROUNDED = 0.05
@@ -58,6 +59,15 @@ def check_kind(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: is quantized or of another kind ({held}), no floating-point weight. Dequantize it, or add it to skip.")
     if weight.layout != torch.strided:
         raise ValueError(f"{name}: is stored as {weight.layout}. Make it dense (to_dense()), or add it to skip.")
+
+
+def check_finite(name: str, parameter: Tensor) -> None:
+    """Refuse a parameter that is not finite, though it is left alone: what is trained or calibrated with it would not be either."""
+    if parameter.is_meta or not parameter.is_floating_point() or hasattr(parameter, "full_tensor"):
+        return
+    values = parameter.detach()
+    if not bool((values.float() if values.dtype not in _DTYPES else values).to_dense().isfinite().all()):
+        raise ValueError(f"{name}: {NOT_FINITE}")
 
 
 def check_readers(model: nn.Module, names: Mapping[int, str]) -> None:
@@ -105,10 +115,7 @@ def rounding_loss(name: str, matrix: Tensor, tables: int) -> float:
         largest = torch.maximum(largest, values.abs().amax(1))
     highest = float(largest.max())
     if not highest < float("inf"):
-        raise ValueError(
-            f"{name}: NaN or infinite values. Clustering needs finite weights: repair the checkpoint, or add the name to skip; after "
-            "training, was the learning rate too high?"
-        )
+        raise ValueError(f"{name}: {NOT_FINITE}")
     if highest > torch.finfo(LUT_DTYPE).max:
         raise ValueError(
             f"{name}: has a weight of magnitude {highest:.6g}, and tables are stored in float16 (at most 65504). Rescale the weight or add "

@@ -17,6 +17,7 @@ from edkm.core.op import Solution, _backend, check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
 from edkm.train.checks import (
     MOST_ROUNDED,
+    check_finite,
     check_kind,
     check_no_adapters,
     check_not_quantized,
@@ -141,7 +142,7 @@ def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Rep
         As `plan`.
 
     Raises:
-        ValueError: as `prepare`; also a parameter that is NaN or infinite.
+        ValueError: as `prepare`.
 
     Cost:
         A pass over each parameter.
@@ -155,6 +156,8 @@ def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Rep
     for name, parameter in model.named_parameters():
         if name in tables:
             check_values(name, as_matrix(parameter.detach(), axes[name]), tables[name])
+        else:
+            check_finite(name, parameter)
     return report
 
 
