@@ -55,6 +55,24 @@ def test_refused(tmp_path: Path, fields: dict[str, Any], message: str, capfd: py
     assert "Do you wish to run" not in capfd.readouterr().out
 
 
+def test_fields_of_others_count_nothing(tmp_path: Path):
+    others = {"num_parameters": 10**12, "n_training_tokens": 10**13, "num_layers_frozen": 99, "training": {"num_tokens": 10**12}}
+    assert model_config(write(tmp_path, **others), SHAPES).num_parameters == 10**12
+
+
+def test_a_model_may_have_as_many_labels_as_weights_and_any_context(tmp_path: Path):
+    assert model_config(write(tmp_path, num_labels=70_000), {"score.weight": (70_000, 16)} | SHAPES).num_labels == 70_000
+    assert model_config(write(tmp_path, model_type="gptj", n_layer=2, n_positions=1 << 20), SHAPES).n_positions == 1 << 20
+    with pytest.raises(FormatError, match="n_layer must be 0 to 20"):
+        model_config(write(tmp_path, model_type="gptj", n_layer=21), SHAPES)
+
+
+def test_a_nested_config_is_bounded_as_its_own_type_is(tmp_path: Path):
+    text = {"model_type": "qwen2", "num_hidden_layers": 21}
+    with pytest.raises(FormatError, match="num_hidden_layers must be 0 to 20"):
+        model_config(write(tmp_path, model_type="llava", text_config=text), SHAPES)
+
+
 @pytest.mark.parametrize("fields", [{"vocab_size": -1}, {"num_attention_heads": 0}, {"hidden_act": "nope"}, {"pad_token_id": 10**6}])
 def test_a_model_that_cannot_be_built(tmp_path: Path, fields: dict[str, Any]):
     path = write(tmp_path, **fields) / "config.json"

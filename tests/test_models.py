@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from edkm.models import ModelError, _forget_quantization, load_model
 
@@ -82,7 +83,7 @@ def test_a_gguf_file(tmp_path, tiny_model, capfd):
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
-def write_gguf(path, model):
+def write_gguf(path, model, without=(), parts=1):
     """`tiny_model` as llama.cpp would store it, in float32, with a vocabulary of bytes."""
     import gguf
 
@@ -105,8 +106,10 @@ def write_gguf(path, model):
     writer.add_bos_token_id(1)
     writer.add_chat_template("{{ messages }}")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
+        if name == "lm_head.weight" or name in without:
             continue
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = permute(tensor, config, "q_proj" in name)
@@ -122,6 +125,137 @@ def permute(weight, config, query):
     """llama.cpp interleaves the two halves of a rotary head; transformers undoes it."""
     heads = config.num_attention_heads if query else config.num_key_value_heads
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def test_a_gguf_file_that_is_not_a_whole_model(tmp_path, tiny_model):
+    import gguf
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ModelError, match=rf"a\.gguf: 1 weights of LlamaForCausalLM are not in the checkpoint, first {name}; they would be"):
+        load_model(write_gguf(tmp_path / "a.gguf", tiny_model, without=[name]))
+    with pytest.raises(ModelError, match=r"b\.gguf: is one of 2 parts of a GGUF model\. Join them first \(llama-gguf-split --merge"):
+        load_model(write_gguf(tmp_path / "b.gguf", tiny_model, parts=2))
+    # transformers would build a model of 7B parameters for these.
+    for kind, message in (("adapter", r"holds no model \(adapter\)"), ("model", "holds no weights")):
+        writer = gguf.GGUFWriter(tmp_path / f"{kind}.gguf", "llama")
+        writer.add_type(kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(ModelError, match=message):
+            load_model(tmp_path / f"{kind}.gguf")
+
+
+def add_tensors(directory, **tensors):
+    file = directory / "model.safetensors"
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+
+
+def test_weights_in_float8_are_dequantised_for_good(tiny_dir, tmp_path):
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    directory = edit_config(tiny_dir, tmp_path / "float8", quantization_config=quantization)
+    stored, expected = {}, {}
+    for name, value in load_file(tiny_dir / "model.safetensors").items():
+        stored[name] = expected[name] = value
+        if "proj" in name:
+            scale = value.abs().amax() / 448
+            stored[name] = (value / scale).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale.view(1, 1)
+            expected[name] = stored[name].float() * scale
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_model(directory)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == expected.keys() and all(torch.equal(again[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, "gptq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "nonesuch"}}, "nonesuch"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "method not named"),  # MLX
+    ],
+)
+def test_quantized_weights_are_refused_before_they_are_read(tiny_dir, tmp_path, fields, method):
+    directory = edit_config(tiny_dir, tmp_path / "quantized", **fields)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=rf"quantized: its weights are quantized \({method}\).* Give the checkpoint that they"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj.bias", "mlp.up_proj.weight_scale"])
+def test_a_layer_with_more_in_the_checkpoint_than_it_reads(tiny_dir, tmp_path, name):
+    directory = edit_config(tiny_dir, tmp_path / "more")
+    add_tensors(directory, **{f"model.layers.0.{name}": torch.ones(64)})
+    with pytest.raises(ModelError, match=rf"layers\.0\.{name} is in the checkpoint and LlamaForCausalLM does not read it"):
+        load_model(directory)
+
+
+def test_parts_that_the_class_does_not_have_are_left_out_with_a_warning(tiny_dir, tmp_path):
+    directory = edit_config(tiny_dir, tmp_path / "more")
+    add_tensors(directory, **{"vision_tower.weight": torch.ones(64)})
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM leaves out 1 tensors of the checkpoint, first vision_tower\.weight"):
+        load_model(directory)
+
+
+def test_a_shape_of_another_config(tiny_dir, tmp_path):
+    directory = edit_config(tiny_dir, tmp_path / "other", vocab_size=310)
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight: LlamaForCausalLM has shape \[310, 64\], the checkpoint \[300, 64\]"):
+        load_model(directory)
+
+
+def test_a_packed_model_by_its_hub_id(packed_dir, tmp_path, monkeypatch, capsys):
+    from edkm.cli import main
+
+    folder = tmp_path / "hub" / "models--someone--packed"
+    shutil.copytree(packed_dir, folder / "snapshots" / ("a" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, _ = load_model("someone/packed")
+    expected, _ = load_model(packed_dir)
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert main(["inspect", "someone/packed"]) == 0 and "bits per weight" in capsys.readouterr().out
+    assert main(["unpack", "someone/packed", "--out", str(tmp_path / "dense")]) == 0
+    assert main(["inspect", "someone/none"]) == 1 and "is no local path, and as a hub id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"adapter_config.json": '{"base_model_name_or_path": "some/base"}'}, r"is an adapter for some/base, not a whole model\. Merge it"),
+        ({"config.json": "{}", "adapter_config.json": "{}"}, "is an adapter, not a whole model"),
+        ({"checkpoint-8/config.json": "{}", "checkpoint-16/config.json": "{}"}, r"Name the model in it: \S+/checkpoint-16\."),
+        ({"modules.json": "[]", "0_Transformer/config.json": "{}"}, r"Name the model in it: \S+/0_Transformer\."),
+        ({"model_index.json": "{}", "unet/config.json": "{}"}, "holds a pipeline of diffusers"),
+        ({"params.json": "{}", "consolidated.safetensors": ""}, r"in its maker's format \(params\.json\)"),
+        (
+            {"config.json": '{"model_type": "own", "auto_map": {"AutoConfig": "a.B"}, "architectures": ["Own"]}'},
+            "Own is not a class of tr",
+        ),
+        ({"config.json": '{"model_type": "llama", "architectures": ["Own"]}'}, "Own is not a class of transformers but code of its own"),
+    ],
+)
+def test_directories_of_other_kinds(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match=message):
+        load_model(tmp_path)
+
+
+def test_a_pointer_in_the_place_of_weights(tiny_dir, tmp_path):
+    directory = edit_config(tiny_dir, tmp_path / "pointer")
+    (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ModelError, match=r"model\.safetensors is a pointer of Git LFS"):
+        load_model(directory)
 
 
 def test_every_trace_of_quantization_is_removed():

@@ -232,6 +232,41 @@ def test_a_vision_transformer(tmp_path):
     assert any(isinstance(m, Packed) and isinstance(m, nn.Conv2d) for m in loaded.modules())
 
 
+def test_another_class_of_the_same_architecture(saved, tmp_path):
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    directory, model = saved
+    with torch.no_grad():
+        expected = model.model(TOKENS).last_hidden_state
+    base = AutoModel.from_pretrained(directory)
+    classifier = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=3)
+    for found in (base, classifier.model):
+        torch.testing.assert_close(found(TOKENS).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    assert type(classifier.score) is nn.Linear and classifier.score.weight.std() > 0
+    base.save_pretrained(tmp_path / "base")
+    for kind in (AutoModel, AutoModelForCausalLM):  # a base model may get a head, as an ordinary checkpoint may
+        again = kind.from_pretrained(tmp_path / "base").base_model
+        torch.testing.assert_close(again(TOKENS).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_without_its_decoder(tmp_path):
+    from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=300, decoder_start_token_id=0)
+    model = pack(T5ForConditionalGeneration(config), tmp_path)
+    with torch.no_grad():
+        expected = model.encoder(TOKENS).last_hidden_state
+        torch.testing.assert_close(T5EncoderModel.from_pretrained(tmp_path)(TOKENS).last_hidden_state, expected)
+
+
+def test_a_class_that_lacks_weights_within_a_part_is_refused(saved):
+    from transformers import Qwen2Model
+
+    with pytest.raises(FormatError, match=r"does not fit Qwen2Model: missing layers\.0\.self_attn\.q_proj\.bias"):
+        Qwen2Model.from_pretrained(saved[0])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

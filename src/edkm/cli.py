@@ -241,15 +241,14 @@ def _add_inspect(subparsers: Any) -> None:
         text="What is stored in a packed directory: each tensor's bits, tables, bytes and clustering error.",
         example="edkm inspect ./packed",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="a directory packed by edkm")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a directory packed by edkm, or its hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _run_inspect(args: argparse.Namespace) -> int:
     from .compressed import checkpoint
-    from .models import packed_directory
 
-    directory = packed_directory(args.directory)
+    directory = _packed(args.directory)
     summary = checkpoint.summary(directory)
     if args.json:
         print(dumps(summary))
@@ -257,6 +256,15 @@ def _run_inspect(args: argparse.Namespace) -> int:
         print(_summary_table(summary))
         print(_told(directory), end="")
     return 0
+
+
+def _packed(directory: Path) -> Path:
+    """The directory itself, or the downloaded one if `owner/name` is given and no such directory is here."""
+    if directory.exists() or len(directory.parts) != 2 or directory.is_absolute():
+        return directory
+    from .models import packed_directory
+
+    return packed_directory(directory)
 
 
 def _told(directory: Path) -> str:
@@ -304,7 +312,7 @@ def _add_unpack(subparsers: Any) -> None:
         "The weights are exactly those of the packed model, one float each.",
         example="edkm unpack ./packed --out ./dense",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="a directory packed by edkm")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a directory packed by edkm, or its hub id")
     parser.add_argument("--out", required=True, metavar="DENSE", type=Path, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="write into DENSE even if it is not empty")
 
@@ -314,8 +322,7 @@ def _run_unpack(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out} is the packed directory itself; name another")
     check_output(args.out, overwrite=args.overwrite)
     from .compressed import hf
-    from .models import packed_directory
 
-    hf.unpack(packed_directory(args.directory), args.out)
+    hf.unpack(_packed(args.directory), args.out)
     print(f"wrote {args.out}")
     return 0

@@ -291,9 +291,8 @@ def _check_gguf(path: Path) -> None:
         )
     kind = bytes(values["general.type"]).decode() if "general.type" in values else "model"
     if kind != "model" or not reader.tensors:
-        raise ModelError(
-            f"{path}: holds {'no weights' if kind == 'model' else f'no model but its {kind}'}. Name the file of the whole model."
-        )
+        what = "weights" if kind == "model" else f"model ({kind})"
+        raise ModelError(f"{path}: holds no {what}. Name the file of the whole model.")
 
 
 def _forget_quantization(model: Any) -> None:

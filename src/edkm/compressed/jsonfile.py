@@ -41,9 +41,9 @@ def text_limit(weights_bytes: int, *, config: bool = False) -> int:
     """Bytes of JSON, or of a header, that a checkpoint with so many bytes of weights may have: 512 KiB and 1/32 of the weights.
 
     A tensor takes about 200 bytes of text, so this is 2,500 tensors of any size and, beyond them, tensors of 6 KiB on average.
-    `config.json` may have 4 MiB more: it names the classes of a classifier, twice.
+    `config.json` may have 2 MiB more: it names the classes of a classifier, twice.
     """
-    return (1 << 19) + (1 << 22) * config + weights_bytes // 32
+    return (1 << 19) + (1 << 21) * config + weights_bytes // 32
 
 
 def file_bytes(path: Path) -> int:

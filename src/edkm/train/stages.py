@@ -107,14 +107,14 @@ def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any
 def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
     """Freeze a prepared model and write its packed directory; the model stays as it is, and can be trained on.
 
-    A model of transformers is written with its config, ready for `edkm.compressed.hf.load` and the command line; of any other module
-    the weights, for `edkm.compressed.checkpoint.read`. Under torch.distributed call it on all ranks, after `edkm.distribute`: rank 0
-    writes.
+    A model of transformers is written with its config, for `from_pretrained` of its class and the command line: class and ties are those in
+    memory. Of any other module the weights are written, for `edkm.compressed.checkpoint.read`. Under torch.distributed call it on all
+    ranks, after `edkm.distribute`: rank 0 writes.
 
     Args:
         model: prepared by `edkm.prepare`; wrapped by DDP, FSDP2, Accelerate or torch.compile or not.
         directory: made if it does not exist; a packed model in it is replaced, its record and report removed.
-        tokenizer: of transformers, written beside the model.
+        tokenizer: of transformers, or a processor, written beside the model.
 
     Raises:
         ValueError: the model is not prepared, has PEFT adapters, or its ranks differ; `directory` holds something else.

@@ -18,7 +18,7 @@ written. LLaMA (SmolLM2), Mistral, Qwen2 and Qwen3. Needs pip install 'edkm[core
 def add_export(subparsers: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     """Adds the command to the command line."""
     parser = command(subparsers, "export", _run, text=_TEXT, example="edkm export ./packed --to coreml --out Model.mlpackage --kv-cache")
-    parser.add_argument("directory", metavar="DIR", type=Path, help="a directory packed by edkm")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a directory packed by edkm, or its hub id")
     parser.add_argument("--to", required=True, choices=("coreml",), help="the runtime")
     parser.add_argument("--out", required=True, metavar="M.mlpackage", type=Path, help="package to write")
     parser.add_argument("--precision", default="float16", choices=("float16", "float32"), help="of all arithmetic (float16)")

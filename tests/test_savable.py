@@ -1,0 +1,239 @@
+"""A model is written as it is in memory, whatever its config says, or `edkm.prepare` refuses it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from packed import TINY, TOKENS, logits
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import edkm
+from edkm.cli import main
+from edkm.compressed import hf
+from edkm.compressed.checkpoint import FormatError, read
+from edkm.models import load_model
+
+CONFIG = edkm.ClusterConfig(bits=3, rows_per_lut=1, embedding_bits=4)
+
+
+def llama(**fields):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**TINY | {"tie_word_embeddings": False, "pad_token_id": 0} | fields)).eval()
+
+
+def pack(model, directory, *more):
+    edkm.prepare(model, CONFIG)
+    edkm.save(model.eval(), directory, *more)
+    return model
+
+
+class WithGate(LlamaForCausalLM):
+    """A class of somebody's own, which transformers does not find by name."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Linear(config.hidden_size, config.hidden_size)
+        self.post_init()
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs, output_hidden_states=True)
+        out.logits = self.lm_head(self.gate(out.hidden_states[-1]))
+        return out
+
+
+class Headed(LlamaForCausalLM):
+    """One that takes more than a config."""
+
+    def __init__(self, config, width):
+        super().__init__(config)
+        self.extra = nn.Linear(config.hidden_size, width)
+        self.post_init()
+
+
+def same_after_loading(kind, model, directory, *args):
+    torch.testing.assert_close(logits(kind.from_pretrained(directory, *args).eval()), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_the_class_is_that_of_the_model_and_not_of_the_checkpoint_it_came_from(tmp_path, kind):
+    llama().save_pretrained(tmp_path / "causal")
+    model = pack(kind.from_pretrained(tmp_path / "causal", num_labels=3), tmp_path / "packed")
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["architectures"] == [type(model).__name__]
+    same_after_loading(kind, model, tmp_path / "packed")
+    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(model))
+
+
+def test_a_head_for_questions_on_a_masked_language_model(tmp_path):
+    config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=300)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    model = pack(AutoModelForQuestionAnswering.from_pretrained(tmp_path / "bert"), tmp_path / "packed")
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "packed")
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS).start_logits, model(TOKENS).start_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_classes_outside_transformers_are_loaded_by_their_class(tmp_path):
+    model = pack(WithGate(llama().config), tmp_path / "gate")
+    same_after_loading(WithGate, model, tmp_path / "gate")
+    with pytest.raises(FormatError, match=r"'WithGate' is not a class of transformers\. Import it where it is defined"):
+        hf.load(tmp_path / "gate")
+    same_after_loading(Headed, pack(Headed(llama().config, 8), tmp_path / "headed"), tmp_path / "headed", 8)
+
+
+def test_a_module_that_only_has_a_config_is_written_as_weights(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16))
+    model.config = llama().config
+    pack(model, tmp_path)
+    assert read(tmp_path).frozen.keys() == {"0.weight"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_tied_as_they_are_in_memory(tmp_path, tied):
+    model = llama(tie_word_embeddings=not tied)
+    model.lm_head.weight = model.model.embed_tokens.weight if tied else nn.Parameter(torch.randn(300, 64))
+    pack(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is tied
+    for again in (hf.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+        assert (again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()) is tied
+
+
+def test_a_head_of_its_own_under_a_config_that_ties_is_trained_and_kept(tiny_dir, data, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = shutil.copytree(tiny_dir, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert main(["compress", str(source), "--data", data, "--out", str(tmp_path / "out"), "--steps", "4", "--block-tokens", "64"]) == 0
+    packed, _ = load_model(tmp_path / "out")
+    assert (packed.lm_head.weight - packed.model.embed_tokens.weight).mean() > 0.4
+
+
+@pytest.fixture
+def data(tmp_path):
+    records = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 20)]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    return str(tmp_path / "train.json")
+
+
+def tie_two_layers(model):
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+
+
+def drop_a_layer(model):
+    model.model.layers = model.model.layers[:1]
+
+
+def widen_the_head(model):
+    model.lm_head = nn.Linear(64, 310)
+
+
+def complex_buffer(model):
+    model.register_buffer("rotations", torch.zeros(3, dtype=torch.complex64))
+
+
+def infinite_weight(model):
+    model.model.norm.weight.data[2] = torch.inf
+
+
+def long_config(model):
+    model.config.notes = "x" * (1 << 24)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            tie_two_layers,
+            r"layers\.0\.self_attn\.q_proj\.weight and \S+layers\.1\.self_attn\.q_proj\.weight are one tensor, and would",
+        ),
+        (drop_a_layer, r"does not fit LlamaForCausalLM: missing model\.layers\.1"),
+        (widen_the_head, r"unexpected lm_head\.bias"),
+        (complex_buffer, r"rotations: torch\.complex64 cannot be stored"),
+        (infinite_weight, r"model\.norm\.weight: has a value that is NaN or infinite, before any training"),
+        (long_config, r"its config take \d+ bytes of text, more than the \d+"),
+    ],
+)
+def test_a_model_that_could_not_be_loaded_again_is_not_prepared(change, message):
+    model = llama()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        edkm.prepare(model, CONFIG)
+
+
+@pytest.mark.parametrize("steps", ["0", "4"])
+def test_a_weight_that_is_not_a_number_is_named_before_the_training(tiny_dir, data, tmp_path, steps, capsys):
+    source = tmp_path / "source"
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    model.save_pretrained(source)
+    load_model(tiny_dir)[1].save_pretrained(source)
+    assert main(["compress", str(source), "--data", data, "--out", str(tmp_path / "out"), "--steps", steps]) == 1
+    printed = capsys.readouterr()
+    assert "layers.1.mlp.up_proj.weight: has a value that is NaN" in printed.err and "steps, lr" not in printed.out
+
+
+def test_code_is_named_only_where_it_lies(tmp_path):
+    """A class of transformers needs none; one of the checkpoint's own takes its files along."""
+    source = tmp_path / "source"
+    llama().save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    names = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    (source / "configuration_tiny.py").write_text("from transformers import LlamaConfig\n\n\nclass TinyConfig(LlamaConfig):\n    pass\n")
+    (source / "modeling_tiny.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_tiny import TinyConfig\n\n\n"
+        "class TinyForCausalLM(LlamaForCausalLM):\n    config_class = TinyConfig\n"
+    )
+    pack(AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False), tmp_path / "known")
+    assert "auto_map" not in json.loads((tmp_path / "known" / "config.json").read_text())
+    model = pack(AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).eval(), tmp_path / "own")
+    assert type(model).__name__ == "TinyForCausalLM"
+    hf.unpack(tmp_path / "own", tmp_path / "dense")
+    for directory in (tmp_path / "own", tmp_path / "dense"):
+        assert json.loads((directory / "config.json").read_text())["auto_map"] == names
+        again = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+        assert type(again).__name__ == "TinyForCausalLM"
+        torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_what_lies_beside_the_weights_is_kept(tiny_dir, data, tmp_path):
+    source = shutil.copytree(tiny_dir, tmp_path / "source")
+    kept = {
+        "preprocessor_config.json": '{"image_processor_type": "SiglipImageProcessor", "auto_map": {"AutoImageProcessor": "gone.Gone"}}',
+        "processor_config.json": '{"processor_class": "Gemma3Processor"}',
+        "video_preprocessor_config.json": "{}",
+        "tokenizer.model": "pieces",
+        "additional_chat_templates/tool_use.jinja": "{{ messages }}",
+        "LICENSE": "terms",
+    }
+    left = {"trainer_state.json": "{}", "pytorch_model.bin.index.json": "{}", "optimizer.pt": "", "README.md": "a card"}
+    for name, text in (kept | left).items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    assert main(["compress", str(source), "--data", data, "--out", str(out), "--steps", "0", "--block-tokens", "64"]) == 0
+    hf.unpack(out, dense)
+    for directory in (out, dense):
+        assert all((directory / name).is_file() for name in kept)
+        assert not any((directory / name).exists() for name in left)
+        assert json.loads((directory / "preprocessor_config.json").read_text()) == {"image_processor_type": "SiglipImageProcessor"}
+
+
+def test_generation_settings_are_kept_as_they_came(tmp_path):
+    model = llama()
+    model.generation_config.update(do_sample=False, temperature=0.6)  # transformers reads this, and refuses to save it
+    pack(model, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.6
