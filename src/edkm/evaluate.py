@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .progress import progress
 from .train.calibrate import evaluating
 
 
@@ -89,7 +90,7 @@ def perplexity(
     window = min(window, ids.numel())
     windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
     total, scored = 0.0, 0
-    with evaluating(model), _no_autocast(model) as device:
+    with evaluating(model), _no_autocast(model) as device, progress("perplexity", len(windows), "windows") as advance:
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size].to(device)  # [batch, window]
             logits = model(input_ids=batch, use_cache=False).logits  # [batch, window, vocabulary]
@@ -97,6 +98,7 @@ def perplexity(
                 first = 1 if start + row == 0 else max(1, window - stride)
                 total += _negative_log_likelihood(logits[row, first - 1 : -1], tokens[first:])
                 scored += window - first
+            advance(len(batch))
     nll = total / scored
     return Perplexity(perplexity=_exp(nll), nll=nll, tokens=scored, windows=len(windows), window=window, stride=stride)
 

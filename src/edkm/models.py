@@ -10,13 +10,13 @@ checkpoint that lacks weights of its model (transformers would fill these with r
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+
+from .progress import without_bars
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _EXPECTED = "expected a checkpoint directory, a .gguf file or a hub id"
@@ -71,7 +71,7 @@ def _quantization_method(directory: Path) -> str | None:
 
 def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     transformers = _import_transformers()
-    with _no_loading_bars():
+    with without_bars():
         try:
             config = transformers.AutoConfig.from_pretrained(source)
             _check_causal(source, config)
@@ -117,8 +117,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if not path.is_file():
         raise ModelError(f"{path}: no such file; {_EXPECTED}. Check the path.")
     transformers = _import_transformers()
-    _require("gguf", "to read .gguf files")
-    with _no_loading_bars(), _no_gguf_bar():
+    require("gguf", "to read .gguf files")
+    with without_bars(), _no_gguf_bar():
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -158,35 +158,18 @@ def _check_causal(source: str, config: Any) -> None:
 
 
 def _import_transformers() -> Any:
-    _require("transformers", "to load models")
+    require("transformers", "to load models")
     import transformers
 
     return transformers
 
 
-def _require(package: str, purpose: str) -> None:
+def require(package: str, purpose: str) -> None:
+    """Refuse with the remedy, as ModelError, if a package of the extra `hf` is not installed."""
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
         raise ModelError(f"{package} is needed {purpose}. Install it: pip install 'edkm[hf]'.")
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Silence the bars of reading weights into memory; those of downloads stay: they take minutes."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    downloads_shown = not are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    if downloads_shown:
-        enable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _no_gguf_bar() -> Any:

@@ -6,13 +6,14 @@ dense the weights lie and throws away the rare large ones that matter (docs/log.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edkm.progress import progress
 from edkm.train.targets import CONVOLUTIONS, first_stack, row_axes, transposed_linear
 
 
@@ -61,10 +62,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
             if key is not None:
                 hooks.append(module.register_forward_pre_hook(watch(f"{name}.{key}".lstrip("."), key)))
         ran = 0
-        with evaluating(model):
+        with evaluating(model), progress("calibration", length(batches), "batches") as advance:
             for batch in batches:
                 call(model, batch)
                 ran += 1
+                advance()
     finally:
         for hook in hooks:
             hook.remove()
@@ -99,6 +101,10 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         if cache is not None:
             config.use_cache = cache
+
+
+def length(batches: Iterable[Any]) -> int | None:
+    return len(batches) if isinstance(batches, Sized) else None
 
 
 def call(model: nn.Module, batch: Any) -> None:

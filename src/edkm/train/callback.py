@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from edkm.config import ClusterConfig
+from edkm.progress import shown
 from edkm.train import ranks
 from edkm.train.prepare import clusterings, plan, prepare
 from edkm.train.presets import DEFAULT, PRESETS
@@ -105,7 +106,8 @@ class Callback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step >= self._plain_steps and not clusterings(model):
-            self._cluster(model, state, kwargs["train_dataloader"])
+            with shown(not args.disable_tqdm):
+                self._cluster(model, state, kwargs["train_dataloader"])
             # It belongs to the weights before the fit, and some optimizers keep copies of those in it.
             kwargs["optimizer"].state.clear()
 
@@ -117,8 +119,10 @@ class Callback(TrainerCallback):
                     "the packed model is fitted and not trained.",
                     stacklevel=2,
                 )
-            self._cluster(model, state, kwargs["train_dataloader"])
-        save(model, self.out, processing_class)
+            with shown(not args.disable_tqdm):
+                self._cluster(model, state, kwargs["train_dataloader"])
+        with shown(not args.disable_tqdm):
+            save(model, self.out, processing_class)
 
     def _watch(self, model: nn.Module) -> None:
         """Prepare the model if a state with clustering is loaded into it. Also after training, which may be taken up again."""

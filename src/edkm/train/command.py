@@ -8,10 +8,11 @@ import gc
 import hashlib
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def add_compress(
     """Describe the command; `command` is cli's way to add one, `perplexity` measures for --eval-text: training knows no evaluation."""
     example = "edkm compress ./SmolLM2-135M --data train.json --out ./packed --bits 3 --steps 100"
     parser = command(subparsers, "compress", run, text=TEXT, example=example)
+    parser.usage = "%(prog)s MODEL --data FILE --out DIR [options]"  # all of them take fifteen lines
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or a hub id")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training data")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the packed model")
@@ -135,6 +137,10 @@ def add_compress(
 
 def run(args: argparse.Namespace) -> int:
     """Run `edkm compress`; returns the exit code."""
+    from ..models import require
+
+    for package in ("transformers", "accelerate"):
+        require(package, "to fine-tune")
     _check_numbers(args)
     if args.learners is not None and not args.dry_run:
         raise ValueError("--learners: plans the memory, with --dry-run. To train on N processes start with torchrun --nproc-per-node N.")
@@ -160,10 +166,13 @@ def _run(args: argparse.Namespace) -> int:
     ranks.on_first(lambda: _check_directories(args))
     from ..config import ClusterConfig
     from ..models import load_model
+    from ..progress import progress
     from .data import load_blocks
+    from .trainer import named_precision
 
     data_hash = hashlib.sha256(args.data.read_bytes()).hexdigest() if args.data.is_file() else ""
-    model, tokenizer = load_model(args.model)
+    with progress(f"loading {args.model}"):
+        model, tokenizer = load_model(args.model)
     blocks = load_blocks(args.data, tokenizer, block_tokens=args.block_tokens)
     steps = _steps(args, len(blocks), ranks.world())
     plain_steps = plain_steps_of(steps, args.preset) if args.plain_steps is None else args.plain_steps
@@ -183,13 +192,23 @@ def _run(args: argparse.Namespace) -> int:
     text = None if args.eval_text is None else args.eval_text.read_text(encoding="utf-8")
     print(
         f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
-        f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks"
+        f"{len(blocks):,} blocks of {blocks.block_tokens}",
+        flush=True,
     )
+    if steps:
+        print(
+            f"training: {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks, {plain_steps:,} of them plain; "
+            f"lr {args.lr:g}, {named_precision(args.precision)}",
+            flush=True,
+        )
     if args.target_bpw is None and PRESETS[args.preset].chosen_bits:
         from .allocate import bits_of
 
         args.target_bpw = bits_of(model, config)
-        print(f"--preset {args.preset}: as many bits as --bits {args.bits} takes, {args.target_bpw:.3f} a linear weight with tables")
+        print(
+            f"--preset {args.preset}: as many bits as --bits {args.bits} takes, {args.target_bpw:.3f} a linear weight with tables",
+            flush=True,
+        )
     if args.target_bpw is not None:
         from .allocate import check_target
 
@@ -245,15 +264,13 @@ def _fine_tune(model: Any, tokenizer: Any, blocks: Any, settings: Any, out: Path
     return True
 
 
-def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, recorder: Recorder, teacher: Any = None) -> bool:
+def _train(model: Any, blocks: Any, settings: Any, work: Path, phase: str, recorder: Recorder, teacher: Any = None) -> bool:
     """Train from the last checkpoint in `work`, if there is one; False if it was interrupted."""
     from .checkpoints import last_checkpoint
-    from .trainer import resolve_precision, train
+    from .trainer import train
 
     resume = last_checkpoint(work) is not None
-    print(f"{what}: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}", flush=True)
-    result = train(model, blocks, settings, work, resume=resume, teacher=teacher)
-    phase = "clustered training" if what == "training" else what
+    result = train(model, blocks, settings, work, resume=resume, teacher=teacher, name=phase)
     recorder.phase(phase, result.seconds)
     recorder.losses(phase, settings.first_step, result.losses, interrupted=result.interrupted)
     if result.interrupted:
@@ -262,7 +279,6 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, record
     last = result.losses[-1][1]
     if not math.isfinite(last):
         raise ValueError(f"{phase}: the training diverged, its last loss is {last}. Start again with --overwrite and a lower --lr.")
-    print(f"trained {settings.steps} steps in {result.seconds:.0f} s; last loss {last:.3f}", flush=True)
     return True
 
 
@@ -294,7 +310,7 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
     for entry in report.skipped:
         if len(entry.shape) > 1:
             print(f"  {entry.name}: left alone, {entry.note}")
-    if settings.steps and not _train(model, blocks, settings, work / "clustered", "training", recorder, teacher):
+    if settings.steps and not _train(model, blocks, settings, work / "clustered", "clustered training", recorder, teacher):
         return 130
     if settings.steps:
         recorder.weights(model, "trained")
@@ -305,13 +321,26 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
     ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))
     ranks.on_first(lambda: recorder.finish(args.out))
     from ..compressed.checkpoint import summary
+    from ..report.record import PAGE
 
     totals = summary(args.out)
+    text = args.eval_text or "TEXT_FILE"
     print(
         f"wrote {args.out}: {totals['file_bytes'] / 1e6:.1f} MB, {totals['bits_per_weight']:.2f} bits per weight "
-        f"(16-bit model: {totals['bytes_in_16_bits'] / 1e6:.1f} MB)"
+        f"(16-bit model: {totals['bytes_in_16_bits'] / 1e6:.1f} MB); {args.out / PAGE} shows it\n"
+        + what_next(["generate", args.out, "Who are you?"], ["eval", args.out, "--text", text], ["inspect", args.out])
+        + f'\nor in Python: import edkm; model = transformers.AutoModelForCausalLM.from_pretrained("{args.out}")'
     )
     return 0
+
+
+def what_next(*commands: Sequence[Any]) -> str:
+    """Arguments of `edkm` to go on with, as they are typed here."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    program = ["edkm"] if shutil.which("edkm") else [python, "-m", "edkm"]
+    return "\n".join(["next:", *("  " + shlex.join(map(str, [*program, *command])) for command in commands)])
 
 
 def _dry_run(model: Any, config: Any, args: argparse.Namespace, block_tokens: int) -> int:

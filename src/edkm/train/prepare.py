@@ -13,6 +13,7 @@ from edkm.core.assign import Frozen
 from edkm.core.matrix import as_matrix, count_tables
 from edkm.core.op import check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
+from edkm.progress import progress
 from edkm.train.layer import ClusteredEmbedding, ClusteredLinear, Clustering, show_in_forward
 from edkm.train.parametrized import clustered_weights, parametrize_weight
 from edkm.train.targets import NO_WEIGHT, Target, targets_of
@@ -102,16 +103,19 @@ def prepare(
         if unknown:
             raise ValueError(f"{what}: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
     entries, made = [], []
-    for name, parameter, target, settings, reason in decisions(model, config, targets):
-        if settings is None:
-            entries.append(Entry(name, tuple(parameter.shape), 0, 0, 1, reason))
-            continue
-        assert target is not None
-        weigh, start = (next((given[n] for n in target.names if n in given), None) for given in (importance, centroids))
-        clustering, note = _clustering(name, target, settings, weigh, start, backend)
-        note += "; tables by k-means" if centroids and start is None else ""
-        entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
-        made.append((target, clustering))
+    decided = decisions(model, config, targets)
+    with progress("tables", len(decided), "parameters") as advance:
+        for name, parameter, target, settings, reason in decided:
+            advance()
+            if settings is None:
+                entries.append(Entry(name, tuple(parameter.shape), 0, 0, 1, reason))
+                continue
+            assert target is not None
+            weigh, start = (next((given[n] for n in target.names if n in given), None) for given in (importance, centroids))
+            clustering, note = _clustering(name, target, settings, weigh, start, backend)
+            note += "; tables by k-means" if centroids and start is None else ""
+            entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
+            made.append((target, clustering))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for target, clustering in made:
         clustering.prepared_by = config
@@ -239,9 +243,13 @@ def freeze(model: nn.Module) -> dict[str, Frozen]:
         One pass over each weight; one byte a weight for the result.
     """
     # A weight that FSDP has sharded is gathered, one at a time, on all ranks.
-    frozen = {name: clustering.freeze(whole(weight)) for name, weight, clustering in clusterings(model)}
-    if not frozen:
+    found, frozen = clusterings(model), {}
+    if not found:
         raise ValueError("model: nothing in it is clustered. Call edkm.prepare first.")
+    with progress("freezing", len(found), "weights") as advance:
+        for name, weight, clustering in found:
+            frozen[name] = clustering.freeze(whole(weight))
+            advance()
     return frozen
 
 
