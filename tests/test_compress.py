@@ -90,6 +90,19 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
         assert torch.equal(hf.load(tmp_path / "packed")(ids).logits, expected)
 
 
+def test_an_interruption_between_the_steps_says_how_to_go_on(tiny_dir, data, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    command = arguments(tiny_dir, data, tmp_path / "out", "--steps", "2")
+    with monkeypatch.context() as fit:
+        fit.setattr(stages, "_fit", interrupt)
+        assert main(command) == 130
+    said = f"edkm: {tmp_path / 'out'} holds an interrupted run; the same command with --resume goes on\nedkm: interrupted\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert main([*command, "--resume"]) == 0
+
+
 @pytest.mark.parametrize(("accumulate", "plain", "after"), [(1, 0, 3), (2, 0, 3), (1, 4, 3), (1, 3, 5), (1, 6, 2)])
 def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, monkeypatch, accumulate, plain, after):
     more = ("--steps", "6", "--lr", "1e-3", "--accumulate", str(accumulate), "--plain-steps", str(plain), "--distill", "0.5")

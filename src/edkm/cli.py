@@ -20,7 +20,7 @@ from ._version import __version__
 from .compare.command import add_compare
 from .compressed.coreml.command import add_export
 from .compressed.jsonfile import printable
-from .progress import progress, shown
+from .progress import progress, say, shown
 from .report.command import add_report
 from .strict_json import dumps
 from .train.command import add_compress, check_output
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with shown():
             return args.run(args)
     except KeyboardInterrupt:
-        print("edkm: interrupted", file=sys.stderr)
+        say("edkm: interrupted")
         return 130
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain once more when it flushes at exit.

@@ -16,7 +16,7 @@ from typing import Any
 
 from edkm.compare.stage import peak_mib
 from edkm.demo_data import pydoc_data, save_smollm2
-from edkm.progress import progress, shown
+from edkm.progress import progress, say, shown
 from edkm.train.command import what_next
 
 # Chosen by experiment: docs/log.md, 2026-11-21.
@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         with shown():
             return _run_stage(args) if args.stage else _run(args)
     except KeyboardInterrupt:
-        print("edkm: interrupted", file=sys.stderr)
+        if not args.stage:
+            say("edkm: interrupted")
         return 130
     except subprocess.CalledProcessError as error:
         if error.returncode < 0:  # else the stage has said why

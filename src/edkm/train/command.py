@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..progress import progress, say
 from .presets import DEFAULT, PRESETS, plain_steps_of
 from .record import Recorder, said_of
 from .stages import fingerprint, prepare_on, save_whole, write
@@ -146,8 +147,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--learners: plans the memory, with --dry-run. To train on N processes start with torchrun --nproc-per-node N.")
     from . import ranks
 
-    with ranks.session(args.timeout), ranks.naming_the_lost("Start again."):
-        return _run(args)
+    try:
+        with ranks.session(args.timeout), ranks.naming_the_lost("Start again."):
+            return _run(args)
+    except KeyboardInterrupt:
+        if (args.out / "training" / "run.json").is_file() and not args.dry_run:
+            say(f"edkm: {args.out} holds an interrupted run; the same command with --resume goes on")
+        raise
 
 
 def _check_directories(args: argparse.Namespace) -> None:
@@ -166,7 +172,6 @@ def _run(args: argparse.Namespace) -> int:
     ranks.on_first(lambda: _check_directories(args))
     from ..config import ClusterConfig
     from ..models import load_model
-    from ..progress import progress
     from .data import load_blocks
     from .trainer import named_precision
 
@@ -266,6 +271,7 @@ def _fine_tune(model: Any, tokenizer: Any, blocks: Any, settings: Any, out: Path
 
 def _train(model: Any, blocks: Any, settings: Any, work: Path, phase: str, recorder: Recorder, teacher: Any = None) -> bool:
     """Train from the last checkpoint in `work`, if there is one; False if it was interrupted."""
+    from . import ranks
     from .checkpoints import last_checkpoint
     from .trainer import train
 
@@ -274,7 +280,8 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, phase: str, recor
     recorder.phase(phase, result.seconds)
     recorder.losses(phase, settings.first_step, result.losses, interrupted=result.interrupted)
     if result.interrupted:
-        print(f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on", file=sys.stderr)
+        if ranks.rank() == 0:
+            say(f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on")
         return False
     last = result.losses[-1][1]
     if not math.isfinite(last):

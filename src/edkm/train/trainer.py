@@ -144,7 +144,10 @@ def train(
     shown = progress(name, settings.steps, "steps", done=before)
     with shown as advance, _stop_on_signal(trainer) as stop, ranks.naming_the_lost(remedy):
         trainer.add_callback(_Progress(advance))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with warnings.catch_warnings():
+            # torch 2.13's successor of the option sends all buffers once, tables among them; transformers has no name for it.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+            trainer.train(resume_from_checkpoint=checkpoint)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     done = trainer.state.global_step
     return TrainResult(done, time.perf_counter() - began, losses, stop.stopped and done < settings.steps)
