@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and how little it imports to say so."""
 
+import importlib.util
 import json
 import shlex
 import subprocess
@@ -114,7 +115,7 @@ def test_generate_prints_the_answer(tiny_dir, capsys):
 
 def test_generate_passes_the_temperature_on(tiny_dir, capsys):
     assert cli.main(["generate", str(tiny_dir), "the dog", "--temperature", "-1"]) == 1
-    assert capsys.readouterr().err.startswith("edkm: error: temperature=-1.0")
+    assert "edkm: error: temperature=-1.0" in capsys.readouterr().err
 
 
 def test_inspect_prints_an_aligned_table_with_totals_last(stub, capsys):
@@ -261,12 +262,30 @@ def test_text_that_cannot_be_read_is_reported_before_the_model_is_loaded(tmp_pat
     assert error.startswith(f"edkm: error: {path}: ") and said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [[], ["nonesuch"], ["eval", "model"], ["unpack", "packed"]])
-def test_wrong_usage(argv, capsys):
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "Fine-tune a model while clustering its weights"),  # the whole help
+        (["nonesuch"], "invalid choice: 'nonesuch'"),
+        (["compress"], "usage: edkm compress MODEL --data FILE --out DIR [options]\n"),
+        (["eval", "model"], "one of the arguments --text --tasks is required"),
+        (["unpack", "packed"], "--out"),
+    ],
+)
+def test_wrong_usage(argv, said, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(argv)
     assert caught.value.code == 2
-    assert "usage: edkm" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "usage: edkm" in printed.err and said in printed.err and not printed.out
+
+
+@pytest.mark.parametrize("package", ["transformers", "accelerate"])
+def test_compress_without_an_extra_says_which_before_any_work(package, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    assert cli.main(["compress", "no/such/model", "--data", "none.json", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"edkm: error: {package} is needed to fine-tune. Install it: pip install 'edkm[hf]'.\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -55,8 +55,14 @@ def for_a_budget(found, target="3.2"):
 def test_compress_writes_a_directory_that_loads(tiny_dir, data, tmp_path, capsys):
     out = tmp_path / "packed"
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 0
-    printed = capsys.readouterr().out
-    assert "bits per weight" in printed and "plain fine-tuning: 3 steps" in printed and "training: 1 steps" in printed
+    printed, shown = capsys.readouterr()
+    assert "training: 4 steps of 2 blocks, 3 of them plain; lr 0.0002, float32\n" in printed and "bits per weight" in printed
+    assert f"edkm generate {out} " in printed and f"edkm eval {out} --text TEXT_FILE" in printed and f'from_pretrained("{out}")' in printed
+    phases = ["loading", "plain fine-tuning: 3 steps", "calibration", "fit", "clustered training: 1 steps", "writing"]
+    found = [next(i for i, line in enumerate(shown.splitlines()) if line.startswith(phase)) for phase in phases]
+    assert found == sorted(found)
+    assert "loss" in next(line for line in shown.splitlines() if line.startswith("clustered training: 1 steps in "))
+    assert not {"\r", "grad_norm", "it/s", "shards"} & {word for word in ("\r", "grad_norm", "it/s", "shards") if word in printed + shown}
     model, tokenizer = load_model(out)
     assert tokenizer.chat_template and not (out / "training").exists()
     packed = read(out)
@@ -82,6 +88,19 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
     hf.save_pretrained(tmp_path / "packed", edkm.freeze(model), unclustered(model), config.to_json(), model)
     with torch.no_grad():
         assert torch.equal(hf.load(tmp_path / "packed")(ids).logits, expected)
+
+
+def test_an_interruption_between_the_steps_says_how_to_go_on(tiny_dir, data, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    command = arguments(tiny_dir, data, tmp_path / "out", "--steps", "2")
+    with monkeypatch.context() as fit:
+        fit.setattr(stages, "_fit", interrupt)
+        assert main(command) == 130
+    said = f"edkm: {tmp_path / 'out'} holds an interrupted run; the same command with --resume goes on\nedkm: interrupted\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert main([*command, "--resume"]) == 0
 
 
 @pytest.mark.parametrize(("accumulate", "plain", "after"), [(1, 0, 3), (2, 0, 3), (1, 4, 3), (1, 3, 5), (1, 6, 2)])
@@ -154,15 +173,15 @@ def test_a_preset_is_what_its_options_are(tiny_dir, data, tmp_path, preset, plai
         return (tmp_path / name / "model.safetensors").read_bytes()
 
     named = compressed("named", "--preset", preset)
-    printed = capsys.readouterr().out
-    assert f"plain fine-tuning: {plain} steps" in printed and ("training: 1 steps" in printed) == (plain == 3)
+    printed, shown = capsys.readouterr()
+    assert f"plain fine-tuning: {plain} steps" in shown and ("clustered training: 1 steps" in shown) == (plain == 3)
     assert ("bits: " in printed) == (preset == "best")
     by_option = compressed("by option", "--plain-steps", str(plain))
     assert (named == by_option) == (preset != "best")
     bits = {name: summary(tmp_path / name)["clustered_bits_per_weight"] for name in ("named", "by option")}
     assert bits["by option"] - 0.1 < bits["named"] <= bits["by option"] + 1e-9  # the same size, spent elsewhere
     assert compressed("other", "--preset", preset, "--plain-steps", "0") != named  # what is given goes first
-    assert "plain fine-tuning" not in capsys.readouterr().out.rpartition("data:")[2]
+    assert "plain fine-tuning" not in capsys.readouterr().err.rpartition("loading")[2]
 
 
 def test_a_preset_that_chooses_bits_takes_no_vectors(tiny_dir, data, tmp_path, capsys):
@@ -212,7 +231,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_dir, data, tmp_path, ca
 
 def test_steps_zero_clusters_without_training(tiny_dir, data, tmp_path, capsys):
     assert main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "0", "--bits", "4")) == 0
-    assert "training" not in capsys.readouterr().out
+    assert "training" not in "".join(capsys.readouterr())
     assert read(tmp_path / "out").frozen["model.layers.1.self_attn.q_proj.weight"].bits == 4
 
 

@@ -297,7 +297,7 @@ def test_the_command(tiny_dir, tmp_path, capsys):
     piqa = expected["piqa"]
     assert f"{piqa.accuracy:.4f} ± {piqa.accuracy_stderr:.4f}  {piqa.normalised_accuracy:.4f} ± " in lines[1]
     assert lines[3].split() == ["mean", f"{value['mean']['accuracy']:.4f}", f"{value['mean']['normalised_accuracy']:.4f}"]
-    assert "piqa: 6 items, 12 requests\n" in captured.err and "%" not in captured.err
+    assert "piqa: 12 requests in " in captured.err and f" s, accuracy {piqa.accuracy:.4f}\n" in captured.err and "%" not in captured.err
     assert cli.main([*command, "--batch", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tasks"].keys() == value["tasks"].keys()
 

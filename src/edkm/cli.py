@@ -20,6 +20,7 @@ from ._version import __version__
 from .compare.command import add_compare
 from .compressed.coreml.command import add_export
 from .compressed.jsonfile import printable
+from .progress import progress, say, shown
 from .report.command import add_report
 from .strict_json import dumps
 from .textfile import read_text
@@ -37,11 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse: 0 after `--help` or `--version`, 2 for wrong usage.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
     try:
-        return args.run(args)
+        with shown():
+            return args.run(args)
     except KeyboardInterrupt:
-        print("edkm: interrupted", file=sys.stderr)
+        say("edkm: interrupted")
         return 130
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain once more when it flushes at exit.
@@ -63,13 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"edkm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(metavar="COMMAND")
     add_compress(subparsers, _command, _perplexity)
-    add_compare(subparsers, _command)
-    add_report(subparsers, _command)
-    for add in (_add_eval, _add_generate, _add_inspect, _add_unpack):
+    for add in (_add_generate, _add_eval, _add_inspect):
         add(subparsers)
+    add_report(subparsers, _command)
     add_export(subparsers, _command)
+    _add_unpack(subparsers)
+    add_compare(subparsers, _command)
     return parser
 
 
@@ -86,6 +93,13 @@ def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
     return parser
+
+
+def _load(source: str) -> tuple[Any, Any]:
+    from .models import load_model
+
+    with progress(f"loading {source}"):
+        return load_model(source)
 
 
 def _perplexity(*args: Any, **options: Any) -> dict[str, Any]:
@@ -134,9 +148,8 @@ def _eval_text(args: argparse.Namespace) -> int:
     # The text first: a misspelt file should not cost the minute of loading a model.
     text = read_text(args.text)
     from .evaluate import perplexity
-    from .models import load_model
 
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = _load(args.model)
     window = 512 if args.window is None else args.window
     result = perplexity(model, tokenizer, text, window=window, stride=args.stride, max_windows=args.max_windows)
     line = (
@@ -150,14 +163,13 @@ def _eval_text(args: argparse.Namespace) -> int:
 
 
 def _eval_tasks(args: argparse.Namespace) -> int:
-    from .models import load_model
     from .tasks import check_tasks, evaluate_tasks, mean_scores
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     check_tasks(names, limit=args.limit)
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = _load(args.model)
     batch = 4 if args.batch is None else args.batch
-    scores = evaluate_tasks(model, tokenizer, names, limit=args.limit, batch_size=batch, progress=True)
+    scores = evaluate_tasks(model, tokenizer, names, limit=args.limit, batch_size=batch)
     mean = mean_scores(scores)
     value = {
         "model": args.model,
@@ -218,9 +230,8 @@ def _add_generate(subparsers: Any) -> None:
 
 def _run_generate(args: argparse.Namespace) -> int:
     from .evaluate import generate
-    from .models import load_model
 
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = _load(args.model)
     text = generate(
         model,
         tokenizer,

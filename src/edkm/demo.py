@@ -16,6 +16,8 @@ from typing import Any
 
 from edkm.compare.stage import peak_mib
 from edkm.demo_data import pydoc_data, save_smollm2
+from edkm.progress import progress, say, shown
+from edkm.train.command import what_next
 
 # Chosen by experiment: docs/log.md, 2026-11-21.
 STEPS = 12
@@ -23,6 +25,7 @@ TARGET_BPW = 3.2
 LR = 2e-4
 WINDOWS = 8
 WINDOW = 512
+PROMPT = "What does the Python `break` statement do?"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,15 +35,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of 1,024 tokens ({STEPS})")
     parser.add_argument("--stage", choices=sorted(_STAGES), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.stage:
-        figures = _STAGES[args.stage](args)
-        figures["peak_mib"] = peak_mib()
-        (args.out / f"{args.stage}.json").write_text(json.dumps(figures))
-        return 0
+    try:
+        with shown():
+            return _run_stage(args) if args.stage else _run(args)
+    except KeyboardInterrupt:
+        if not args.stage:
+            say("edkm: interrupted")
+        return 130
+    except subprocess.CalledProcessError as error:
+        if error.returncode < 0:  # else the stage has said why
+            print(f"edkm: error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"edkm: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run_stage(args: argparse.Namespace) -> int:
+    figures = _STAGES[args.stage](args)
+    figures["peak_mib"] = peak_mib()
+    (args.out / f"{args.stage}.json").write_text(json.dumps(figures))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     print("1/5  model and data", flush=True)
-    _fetch(args.out)
+    with progress("SmolLM2-135M-Instruct (93 MB, fetched once)"):
+        _fetch(args.out)
     figures = {}
     titles = {
         "original": "original model",
@@ -50,21 +73,17 @@ def main(argv: list[str] | None = None) -> int:
     }
     for number, (stage, title) in enumerate(titles.items(), 2):
         print(f"{number}/5  {title}", flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "edkm.demo",
-            "--stage",
-            stage,
-            "--out",
-            str(args.out),
-            "--steps",
-            str(args.steps),
-        ]
-        subprocess.run(command, check=True)
+        _in_a_process(["--stage", stage, "--out", str(args.out), "--steps", str(args.steps)])
         figures[stage] = json.loads((args.out / f"{stage}.json").read_text())
     print(_table(figures, args, time.perf_counter() - began))
+    packed, data = args.out / "packed", args.out / "data"
+    again = ["compress", "MODEL", "--data", data / "train.json", "--eval-text", data / "heldout.txt", "--out", "packed"]
+    print(f"\n{what_next(['generate', packed, PROMPT], ['inspect', packed], again)}")
     return 0 if _is_trained_model(figures) else 1
+
+
+def _in_a_process(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, "-m", "edkm.demo", *arguments], check=True)
 
 
 def _fetch(out: Path) -> None:
@@ -81,30 +100,34 @@ def _load(args: argparse.Namespace):
     return model, tokenizer, load_blocks(args.out / "data" / "train.json", tokenizer, block_tokens=WINDOW)
 
 
-def _perplexity(model: Any, tokenizer: Any, args: argparse.Namespace) -> float:
+def _measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     from edkm.evaluate import perplexity
 
     text = (args.out / "data" / "heldout.txt").read_text(encoding="utf-8")
-    return perplexity(model, tokenizer, text, window=WINDOW, max_windows=WINDOWS, batch_size=4).perplexity
+    found = perplexity(model, tokenizer, text, window=WINDOW, max_windows=WINDOWS, batch_size=4)
+    return {"perplexity": found.perplexity, "measured_in": str(model.dtype).removeprefix("torch.")}
 
 
 def _train(model: Any, blocks: Any, args: argparse.Namespace, steps: int, first_step: int = 0) -> float:
     """Seconds of training."""
     from edkm.train.trainer import TrainSettings, train
 
-    return train(model, blocks, TrainSettings(steps=steps, lr=LR, first_step=first_step), args.out / "training").seconds
+    name = "clustered training" if first_step else "plain fine-tuning"
+    return train(model, blocks, TrainSettings(steps=steps, lr=LR, first_step=first_step), args.out / "training", name=name).seconds
 
 
 def _original(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, _ = _load(args)
     weights = sum(p.numel() for p in model.parameters())
-    return {"perplexity": _perplexity(model, tokenizer, args), "weights": weights, "bytes": weights * 2}
+    return {**_measure(model, tokenizer, args), "weights": weights, "bytes": weights * 2}
 
 
 def _control(args: argparse.Namespace) -> dict[str, Any]:
+    from edkm.train.trainer import named_precision
+
     model, tokenizer, blocks = _load(args)
     seconds = _train(model, blocks, args, args.steps)
-    return {"perplexity": _perplexity(model, tokenizer, args), "seconds": seconds}
+    return {**_measure(model, tokenizer, args), "seconds": seconds, "trained_in": named_precision("auto")}
 
 
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,21 +135,24 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     import edkm
     from edkm.train.presets import plain_steps_of
     from edkm.train.stages import prepare_on, write
+    from edkm.train.trainer import named_precision
 
     model, tokenizer, blocks = _load(args)
     plain = plain_steps_of(args.steps)
     figures: dict[str, Any] = {"plain_steps": plain, "plain_seconds": _train(model, blocks, args, plain)}
+    figures["trained_in"] = named_precision("auto")
     began = time.perf_counter()
     config = edkm.ClusterConfig(anneal_steps=args.steps - plain)
     report, config = prepare_on(model, config, blocks, target_bpw=TARGET_BPW)
     figures["prepare_seconds"] = time.perf_counter() - began
-    print(f"     {len(report.clustered)} tensors clustered in {figures['prepare_seconds']:.0f} s", flush=True)
-    figures["start"] = _perplexity(model, tokenizer, args)
+    print(f"clustered {len(report.clustered)} tensors ({figures['prepare_seconds']:.0f} s)", flush=True)
+    figures["start"] = _measure(model, tokenizer, args)["perplexity"]
     figures["clustered_seconds"] = _train(model, blocks, args, args.steps - plain, plain)
     figures["seconds"] = sum(figures[f"{part}_seconds"] for part in ("plain", "prepare", "clustered"))
     with edkm.soft_weights(model):
-        figures["soft"] = _perplexity(model, tokenizer, args)
-    figures["hard"] = _perplexity(model, tokenizer, args)
+        figures["soft"] = _measure(model, tokenizer, args)["perplexity"]
+    hard = _measure(model, tokenizer, args)
+    figures |= {"hard": hard["perplexity"], "measured_in": hard["measured_in"]}
     write(args.out / "packed", model, tokenizer, config)
     return figures
 
@@ -139,8 +165,8 @@ def _reload(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_model(args.out / "packed")
     totals = summary(args.out / "packed")
     return {
-        "perplexity": _perplexity(model, tokenizer, args),
-        "text": generate(model, tokenizer, "What does the Python `break` statement do?", max_new_tokens=60),
+        **_measure(model, tokenizer, args),
+        "text": generate(model, tokenizer, PROMPT, max_new_tokens=60),
         "bytes": totals["file_bytes"],
         "bits_per_weight": totals["bits_per_weight"],
         "clustered_bits_per_weight": totals["clustered_bits_per_weight"],
@@ -158,8 +184,9 @@ def _is_trained_model(figures: dict[str, dict[str, Any]]) -> bool:
 def _table(figures: dict[str, dict[str, Any]], args: argparse.Namespace, seconds: float) -> str:
     original, control, compress, packed = (figures[stage] for stage in ("original", "control", "compress", "reload"))
 
-    def line(what: str, perplexity: float, *rest: str) -> str:
-        return f"{what:<44} {perplexity:>10.2f} " + " ".join(f"{cell:>10}" for cell in rest)
+    def line(what: str, perplexity: float, stage: dict[str, Any], size: str = "", *cost: str) -> str:
+        row = f"{what:<38} {perplexity:>10.2f} {stage.get('trained_in', '-'):>14} {size:>10} "
+        return (row + " ".join(f"{cell:>10}" for cell in cost)).rstrip()
 
     def size(count: float) -> str:
         return f"{count / 1e6:.1f} MB"
@@ -169,23 +196,19 @@ def _table(figures: dict[str, dict[str, Any]], args: argparse.Namespace, seconds
 
     step = compress["clustered_seconds"] / (args.steps - compress["plain_steps"]) / (control["seconds"] / args.steps)
     same = "equal to" if _is_trained_model(figures) else "NOT EQUAL to"
+    measured = " and ".join(sorted({stage["measured_in"] for stage in figures.values()}))
     return "\n".join(
         [
             "",
             f"SmolLM2-135M-Instruct, Python's reference: {args.steps} steps of 1,024 tokens; "
-            f"perplexity on {WINDOWS} held-out windows of {WINDOW}",
-            f"{'':<44} {'perplexity':>10} {'size':>10} {'training':>10} {'peak':>10}",
-            line("original, 16 bits", original["perplexity"], size(original["bytes"])),
-            line(
-                "plain fine-tuning (control), 16 bits",
-                control["perplexity"],
-                size(original["bytes"]),
-                *cost(control),
-            ),
-            line(f"edkm, fitted after {compress['plain_steps']} plain steps", compress["start"]),
-            line("edkm, soft weights", compress["soft"]),
-            line("edkm, hard weights", compress["hard"], "", *cost(compress)),
-            line("edkm, packed file, fresh process", packed["perplexity"], size(packed["bytes"])),
+            f"perplexity on {WINDOWS} held-out windows of {WINDOW}, all measured in {measured} without autocast",
+            f"{'':<38} {'perplexity':>10} {'trained in':>14} {'size':>10} {'training':>10} {'peak':>10}",
+            line("original, 16 bits", original["perplexity"], original, size(original["bytes"])),
+            line("plain fine-tuning (control), 16 bits", control["perplexity"], control, size(original["bytes"]), *cost(control)),
+            line(f"edkm, fitted after {compress['plain_steps']} plain steps", compress["start"], compress),
+            line("edkm, soft weights", compress["soft"], compress),
+            line("edkm, hard weights", compress["hard"], compress, "", *cost(compress)),
+            line("edkm, packed file, fresh process", packed["perplexity"], compress, size(packed["bytes"])),
             "",
             f"the packed model is {same} the trained one; {packed['bits_per_weight']:.2f} bits per weight over everything, "
             f"{packed['clustered_bits_per_weight']:.2f} in the linear layers (tables counted); "

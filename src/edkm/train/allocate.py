@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from edkm.config import ClusterConfig
 from edkm.core.assign import assign, lookup, round_lut
 from edkm.core.centroids import initial_centroids
+from edkm.progress import progress
 from edkm.train.gradients import output_gradients
 from edkm.train.prepare import clustered_linears
 
@@ -85,14 +86,17 @@ def allocate(
         raise ValueError("importance: has none of the weights that the batches reached. Calibrate the same model.")
     weights: dict[str, list[Choice]] = {}
     kept, size = set(), 0
-    for module, (name, settings) in clustered_linears(model, config).items():
-        weight = module.weight.detach()
-        size += weight.numel()
-        free = settings is config and name in importance and name in squares  # not the config itself: an override
-        weights[name] = _choices(weight, importance[name].to(weight.device), squares[name].to(weight.device)) if free else []
-        if not weights[name]:
-            kept.add(name)
-            weights[name] = [Choice(_cost(weight, settings.bits, settings.rows_per_lut), 0.0, settings.bits, settings.rows_per_lut)]
+    linears = clustered_linears(model, config)
+    with progress("choice of bits", len(linears), "weights") as advance:
+        for module, (name, settings) in linears.items():
+            weight = module.weight.detach()
+            size += weight.numel()
+            free = settings is config and name in importance and name in squares  # not the config itself: an override
+            weights[name] = _choices(weight, importance[name].to(weight.device), squares[name].to(weight.device)) if free else []
+            if not weights[name]:
+                kept.add(name)
+                weights[name] = [Choice(_cost(weight, settings.bits, settings.rows_per_lut), 0.0, settings.bits, settings.rows_per_lut)]
+            advance()
     _check_least(sum(choices[0].cost for choices in weights.values()), target, size)
     found = {name: choice for name, choice in spend(weights, target * size).items() if name not in kept}
     given = {name: {"bits": choice.bits, "rows_per_lut": choice.rows_per_lut} for name, choice in found.items()}

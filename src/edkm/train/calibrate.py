@@ -7,7 +7,7 @@ dense the weights lie and throws away the rare large ones that matter (docs/log.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edkm.core.reference import compute_dtype
+from edkm.progress import progress
 from edkm.train.targets import CONVOLUTIONS, first_stack, row_axes, transposed_linear
 
 
@@ -66,10 +67,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
             if key is not None:
                 hooks.append(module.register_forward_pre_hook(watch(f"{name}.{key}".lstrip("."), key), with_kwargs=True))
         ran = 0
-        with evaluating(model):
+        with evaluating(model), progress("calibration", length(batches), "batches") as advance:
             for batch in batches:
                 call(model, batch)
                 ran += 1
+                advance()
     finally:
         for hook in hooks:
             hook.remove()
@@ -148,6 +150,10 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for key, config in configs.items():
             config.use_cache = before[key]
+
+
+def length(batches: Iterable[Any]) -> int | None:
+    return len(batches) if isinstance(batches, Sized) else None
 
 
 def call(model: nn.Module, batch: Any) -> None:

@@ -26,6 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from edkm.config import ClusterConfig
 from edkm.core.op import BACKENDS
+from edkm.progress import shown
 from edkm.train import ranks
 from edkm.train.calibrate import call, end_autocast, evaluating
 from edkm.train.checks import check_no_adapters
@@ -121,7 +122,8 @@ class Callback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step >= self._plain_steps and not clusterings(model):
-            self._cluster(model, state, kwargs["train_dataloader"])
+            with shown(not args.disable_tqdm):
+                self._cluster(model, state, kwargs["train_dataloader"])
             # It belongs to the weights before the fit, and some optimizers keep copies of those in it.
             kwargs["optimizer"].state.clear()
 
@@ -133,10 +135,12 @@ class Callback(TrainerCallback):
                     "the packed model is fitted and not trained.",
                     stacklevel=2,
                 )
-            self._cluster(model, state, kwargs["train_dataloader"])
+            with shown(not args.disable_tqdm):
+                self._cluster(model, state, kwargs["train_dataloader"])
         # The model that is left is the one that is written, in its own precision.
         end_autocast(model)
-        save(model, self.out, processing_class)
+        with shown(not args.disable_tqdm):
+            save(model, self.out, processing_class)
 
     def _watch(self, model: nn.Module) -> None:
         """Prepare the model if a state with clustering is loaded into it. Also after training, which may be taken up again."""

@@ -8,14 +8,16 @@ import gc
 import hashlib
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..progress import progress, say
 from .presets import DEFAULT, PRESETS, plain_steps_of
 from .record import Recorder, said_of
 from .stages import fingerprint, load_weights, prepare_on, save_weights, write
@@ -38,6 +40,7 @@ def add_compress(
     """Describe the command; `command` is cli's way to add one, `perplexity` measures for --eval-text: training knows no evaluation."""
     example = "edkm compress ./SmolLM2-135M --data train.json --out ./packed --bits 3 --steps 100"
     parser = command(subparsers, "compress", run, text=TEXT, example=example)
+    parser.usage = "%(prog)s MODEL --data FILE --out DIR [options]"  # all of them take fifteen lines
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or a hub id")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training data")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the packed model")
@@ -136,13 +139,22 @@ def add_compress(
 
 def run(args: argparse.Namespace) -> int:
     """Run `edkm compress`; returns the exit code."""
+    from ..models import require
+
+    for package in ("transformers", "accelerate"):
+        require(package, "to fine-tune")
     _check_numbers(args)
     if args.learners is not None and not args.dry_run:
         raise ValueError("--learners: plans the memory, with --dry-run. To train on N processes start with torchrun --nproc-per-node N.")
     from . import ranks
 
-    with ranks.session(args.timeout), ranks.naming_the_lost("Start again."):
-        return _run(args)
+    try:
+        with ranks.session(args.timeout), ranks.naming_the_lost("Start again."):
+            return _run(args)
+    except KeyboardInterrupt:
+        if (args.out / "training" / "run.json").is_file() and not args.dry_run:
+            say(f"edkm: {args.out} holds an interrupted run; the same command with --resume goes on")
+        raise
 
 
 def _check_directories(args: argparse.Namespace) -> None:
@@ -167,12 +179,14 @@ def _run(args: argparse.Namespace) -> int:
     from .limits import tokens_to_score
     from .prepare import check
     from .records import read_records
+    from .trainer import named_precision
 
     # The files first: a misspelt name should not cost the minutes of loading a model.
     records = read_records(args.data)
     text = None if args.eval_text is None else read_text(args.eval_text)
     data_hash = hashlib.sha256(args.data.read_bytes()).hexdigest() if args.data.is_file() else ""
-    model, tokenizer = load_model(args.model)
+    with progress(f"loading {args.model}"):
+        model, tokenizer = load_model(args.model)
     blocks = make_blocks(records, tokenizer, block_tokens=args.block_tokens, source=str(args.data), model=model)
     del records
     if text is not None:
@@ -197,15 +211,25 @@ def _run(args: argparse.Namespace) -> int:
     check(model, config, args.backend)
     print(
         f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
-        f"{len(blocks):,} blocks of {blocks.block_tokens}; {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks"
+        f"{len(blocks):,} blocks of {blocks.block_tokens}",
+        flush=True,
     )
     for note in blocks.notes:
         print(f"data: {printable(note)}")
+    if steps:
+        print(
+            f"training: {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks, {plain_steps:,} of them plain; "
+            f"lr {args.lr:g}, {named_precision(args.precision)}",
+            flush=True,
+        )
     if args.target_bpw is None and PRESETS[args.preset].chosen_bits:
         from .allocate import bits_of
 
         args.target_bpw = bits_of(model, config)
-        print(f"--preset {args.preset}: as many bits as --bits {args.bits} takes, {args.target_bpw:.3f} a linear weight with tables")
+        print(
+            f"--preset {args.preset}: as many bits as --bits {args.bits} takes, {args.target_bpw:.3f} a linear weight with tables",
+            flush=True,
+        )
     if args.target_bpw is not None:
         from .allocate import check_target
 
@@ -213,7 +237,6 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(model, config, args, blocks.block_tokens)
     from .checkpoints import check_same_run, remember_run
-    from .trainer import resolve_precision
 
     settings = _settings(args, steps)
     # Not how the work is shared out, or when it is saved: another number of ranks may go on.
@@ -238,7 +261,7 @@ def _run(args: argparse.Namespace) -> int:
         if steps:
             ranks.on_first(lambda: remember_run(work, identity))
     device = _to_device(model, args)
-    print(f"device: {device}, {resolve_precision(args.precision)}", flush=True)
+    print(f"device: {device}", flush=True)
     recorder = Recorder(work / "record.json", args, said_of(args, blocks, settings, plain_steps))
     recorder.keep(model, config)
     recorder.measure("original", model, tokenizer, text)
@@ -277,24 +300,23 @@ def _fine_tune(model: Any, blocks: Any, settings: Any, out: Path, recorder: Reco
     return True
 
 
-def _train(model: Any, blocks: Any, settings: Any, work: Path, what: str, recorder: Recorder, teacher: Any = None) -> bool:
+def _train(model: Any, blocks: Any, settings: Any, work: Path, phase: str, recorder: Recorder, teacher: Any = None) -> bool:
     """Train from the last checkpoint in `work`, if there is one; False if it was interrupted."""
+    from . import ranks
     from .checkpoints import last_checkpoint
-    from .trainer import resolve_precision, train
+    from .trainer import train
 
     resume = last_checkpoint(work) is not None
-    print(f"{what}: {settings.steps} steps, lr {settings.lr:g}, {resolve_precision(settings.precision)}", flush=True)
-    result = train(model, blocks, settings, work, resume=resume, teacher=teacher)
-    phase = "clustered training" if what == "training" else what
+    result = train(model, blocks, settings, work, resume=resume, teacher=teacher, name=phase)
     recorder.phase(phase, result.seconds)
     recorder.losses(phase, settings.first_step, result.losses, interrupted=result.interrupted)
     if result.interrupted:
-        print(f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on", file=sys.stderr)
+        if ranks.rank() == 0:
+            say(f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on")
         return False
     last = result.losses[-1][1]
     if not math.isfinite(last):
         raise ValueError(f"{phase}: the training diverged, its last loss is {last}. Start again with --overwrite and a lower --lr.")
-    print(f"trained {settings.steps} steps in {result.seconds:.0f} s; last loss {last:.3f}", flush=True)
     return True
 
 
@@ -325,7 +347,7 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
     for entry in report.skipped:
         if len(entry.shape) > 1:
             print(f"  {entry.name}: left alone, {entry.note}")
-    if settings.steps and not _train(model, blocks, settings, work / "clustered", "training", recorder, teacher):
+    if settings.steps and not _train(model, blocks, settings, work / "clustered", "clustered training", recorder, teacher):
         return 130
     if settings.steps:
         recorder.weights(model, "trained")
@@ -338,13 +360,26 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
     ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))
     ranks.on_first(lambda: recorder.finish(args.out))
     from ..compressed.checkpoint import summary
+    from ..report.record import PAGE
 
     totals = summary(args.out)
+    text = args.eval_text or "TEXT_FILE"
     print(
         f"wrote {args.out}: {totals['file_bytes'] / 1e6:.1f} MB, {totals['bits_per_weight']:.2f} bits per weight "
-        f"(16-bit model: {totals['bytes_in_16_bits'] / 1e6:.1f} MB)"
+        f"(16-bit model: {totals['bytes_in_16_bits'] / 1e6:.1f} MB); {args.out / PAGE} shows it\n"
+        + what_next(["generate", args.out, "Who are you?"], ["eval", args.out, "--text", text], ["inspect", args.out])
+        + f'\nor in Python: import edkm; model = transformers.AutoModelForCausalLM.from_pretrained("{args.out}")'
     )
     return 0
+
+
+def what_next(*commands: Sequence[Any]) -> str:
+    """Arguments of `edkm` to go on with, as they are typed here."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    program = ["edkm"] if shutil.which("edkm") else [python, "-m", "edkm"]
+    return "\n".join(["next:", *("  " + shlex.join(map(str, [*program, *command])) for command in commands)])
 
 
 def _dry_run(model: Any, config: Any, args: argparse.Namespace, block_tokens: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from edkm.config import ClusterConfig
 from edkm.core import curvature
 from edkm.core.assign import assign, lookup
+from edkm.progress import progress
 from edkm.train.calibrate import call, evaluating, first_input, without_cache
 from edkm.train.prepare import clustered_linears, decoder_layers
 
@@ -71,10 +72,11 @@ def fit(
         for module, moments in _moments(tokens, run).items():
             name, settings = chosen[module]
             centroids[name], targets[name], error = _fit_one(name, module.weight, settings, moments, turns, (importance or {}).get(name))
+            advance()
             if report is not None:
                 report(name, error)
 
-    with evaluating(model), without_cache(model):
+    with evaluating(model), without_cache(model), progress("fit", len(chosen), "weights") as advance:
         layers, calls = _chain(model, batches)
         for layer, after in itertools.zip_longest(layers, layers[1:]):
             made = calls.pop(layer)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from edkm.config import ClusterConfig
-from edkm.train.calibrate import evaluating, without_cache
+from edkm.progress import progress
+from edkm.train.calibrate import evaluating, length, without_cache
 from edkm.train.prepare import clustered_linears
 
 # Runs of rows that get a second moment of their own.
@@ -93,11 +94,13 @@ def output_gradients(
     try:
         for p in trained:
             p.requires_grad_(False)
-        with evaluating(model), without_cache(model), torch.enable_grad():
+        shown = progress("gradients", length(batches), "batches")
+        with evaluating(model), without_cache(model), torch.enable_grad(), shown as advance:
             for batch in batches:
                 seen = True
                 before()
                 (own_loss(model, batch) if loss is None else loss(batch)).backward()
+                advance()
     finally:
         for p in trained:
             p.requires_grad_()

@@ -15,6 +15,7 @@ from edkm.core.assign import Frozen
 from edkm.core.matrix import as_matrix, count_tables
 from edkm.core.op import Solution, _backend, check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
+from edkm.progress import progress
 from edkm.train.checks import (
     MOST_ROUNDED,
     check_finite,
@@ -119,16 +120,19 @@ def prepare(
             raise ValueError(f"{what}: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
     check(model, config, backend)
     entries, made = [], []
-    for name, parameter, target, settings, reason in decisions(model, config, targets):
-        if settings is None:
-            entries.append(Entry(name, tuple(parameter.shape), 0, 0, 1, reason))
-            continue
-        assert target is not None
-        weigh, start = (next((given[n] for n in target.names if n in given), None) for given in (importance, centroids))
-        clustering, note = _clustering(name, target, settings, weigh, start, backend)
-        note += "; tables by k-means" if centroids and start is None else ""
-        entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
-        made.append((target, clustering))
+    decided = decisions(model, config, targets)
+    with progress("tables", len(decided), "parameters") as advance:
+        for name, parameter, target, settings, reason in decided:
+            advance()
+            if settings is None:
+                entries.append(Entry(name, tuple(parameter.shape), 0, 0, 1, reason))
+                continue
+            assert target is not None
+            weigh, start = (next((given[n] for n in target.names if n in given), None) for given in (importance, centroids))
+            clustering, note = _clustering(name, target, settings, weigh, start, backend)
+            note += "; tables by k-means" if centroids and start is None else ""
+            entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
+            made.append((target, clustering))
     for _, clustering in made:
         clustering.prepared_by = config
     install(model, made)
@@ -280,15 +284,17 @@ def freeze(model: nn.Module) -> dict[str, Frozen]:
     Cost:
         One pass over each weight; one byte a weight for the result.
     """
-    frozen = {}
-    for name, parameter, clustering in clusterings(model):
-        # A weight that FSDP has sharded is gathered, one at a time, on all ranks.
-        weight = whole(parameter)
-        if (lost := rounding_loss(name, clustering.matrix(weight), clustering.tables)) > MOST_ROUNDED:
-            warnings.warn(f"{name}: its weights have become so small that float16 tables lose {100 * lost:.0f}% of some.", stacklevel=2)
-        frozen[name] = clustering.freeze(weight)
-    if not frozen:
+    found, frozen = clusterings(model), {}
+    if not found:
         raise ValueError("model: nothing in it is clustered. Call edkm.prepare first.")
+    with progress("freezing", len(found), "weights") as advance:
+        for name, parameter, clustering in found:
+            # A weight that FSDP has sharded is gathered, one at a time, on all ranks.
+            weight = whole(parameter)
+            if (lost := rounding_loss(name, clustering.matrix(weight), clustering.tables)) > MOST_ROUNDED:
+                warnings.warn(f"{name}: its weights have become so small that float16 tables lose {100 * lost:.0f}% of some.", stacklevel=2)
+            frozen[name] = clustering.freeze(weight)
+            advance()
     return frozen
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -83,24 +82,19 @@ def _placeholders(model: Any, config: Any) -> dict[str, Any]:
 
 
 def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any, *, guided: bool) -> dict[str, Any]:
-    """`edkm.fit` with its progress on stderr; the same on all ranks to the bit."""
+    """`edkm.fit`, the same on all ranks to the bit."""
     from . import ranks
     from .fit import fit
     from .gradients import sensitivity
 
     errors: list[float] = []
 
-    def report(name: str, error: float) -> None:
-        errors.append(error)
-        if ranks.rank() == 0:
-            print(f"\r  fitted {name:<60}", end="", file=sys.stderr, flush=True)
-
     tokens = sensitivity(model, config, batches) if guided else None
-    centroids = fit(model, config, batches, importance=importance, sensitivity=tokens, report=report)
+    centroids = fit(model, config, batches, importance=importance, sensitivity=tokens, report=lambda name, error: errors.append(error))
     ranks.as_on_first([*centroids.values(), *(p.data for name, p in model.named_parameters() if name in centroids)])
     if errors:
-        print(f"\r{'':<70}\r", end="", file=sys.stderr)
-        print(f"fitted {len(errors)} tensors; relative output error {sum(errors) / len(errors):.4f} on average, {max(errors):.4f} at most")
+        mean = sum(errors) / len(errors)
+        print(f"fitted {len(errors)} tensors; relative output error {mean:.4f} on average, {max(errors):.4f} at most", flush=True)
     return centroids
 
 

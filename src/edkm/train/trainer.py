@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,9 @@ import transformers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from edkm.progress import progress, say
 from edkm.train import ranks
 from edkm.train.checkpoints import last_checkpoint
 from edkm.train.prepare import clusterings
@@ -90,8 +91,20 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if device == "cpu" and any(supported) else "fp32"
 
 
+def named_precision(precision: str) -> str:
+    """What training computes in, in words."""
+    return {"bf16": "bf16 autocast", "fp32": "float32"}[resolve_precision(precision)]
+
+
 def train(
-    model: nn.Module, blocks: Any, settings: TrainSettings, work: Path, *, resume: bool = False, teacher: nn.Module | None = None
+    model: nn.Module,
+    blocks: Any,
+    settings: TrainSettings,
+    work: Path,
+    *,
+    resume: bool = False,
+    teacher: nn.Module | None = None,
+    name: str = "training",
 ) -> TrainResult:
     """Train a causal language model, prepared or not, in place.
 
@@ -104,6 +117,7 @@ def train(
         work: directory for checkpoints; holds the run's state afterwards if it was interrupted.
         resume: go on from the last checkpoint in `work`.
         teacher: with `settings.distill`, a model of the same vocabulary whose predictions are to be kept; only run, never changed.
+        name: of the phase, for its progress.
 
     Raises:
         ValueError: `resume` without a checkpoint, `fsdp` without other ranks, `distill` without a teacher.
@@ -134,8 +148,14 @@ def train(
     remedy = (
         "The same command with --resume goes on from the last checkpoint." if settings.save_every else "Start again; --save-every helps."
     )
-    with _forward_as_found(model), _stop_on_signal(trainer) as stop, ranks.naming_the_lost(remedy):
-        trainer.train(resume_from_checkpoint=checkpoint)
+    before = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+    shown = progress(name, settings.steps, "steps", done=before)
+    with shown as advance, _forward_as_found(model), _stop_on_signal(trainer) as stop, ranks.naming_the_lost(remedy):
+        trainer.add_callback(_Progress(advance))
+        with warnings.catch_warnings():
+            # torch 2.13's successor of the option sends all buffers once, tables among them; transformers has no name for it.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+            trainer.train(resume_from_checkpoint=checkpoint)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     done = trainer.state.global_step
     return TrainResult(done, time.perf_counter() - began, losses, stop.stopped and done < settings.steps)
@@ -174,6 +194,7 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
         save_steps=settings.save_every or settings.steps,
         save_total_limit=1,
         report_to=[],
+        disable_tqdm=True,
         remove_unused_columns=False,
     )
 
@@ -216,6 +237,7 @@ class _Trainer(transformers.Trainer):
 
     def __init__(self, *, teacher: nn.Module | None, distill: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)  # `_Progress` says how far it is
         self.teacher, self.distill = teacher, distill
         self.sharded = any(hasattr(p, "full_tensor") for p in self.model.parameters())
         if self.sharded:
@@ -311,6 +333,20 @@ class _Distribute(TrainerCallback):
         distribute(model)
 
 
+class _Progress(TrainerCallback):
+    """Shows the steps, and the loss as often as it is logged: reading it makes the device wait."""
+
+    def __init__(self, advance: Callable[..., None]) -> None:
+        self.advance = advance
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.advance()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.advance(0, f"loss {logs['loss']:.3f}")
+
+
 class _Stop(TrainerCallback):
     """Ends training after the step at hand, with a checkpoint; on all ranks after the same step."""
 
@@ -333,7 +369,8 @@ def _stop_on_signal(trainer: _Trainer) -> Iterator[_Stop]:
         now = time.monotonic()
         if stop.asked_at is None:
             stop.asked_at = now
-            print("\nedkm: finishing this step, then saving; Ctrl-C again stops at once", flush=True)
+            if ranks.rank() == 0:
+                say("edkm: finishing this step, then saving; Ctrl-C again stops at once")
         elif ranks.world() == 1 or now - stop.asked_at > _SAME_PRESS_S:
             raise KeyboardInterrupt
 

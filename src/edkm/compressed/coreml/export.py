@@ -17,6 +17,7 @@ from edkm.compressed.coreml import check, program, weights
 from edkm.compressed.coreml.architecture import Architecture, architecture, rotary
 from edkm.compressed.coreml.quiet import quiet
 from edkm.compressed.modelconfig import model_config
+from edkm.progress import progress
 
 _SUFFIX = ".mlpackage"
 _CHECKED_TOKENS = 64
@@ -75,21 +76,25 @@ def export(
     """
     directory, out = Path(directory), Path(out)
     _check_options(out, precision, kv_cache, fixed, overwrite)
-    with checkpoint.open_items(directory) as items:
+    with checkpoint.open_items(directory) as items, progress("export", 4, "parts") as advance:
         # The model first: no remedy for a tensor helps where the architecture does not fit.
         arch = architecture(directory, model_config(directory, {name: item.shape for name, item in items.items()}), set(items), context)
         widened = weights.check_stored(layout.entries(directory), items, widen=widen)
         rope, tokens, expected = _reference(directory, arch, arch.context if fixed else min(arch.context, _CHECKED_TOKENS))
+        advance(note="writing")
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}") as folder:
             package = Path(folder) / out.name
             _write(package, items, arch, rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
+            advance(note="checking tensors")
             clustered = check.check_tensors(package, directory, rope, precision)
+            advance(note="checking logits")
             found = check.program_logits(check.read(package), arch, tokens, kv_cache=kv_cache)
             on_program = check.compare(found, expected)
             predicted = check.device_logits(package, tokens, kv_cache=kv_cache)
             on_device = None if predicted is None else check.compare(predicted, expected, device=True)
             size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
             _put(package, out)
+            advance(note="all checked")
     return Exported(size, clustered, widened, on_program, on_device)
 
 
