@@ -74,7 +74,8 @@ def _known_fields(model_type: Any) -> set[str]:
     for kind in classes:
         found |= {*getattr(kind, "__dataclass_fields__", ()), *inspect.signature(kind.__init__).parameters, *kind.attribute_map}
         # AutoConfig stands for any: what is nested there names its own type.
-        classes += [part for part in kind.sub_configs.values() if part not in classes and hasattr(part, "sub_configs")]
+        parts: Any = kind.sub_configs
+        classes += [part for part in parts.values() if part not in classes and hasattr(part, "sub_configs")]
     return found
 
 

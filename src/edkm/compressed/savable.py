@@ -42,7 +42,7 @@ def check_savable(model: nn.Module) -> None:
     description(state, {})
     if not is_transformers(model):
         return
-    config, built = described(model)
+    config, built = described(model)  # pyright: ignore[reportArgumentType]
     once = {id(tensor): name for name, tensor in reversed(state.items())}
     shapes = {name: tuple(state[name].shape) for name in once.values()}
     if built is None:
@@ -88,7 +88,7 @@ def described(model: PreTrainedModel) -> tuple[PreTrainedConfig, PreTrainedModel
             part.tie_word_embeddings = not getattr(part, "tie_word_embeddings", False)
         config.architectures = [kind.__name__]
         if kind._auto_class is None and hasattr(config, "auto_map"):
-            del config.auto_map  # it names code for the class that the checkpoint had
+            del config.auto_map  # pyright: ignore[reportAttributeAccessIssue]  # it names code for the class that the checkpoint had
         try:
             # On a copy: a model writes its dtype into the config that it is built from.
             with refusing(Path("model.config")), torch.device("meta"):
