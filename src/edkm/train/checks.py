@@ -15,7 +15,7 @@ from edkm.config import ClusterConfig, matches
 from edkm.core.assign import LUT_DTYPE
 from edkm.core.reference import compute_dtype
 
-NOT_FINITE = "NaN or infinite values. Take another checkpoint or repair it; after training, was the learning rate too high?"
+NOT_FINITE = "NaN or infinite values. Repair it, or take an earlier checkpoint."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What the rounding of a table to 16 bits may take from it, of the sum of its magnitudes.
 MOST_ROUNDED = 0.05
