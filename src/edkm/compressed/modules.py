@@ -192,9 +192,9 @@ def _embedded(weight: PackedWeight, tokens: Tensor) -> Tensor:
     # An index lies in two bytes at most; the byte after the last is none of its business.
     byte = bit // 8
     low, high = (weight.stream[b].int() for b in (byte, (byte + 1).clamp_(max=len(weight.stream) - 1)))
-    index = (low | high << 8) >> bit % 8 & ((1 << bits) - 1)
+    index = torch.bitwise_right_shift(low + 256 * high, (bit % 8).int()) & ((1 << bits) - 1)
     table = tokens // (weight.rows // weight.entry.luts)
-    return weight.lut[table, index, 0]
+    return weight.lut[table, index.long(), 0]
 
 
 class _Dense(Packed):

@@ -122,10 +122,11 @@ def _unpack_block(block: Tensor, bits: int) -> Tensor:
     columns = []
     for column in range(period):
         byte, shift = divmod(column * bits, 8)
-        value = rows[:, byte] >> shift
+        # In 32 bits and not by `>>`: so ONNX has the operations, too.
+        value = rows[:, byte].int()
         if shift + bits > 8:
-            value = value | rows[:, byte + 1] << (8 - shift)
-        columns.append(value & ((1 << bits) - 1))
+            value = value + 256 * rows[:, byte + 1].int()
+        columns.append((torch.bitwise_right_shift(value, shift) & ((1 << bits) - 1)).to(torch.uint8))
     return torch.stack(columns, 1).view(-1)  # [m * period]
 
 
