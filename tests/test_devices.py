@@ -251,7 +251,7 @@ def test_a_step_and_an_evaluation_on_a_device_that_is_not_there():
     assert found.stdout == "ran\n", found.stderr
 
 
-def test_other_devices_than_a_cpu_and_cuda_are_fitted_by_the_host(monkeypatch):
+def test_kernels_of_a_cpu_are_not_asked_for_elsewhere(monkeypatch):
     asked = []
     monkeypatch.setattr(compiled, "available", lambda: asked.append(1) or False)
     for kind in ("mps", "cuda", "xpu"):

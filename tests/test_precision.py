@@ -194,6 +194,14 @@ def test_sensitivity_and_the_choice_of_bits(precision, tiny_model):
         assert float((tokens - exact[name]).abs().sum() / exact[name].sum()) < 3 * precision.error
 
 
+def test_small_gradients_are_not_lost_in_float16(tiny_model):
+    """A mean over 20,000 tokens makes gradients a hundred times smaller than these batches do."""
+    model = loaded(tiny_model, torch.float16)
+    found, expected = (edkm.sensitivity(m, CONFIG, batches(), loss=lambda batch, m=m: m(**batch).loss / 100) for m in (model, tiny_model))
+    for name, tokens in expected.items():
+        assert float((found[name] - tokens).abs().sum() / tokens.sum()) < 0.03
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [3, 6, 8])
 def test_rounding_leaves_fitted_weights_on_their_centroids(dtype, bits):

@@ -20,6 +20,8 @@ from edkm.train.prepare import clustered_linears
 
 # Runs of rows that get a second moment of their own.
 _PARTS = 4
+# float16 has no gradients below 6e-8, and a mean over tokens makes small ones.
+_HALF_SCALE = 1024.0
 # A label that does not count, to transformers and `F.cross_entropy`.
 _IGNORED = -100
 
@@ -73,9 +75,11 @@ def output_gradients(
     Args and errors are those of `sensitivity`; `before` is called before each batch.
     """
 
+    scale = _HALF_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
+
     def watch(name: str):
         def check(gradient: Tensor) -> None:
-            rows = gradient.flatten(0, -2).float()
+            rows = gradient.flatten(0, -2).float() / scale
             if not bool(rows.isfinite().all()):
                 raise ValueError(f"{name}: the gradient at its output is NaN or infinite. Work in float32, or check the data.")
             collect(name, rows)
@@ -99,7 +103,7 @@ def output_gradients(
             for batch in batches:
                 seen = True
                 before()
-                (own_loss(model, batch) if loss is None else loss(batch)).backward()
+                (scale * (own_loss(model, batch) if loss is None else loss(batch))).backward()
                 advance()
     finally:
         for p in trained:
