@@ -53,7 +53,7 @@ def check_savable(model: nn.Module) -> None:
     check_counts(Path("model.config"), content, shapes)
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
     text = len(json.dumps(content, indent=2)) + sum(len(name) + _TEXT_PER_TENSOR for name in shapes)
-    if text > (limit := text_limit(elements // 8)):
+    if text > (limit := text_limit(elements * 3 // 8)):
         raise FormatError(
             f"model: its config and names take {text} bytes of text, and readers take {limit} beside so few weights. Shorten the config."
         )
