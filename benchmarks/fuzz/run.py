@@ -21,8 +21,7 @@ from benchmarks.fuzz import files, texts
 from benchmarks.fuzz.originals import save_originals
 
 MUTATIONS = texts.MUTATIONS | files.MUTATIONS
-# Beside twice the files: text of up to `text_limit` bytes (512 KiB, for config.json 2.5 MiB, and a little) takes up to 30 times its
-# size when it is parsed.
+# Beside twice the files: text of up to `text_limit` bytes (512 KiB and a little) takes up to 30 times its size when it is parsed.
 ALLOWED_BYTES = 32 << 20
 # Of the processor: on a busy machine the clock says nothing. Without an answer for TIMEOUT_S a worker hangs.
 SLOW_S = 20.0

@@ -37,13 +37,12 @@ def show(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def text_limit(weights_bytes: int, *, config: bool = False) -> int:
+def text_limit(weights_bytes: int) -> int:
     """Bytes of JSON, or of a header, that a checkpoint with so many bytes of weights may have: 512 KiB and 1/32 of the weights.
 
     A tensor takes about 200 bytes of text, so this is 2,500 tensors of any size and, beyond them, tensors of 6 KiB on average.
-    `config.json` may have 2 MiB more: it names the classes of a classifier, twice.
     """
-    return (1 << 19) + (1 << 21) * config + weights_bytes // 32
+    return (1 << 19) + weights_bytes // 32
 
 
 def file_bytes(path: Path) -> int:
@@ -77,7 +76,7 @@ def parse_json(text: str) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object that lies beside weights; raises FormatError if the file is missing, too large or is anything else."""
-    size, limit = file_bytes(path), text_limit(_weights_bytes(path.parent), config=path.name == "config.json")
+    size, limit = file_bytes(path), text_limit(_weights_bytes(path.parent))
     if not 0 < size <= limit:
         raise FormatError(f"{path}: must have 1 to {limit} bytes beside these weights, got {size}. Fetch the whole checkpoint.")
     try:

@@ -51,13 +51,11 @@ def check_savable(model: nn.Module) -> None:
     content = json.loads(config.to_json_string())
     check_counts(Path("model.config"), content, shapes)
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
-    text = sum(len(name) + _TEXT_PER_TENSOR for name in shapes)
-    for what, size, limit in (
-        ("config", len(json.dumps(content, indent=2)) + text, text_limit(elements // 8, config=True)),
-        ("names and shapes", text, text_limit(elements // 8)),
-    ):
-        if size > limit:
-            raise FormatError(f"model: its {what} take {size} bytes of text, more than the {limit} that may lie beside so few weights.")
+    text = len(json.dumps(content, indent=2)) + sum(len(name) + _TEXT_PER_TENSOR for name in shapes)
+    if text > (limit := text_limit(elements * 3 // 8)):
+        raise FormatError(
+            f"model: its config and names take {text} bytes of text, and readers take {limit} beside so few weights. Shorten the config."
+        )
 
 
 def is_transformers(model: Any) -> bool:
