@@ -103,7 +103,7 @@ class DenseView(Tensor):
         return self
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.packed.stream.numel()
 
     @property
