@@ -78,6 +78,7 @@ def test_it_has_the_parameters_of_the_model_that_it_stands_for(tied, tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16} == {loaded.dtype}
     # The memory is that of the bytes.
     assert 0.9 * file.stat().st_size < loaded.get_memory_footprint() < 1.1 * file.stat().st_size
+    assert loaded.get_memory_footprint() == sum(t.nbytes for t in (*loaded.parameters(), *loaded.buffers()))
 
 
 def test_all_parameters_at_once(tied):

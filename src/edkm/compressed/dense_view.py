@@ -102,9 +102,17 @@ class DenseView(Tensor):
             self._refuse("trained (put an adapter on its layer, or leave the layer out when compressing)")
         return self
 
+    @property
+    def nbytes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.packed.stream.numel()
+
+    @property
+    def itemsize(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.element_size()
+
     def element_size(self) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Bytes that a weight takes, a fraction: transformers multiplies it by their number."""
-        return self.packed.stream.numel() / self.numel()
+        return self.nbytes / self.numel()
 
     def data_ptr(self) -> int:
         """Of the indices: equal for tied weights."""

@@ -129,9 +129,11 @@ class Packed(nn.Module):
             for name, parameter in kept.items():
                 parameters[name] = parameter
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with self._as_kept():
-            super()._save_to_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.packed_entries:
+            if (stream := self._parameters.get(name)) is not None:
+                destination[prefix + name] = stream if keep_vars else stream.detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with self._as_kept():
