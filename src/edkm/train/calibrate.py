@@ -115,7 +115,7 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def end_autocast(model: nn.Module) -> None:
+def end_autocast(model: Any) -> None:
     """Take off for good what Accelerate puts around a model's `forward` to train it in mixed precision."""
     for module in model.modules():
         own = _autocasted(vars(module).get("forward"))
@@ -132,9 +132,10 @@ def end_autocast(model: nn.Module) -> None:
 
 def _autocasted(forward: Any) -> Any:
     """The function that Accelerate wrapped, perhaps more than once, in autocast and a conversion of outputs; None if it did not."""
-    function, found = getattr(forward, "__func__", forward), None
-    while type(conversion := getattr(function, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":
-        function = found = conversion.__wrapped__.__wrapped__
+    function: Any = getattr(forward, "__func__", forward)
+    found = None
+    while type(getattr(function, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":
+        function = found = function.__wrapped__.__wrapped__.__wrapped__
     return found
 
 

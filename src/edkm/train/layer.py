@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from edkm.config import ClusterConfig
 from edkm.core import sharded
@@ -51,24 +52,25 @@ def optimizer_steps(weight: Tensor) -> int:
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     global _steps, _steps_on_shards
     _steps += 1
+    moved = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if hasattr(parameter, _STEPS):
                 setattr(parameter, _STEPS, getattr(parameter, _STEPS) + 1)
+            moved.append(_moved.pop(parameter, lambda: None)())
         _steps_on_shards += any(hasattr(parameter, "full_tensor") for parameter in group["params"])
-    _check_finite()
+    _check_finite([clustering for clustering in moved if clustering is not None])
 
 
-def _check_finite() -> None:
+def _check_finite(clusterings: list[Clustering]) -> None:
     """Name a weight that was not finite in this step: one number is read from a device, whatever the number of layers."""
     by_device: dict[torch.device, list[Clustering]] = {}
-    while _moved:
-        clustering = _moved.pop()
+    for clustering in clusterings:
         by_device.setdefault(clustering.centroids.device, []).append(clustering)
     for found in by_device.values():
         sums = torch.stack([clustering.centroids.sum(dtype=torch.float32) for clustering in found])
         if not bool(sums.isfinite().all()):
-            wrong = min(clustering.name for clustering, finite in zip(found, sums.isfinite().tolist(), strict=True) if not finite)
+            wrong = next(clustering.name for clustering, finite in zip(found, sums.isfinite().tolist(), strict=True) if not finite)
             raise ValueError(f"{wrong}: {NOT_FINITE.removeprefix('weight: ')}")
 
 
@@ -76,8 +78,8 @@ _steps = 0
 # FSDP gathers shards (DTensors) into other tensors for the forward pass, which no optimizer ever sees.
 _steps_on_shards = 0
 _STEPS = "_edkm_optimizer_steps"
-# Whose centroids have moved since they were looked at.
-_moved: weakref.WeakSet[Clustering] = weakref.WeakSet()
+# Weights whose centroids have moved since the optimizer's last step on them, and their clusterings.
+_moved = WeakTensorKeyDictionary()
 register_optimizer_step_post_hook(_count_step)
 
 
@@ -205,7 +207,7 @@ class Clustering(nn.Module):
                 self.centroids.copy_(self._solution.trajectory[-1])
                 self.step += 1
             self._counted = True
-            _moved.add(self)
+            _moved[weight if self._shard is None else self._shard.weight] = weakref.ref(self)
         return self._solution
 
     def _state_of(self, weight: Tensor) -> tuple[Any, ...]:
