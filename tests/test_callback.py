@@ -338,7 +338,6 @@ def nan(model):
         (lambda model: model.model.layers[0].mlp.up_proj.weight.data.mul_(1e-9), {}, "float16, which would lose"),
         (None, {"config": edkm.ClusterConfig(rows_per_lut=7)}, "rows do not divide into tables of 7 rows"),
         (None, {"config": edkm.ClusterConfig(skip=("lm_haed",))}, "'lm_haed' matches no weight"),
-        (None, {"backend": "none"}, "'none' is not one of"),
         (None, {"data": [{"labels": [1, 2]}]}, "You must specify exactly one of input_ids or inputs_embeds"),
     ],
 )

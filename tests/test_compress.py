@@ -264,7 +264,8 @@ def test_what_the_model_cannot_take_is_refused_before_any_work(tiny_dir, data, t
     ):
         assert main(arguments(tiny_dir, data, tmp_path / "out", *more)) == 1
         printed = capsys.readouterr()
-        assert said in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+        lines = printed.err.splitlines()
+        assert said in lines[-1] and lines[:-1] == [f"loading {tiny_dir}"] and printed.out == ""
     assert not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import edkm
-from edkm import demo
 from edkm.cli import main
 from edkm.compressed import hf
 from edkm.core import curvature
@@ -329,19 +328,3 @@ def test_the_compressed_model_in_a_fresh_process(tiny_dir, tmp_path, autocast):
     )
     found = subprocess.run([sys.executable, "-c", script, str(out), str(text)], capture_output=True, text=True, check=True)
     assert float(found.stdout) == trained["perplexity"]
-
-
-@pytest.mark.parametrize("difference", [0.0, 1e-6])
-def test_the_demonstration_fails_if_the_packed_model_is_another(tmp_path, monkeypatch, difference):
-    figures = dict.fromkeys(("perplexity", "start", "soft", "hard", "seconds", "peak_mib", "bytes", "weights", "bits_per_weight"), 9.0)
-    figures |= dict.fromkeys(("clustered_bits_per_weight", "plain_seconds", "prepare_seconds", "clustered_seconds"), 9.0)
-    figures |= {"plain_steps": 9, "text": "It ends a loop."}
-
-    def run(command, **options):
-        stage = command[command.index("--stage") + 1]
-        found = {**figures, "perplexity": 9.0 + difference * (stage == "reload")}
-        (tmp_path / f"{stage}.json").write_text(json.dumps(found))
-
-    monkeypatch.setattr(demo, "_fetch", lambda out: None)
-    monkeypatch.setattr(demo.subprocess, "run", run)
-    assert demo.main(["--out", str(tmp_path)]) == (1 if difference else 0)

@@ -149,11 +149,10 @@ def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Rep
         ValueError: as `prepare`.
 
     Cost:
-        A pass over each parameter.
+        A pass over each parameter, and a model without memory for its weights.
     """
     check_no_adapters(model)
     check_not_quantized(model)
-    check_savable(model)
     report = plan(model, config, backend)
     tables = {entry.name: entry.tables for entry in report.clustered}
     axes = {target.names[0]: target.row_axes for target in targets_of(model)}
@@ -162,6 +161,7 @@ def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Rep
             check_values(name, as_matrix(parameter.detach(), axes[name]), tables[name])
         else:
             check_finite(name, parameter)
+    check_savable(model)
     return report
 
 
