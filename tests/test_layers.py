@@ -847,7 +847,6 @@ def test_non_finite_weights_are_named_and_the_others_untouched():
     ("weight", "message"),
     [
         (lambda w: w.mul_(1e-9), "stored in float16, which would lose 100%.*skip"),
-        (lambda w: w[2].mul_(1e-9), "stored in float16, which would lose 100%.*skip"),
         (lambda w: w[0, 0].fill_(1e5), r"a weight of magnitude.*at most 65504.*skip"),
     ],
 )
@@ -870,8 +869,15 @@ def test_small_weights_that_float16_resolves_and_zeros_are_kept():
     assert edkm.freeze(model)["0.weight"].error < 0.02
     with torch.no_grad():
         model[0].weight[1] *= 1e-3
-    with pytest.warns(UserWarning, match=r"0\.weight: its weights have become so small"):
+    with pytest.warns(UserWarning, match=r"0\.weight: some of its rows are so small that float16 tables lose 100%"):
         edkm.freeze(model)
+
+
+def test_a_row_that_is_nearly_dead_is_warned_of():
+    model = nn.Sequential(nn.Linear(256, 8, bias=False))
+    model[0].weight.data[2] *= 1e-9
+    with pytest.warns(UserWarning, match=r"0\.weight: some of its rows are so small.*skip"):
+        edkm.prepare(model, edkm.ClusterConfig(bits=4, rows_per_lut=1))
 
 
 def test_nan_in_a_parameter_that_is_left_alone_is_named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import warnings
 from collections.abc import Collection, Mapping
 
 import torch
@@ -91,16 +92,27 @@ def check_values(name: str, matrix: Tensor, tables: int) -> None:
     """Refuse a weight that is not finite, or whose tables float16 cannot hold: they would be infinite, or 0."""
     if matrix.is_meta:
         raise ValueError(f"{name}: has no values yet (meta). Load the weights first.")
-    worst = rounding_loss(name, matrix, tables)
-    if worst > MOST_ROUNDED:
+    whole, worst = rounding_loss(name, matrix, tables)
+    if whole > MOST_ROUNDED:
         raise ValueError(
-            f"{name}: tables are stored in float16, which would lose {100 * worst:.0f}% of weights as small as some of these. Rescale the "
-            "weight, set rows that do not matter to 0, or add its name to skip."
+            f"{name}: tables are stored in float16, which would lose {100 * whole:.0f}% of weights as small as these. Rescale the weight or "
+            "add its name to skip."
+        )
+    warn_of_rounding(name, worst)
+
+
+def warn_of_rounding(name: str, worst: float) -> None:
+    """Warn of a weight of which float16 loses much in the table of its smallest rows, and little over all."""
+    if worst > MOST_ROUNDED:
+        warnings.warn(
+            f"{name}: some of its rows are so small that float16 tables lose {100 * worst:.0f}% of them. They count for little beside the "
+            "other rows; add the name to skip if they matter.",
+            stacklevel=3,
         )
 
 
-def rounding_loss(name: str, matrix: Tensor, tables: int) -> float:
-    """Share of its sum of magnitudes that the table of the smallest weights loses in float16; 0 for a table of zeros.
+def rounding_loss(name: str, matrix: Tensor, tables: int) -> tuple[float, float]:
+    """Share of the sum of magnitudes that float16 loses: over all tables, and in the worst one; 0 for a table of zeros.
 
     Raises:
         ValueError: a weight is not finite or too large.
@@ -121,7 +133,8 @@ def rounding_loss(name: str, matrix: Tensor, tables: int) -> float:
             f"{name}: has a weight of magnitude {highest:.6g}, and tables are stored in float16 (at most 65504). Rescale the weight or add "
             "its name to skip."
         )
-    return float((lost / total.clamp_min(torch.finfo(wide).tiny)).max())
+    tiny = torch.finfo(wide).tiny
+    return float(lost.sum() / total.sum().clamp_min(tiny)), float((lost / total.clamp_min(tiny)).max())
 
 
 def check_patterns(config: ClusterConfig, names: Collection[str], clustered: Collection[Collection[str]]) -> None:

@@ -195,6 +195,8 @@ def _run(args: argparse.Namespace) -> int:
     plain_steps = plain_steps_of(steps, args.preset) if args.plain_steps is None else args.plain_steps
     if plain_steps > steps:
         raise ValueError(f"--plain-steps: at most the {steps} steps there are, got {plain_steps}.")
+    if args.distill and plain_steps == steps:
+        raise ValueError("--distill: is for clustered steps, and there are none. Leave it out, or give fewer --plain-steps.")
     config = ClusterConfig(
         bits=args.bits,
         dim=args.dim,

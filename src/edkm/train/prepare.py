@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,6 @@ from edkm.core.op import Solution, _backend, check_shapes, choose_backend
 from edkm.core.reference import compute_dtype
 from edkm.progress import progress
 from edkm.train.checks import (
-    MOST_ROUNDED,
     check_finite,
     check_kind,
     check_no_adapters,
@@ -26,6 +24,7 @@ from edkm.train.checks import (
     check_readers,
     check_values,
     rounding_loss,
+    warn_of_rounding,
 )
 from edkm.train.layer import Clustering
 from edkm.train.reading import clustered_keys, read_through, state_name, watch
@@ -291,8 +290,7 @@ def freeze(model: nn.Module) -> dict[str, Frozen]:
         for name, parameter, clustering in found:
             # A weight that FSDP has sharded is gathered, one at a time, on all ranks.
             weight = whole(parameter)
-            if (lost := rounding_loss(name, clustering.matrix(weight), clustering.tables)) > MOST_ROUNDED:
-                warnings.warn(f"{name}: its weights have become so small that float16 tables lose {100 * lost:.0f}% of some.", stacklevel=2)
+            warn_of_rounding(name, rounding_loss(name, clustering.matrix(weight), clustering.tables)[1])
             frozen[name] = clustering.freeze(weight)
             advance()
     return frozen
