@@ -95,8 +95,8 @@ def check_values(name: str, matrix: Tensor, tables: int) -> None:
     whole, worst = rounding_loss(name, matrix, tables)
     if whole > MOST_ROUNDED:
         raise ValueError(
-            f"{name}: tables are stored in float16, which would lose {100 * whole:.0f}% of weights as small as these. Rescale the weight or "
-            "add its name to skip."
+            f"{name}: tables are stored in float16, which would lose {100 * whole:.0f}% of weights as small as these. Rescale the weight "
+            "or add its name to skip."
         )
     warn_of_rounding(name, worst)
 
