@@ -171,7 +171,8 @@ def _prepare(model: Any, blocks: Any, config: Any, row: Row) -> Any:
         prepare_dkm(model, config)
     elif row.importance:
         target = bits_of(model, config) if row.preset and PRESETS[row.preset].chosen_bits else None
-        _, config = prepare_on(model, config, blocks, target_bpw=target, start=row.start, backend=row.backend)
+        backend = "auto" if row.backend == "reference" else row.backend  # which takes its place afterwards
+        _, config = prepare_on(model, config, blocks, target_bpw=target, start=row.start, backend=backend)
     else:
         edkm.prepare(model, config)
     return config

@@ -6,6 +6,7 @@ Style, not the paper's code: activations and the key-value cache stay in 16 bits
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,17 +28,20 @@ def write_texts(model: Any, count: int, tokens: int, seed: int) -> Blocks:
 
     A text that ends goes on with another, as training data joined end to end does.
     """
+    from transformers import DynamicCache
+
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     model.eval()
+    # transformers 5.24 has renamed it.
+    keyword = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     texts = []
     for start in range(0, count, _TEXTS_AT_ONCE):
         size = min(_TEXTS_AT_ONCE, count - start)
         text = torch.randint(model.config.vocab_size, (size, 1), generator=generator)  # [texts, tokens so far]
-        cache = None
+        cache = {keyword: DynamicCache(config=model.config)}
         for position in range(1, tokens):
-            output = model(input_ids=text[:, -1:].to(device), past_key_values=cache, use_cache=True)
-            cache, logits = output.past_key_values, output.logits[:, -1].float().cpu()
+            logits = model(input_ids=text[:, -1:].to(device), use_cache=True, **cache).logits[:, -1].float().cpu()
             if position <= GREEDY_TOKENS:
                 following = logits.argmax(-1, keepdim=True)
             else:
