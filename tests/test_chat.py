@@ -103,7 +103,8 @@ def test_the_tokens_are_the_templates_and_the_answers_are_found(write, name):
     answers = expected or [turn.format(content) for role, content in TWO_TURNS if role == "assistant"]
     assert write(template, messages(*TWO_TURNS)) == answers
     assert write(template, messages(*TWO_TURNS[:2]))[0].count("The fox.") == 1
-    assert write(template, messages(*TWO_TURNS), trained_from=2) == answers[1:]
+    assert write(template, messages(*TWO_TURNS), answers=[3]) == answers[1:]
+    assert write(template, messages(*TWO_TURNS), answers=[1]) == answers[:1]
     # One answer within another, and a question that repeats an answer.
     again = [("user", "The fox."), ("assistant", "The fox."), ("user", "The fox. The fox."), ("assistant", "The fox. The fox.")]
     assert [answer.count("The fox.") for answer in write(template, messages(*again))] == [1, 2]

@@ -117,7 +117,8 @@ def test_conversations_of_every_form_are_the_templates_text(tmp_path, chat_token
     for name, content in (("a.json", [record]), ("a.jsonl", json.dumps(record)), ("a.ndjson", json.dumps(record) + "\n")):
         blocks = load_blocks(write(tmp_path / name, content), chat_tokenizer, block_tokens=1000)
         assert learnt(chat_tokenizer, blocks) == (written, answers)
-        assert blocks.notes == ("fields used: " + ", ".join(f"{key} (1)" for key in record if record[key]),)
+        assert blocks.notes[0] == "fields used: " + ", ".join(f"{key} (1)" for key in record if record[key])
+        assert blocks.notes[1:] == (("answers that are not trained on: 1",) if form == "completion" else ())
 
 
 def test_records_of_several_forms_may_be_mixed(tmp_path, chat_tokenizer):
@@ -137,14 +138,25 @@ def test_without_a_template_strings_are_written_as_they_stand_and_messages_are_r
 
 
 def test_fields_that_are_not_used_and_answers_without_text_are_said(tmp_path, chat_tokenizer):
-    weighed = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " ", "weight": 0}], "id": 3, "note": ""}
-    path = write(tmp_path / "a.json", [*RECORDS, weighed, weighed])
+    empty = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " ", "mood": 0}], "id": 3, "note": ""}
+    path = write(tmp_path / "a.json", [*RECORDS, empty, empty])
     assert load_blocks(path, chat_tokenizer, block_tokens=1000).notes == (
         "fields used: instruction (3), output (3), input (1), messages (2)",
         "fields not used: source (1), id (2)",
-        "fields of messages that the chat template does not use: weight (2)",
+        "fields of messages that the chat template does not use: mood (2)",
         "answers without text: 2; what is learnt from them is to end at once",
     )
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}])
+def test_answers_of_weight_0_are_written_and_not_trained_on(tmp_path, chat_tokenizer, mark):
+    conversation = [{"role": role, "content": text} for role, text in TURNS]
+    written = chat_tokenizer.apply_chat_template(conversation, tokenize=False)
+    unlearnt, learnt_text = (text for role, text in TURNS if role == "assistant")
+    marked = [{**message, **(mark if message["content"] == unlearnt else {"weight": 1})} for message in conversation]
+    blocks = load_blocks(write(tmp_path / "a.json", [{"messages": marked}]), chat_tokenizer, block_tokens=1000)
+    assert learnt(chat_tokenizer, blocks) == (written, f"{learnt_text}<|end|>\n")
+    assert blocks.notes == ("fields used: messages (1)", "answers that are not trained on: 1")
 
 
 def test_blocks_that_the_model_cannot_take_are_refused(tmp_path, chat_tokenizer, tiny_model):
@@ -247,6 +259,8 @@ BAD_RECORDS = [
     ([chat(("user", None), ("assistant", "b"))], r"messages 1: its content is a NoneType"),
     ([chat(("user", [{"type": "image", "url": "a"}]))], r"messages 1: its content is a list, expected a string, or a list of one part"),
     ([chat(("user", "a"))], r"record 1: holds no answer of the assistant"),
+    ([{"messages": [QUESTION, {**ANSWER, "weight": 0}]}], r"record 1: holds no answer of the assistant that is trained on"),
+    ([{"messages": [QUESTION, {**ANSWER, "weight": 0.5}]}], r"messages 2: one of its weight, train, loss is neither 0 nor 1"),
     ([{"prompt": [QUESTION, ANSWER], "completion": [QUESTION]}], r"record 1: holds no answer of the assistant"),
     ([chat(("system", "a"), ("assistant", "b"), system="c")], r"has a field 'system' and a first message of the system"),
     ([chat(("user", "a"), ("assistant", "b"), ("tool", "c"))], r"messages 3: has the role 'tool': calls of tools are not trained on"),

@@ -77,13 +77,13 @@ def beginning(tokenizer: Any) -> list[int]:
     return whole[: next(starts, 0)]
 
 
-def encode_conversation(tokenizer: Any, messages: Sequence[Message], *, trained_from: int = 0) -> tuple[list[int], list[bool]]:
+def encode_conversation(tokenizer: Any, messages: Sequence[Message], answers: Sequence[int] | None = None) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and which of them the assistant wrote.
 
     Args:
         tokenizer: a fast tokenizer of transformers, with a chat template.
         messages: with `role` and `content`.
-        trained_from: answers before this message do not count.
+        answers: which of the assistant's messages count; None means all.
 
     Raises:
         ChatError: the template fails, leaves a message out, or does not show which text is the assistant's.
@@ -93,20 +93,18 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message], *, trained_
         raise ChatError(f"the tokenizer of {_name(tokenizer)} does not say where its tokens begin (it is not a fast one). Convert it.")
     found = encode(tokenizer, text, return_offsets_mapping=True)
     offsets = found["offset_mapping"]
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= trained_from]
+    written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = written if answers is None else answers
     turns = _Turns(tokenizer, messages, text, [begin for begin, _ in offsets])
     turns.check_written()
-    if _GENERATION.search(tokenizer.get_chat_template()):
-        mask = _own_mask(tokenizer, messages)
-        if trained_from:
-            start, _ = turns.span(answers[0])
-            mask = [own and end > start for own, (_, end) in zip(mask, offsets)]
-    else:
-        own = bytearray(len(text) + 1)  # 1 for each character of the assistant's
+    marked = _GENERATION.search(tokenizer.get_chat_template()) is not None
+    mask = _own_mask(tokenizer, messages) if marked else [True] * len(offsets)
+    if not marked or len(answers) < len(written):
+        own = bytearray(len(text) + 1)  # 1 for each character of the answers that count
         for start, end in (turns.span(index) for index in answers):
             own[start:end] = b"\1" * (end - start)
         # Some tokenizers give a token no length.
-        mask = [1 in own[begin : max(end, begin + 1)] for begin, end in offsets]
+        mask = [one and 1 in own[begin : max(end, begin + 1)] for one, (begin, end) in zip(mask, offsets)]
     if not any(mask):
         raise ChatError(f"{_template_of(tokenizer)} marks no token as the assistant's, so there is nothing to train on. Correct it.")
     return found["input_ids"], mask

@@ -112,7 +112,10 @@ def _notes(tokenizer: Any, records: Sequence[Record]) -> Iterator[str]:
         unused = Counter(name for record in records for name in unused_fields(tokenizer, record.messages))
         if unused:
             yield "fields of messages that the chat template does not use: " + ", ".join(f"{name} ({n:,})" for name, n in unused.items())
-    answers = (message["content"] for r in records for message in r.messages[r.trained_from :] if message["role"] == "assistant")
+    written = sum(message["role"] == "assistant" for record in records for message in record.messages)
+    answers = [record.messages[index]["content"] for record in records for index in record.answers]
+    if len(answers) < written:
+        yield f"answers that are not trained on: {written - len(answers):,}"
     empty = sum(not answer.strip() for answer in answers)
     if empty:
         yield f"answers without text: {empty:,}; what is learnt from them is to end at once"
@@ -124,7 +127,7 @@ def _encode(tokenizer: Any, record: Record, first: list[int]) -> tuple[list[int]
         if record.messages and has_template(tokenizer):
             if record.plain is not None and "prompt" in record.used:
                 _check_not_written(tokenizer, record)
-            ids, mask = encode_conversation(tokenizer, record.messages, trained_from=record.trained_from)
+            ids, mask = encode_conversation(tokenizer, record.messages, record.answers)
             return ids, [token if own else IGNORED for token, own in zip(ids, mask)]
         return _encode_plain(tokenizer, record, first)
     except ChatError as error:
