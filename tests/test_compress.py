@@ -199,6 +199,11 @@ def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsy
     assert main(arguments(tiny_dir, data, out, "--steps", "4", "--resume", "--lr", "1e-5")) == 1
     assert "lr: the interrupted run had 0.0002, this one has 1e-05" in capsys.readouterr().err
     other, tokenizer = load_model(tiny_dir)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|start|>", "<|start|>on another day, ")
+    other.save_pretrained(tmp_path / "day")
+    tokenizer.save_pretrained(tmp_path / "day")
+    assert main(arguments(tmp_path / "day", data, out, "--steps", "4", "--resume")) == 1
+    assert "tokens of the data: the interrupted run had" in capsys.readouterr().err
     other.model.norm.weight.data[0] += 1e-3
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")

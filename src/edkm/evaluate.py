@@ -63,6 +63,7 @@ def perplexity(
     stride: int | None = None,
     max_windows: int | None = None,
     batch_size: int = 1,
+    source: str = "the text",
 ) -> Perplexity:
     """Perplexity of `text` under a causal language model, by the convention at the top of this file.
 
@@ -76,6 +77,7 @@ def perplexity(
         stride: tokens from one window to the next, 1 to `window`; None means `window`.
         max_windows: use the first so many windows; None means all.
         batch_size: windows per forward pass. Changes speed and memory only.
+        source: name of the text, for error messages.
 
     Raises:
         EvaluationError: a number out of range.
@@ -85,8 +87,8 @@ def perplexity(
         Memory for logits: batch_size * window * vocabulary values, twice over in float32.
     """
     stride = window if stride is None else stride
-    _check_numbers(window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
-    ids, begins = tokens_to_score(model, tokenizer, text, window=window)
+    check_windows(window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
+    ids, begins = tokens_to_score(model, tokenizer, text, window=window, source=source)
     window = min(window, ids.numel())
     windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
     total, scored = 0.0, 0
@@ -130,10 +132,7 @@ def generate(
         ChatError: the tokenizer cannot encode the prompt.
         LimitError: the prompt has a token without a row in the model's embedding.
     """
-    if max_new_tokens < 1:
-        raise EvaluationError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise EvaluationError(f"temperature={temperature}: must be 0 (greedy) or a positive number.")
+    check_generation(max_new_tokens=max_new_tokens, temperature=temperature)
     ids = _prompt_ids(tokenizer, prompt, chat=chat)  # int64 [1, tokens]
     check_tokens(model, tokenizer, ids, "the prompt")
     longest = longest_context(model)
@@ -176,7 +175,16 @@ def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None) -> Tensor:
     return torch.tensor([ids])  # int64 [1, tokens]
 
 
-def _check_numbers(*, window: int, stride: int, max_windows: int | None, batch_size: int) -> None:
+def check_generation(*, max_new_tokens: int, temperature: float) -> None:
+    """Refuse numbers that `generate` cannot take; needs no model."""
+    if max_new_tokens < 1:
+        raise EvaluationError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise EvaluationError(f"temperature={temperature}: must be 0 (greedy) or a positive number.")
+
+
+def check_windows(*, window: int, stride: int, max_windows: int | None, batch_size: int = 1) -> None:
+    """Refuse numbers that `perplexity` cannot take; needs no model."""
     if window < 2:
         raise EvaluationError(f"window={window}: must be at least 2, one token to predict another.")
     if not 1 <= stride <= window:
