@@ -128,6 +128,22 @@ def test_thoughts_are_learnt_where_the_template_keeps_them(write, name, expected
     assert "the fox?" not in first and "No, the dog. " in first
 
 
+def test_a_thought_is_learnt_though_the_prompt_for_an_answer_asks_for_none(write):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}({{ m.thought }}) {% endif %}{{ m.content }}<|eot|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>() {% endif %}"
+    )
+    thoughtful = {"role": "assistant", "content": "The fox.", "thought": "hm"}
+    assert write(template, [*messages(("user", "Who?")), thoughtful]) == ["hm) The fox.<|eot|>"]
+    assert write(template, messages(("user", "Who?"), ("assistant", "The fox."))) == ["The fox.<|eot|>"]
+
+
+def test_a_tokenizer_that_is_not_fast_is_refused_with_what_to_do(write, chat_tokenizer, monkeypatch):
+    monkeypatch.setattr(type(chat_tokenizer), "is_fast", property(lambda self: False))
+    with pytest.raises(ChatError, match=r"is not a fast one.*convert_slow_tokenizer"):
+        write(PHI4, messages(*TWO_TURNS))
+
+
 def test_an_answer_without_text_is_its_end(write):
     assert write(PHI4, messages(("user", "Who?"), ("assistant", ""))) == ["<|im_end|>"]
 

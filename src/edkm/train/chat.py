@@ -90,7 +90,10 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message], answers: Se
     """
     text = render(tokenizer, messages)
     if not getattr(tokenizer, "is_fast", False):
-        raise ChatError(f"the tokenizer of {_name(tokenizer)} does not say where its tokens begin (it is not a fast one). Convert it.")
+        raise ChatError(
+            f"the tokenizer of {_name(tokenizer)} is not a fast one, so it does not say where its tokens begin. Save a fast one with the "
+            "model, PreTrainedTokenizerFast(tokenizer_object=convert_slow_tokenizer(tokenizer)) of transformers, or give records of text."
+        )
     found = encode(tokenizer, text, return_offsets_mapping=True)
     offsets = found["offset_mapping"]
     written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -129,7 +132,8 @@ class _Turns:
         for index, message in enumerate(self.messages):
             if message["role"] == "assistant" or message["content"].strip() in self.text:
                 continue
-            if render(self.tokenizer, self._with(index, message["content"] + _OTHER)) == self.text:
+            other = {**message, "content": message["content"] + _OTHER}
+            if render(self.tokenizer, self._with(index, other)) == self.text:
                 raise ChatError(
                     f"{_template_of(self.tokenizer)} leaves out message {index + 1}, of the role {message['role']!r}. "
                     "Put its text into a message that is written, or remove it."
@@ -143,7 +147,7 @@ class _Turns:
         end = len(whole) if whole and self.text.startswith(whole) else None
         if start is not None and end is not None and start < end and self.messages[index]["content"].strip() in self.text[start:end]:
             return start, end
-        other = self._with(index, _OTHER)
+        other = self._with(index, {"role": "assistant", "content": _OTHER})  # without a thought of its own
         before, found, after = render(self.tokenizer, other).partition(_OTHER)
         if not found:
             raise ChatError(
@@ -165,9 +169,9 @@ class _Turns:
             end = max([stop, *(begin for begin in self.begins if stop < begin <= same)])
         return start, end
 
-    def _with(self, index: int, content: str) -> list[Message]:
-        """The conversation with another text in one message."""
-        return [*self.messages[:index], {**self.messages[index], "content": content}, *self.messages[index + 1 :]]
+    def _with(self, index: int, other: Message) -> list[Message]:
+        """The conversation with another message in the place of one."""
+        return [*self.messages[:index], other, *self.messages[index + 1 :]]
 
     def _written(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str | None:
         """A rendering, or None where the template takes no such conversation."""
