@@ -86,6 +86,15 @@ def test_a_beginning_that_the_template_writes_is_not_written_twice(tmp_path, bos
         assert ids[0] == bos_tokenizer.bos_token_id and ids.count(bos_tokenizer.bos_token_id) == 2
 
 
+def test_a_beginning_and_an_end_that_a_text_has_are_not_written_twice(tmp_path, bos_tokenizer):
+    written = "<|start|>the fox<|end|>"
+    for name, content in (("a.txt", written), ("a.json", [{"text": written}]), ("b.json", [{"text": "the fox"}])):
+        assert learnt(bos_tokenizer, load_blocks(write(tmp_path / name, content), bos_tokenizer, block_tokens=100)) == (written, written)
+    pair = [{"prompt": "<|start|>who? ", "completion": "a fox<|end|>"}, {"prompt": "who? <|end|>", "completion": ""}]
+    found = learnt(bos_tokenizer, load_blocks(write(tmp_path / "c.json", pair), bos_tokenizer, block_tokens=100))
+    assert found == ("<|start|>who? a fox<|end|><|start|>who? <|end|><|end|>", "a fox<|end|><|end|>")
+
+
 def learnt(tokenizer, blocks):
     ids, labels = flat(blocks)
     return tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != -100])
@@ -284,6 +293,8 @@ def test_bad_records_are_named(tmp_path, chat_tokenizer, content, message):
 BAD_JSON = [
     ("a.json", "[]", r"has no records"),
     ("a.csv", "instruction,output", r"is a table\. Convert it to JSON lines"),
+    ("a.txt", '\n{"text": "a"}\n', r"begins as JSON does, and by its name it is plain text\. Name it \.json"),
+    ("data", '[\n  {"instruction": "a"', r"begins as JSON does"),
     ("a.json", "[\n{]", r"is not valid JSON: .*line 2 column 2"),
     ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{oops}', r"line 3: is not valid JSON: .* column 2"),
     ("a.ndjson", "{oops}", r"line 1: is not valid JSON"),

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from .progress import progress
 from .train.calibrate import evaluating
-from .train.chat import ChatError, beginning, encode, has_template, render
+from .train.chat import ChatError, beginning, begun, encode, has_template, render
 from .train.limits import check_tokens, longest_context, tokens_to_score
 
 
@@ -169,7 +169,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None) -> Tensor:
             raise EvaluationError(f"the prompt: {error} --raw (chat=False) goes without the template.") from error
         ids = encode(tokenizer, text).input_ids
     else:
-        ids = beginning(tokenizer) + encode(tokenizer, prompt).input_ids
+        ids = begun(encode(tokenizer, prompt).input_ids, beginning(tokenizer))
     if not ids:
         raise EvaluationError("the prompt is empty: there is nothing to continue. Give at least one word.")
     return torch.tensor([ids])  # int64 [1, tokens]

@@ -77,6 +77,11 @@ def beginning(tokenizer: Any) -> list[int]:
     return whole[: next(starts, 0)]
 
 
+def begun(ids: list[int], first: list[int]) -> list[int]:
+    """Put the beginning `first` before the tokens of a text, unless the text has it already."""
+    return ids if ids[: len(first)] == first else first + ids
+
+
 def encode_conversation(tokenizer: Any, messages: Sequence[Message], answers: Sequence[int] | None = None) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and which of them the assistant wrote.
 

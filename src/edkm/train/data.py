@@ -7,9 +7,9 @@ Two kinds of file are read:
 - plain text, any other file name. The loss is on every token.
 
 A conversation is written exactly as the tokenizer's chat template writes it (chat.py). Without a template a question and its answer are
-written with the prompt of Stanford Alpaca, or as they stand (`prompt` and `completion`), and the end-of-sequence token. The examples are
-joined in the order of the file and cut into blocks of exactly `block_tokens`: no padding is ever computed. An example that is cut goes on
-in the next block, where its beginning is out of sight; that is the price of losing nothing.
+written with the prompt of Stanford Alpaca, or as they stand (`prompt` and `completion`), and the end-of-sequence token unless they end so.
+The examples are joined in the order of the file and cut into blocks of exactly `block_tokens`: no padding is ever computed. An example that
+is cut goes on in the next block, where its beginning is out of sight; that is the price of losing nothing.
 
 Where the tokenizer puts a token before every text (Llama's and Gemma's beginning of sequence), every block begins with it: a model that
 was trained so is far off without. Where a block cuts a text, the token is put in, and its successor has no label: it follows other text.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .chat import ChatError, beginning, encode, encode_conversation, has_template, unused_fields
+from .chat import ChatError, beginning, begun, encode, encode_conversation, has_template, unused_fields
 from .limits import check_length, check_tokens
 from .records import DataError, Record, fields, read_records
 
@@ -152,10 +152,11 @@ def _encode_plain(tokenizer: Any, record: Record, first: list[int]) -> tuple[lis
     # prompt's last, the answer is encoded alone; elsewhere not, since some tokenizers begin every text with a space.
     merged = all_ids[: len(prompt_ids)] != prompt_ids
     answer_ids = encode(tokenizer, answer).input_ids if merged else all_ids[len(prompt_ids) :]
-    answer_ids = answer_ids + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
-    if not prompt:
-        return first + answer_ids, first + answer_ids
-    return first + prompt_ids + answer_ids, [IGNORED] * len(first + prompt_ids) + answer_ids
+    if tokenizer.eos_token_id is not None and answer_ids[-1:] != [tokenizer.eos_token_id]:
+        answer_ids = [*answer_ids, tokenizer.eos_token_id]
+    ids = begun(prompt_ids + answer_ids, first)
+    unlearnt = len(ids) - len(answer_ids) if prompt else 0
+    return ids, [IGNORED] * unlearnt + ids[unlearnt:]
 
 
 def _check_not_written(tokenizer: Any, record: Record) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chat import beginning, encode
+from .chat import beginning, begun, encode
 
 # Names that configs of transformers have for the longest context; most map their own to the first.
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
@@ -70,7 +70,7 @@ def tokens_to_score(model: Any, tokenizer: Any, text: str, *, window: int, sourc
     """
     check_length(model, window, "window")
     first = beginning(tokenizer)
-    ids = torch.tensor(first + encode(tokenizer, text).input_ids)  # int64 [tokens]
+    ids = torch.tensor(begun(encode(tokenizer, text).input_ids, first))  # int64 [tokens]
     least = max(1, len(first))
     if min(window, ids.numel()) <= least:
         raise LimitError(

@@ -14,6 +14,7 @@ Fields that are null or empty count as absent. A record says which of the others
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _ALPACA_WITH_INPUT = (
 _FORMS = ("messages", "conversations", "prompt, completion", "instruction, output", "text")
 _EXPECTED = "Expected messages, or prompt and completion, or instruction and output, or text"
 _ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "developer", "user", "assistant")}
+_OBJECT = re.compile(r"\s*(\[\s*)?\{\s*\"\w+\"\s*:")
 _TRAINED = ("weight", "train", "loss")
 _TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 _TOOLS = ("tools", "tool_calls", "function_call", "functions")
@@ -71,12 +73,14 @@ def read_records(path: Path) -> list[Record]:
 
     Raises:
         TextFileError: the file is missing, not UTF-8 or empty.
-        DataError: invalid JSON, no records, or a record of no form, or with a field of the wrong type.
+        DataError: records in a file of another name, invalid JSON, no records, or a record of no form, or with a field of the wrong type.
     """
     if path.suffix.lower() in _TABLES:
         raise DataError(f"{path}: is a table. Convert it to JSON lines, one object a line, in a file that ends in .jsonl. {_EXPECTED}.")
     text = read_text(path)
     if path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
+        if _OBJECT.match(text):
+            raise DataError(f"{path}: begins as JSON does, and by its name it is plain text. Name it .json (one list) or .jsonl (lines).")
         return [Record(str(path), [], [], ("", text), [], [])]
     records = [_record(where, value) for where, value in _values(path, text)]
     if not records:
