@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..progress import progress
 from .chat import ChatError, beginning, begun, encode, encode_conversation, has_template, unused_fields
 from .limits import check_length, check_tokens
 from .records import DataError, Record, fields, read_records
@@ -103,7 +104,11 @@ def make_blocks(records: Sequence[Record], tokenizer: Any, *, block_tokens: int,
     first = beginning(tokenizer)
     if block_tokens < len(first) + 2:
         raise DataError(f"block_tokens={block_tokens}: a block needs at least {len(first) + 2} tokens, one to predict another.")
-    encoded = [_encode(tokenizer, record, first) for record in records]
+    encoded = []
+    with progress("tokenizing", len(records), "records") as advance:
+        for record in records:
+            encoded.append(_encode(tokenizer, record, first))
+            advance()
     blocks = _cut(source, encoded, first, block_tokens=block_tokens, notes=tuple(_notes(tokenizer, records)))
     if model is not None:
         check_length(model, blocks.block_tokens, "block_tokens")
