@@ -168,6 +168,15 @@ def test_answers_of_weight_0_are_written_and_not_trained_on(tmp_path, chat_token
     assert blocks.notes == ("fields used: messages (1)", "answers that are not trained on: 1")
 
 
+def test_answers_that_do_not_end_where_generation_stops_are_said(tmp_path, chat_tokenizer, tiny_model):
+    path = write(tmp_path / "a.json", RECORDS)
+    end, other = (chat_tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|start|>"))
+    for ends, said in ((None, False), (end, False), ([other, end], False), (other, True), ([other], True)):
+        tiny_model.generation_config.eos_token_id = ends
+        notes = load_blocks(path, chat_tokenizer, block_tokens=50, model=tiny_model).notes
+        assert any(note.startswith("no answer ends with a token that generation stops at (<|start|>)") for note in notes) == said
+
+
 def test_blocks_that_the_model_cannot_take_are_refused(tmp_path, chat_tokenizer, tiny_model):
     path = write(tmp_path / "a.json", RECORDS * 20)
     assert load_blocks(path, chat_tokenizer, block_tokens=256, model=tiny_model).block_tokens == 256

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from .progress import progress
 from .train.calibrate import evaluating
 from .train.chat import ChatError, beginning, begun, encode, has_template, render
-from .train.limits import check_tokens, longest_context, tokens_to_score
+from .train.limits import check_tokens, end_tokens, longest_context, tokens_to_score
 
 
 class EvaluationError(ValueError):
@@ -142,16 +142,14 @@ def generate(
         max_new_tokens = min(max_new_tokens, longest - ids.shape[1])
     from transformers import GenerationConfig
 
-    stored = getattr(model, "generation_config", None)
-    end = tokenizer.eos_token_id if stored is None or stored.eos_token_id is None else stored.eos_token_id
-    first_end = end[0] if isinstance(end, list) else end
+    ends = end_tokens(model, tokenizer)
     # A configuration of our own: the model's may ask for sampling, or for a length of its own.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else 1.0,
-        eos_token_id=end,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None),
     )
     with evaluating(model):
         ids = ids.to(_device(model))

@@ -18,7 +18,7 @@ was trained so is far off without. Where a block cuts a text, the token is put i
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from ..progress import progress
 from .chat import ChatError, beginning, begun, encode, encode_conversation, has_template, unused_fields
-from .limits import check_length, check_tokens
+from .limits import check_length, check_tokens, end_tokens
 from .records import DataError, Record, fields, read_records
 
 IGNORED = -100
@@ -113,6 +113,13 @@ def make_blocks(records: Sequence[Record], tokenizer: Any, *, block_tokens: int,
     if model is not None:
         check_length(model, blocks.block_tokens, "block_tokens")
         check_tokens(model, tokenizer, blocks.input_ids, source)
+        ends = end_tokens(model, tokenizer)
+        if ends and not torch.isin(blocks.labels, torch.tensor(ends)).any():
+            names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends)))
+            note = (
+                f"no answer ends with a token that generation stops at ({names}): it will go on. Name the right one as the eos_token_id of "
+            )
+            blocks = replace(blocks, notes=(*blocks.notes, note + "the model's generation_config.json."))
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""What a model can take: token ids with a row in its embedding, and texts within its longest context; checked before any work."""
+"""Limits of a model, checked before any work: token ids with a row in its embedding, its longest context, the tokens that it stops at."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -56,6 +56,13 @@ def check_tokens(model: Any, tokenizer: Any, ids: Tensor | Sequence[int], what: 
             f"for 0 to {rows - 1}. Resize the model (resize_token_embeddings({len(tokenizer)})) and save it with its tokenizer, or take "
             "the model's own tokenizer."
         )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens at which generation stops: those of the model's generation settings, or the tokenizer's end of sequence."""
+    stored = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = tokenizer.eos_token_id if stored is None else stored
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def tokens_to_score(model: Any, tokenizer: Any, text: str, *, window: int, source: str = "the text") -> tuple[Tensor, int]:
