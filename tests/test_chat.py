@@ -103,7 +103,8 @@ def test_the_tokens_are_the_templates_and_the_answers_are_found(write, name):
     answers = expected or [turn.format(content) for role, content in TWO_TURNS if role == "assistant"]
     assert write(template, messages(*TWO_TURNS)) == answers
     assert write(template, messages(*TWO_TURNS[:2]))[0].count("The fox.") == 1
-    assert write(template, messages(*TWO_TURNS), trained_from=2) == answers[1:]
+    assert write(template, messages(*TWO_TURNS), answers=[3]) == answers[1:]
+    assert write(template, messages(*TWO_TURNS), answers=[1]) == answers[:1]
     # One answer within another, and a question that repeats an answer.
     again = [("user", "The fox."), ("assistant", "The fox."), ("user", "The fox. The fox."), ("assistant", "The fox. The fox.")]
     assert [answer.count("The fox.") for answer in write(template, messages(*again))] == [1, 2]
@@ -125,6 +126,22 @@ def test_thoughts_are_learnt_where_the_template_keeps_them(write, name, expected
     assert write(template, messages(("user", "Who?"), ("assistant", THOUGHT)))[-1] == expected
     first, _ = write(template, messages(("user", "Who?"), ("assistant", THOUGHT), *TWO_TURNS[:2]))
     assert "the fox?" not in first and "No, the dog. " in first
+
+
+def test_a_thought_is_learnt_though_the_prompt_for_an_answer_asks_for_none(write):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}({{ m.thought }}) {% endif %}{{ m.content }}<|eot|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>() {% endif %}"
+    )
+    thoughtful = {"role": "assistant", "content": "The fox.", "thought": "hm"}
+    assert write(template, [*messages(("user", "Who?")), thoughtful]) == ["hm) The fox.<|eot|>"]
+    assert write(template, messages(("user", "Who?"), ("assistant", "The fox."))) == ["The fox.<|eot|>"]
+
+
+def test_a_tokenizer_that_is_not_fast_is_refused_with_what_to_do(write, chat_tokenizer, monkeypatch):
+    monkeypatch.setattr(type(chat_tokenizer), "is_fast", property(lambda self: False))
+    with pytest.raises(ChatError, match=r"is not a fast one.*convert_slow_tokenizer"):
+        write(PHI4, messages(*TWO_TURNS))
 
 
 def test_an_answer_without_text_is_its_end(write):

@@ -113,9 +113,30 @@ def test_generate_prints_the_answer(tiny_dir, capsys):
         assert capsys.readouterr().out == expected + "\n"
 
 
-def test_generate_passes_the_temperature_on(tiny_dir, capsys):
-    assert cli.main(["generate", str(tiny_dir), "the dog", "--temperature", "-1"]) == 1
-    assert "edkm: error: temperature=-1.0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["generate", "a", "--temperature", "-1"], "temperature=-1.0: must be 0"),
+        (["generate", "a", "--max-new-tokens", "0"], "max_new_tokens=0: must be at least 1"),
+        (["eval", "--text", "TEXT", "--window", "1"], "window=1: must be at least 2"),
+        (["eval", "--text", "TEXT", "--window", "8", "--stride", "9"], "stride=9: must be 1 to window"),
+        (["eval", "--text", "TEXT", "--max-windows", "0"], "max_windows=0: must be at least 1"),
+        (["eval", "--tasks", "piqa", "--limit", "0"], "limit=0: must be at least 1"),
+        (["eval", "--tasks", "piqa", "--batch", "0"], "batch_size=0: must be at least 1"),
+        (["compress", "--data", "TEXT", "--out", "OUT", "--bits", "9"], "bits: an integer from 1 to 8, got 9"),
+        (["compress", "--data", "TEXT", "--out", "OUT", "--softness", "nan"], "softness: a number from"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_a_model_is_loaded(text_file, tmp_path, capsys, command, said):
+    given = [{"TEXT": str(text_file), "OUT": str(tmp_path / "out")}.get(word, word) for word in command]
+    assert cli.main([given[0], str(tmp_path / "no-model"), *given[1:]]) == 1
+    assert f"edkm: error: {said}" in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short_is_named(tiny_dir, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("a")
+    assert cli.main(["eval", str(tiny_dir), "--text", str(tmp_path / "short.txt"), "--window", "16"]) == 1
+    assert f"edkm: error: {tmp_path / 'short.txt'}: has 1 token(s)" in capsys.readouterr().err
 
 
 def test_inspect_prints_an_aligned_table_with_totals_last(stub, capsys):

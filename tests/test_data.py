@@ -86,6 +86,15 @@ def test_a_beginning_that_the_template_writes_is_not_written_twice(tmp_path, bos
         assert ids[0] == bos_tokenizer.bos_token_id and ids.count(bos_tokenizer.bos_token_id) == 2
 
 
+def test_a_beginning_and_an_end_that_a_text_has_are_not_written_twice(tmp_path, bos_tokenizer):
+    written = "<|start|>the fox<|end|>"
+    for name, content in (("a.txt", written), ("a.json", [{"text": written}]), ("b.json", [{"text": "the fox"}])):
+        assert learnt(bos_tokenizer, load_blocks(write(tmp_path / name, content), bos_tokenizer, block_tokens=100)) == (written, written)
+    pair = [{"prompt": "<|start|>who? ", "completion": "a fox<|end|>"}, {"prompt": "who? <|end|>", "completion": ""}]
+    found = learnt(bos_tokenizer, load_blocks(write(tmp_path / "c.json", pair), bos_tokenizer, block_tokens=100))
+    assert found == ("<|start|>who? a fox<|end|><|start|>who? <|end|><|end|>", "a fox<|end|><|end|>")
+
+
 def learnt(tokenizer, blocks):
     ids, labels = flat(blocks)
     return tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != -100])
@@ -117,7 +126,8 @@ def test_conversations_of_every_form_are_the_templates_text(tmp_path, chat_token
     for name, content in (("a.json", [record]), ("a.jsonl", json.dumps(record)), ("a.ndjson", json.dumps(record) + "\n")):
         blocks = load_blocks(write(tmp_path / name, content), chat_tokenizer, block_tokens=1000)
         assert learnt(chat_tokenizer, blocks) == (written, answers)
-        assert blocks.notes == ("fields used: " + ", ".join(f"{key} (1)" for key in record if record[key]),)
+        assert blocks.notes[0] == "fields used: " + ", ".join(f"{key} (1)" for key in record if record[key])
+        assert blocks.notes[1:] == (("answers that are not trained on: 1",) if form == "completion" else ())
 
 
 def test_records_of_several_forms_may_be_mixed(tmp_path, chat_tokenizer):
@@ -137,14 +147,34 @@ def test_without_a_template_strings_are_written_as_they_stand_and_messages_are_r
 
 
 def test_fields_that_are_not_used_and_answers_without_text_are_said(tmp_path, chat_tokenizer):
-    weighed = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " ", "weight": 0}], "id": 3, "note": ""}
-    path = write(tmp_path / "a.json", [*RECORDS, weighed, weighed])
+    empty = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " ", "mood": 0}], "id": 3, "note": ""}
+    path = write(tmp_path / "a.json", [*RECORDS, empty, empty])
     assert load_blocks(path, chat_tokenizer, block_tokens=1000).notes == (
         "fields used: instruction (3), output (3), input (1), messages (2)",
         "fields not used: source (1), id (2)",
-        "fields of messages that the chat template does not use: weight (2)",
+        "fields of messages that the chat template does not use: mood (2)",
         "answers without text: 2; what is learnt from them is to end at once",
     )
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}])
+def test_answers_of_weight_0_are_written_and_not_trained_on(tmp_path, chat_tokenizer, mark):
+    conversation = [{"role": role, "content": text} for role, text in TURNS]
+    written = chat_tokenizer.apply_chat_template(conversation, tokenize=False)
+    unlearnt, learnt_text = (text for role, text in TURNS if role == "assistant")
+    marked = [{**message, **(mark if message["content"] == unlearnt else {"weight": 1})} for message in conversation]
+    blocks = load_blocks(write(tmp_path / "a.json", [{"messages": marked}]), chat_tokenizer, block_tokens=1000)
+    assert learnt(chat_tokenizer, blocks) == (written, f"{learnt_text}<|end|>\n")
+    assert blocks.notes == ("fields used: messages (1)", "answers that are not trained on: 1")
+
+
+def test_answers_that_do_not_end_where_generation_stops_are_said(tmp_path, chat_tokenizer, tiny_model):
+    path = write(tmp_path / "a.json", RECORDS)
+    end, other = (chat_tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|start|>"))
+    for ends, said in ((None, False), (end, False), ([other, end], False), (other, True), ([other], True)):
+        tiny_model.generation_config.eos_token_id = ends
+        notes = load_blocks(path, chat_tokenizer, block_tokens=50, model=tiny_model).notes
+        assert any(note.startswith("no answer ends with a token that generation stops at (<|start|>)") for note in notes) == said
 
 
 def test_blocks_that_the_model_cannot_take_are_refused(tmp_path, chat_tokenizer, tiny_model):
@@ -247,6 +277,8 @@ BAD_RECORDS = [
     ([chat(("user", None), ("assistant", "b"))], r"messages 1: its content is a NoneType"),
     ([chat(("user", [{"type": "image", "url": "a"}]))], r"messages 1: its content is a list, expected a string, or a list of one part"),
     ([chat(("user", "a"))], r"record 1: holds no answer of the assistant"),
+    ([{"messages": [QUESTION, {**ANSWER, "weight": 0}]}], r"record 1: holds no answer of the assistant that is trained on"),
+    ([{"messages": [QUESTION, {**ANSWER, "weight": 0.5}]}], r"messages 2: one of its weight, train, loss is neither 0 nor 1"),
     ([{"prompt": [QUESTION, ANSWER], "completion": [QUESTION]}], r"record 1: holds no answer of the assistant"),
     ([chat(("system", "a"), ("assistant", "b"), system="c")], r"has a field 'system' and a first message of the system"),
     ([chat(("user", "a"), ("assistant", "b"), ("tool", "c"))], r"messages 3: has the role 'tool': calls of tools are not trained on"),
@@ -270,6 +302,8 @@ def test_bad_records_are_named(tmp_path, chat_tokenizer, content, message):
 BAD_JSON = [
     ("a.json", "[]", r"has no records"),
     ("a.csv", "instruction,output", r"is a table\. Convert it to JSON lines"),
+    ("a.txt", '\n{"text": "a"}\n', r"begins as JSON does, and by its name it is plain text\. Name it \.json"),
+    ("data", '[\n  {"instruction": "a"', r"begins as JSON does"),
     ("a.json", "[\n{]", r"is not valid JSON: .*line 2 column 2"),
     ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{oops}', r"line 3: is not valid JSON: .* column 2"),
     ("a.ndjson", "{oops}", r"line 1: is not valid JSON"),

@@ -68,6 +68,7 @@ def test_every_window_begins_with_the_token_that_the_tokenizer_puts_before_a_tex
     windows = torch.cat(seen)
     assert len(windows) == result.windows > 4 and (windows[:, 0] == bos_tokenizer.bos_token_id).all()
     assert (windows[:, 1:] != bos_tokenizer.bos_token_id).all()
+    assert perplexity(tiny_model, bos_tokenizer, "<|start|>" + TEXT, window=16, stride=8, batch_size=4) == result
     # Of a text of one token, that token is scored: the beginning is its context.
     assert perplexity(tiny_model, bos_tokenizer, "the", window=16).tokens == 1
 

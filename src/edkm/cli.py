@@ -147,11 +147,13 @@ def _run_eval(args: argparse.Namespace) -> int:
 def _eval_text(args: argparse.Namespace) -> int:
     # The text first: a misspelt file should not cost the minute of loading a model.
     text = read_text(args.text)
-    from .evaluate import perplexity
+    from .evaluate import check_windows, perplexity
 
-    model, tokenizer = _load(args.model)
     window = 512 if args.window is None else args.window
-    result = perplexity(model, tokenizer, text, window=window, stride=args.stride, max_windows=args.max_windows)
+    numbers = {"window": window, "stride": window if args.stride is None else args.stride, "max_windows": args.max_windows}
+    check_windows(**numbers)
+    model, tokenizer = _load(args.model)
+    result = perplexity(model, tokenizer, text, source=str(args.text), **numbers)
     line = (
         f"perplexity {result.perplexity:.4f} (nll {result.nll:.6f} nats per token; {result.tokens:,} "
         f"tokens in {result.windows} windows of {result.window}, stride {result.stride})"
@@ -166,9 +168,9 @@ def _eval_tasks(args: argparse.Namespace) -> int:
     from .tasks import check_tasks, evaluate_tasks, mean_scores
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    check_tasks(names, limit=args.limit)
-    model, tokenizer = _load(args.model)
     batch = 4 if args.batch is None else args.batch
+    check_tasks(names, limit=args.limit, batch_size=batch)
+    model, tokenizer = _load(args.model)
     scores = evaluate_tasks(model, tokenizer, names, limit=args.limit, batch_size=batch)
     mean = mean_scores(scores)
     value = {
@@ -229,18 +231,12 @@ def _add_generate(subparsers: Any) -> None:
 
 
 def _run_generate(args: argparse.Namespace) -> int:
-    from .evaluate import generate
+    from .evaluate import check_generation, generate
 
+    numbers = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    check_generation(**numbers)
     model, tokenizer = _load(args.model)
-    text = generate(
-        model,
-        tokenizer,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        chat=False if args.raw else None,
-    )
-    print(text)
+    print(generate(model, tokenizer, args.prompt, chat=False if args.raw else None, **numbers))
     return 0
 
 

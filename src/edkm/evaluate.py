@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from .progress import progress
 from .train.calibrate import evaluating
-from .train.chat import ChatError, beginning, encode, has_template, render
-from .train.limits import check_tokens, longest_context, tokens_to_score
+from .train.chat import ChatError, beginning, begun, encode, has_template, render
+from .train.limits import check_tokens, end_tokens, longest_context, tokens_to_score
 
 
 class EvaluationError(ValueError):
@@ -63,6 +63,7 @@ def perplexity(
     stride: int | None = None,
     max_windows: int | None = None,
     batch_size: int = 1,
+    source: str = "the text",
 ) -> Perplexity:
     """Perplexity of `text` under a causal language model, by the convention at the top of this file.
 
@@ -76,6 +77,7 @@ def perplexity(
         stride: tokens from one window to the next, 1 to `window`; None means `window`.
         max_windows: use the first so many windows; None means all.
         batch_size: windows per forward pass. Changes speed and memory only.
+        source: name of the text, for error messages.
 
     Raises:
         EvaluationError: a number out of range.
@@ -85,8 +87,8 @@ def perplexity(
         Memory for logits: batch_size * window * vocabulary values, twice over in float32.
     """
     stride = window if stride is None else stride
-    _check_numbers(window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
-    ids, begins = tokens_to_score(model, tokenizer, text, window=window)
+    check_windows(window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
+    ids, begins = tokens_to_score(model, tokenizer, text, window=window, source=source)
     window = min(window, ids.numel())
     windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
     total, scored = 0.0, 0
@@ -130,10 +132,7 @@ def generate(
         ChatError: the tokenizer cannot encode the prompt.
         LimitError: the prompt has a token without a row in the model's embedding.
     """
-    if max_new_tokens < 1:
-        raise EvaluationError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise EvaluationError(f"temperature={temperature}: must be 0 (greedy) or a positive number.")
+    check_generation(max_new_tokens=max_new_tokens, temperature=temperature)
     ids = _prompt_ids(tokenizer, prompt, chat=chat)  # int64 [1, tokens]
     check_tokens(model, tokenizer, ids, "the prompt")
     longest = longest_context(model)
@@ -143,16 +142,14 @@ def generate(
         max_new_tokens = min(max_new_tokens, longest - ids.shape[1])
     from transformers import GenerationConfig
 
-    stored = getattr(model, "generation_config", None)
-    end = tokenizer.eos_token_id if stored is None or stored.eos_token_id is None else stored.eos_token_id
-    first_end = end[0] if isinstance(end, list) else end
+    ends = end_tokens(model, tokenizer)
     # A configuration of our own: the model's may ask for sampling, or for a length of its own.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else 1.0,
-        eos_token_id=end,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None),
     )
     with evaluating(model):
         ids = ids.to(_device(model))
@@ -170,13 +167,22 @@ def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None) -> Tensor:
             raise EvaluationError(f"the prompt: {error} --raw (chat=False) goes without the template.") from error
         ids = encode(tokenizer, text).input_ids
     else:
-        ids = beginning(tokenizer) + encode(tokenizer, prompt).input_ids
+        ids = begun(encode(tokenizer, prompt).input_ids, beginning(tokenizer))
     if not ids:
         raise EvaluationError("the prompt is empty: there is nothing to continue. Give at least one word.")
     return torch.tensor([ids])  # int64 [1, tokens]
 
 
-def _check_numbers(*, window: int, stride: int, max_windows: int | None, batch_size: int) -> None:
+def check_generation(*, max_new_tokens: int, temperature: float) -> None:
+    """Refuse numbers that `generate` cannot take; needs no model."""
+    if max_new_tokens < 1:
+        raise EvaluationError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise EvaluationError(f"temperature={temperature}: must be 0 (greedy) or a positive number.")
+
+
+def check_windows(*, window: int, stride: int, max_windows: int | None, batch_size: int = 1) -> None:
+    """Refuse numbers that `perplexity` cannot take; needs no model."""
     if window < 2:
         raise EvaluationError(f"window={window}: must be at least 2, one token to predict another.")
     if not 1 <= stride <= window:

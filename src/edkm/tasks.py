@@ -119,9 +119,7 @@ def evaluate_tasks(
     Cost:
         Memory for logits: batch_size * tokens of the longest request * vocabulary values, twice over.
     """
-    check_tasks(names, limit=limit)
-    if batch_size < 1:
-        raise EvaluationError(f"batch_size={batch_size}: must be at least 1.")
+    check_tasks(names, limit=limit, batch_size=batch_size)
     # Data that cannot be had should be known before hours of scoring.
     foreign = {name: _load_foreign(name) for name in names if name not in TASKS}
     scores: dict[str, TaskScore] = {}
@@ -137,7 +135,7 @@ def evaluate_tasks(
     return scores
 
 
-def check_tasks(names: Sequence[str], *, limit: int | None = None) -> None:
+def check_tasks(names: Sequence[str], *, limit: int | None = None, batch_size: int = 1) -> None:
     """Find mistakes before a model is loaded, and fetch the package of items if a name needs it.
 
     Raises:
@@ -150,6 +148,8 @@ def check_tasks(names: Sequence[str], *, limit: int | None = None) -> None:
         raise EvaluationError(f"tasks: {twice[0]} is named twice. Name it once.")
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit={limit}: must be at least 1 item, or left out to use all.")
+    if batch_size < 1:
+        raise EvaluationError(f"batch_size={batch_size}: must be at least 1.")
     if importlib.util.find_spec("lm_eval") is None:
         raise EvaluationError("lm-eval is needed to score tasks. Install it: pip install 'edkm[tasks]'.")
     for name in names:

@@ -77,36 +77,42 @@ def beginning(tokenizer: Any) -> list[int]:
     return whole[: next(starts, 0)]
 
 
-def encode_conversation(tokenizer: Any, messages: Sequence[Message], *, trained_from: int = 0) -> tuple[list[int], list[bool]]:
+def begun(ids: list[int], first: list[int]) -> list[int]:
+    """Put the beginning `first` before the tokens of a text, unless the text has it already."""
+    return ids if ids[: len(first)] == first else first + ids
+
+
+def encode_conversation(tokenizer: Any, messages: Sequence[Message], answers: Sequence[int] | None = None) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and which of them the assistant wrote.
 
     Args:
         tokenizer: a fast tokenizer of transformers, with a chat template.
         messages: with `role` and `content`.
-        trained_from: answers before this message do not count.
+        answers: which of the assistant's messages count; None means all.
 
     Raises:
         ChatError: the template fails, leaves a message out, or does not show which text is the assistant's.
     """
     text = render(tokenizer, messages)
     if not getattr(tokenizer, "is_fast", False):
-        raise ChatError(f"the tokenizer of {_name(tokenizer)} does not say where its tokens begin (it is not a fast one). Convert it.")
+        raise ChatError(
+            f"the tokenizer of {_name(tokenizer)} is not a fast one, so it does not say where its tokens begin. Save a fast one with the "
+            "model, PreTrainedTokenizerFast(tokenizer_object=convert_slow_tokenizer(tokenizer)) of transformers, or give records of text."
+        )
     found = encode(tokenizer, text, return_offsets_mapping=True)
     offsets = found["offset_mapping"]
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= trained_from]
+    written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = written if answers is None else answers
     turns = _Turns(tokenizer, messages, text, [begin for begin, _ in offsets])
     turns.check_written()
-    if _GENERATION.search(tokenizer.get_chat_template()):
-        mask = _own_mask(tokenizer, messages)
-        if trained_from:
-            start, _ = turns.span(answers[0])
-            mask = [own and end > start for own, (_, end) in zip(mask, offsets)]
-    else:
-        own = bytearray(len(text) + 1)  # 1 for each character of the assistant's
+    marked = _GENERATION.search(tokenizer.get_chat_template()) is not None
+    mask = _own_mask(tokenizer, messages) if marked else [True] * len(offsets)
+    if not marked or len(answers) < len(written):
+        own = bytearray(len(text) + 1)  # 1 for each character of the answers that count
         for start, end in (turns.span(index) for index in answers):
             own[start:end] = b"\1" * (end - start)
         # Some tokenizers give a token no length.
-        mask = [1 in own[begin : max(end, begin + 1)] for begin, end in offsets]
+        mask = [one and 1 in own[begin : max(end, begin + 1)] for one, (begin, end) in zip(mask, offsets)]
     if not any(mask):
         raise ChatError(f"{_template_of(tokenizer)} marks no token as the assistant's, so there is nothing to train on. Correct it.")
     return found["input_ids"], mask
@@ -131,7 +137,8 @@ class _Turns:
         for index, message in enumerate(self.messages):
             if message["role"] == "assistant" or message["content"].strip() in self.text:
                 continue
-            if render(self.tokenizer, self._with(index, message["content"] + _OTHER)) == self.text:
+            other = {**message, "content": message["content"] + _OTHER}
+            if render(self.tokenizer, self._with(index, other)) == self.text:
                 raise ChatError(
                     f"{_template_of(self.tokenizer)} leaves out message {index + 1}, of the role {message['role']!r}. "
                     "Put its text into a message that is written, or remove it."
@@ -145,7 +152,7 @@ class _Turns:
         end = len(whole) if whole and self.text.startswith(whole) else None
         if start is not None and end is not None and start < end and self.messages[index]["content"].strip() in self.text[start:end]:
             return start, end
-        other = self._with(index, _OTHER)
+        other = self._with(index, {"role": "assistant", "content": _OTHER})  # without a thought of its own
         before, found, after = render(self.tokenizer, other).partition(_OTHER)
         if not found:
             raise ChatError(
@@ -167,9 +174,9 @@ class _Turns:
             end = max([stop, *(begin for begin in self.begins if stop < begin <= same)])
         return start, end
 
-    def _with(self, index: int, content: str) -> list[Message]:
-        """The conversation with another text in one message."""
-        return [*self.messages[:index], {**self.messages[index], "content": content}, *self.messages[index + 1 :]]
+    def _with(self, index: int, other: Message) -> list[Message]:
+        """The conversation with another message in the place of one."""
+        return [*self.messages[:index], other, *self.messages[index + 1 :]]
 
     def _written(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str | None:
         """A rendering, or None where the template takes no such conversation."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import hashlib
 import json
 import math
 import shlex
@@ -181,10 +180,19 @@ def _run(args: argparse.Namespace) -> int:
     from .records import read_records
     from .trainer import named_precision
 
-    # The files first: a misspelt name should not cost the minutes of loading a model.
+    # Files and numbers first: a misspelt name should not cost the minutes of loading a model.
+    config = ClusterConfig(
+        bits=args.bits,
+        dim=args.dim,
+        rows_per_lut=1 if args.rows_per_lut is None else args.rows_per_lut,
+        softness=args.softness,
+        anneal=args.anneal,
+        max_iters=args.iters,
+        embedding_bits=args.embedding_bits,
+        skip=tuple(args.skip),
+    )
     records = read_records(args.data)
     text = None if args.eval_text is None else read_text(args.eval_text)
-    data_hash = hashlib.sha256(args.data.read_bytes()).hexdigest() if args.data.is_file() else ""
     with progress(f"loading {args.model}"):
         model, tokenizer = load_model(args.model)
     blocks = make_blocks(records, tokenizer, block_tokens=args.block_tokens, source=str(args.data), model=model)
@@ -197,17 +205,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--plain-steps: at most the {steps} steps there are, got {plain_steps}.")
     if args.distill and plain_steps == steps:
         raise ValueError("--distill: is for clustered steps, and there are none. Leave it out, or give fewer --plain-steps.")
-    config = ClusterConfig(
-        bits=args.bits,
-        dim=args.dim,
-        rows_per_lut=1 if args.rows_per_lut is None else args.rows_per_lut,
-        softness=args.softness,
-        anneal=args.anneal,
-        anneal_steps=steps - plain_steps,
-        max_iters=args.iters,
-        embedding_bits=args.embedding_bits,
-        skip=tuple(args.skip),
-    )
+    config = replace(config, anneal_steps=steps - plain_steps)
     check(model, config, args.backend)
     print(
         f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
@@ -246,8 +244,8 @@ def _run(args: argparse.Namespace) -> int:
         "model": fingerprint(model),
         "blocks_per_step": settings.blocks_per_step,
         "config": config.to_json(),
-        "data": data_hash,
         "block_tokens": args.block_tokens,
+        "tokens of the data": blocks.fingerprint(),
         "backend": args.backend,
         "start": args.start,
         "target_bpw": args.target_bpw,

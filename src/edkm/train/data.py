@@ -7,17 +7,18 @@ Two kinds of file are read:
 - plain text, any other file name. The loss is on every token.
 
 A conversation is written exactly as the tokenizer's chat template writes it (chat.py). Without a template a question and its answer are
-written with the prompt of Stanford Alpaca, or as they stand (`prompt` and `completion`), and the end-of-sequence token. The examples are
-joined in the order of the file and cut into blocks of exactly `block_tokens`: no padding is ever computed. An example that is cut goes on
-in the next block, where its beginning is out of sight; that is the price of losing nothing.
+written with the prompt of Stanford Alpaca, or as they stand (`prompt` and `completion`), and the end-of-sequence token unless they end so.
+The examples are joined in the order of the file and cut into blocks of exactly `block_tokens`: no padding is ever computed. An example that
+is cut goes on in the next block, where its beginning is out of sight; that is the price of losing nothing.
 
 Where the tokenizer puts a token before every text (Llama's and Gemma's beginning of sequence), every block begins with it: a model that
 was trained so is far off without. Where a block cuts a text, the token is put in, and its successor has no label: it follows other text.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .chat import ChatError, beginning, encode, encode_conversation, has_template, unused_fields
-from .limits import check_length, check_tokens
+from ..progress import progress
+from .chat import ChatError, beginning, begun, encode, encode_conversation, has_template, unused_fields
+from .limits import check_length, check_tokens, end_tokens
 from .records import DataError, Record, fields, read_records
 
 IGNORED = -100
@@ -64,6 +66,10 @@ class Blocks(Dataset):
         """Tokens per block: as asked for, or fewer if the whole file is shorter than one block."""
         return self.input_ids.shape[1]
 
+    def fingerprint(self) -> str:
+        """Hash the tokens and labels, which depend on the file, the tokenizer and the template, of which some write today's date."""
+        return hashlib.sha256(self.input_ids.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
@@ -98,11 +104,22 @@ def make_blocks(records: Sequence[Record], tokenizer: Any, *, block_tokens: int,
     first = beginning(tokenizer)
     if block_tokens < len(first) + 2:
         raise DataError(f"block_tokens={block_tokens}: a block needs at least {len(first) + 2} tokens, one to predict another.")
-    encoded = [_encode(tokenizer, record, first) for record in records]
+    encoded = []
+    with progress("tokenizing", len(records), "records") as advance:
+        for record in records:
+            encoded.append(_encode(tokenizer, record, first))
+            advance()
     blocks = _cut(source, encoded, first, block_tokens=block_tokens, notes=tuple(_notes(tokenizer, records)))
     if model is not None:
         check_length(model, blocks.block_tokens, "block_tokens")
         check_tokens(model, tokenizer, blocks.input_ids, source)
+        ends = end_tokens(model, tokenizer)
+        if ends and not torch.isin(blocks.labels, torch.tensor(ends)).any():
+            names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends)))
+            note = (
+                f"no answer ends with a token that generation stops at ({names}): it will go on. Name the right one as the eos_token_id of "
+            )
+            blocks = replace(blocks, notes=(*blocks.notes, note + "the model's generation_config.json."))
     return blocks
 
 
@@ -112,7 +129,10 @@ def _notes(tokenizer: Any, records: Sequence[Record]) -> Iterator[str]:
         unused = Counter(name for record in records for name in unused_fields(tokenizer, record.messages))
         if unused:
             yield "fields of messages that the chat template does not use: " + ", ".join(f"{name} ({n:,})" for name, n in unused.items())
-    answers = (message["content"] for r in records for message in r.messages[r.trained_from :] if message["role"] == "assistant")
+    written = sum(message["role"] == "assistant" for record in records for message in record.messages)
+    answers = [record.messages[index]["content"] for record in records for index in record.answers]
+    if len(answers) < written:
+        yield f"answers that are not trained on: {written - len(answers):,}"
     empty = sum(not answer.strip() for answer in answers)
     if empty:
         yield f"answers without text: {empty:,}; what is learnt from them is to end at once"
@@ -124,7 +144,7 @@ def _encode(tokenizer: Any, record: Record, first: list[int]) -> tuple[list[int]
         if record.messages and has_template(tokenizer):
             if record.plain is not None and "prompt" in record.used:
                 _check_not_written(tokenizer, record)
-            ids, mask = encode_conversation(tokenizer, record.messages, trained_from=record.trained_from)
+            ids, mask = encode_conversation(tokenizer, record.messages, record.answers)
             return ids, [token if own else IGNORED for token, own in zip(ids, mask)]
         return _encode_plain(tokenizer, record, first)
     except ChatError as error:
@@ -144,10 +164,11 @@ def _encode_plain(tokenizer: Any, record: Record, first: list[int]) -> tuple[lis
     # prompt's last, the answer is encoded alone; elsewhere not, since some tokenizers begin every text with a space.
     merged = all_ids[: len(prompt_ids)] != prompt_ids
     answer_ids = encode(tokenizer, answer).input_ids if merged else all_ids[len(prompt_ids) :]
-    answer_ids = answer_ids + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
-    if not prompt:
-        return first + answer_ids, first + answer_ids
-    return first + prompt_ids + answer_ids, [IGNORED] * len(first + prompt_ids) + answer_ids
+    if tokenizer.eos_token_id is not None and answer_ids[-1:] != [tokenizer.eos_token_id]:
+        answer_ids = [*answer_ids, tokenizer.eos_token_id]
+    ids = begun(prompt_ids + answer_ids, first)
+    unlearnt = len(ids) - len(answer_ids) if prompt else 0
+    return ids, [IGNORED] * unlearnt + ids[unlearnt:]
 
 
 def _check_not_written(tokenizer: Any, record: Record) -> None:

@@ -1,4 +1,4 @@
-"""What a model can take: token ids with a row in its embedding, and texts within its longest context; checked before any work."""
+"""Limits of a model, checked before any work: token ids with a row in its embedding, its longest context, the tokens that it stops at."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chat import beginning, encode
+from .chat import beginning, begun, encode
 
 # Names that configs of transformers have for the longest context; most map their own to the first.
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
@@ -58,6 +58,13 @@ def check_tokens(model: Any, tokenizer: Any, ids: Tensor | Sequence[int], what: 
         )
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens at which generation stops: those of the model's generation settings, or the tokenizer's end of sequence."""
+    stored = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = tokenizer.eos_token_id if stored is None else stored
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
 def tokens_to_score(model: Any, tokenizer: Any, text: str, *, window: int, source: str = "the text") -> tuple[Tensor, int]:
     """Tokenise a text to score in windows, and refuse what the model cannot take.
 
@@ -70,7 +77,7 @@ def tokens_to_score(model: Any, tokenizer: Any, text: str, *, window: int, sourc
     """
     check_length(model, window, "window")
     first = beginning(tokenizer)
-    ids = torch.tensor(first + encode(tokenizer, text).input_ids)  # int64 [tokens]
+    ids = torch.tensor(begun(encode(tokenizer, text).input_ids, first))  # int64 [tokens]
     least = max(1, len(first))
     if min(window, ids.numel()) <= least:
         raise LimitError(

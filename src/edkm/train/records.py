@@ -3,7 +3,8 @@
 A record has one of these forms; where it has the fields of several, the first counts:
 
 - `messages`: a list of `{"role", "content"}`, with roles system, developer, user and assistant. `conversations`, with `from` and `value`
-  (ShareGPT: human and gpt), is read in the same way. A field `system` is written as the first message.
+  (ShareGPT: human and gpt), is read in the same way. A field `system` is written as the first message. An answer with `"weight": 0`, or
+  `train` or `loss` false, is not trained on.
 - `prompt` and `completion`: two lists of messages, or two strings: a question and its answer, which without a chat template are written
   one after the other as they stand.
 - `instruction` and `output` (Alpaca), with `input`, `system` and `history`, a list of [question, answer].
@@ -13,6 +14,7 @@ Fields that are null or empty count as absent. A record says which of the others
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ _ALPACA_WITH_INPUT = (
 _FORMS = ("messages", "conversations", "prompt, completion", "instruction, output", "text")
 _EXPECTED = "Expected messages, or prompt and completion, or instruction and output, or text"
 _ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "developer", "user", "assistant")}
+_OBJECT = re.compile(r"\s*(\[\s*)?\{\s*\"\w+\"\s*:")
+_TRAINED = ("weight", "train", "loss")
 _TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 _TOOLS = ("tools", "tool_calls", "function_call", "functions")
 
@@ -50,7 +54,7 @@ class Record:
     Attributes:
         where: file and number, for error messages.
         messages: the conversation; empty for a text.
-        trained_from: answers before this message are not trained on.
+        answers: which of the messages are trained on.
         plain: prompt and answer as they are written where there is no chat template; None if they are not.
         used: names of the fields that are read.
         unused: names of the others that are not empty.
@@ -58,7 +62,7 @@ class Record:
 
     where: str
     messages: list[Message]
-    trained_from: int
+    answers: list[int]
     plain: tuple[str, str] | None
     used: list[str]
     unused: list[str]
@@ -69,13 +73,15 @@ def read_records(path: Path) -> list[Record]:
 
     Raises:
         TextFileError: the file is missing, not UTF-8 or empty.
-        DataError: invalid JSON, no records, or a record of no form, or with a field of the wrong type.
+        DataError: records in a file of another name, invalid JSON, no records, or a record of no form, or with a field of the wrong type.
     """
     if path.suffix.lower() in _TABLES:
         raise DataError(f"{path}: is a table. Convert it to JSON lines, one object a line, in a file that ends in .jsonl. {_EXPECTED}.")
     text = read_text(path)
     if path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
-        return [Record(str(path), [], 0, ("", text), [], [])]
+        if _OBJECT.match(text):
+            raise DataError(f"{path}: begins as JSON does, and by its name it is plain text. Name it .json (one list) or .jsonl (lines).")
+        return [Record(str(path), [], [], ("", text), [], [])]
     records = [_record(where, value) for where, value in _values(path, text)]
     if not records:
         raise DataError(f"{path}: has no records. Add at least one. {_EXPECTED}.")
@@ -137,10 +143,14 @@ def _record(where: str, value: Any) -> Record:
             raise DataError(f"{where}: has a field 'system' and a first message of the system. Leave one out.")
         messages = [{"role": "system", "content": _string(where, "system", given["system"])}, *messages]
         plain, start = None, start and start + 1
-    if messages and all(message["role"] != "assistant" for message in messages[start:]):
-        raise DataError(f"{where}: holds no answer of the assistant, so there is nothing to train on. Add one or leave the record out.")
+    trained = [message.pop("weight", True) for message in messages]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= start and trained[i]]
+    if messages and not answers:
+        raise DataError(
+            f'{where}: holds no answer of the assistant that is trained on. Add one (without "weight": 0), or leave the record out.'
+        )
     filled = [key for key in given if given[key] != ""]
-    return Record(where, messages, start, plain, [key for key in filled if key in used], [key for key in filled if key not in used])
+    return Record(where, messages, answers, plain, [key for key in filled if key in used], [key for key in filled if key not in used])
 
 
 def _alpaca(where: str, given: dict[str, Any]) -> tuple[list[Message], tuple[str, str] | None]:
@@ -190,7 +200,10 @@ def _message(where: str, message: Any) -> Message:
         content = content[0].get("text", content[0].get("value"))
     if not isinstance(content, str):
         raise DataError(f"{where}: its {names[1]} is a {type(content).__name__}, expected a string, or a list of one part of text.")
-    return {**given, "role": _ROLES[role], "content": content}
+    trained = [given.pop(name) for name in _TRAINED if name in given]
+    if any(value not in (0, 1) for value in trained):
+        raise DataError(f"{where}: one of its {', '.join(_TRAINED)} is neither 0 nor 1, false nor true. Write one of these, or remove it.")
+    return {**given, "role": _ROLES[role], "content": content, "weight": all(trained)}
 
 
 def _check_no_tools(where: str, given: dict[str, Any]) -> None:
