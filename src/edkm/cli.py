@@ -273,7 +273,7 @@ def _packed(directory: Path) -> Path:
     """The directory itself, or the downloaded one if `owner/name` is given and no such directory is here."""
     if directory.exists() or len(directory.parts) != 2 or directory.is_absolute():
         return directory
-    from .models import packed_directory
+    from .modelfiles import packed_directory
 
     return packed_directory(directory)
 

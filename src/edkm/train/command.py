@@ -139,7 +139,7 @@ def add_compress(
 
 def run(args: argparse.Namespace) -> int:
     """Run `edkm compress`; returns the exit code."""
-    from ..models import require
+    from ..modelfiles import require
 
     for package in ("transformers", "accelerate"):
         require(package, "to fine-tune")
@@ -323,7 +323,7 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, phase: str, recor
 def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) -> int:
     from ..compressed.companions import copy_companions
     from ..config import ClusterConfig
-    from ..models import model_files
+    from ..modelfiles import model_files
     from . import ranks
     from .checkpoints import last_checkpoint
 
