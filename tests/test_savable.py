@@ -193,6 +193,17 @@ def test_a_weight_that_is_not_a_number_is_named_before_the_training(tiny_dir, da
     assert "layers.1.mlp.up_proj.weight: NaN or infinite values" in printed.err and "steps, lr" not in printed.out
 
 
+def test_finite_weights_that_overflow_are_not_blamed_on_the_learning_rate(tiny_dir, data, tmp_path, capsys):
+    source = tmp_path / "source"
+    model, tokenizer = load_model(tiny_dir)
+    model.model.layers[1].input_layernorm.weight.data.mul_(1e30)
+    model.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    assert main(["compress", str(source), "--data", data, "--out", str(tmp_path / "out"), "--steps", "4", "--block-tokens", "64"]) == 1
+    error = capsys.readouterr().err
+    assert "layers.1.self_attn.q_proj.weight: its input is NaN or infinite" in error and "--lr" not in error
+
+
 def test_code_is_named_only_where_it_lies(tmp_path):
     """A class of transformers needs none; one of the checkpoint's own takes its files along."""
     source = tmp_path / "source"
