@@ -255,6 +255,7 @@ def test_a_packed_model_by_its_hub_id(packed_dir, tmp_path, monkeypatch, capsys)
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert main(["inspect", "someone/packed"]) == 0 and "bits per weight" in capsys.readouterr().out
     assert main(["unpack", "someone/packed", "--out", str(tmp_path / "dense")]) == 0
+    assert main(["report", "someone/packed", "--out", str(tmp_path / "page.html")]) == 0
     assert main(["inspect", "someone/none"]) == 1 and "is no local path, and as a hub id" in capsys.readouterr().err
 
 
@@ -264,6 +265,7 @@ def test_a_packed_model_by_its_hub_id(packed_dir, tmp_path, monkeypatch, capsys)
         ({"adapter_config.json": '{"base_model_name_or_path": "some/base"}'}, r"is an adapter for some/base, not a whole model\. Merge it"),
         ({"config.json": "{}", "adapter_config.json": "{}"}, "is an adapter, not a whole model"),
         ({"checkpoint-8/config.json": "{}", "checkpoint-16/config.json": "{}"}, r"Name the model in it: \S+/checkpoint-16\."),
+        ({"refs/main": "ab", "snapshots/ab/config.json": "{}"}, r"Name the model in it: \S+/snapshots/ab\."),
         ({"modules.json": "[]", "0_Transformer/config.json": "{}"}, r"Name the model in it: \S+/0_Transformer\."),
         ({"model_index.json": "{}", "unet/config.json": "{}"}, "holds a pipeline of diffusers"),
         ({"params.json": "{}", "consolidated.safetensors": ""}, r"in its maker's format \(params\.json\)"),
@@ -276,7 +278,7 @@ def test_a_packed_model_by_its_hub_id(packed_dir, tmp_path, monkeypatch, capsys)
 )
 def test_directories_of_other_kinds(tmp_path, files, message):
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(ModelError, match=message):
         load_model(tmp_path)

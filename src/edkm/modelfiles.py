@@ -24,7 +24,8 @@ def model_files(source: str | Path) -> Path:
 def packed_directory(source: str | Path) -> Path:
     """The directory of a packed model: `source`, or of a hub id its snapshot, downloaded if need be."""
     path = Path(source).expanduser()
-    return _directory(source, None) if not path.exists() and _HUB_ID.fullmatch(str(source)) else path
+    # A name alone is more likely a misspelt directory.
+    return _directory(source, None) if not path.exists() and _HUB_ID.fullmatch(str(source)) and "/" in str(source) else path
 
 
 def _directory(source: str | Path, patterns: list[str] | None) -> Path:
@@ -76,7 +77,8 @@ def _other_directory(directory: Path) -> str:
         return "It holds a pipeline of diffusers, whose parts are no language models"
     if (directory / "params.json").is_file():
         return "It holds a model in its maker's format (params.json); convert it to the format of transformers"
-    inside = [path.parent for path in directory.glob("*/*config.json") if path.name in ("config.json", "adapter_config.json")]
+    found = [*directory.glob("*/*config.json"), *directory.glob("snapshots/*/*config.json")]  # the latter in a hub's cache
+    inside = [path.parent for path in found if path.name in ("config.json", "adapter_config.json")]
     if inside:  # of the checkpoints of a Trainer the last
         return f"Name the model in it: {max(inside, key=lambda path: (len(path.name), path.name))}"
     return "Check that the model was saved there"
