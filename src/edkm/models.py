@@ -54,17 +54,14 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
         return _load_gguf(path, dtype)
-    directory = model_files(source)
-    config = read_config(source, directory)
-    _check_code(source, config)
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "edkm":
+    if _is_packed(source):
         return _load_packed(source, packed_directory(source), dtype)
     return _load_checkpoint(str(path if path.is_dir() else source), dtype)
 
 
-def _check_code(source: str | Path, config: dict[str, Any]) -> None:
-    """Refuse a model whose class is not one of transformers'."""
+def _is_packed(source: str | Path) -> bool:
+    """Whether a model is packed; refuse one whose class is not of transformers."""
+    config = read_config(source, model_files(source))
     transformers = import_transformers()
     named = [str(name) for name in config.get("architectures") or []]
     own = next((name for name in named if not hasattr(transformers, name)), None)
@@ -75,6 +72,8 @@ def _check_code(source: str | Path, config: dict[str, Any]) -> None:
             f"{source}: {own} is not a class of transformers but code of its own, which edkm does not run. In a script, use edkm.prepare "
             "and edkm.save on the model that from_pretrained(trust_remote_code=True), or the class itself, gives."
         )
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "edkm"
 
 
 def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
