@@ -83,7 +83,7 @@ def test_a_gguf_file(tmp_path, tiny_model, capfd):
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
-def write_gguf(path, model, without=(), parts=1):
+def write_gguf(path, model, without=(), parts=1, more=()):
     """`tiny_model` as llama.cpp would store it, in float32, with a vocabulary of bytes."""
     import gguf
 
@@ -114,6 +114,8 @@ def write_gguf(path, model, without=(), parts=1):
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = permute(tensor, config, "q_proj" in name)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy().copy())
+    for name in more:
+        writer.add_tensor(name, torch.ones(64).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -145,6 +147,17 @@ def test_a_gguf_file_that_is_not_a_whole_model(tmp_path, tiny_model):
         writer.close()
         with pytest.raises(ModelError, match=message):
             load_model(tmp_path / f"{kind}.gguf")
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.2.ffn_up.weight"])
+def test_a_gguf_file_with_more_than_transformers_reads(tmp_path, tiny_model, name):
+    with pytest.raises(ModelError, match=r"model\.layers\.\S+ is in the checkpoint and LlamaForCausalLM does not read it"):
+        load_model(write_gguf(tmp_path / "more.gguf", tiny_model, more=[name]))
+
+
+def test_frequencies_in_a_gguf_file_are_left_out_with_a_warning(tmp_path, tiny_model):
+    with pytest.warns(UserWarning, match=r"leaves out 1 tensors of the checkpoint, first rope_freqs\.weight"):
+        load_model(write_gguf(tmp_path / "more.gguf", tiny_model, more=["rope_freqs.weight"]))
 
 
 def add_tensors(directory, **tensors):
@@ -188,18 +201,36 @@ def test_quantized_weights_are_refused_before_they_are_read(tiny_dir, tmp_path, 
         load_model(directory)
 
 
-@pytest.mark.parametrize("name", ["self_attn.q_proj.bias", "mlp.up_proj.weight_scale"])
-def test_a_layer_with_more_in_the_checkpoint_than_it_reads(tiny_dir, tmp_path, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0.self_attn.q_proj.bias",
+        "0.mlp.up_proj.weight_scale",
+        "0.self_attn.q_norm.weight",
+        "0.self_attn.q_proj.lora_A.weight",
+        "2.mlp.up_proj.weight",
+    ],
+)
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_layer_with_more_in_the_checkpoint_than_it_reads(tiny_dir, tmp_path, name, prefix):
     directory = edit_config(tiny_dir, tmp_path / "more")
-    add_tensors(directory, **{f"model.layers.0.{name}": torch.ones(64)})
-    with pytest.raises(ModelError, match=rf"layers\.0\.{name} is in the checkpoint and LlamaForCausalLM does not read it"):
+    add_tensors(directory, **{f"{prefix}layers.{name}": torch.ones(64)})
+    with pytest.raises(ModelError, match=rf"layers\.{name} is in the checkpoint and LlamaForCausalLM does not read it"):
         load_model(directory)
 
 
-def test_parts_that_the_class_does_not_have_are_left_out_with_a_warning(tiny_dir, tmp_path):
-    directory = edit_config(tiny_dir, tmp_path / "more")
-    add_tensors(directory, **{"vision_tower.weight": torch.ones(64)})
-    with pytest.warns(UserWarning, match=r"LlamaForCausalLM leaves out 1 tensors of the checkpoint, first vision_tower\.weight"):
+@pytest.mark.parametrize("name", ["vision_tower.layers.0.weight", "model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.bias"])
+def test_parts_that_the_class_does_not_have_are_left_out_with_a_warning(tiny_dir, tmp_path, name):
+    directory = edit_config(tiny_dir, tmp_path / "more", num_nextn_predict_layers=1)
+    add_tensors(directory, **{name: torch.ones(64)})
+    with pytest.warns(UserWarning, match=rf"LlamaForCausalLM leaves out 1 tensors of the checkpoint, first {name}"):
+        load_model(directory)
+
+
+def test_integers_are_no_weights(tiny_dir, tmp_path):
+    directory = edit_config(tiny_dir, tmp_path / "codes")
+    add_tensors(directory, **{"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.int8)})
+    with pytest.raises(ModelError, match=r"codes: model\.layers\.1\.mlp\.up_proj\.weight holds integers, codes of a quantized weight"):
         load_model(directory)
 
 
@@ -224,6 +255,7 @@ def test_a_packed_model_by_its_hub_id(packed_dir, tmp_path, monkeypatch, capsys)
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert main(["inspect", "someone/packed"]) == 0 and "bits per weight" in capsys.readouterr().out
     assert main(["unpack", "someone/packed", "--out", str(tmp_path / "dense")]) == 0
+    assert main(["report", "someone/packed", "--out", str(tmp_path / "page.html")]) == 0
     assert main(["inspect", "someone/none"]) == 1 and "is no local path, and as a hub id" in capsys.readouterr().err
 
 
@@ -233,6 +265,7 @@ def test_a_packed_model_by_its_hub_id(packed_dir, tmp_path, monkeypatch, capsys)
         ({"adapter_config.json": '{"base_model_name_or_path": "some/base"}'}, r"is an adapter for some/base, not a whole model\. Merge it"),
         ({"config.json": "{}", "adapter_config.json": "{}"}, "is an adapter, not a whole model"),
         ({"checkpoint-8/config.json": "{}", "checkpoint-16/config.json": "{}"}, r"Name the model in it: \S+/checkpoint-16\."),
+        ({"refs/main": "ab", "snapshots/ab/config.json": "{}"}, r"Name the model in it: \S+/snapshots/ab\."),
         ({"modules.json": "[]", "0_Transformer/config.json": "{}"}, r"Name the model in it: \S+/0_Transformer\."),
         ({"model_index.json": "{}", "unet/config.json": "{}"}, "holds a pipeline of diffusers"),
         ({"params.json": "{}", "consolidated.safetensors": ""}, r"in its maker's format \(params\.json\)"),
@@ -245,7 +278,7 @@ def test_a_packed_model_by_its_hub_id(packed_dir, tmp_path, monkeypatch, capsys)
 )
 def test_directories_of_other_kinds(tmp_path, files, message):
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(ModelError, match=message):
         load_model(tmp_path)

@@ -16,6 +16,7 @@ from transformers import (
     BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
 )
 
 import edkm
@@ -148,6 +149,13 @@ def infinite_weight(model):
     model.model.norm.weight.data[2] = torch.inf
 
 
+def test_a_classifier_of_many_long_labels(tmp_path):
+    names = {i: f"number {i} of the labels ".ljust(185, ".") for i in range(3000)}
+    model = LlamaForSequenceClassification(LlamaConfig(**TINY | {"id2label": names, "pad_token_id": 0, "hidden_size": 512})).eval()
+    pack(model, tmp_path)
+    assert hf.load(tmp_path).config.id2label == names
+
+
 def long_config(model):
     model.config.notes = "x" * (1 << 24)
 
@@ -185,6 +193,17 @@ def test_a_weight_that_is_not_a_number_is_named_before_the_training(tiny_dir, da
     assert "layers.1.mlp.up_proj.weight: NaN or infinite values" in printed.err and printed.out == ""
 
 
+def test_finite_weights_that_overflow_are_not_blamed_on_the_learning_rate(tiny_dir, data, tmp_path, capsys):
+    source = tmp_path / "source"
+    model, tokenizer = load_model(tiny_dir)
+    model.model.layers[1].input_layernorm.weight.data.mul_(1e30)
+    model.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    assert main(["compress", str(source), "--data", data, "--out", str(tmp_path / "out"), "--steps", "4", "--block-tokens", "64"]) == 1
+    error = capsys.readouterr().err
+    assert "layers.1.self_attn.q_proj.weight: its input is NaN or infinite" in error and "--lr" not in error
+
+
 def test_code_is_named_only_where_it_lies(tmp_path):
     """A class of transformers needs none; one of the checkpoint's own takes its files along."""
     source = tmp_path / "source"
@@ -218,6 +237,9 @@ def test_what_lies_beside_the_weights_is_kept(tiny_dir, data, tmp_path):
         "tokenizer.model": "pieces",
         "additional_chat_templates/tool_use.jinja": "{{ messages }}",
         "LICENSE": "terms",
+        "modules.json": "[]",
+        "config_sentence_transformers.json": "{}",
+        "1_Pooling/config.json": "{}",
     }
     left = {"trainer_state.json": "{}", "pytorch_model.bin.index.json": "{}", "optimizer.pt": "", "README.md": "a card"}
     for name, text in (kept | left).items():

@@ -254,8 +254,9 @@ def _add_inspect(subparsers: Any) -> None:
 
 def _run_inspect(args: argparse.Namespace) -> int:
     from .compressed import checkpoint
+    from .modelfiles import packed_directory
 
-    directory = _packed(args.directory)
+    directory = packed_directory(args.directory)
     summary = checkpoint.summary(directory)
     if args.json:
         print(dumps(summary))
@@ -263,15 +264,6 @@ def _run_inspect(args: argparse.Namespace) -> int:
         print(_summary_table(summary))
         print(_told(directory), end="")
     return 0
-
-
-def _packed(directory: Path) -> Path:
-    """The directory itself, or the downloaded one if `owner/name` is given and no such directory is here."""
-    if directory.exists() or len(directory.parts) != 2 or directory.is_absolute():
-        return directory
-    from .models import packed_directory
-
-    return packed_directory(directory)
 
 
 def _told(directory: Path) -> str:
@@ -329,7 +321,8 @@ def _run_unpack(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out} is the packed directory itself; name another")
     check_output(args.out, overwrite=args.overwrite)
     from .compressed import hf
+    from .modelfiles import packed_directory
 
-    hf.unpack(_packed(args.directory), args.out)
+    hf.unpack(packed_directory(args.directory), args.out)
     print(f"wrote {args.out}")
     return 0

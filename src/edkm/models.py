@@ -9,7 +9,6 @@ model (transformers would fill these with random numbers and log a line) or hold
 quantized in a way that transformers does not undo while loading; adapters, and directories of other kinds.
 """
 
-import json
 import re
 import warnings
 from pathlib import Path
@@ -18,18 +17,21 @@ from unittest.mock import patch
 
 import torch
 
-from .compressed.companions import COMPANIONS
+from .modelfiles import (
+    EXPECTED,
+    ModelError,
+    first_line,
+    import_transformers,
+    load_failure,
+    model_files,
+    packed_directory,
+    read_config,
+    require,
+)
 from .progress import without_bars
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_LFS_POINTER = b"version https://git-lfs"
 # Weights of another shape are reported, not raised: `_check_loaded` refuses them by name.
 _LOADING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-_EXPECTED = "expected a checkpoint directory, a .gguf file or a hub id"
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded; the message is one line: what was given, what is needed, what to do."""
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -52,60 +54,15 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
         return _load_gguf(path, dtype)
-    directory = model_files(source)
-    config = _read_config(source, directory)
-    _check_code(source, config)
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "edkm":
+    if _is_packed(source):
         return _load_packed(source, packed_directory(source), dtype)
     return _load_checkpoint(str(path if path.is_dir() else source), dtype)
 
 
-def model_files(source: str | Path) -> Path:
-    """The directory with the small files of a model (config, tokenizer, processor): `source`, or of a hub id its snapshot."""
-    return _directory(source, ["config.json", "adapter_config.json", *COMPANIONS])
-
-
-def packed_directory(source: str | Path) -> Path:
-    """The directory of a packed model: `source`, or of a hub id its snapshot, downloaded if need be."""
-    path = Path(source).expanduser()
-    return _directory(source, None) if not path.exists() and _HUB_ID.fullmatch(str(source)) else path
-
-
-def _directory(source: str | Path, patterns: list[str] | None) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"{source}: is a file, but only .gguf files are read; {_EXPECTED}.")
-    if not _HUB_ID.fullmatch(str(source)):
-        raise ModelError(f"{source}: no such file or directory; {_EXPECTED}. Check the path.")
-    _import_transformers()
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:
-        raise ModelError(_load_failure(str(source), error)) from error
-
-
-def _read_config(source: str | Path, directory: Path) -> dict[str, Any]:
-    """`config.json` of a directory, known to be that of a whole model."""
-    adapter = directory / "adapter_config.json"
-    if adapter.is_file():
-        base = _json_object(adapter).get("base_model_name_or_path")
-        raise ModelError(
-            f"{source}: is an adapter{f' for {base}' if base else ''}, not a whole model. Merge it first: load it with PEFT on its model, "
-            "call merge_and_unload(), save_pretrained, and name that directory."
-        )
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"{source}: has no config.json; {_EXPECTED}. {_other_directory(directory)}.")
-    return _json_object(directory / "config.json")
-
-
-def _check_code(source: str | Path, config: dict[str, Any]) -> None:
-    """Refuse a model whose class is not one of transformers'."""
-    transformers = _import_transformers()
+def _is_packed(source: str | Path) -> bool:
+    """Whether a model is packed; refuse one whose class is not of transformers."""
+    config = read_config(source, model_files(source))
+    transformers = import_transformers()
     named = [str(name) for name in config.get("architectures") or []]
     own = next((name for name in named if not hasattr(transformers, name)), None)
     if config.get("auto_map") and config.get("model_type") not in transformers.CONFIG_MAPPING:
@@ -115,34 +72,12 @@ def _check_code(source: str | Path, config: dict[str, Any]) -> None:
             f"{source}: {own} is not a class of transformers but code of its own, which edkm does not run. In a script, use edkm.prepare "
             "and edkm.save on the model that from_pretrained(trust_remote_code=True), or the class itself, gives."
         )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: is not a JSON object ({error}). Save the model again.") from error
-    return content
-
-
-def _other_directory(directory: Path) -> str:
-    """What to do with a directory that has no `config.json`."""
-    if ggufs := sorted(path.name for path in directory.glob("*.gguf")):
-        return f"Name the file: {directory / ggufs[0]}"
-    if (directory / "model_index.json").is_file():
-        return "It holds a pipeline of diffusers, whose parts are no language models"
-    if (directory / "params.json").is_file():
-        return "It holds a model in its maker's format (params.json); convert it to the format of transformers"
-    inside = [path.parent for path in directory.glob("*/*config.json") if path.name in ("config.json", "adapter_config.json")]
-    if inside:  # of the checkpoints of a Trainer the last
-        return f"Name the model in it: {max(inside, key=lambda path: (len(path.name), path.name))}"
-    return "Check that the model was saved there"
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "edkm"
 
 
 def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    transformers = _import_transformers()
+    transformers = import_transformers()
     with without_bars():
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -154,12 +89,14 @@ def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
             raise
         # safetensors and tokenizers raise bare Exceptions for damaged files; the cause stays attached.
         except Exception as error:
-            raise ModelError(_load_failure(source, error)) from error
+            raise ModelError(load_failure(source, error)) from error
         tokenizer = _load_tokenizer(source, source)
     _check_loaded(source, model, info)
     if quantized:
         _forget_quantization(model)
         model.to(dtype)  # what was not quantized has the dtype of the file
+    else:
+        _check_numbers(source)
     return model.eval(), tokenizer
 
 
@@ -200,20 +137,49 @@ def _check_loaded(source: str | Path, model: Any, info: dict[str, Any]) -> None:
             f"{source}: {name}: {kind} has shape {list(shape)}, the checkpoint {list(stored)}. Check that config.json belongs to these "
             "weights, and that they are not quantized."
         )
-    # What belongs to parts that the class does not have (a vision tower, a head for predicting more tokens) is left out. What belongs to
-    # a layer that it has, a scale or a bias, changes that layer.
-    modules, unread = dict(model.named_modules()), sorted(info["unexpected_keys"])
-    for name in unread:
-        layer = modules.get(name.rpartition(".")[0])
-        if layer is not None and layer._parameters:
-            raise ModelError(
-                f"{source}: {name} is in the checkpoint and {kind} does not read it, so the layer would not be what was saved. Check that "
-                "config.json belongs to these weights, and that they are neither quantized nor of another class."
-            )
+    unread = sorted(info["unexpected_keys"])
+    modules, more = dict(model.named_modules()), getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    prefix = f"{model.base_model_prefix}."
+    if lost := next((name for name in unread if any(_within_a_layer(full, modules, more) for full in (name, prefix + name))), None):
+        raise ModelError(
+            f"{source}: {lost} is in the checkpoint and {kind} does not read it, so the model would not be what was saved. Check that "
+            "config.json belongs to these weights, and that they are neither quantized nor of another class."
+        )
     if unread:
         warnings.warn(f"{source}: {kind} leaves out {len(unread)} tensors of the checkpoint, first {unread[0]}.", stacklevel=3)
-    if odd := next((name for name, weight in model.named_parameters() if not weight.is_floating_point()), None):
-        raise ModelError(f"{source}: {odd} holds codes, not numbers. Dequantise the model and save it first.")
+
+
+def _within_a_layer(name: str, modules: dict[str, Any], more: int) -> bool:
+    """Whether a tensor that a model does not read belongs to one of its layers, or is a layer that it does not have.
+
+    Others belong to parts that the class leaves out (a vision tower, `more` layers at the end that predict further tokens), or are masks
+    and frequencies that are made anew.
+    """
+    path = name.rpartition(".")[0]
+    while path not in modules:
+        path = path.rpartition(".")[0]
+    owner, below = modules[path], name.removeprefix(f"{path}.").split(".")
+    if owner._parameters:
+        return True
+    if isinstance(owner, torch.nn.ModuleList):
+        return not (below[0].isdecimal() and int(below[0]) < len(owner) + more)
+    in_a_list = any(part.isdecimal() for part in path.split("."))
+    return in_a_list and len(below) > 1 and below[-1] in ("weight", "bias")
+
+
+def _check_numbers(source: str) -> None:
+    """Refuse integers in the place of weights: they are codes, which transformers reads as if they were numbers."""
+    from safetensors import safe_open
+
+    directory = model_files(source)
+    single = directory / "model.safetensors"
+    for file in [single] if single.is_file() else sorted(directory.glob("*-of-*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                if name.endswith("weight") and tensors.get_slice(name).get_dtype().startswith(("I", "U")):
+                    raise ModelError(
+                        f"{source}: {name} holds integers, codes of a quantized weight. Dequantise the model and save it first."
+                    )
 
 
 def _load_packed(source: str | Path, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -226,55 +192,40 @@ def _load_packed(source: str | Path, path: Path, dtype: torch.dtype) -> tuple[An
 
 
 def _load_tokenizer(source: str | Path, path: str | Path) -> Any:
-    transformers = _import_transformers()
+    transformers = import_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{source}: its tokenizer cannot be loaded: {_first_line(error)} Save the tokenizer there.") from error
-
-
-def _load_failure(source: str, error: Exception) -> str:
-    reason = _first_line(error)
-    if Path(source).is_dir():
-        remedy = "Save model and tokenizer there again."
-        for path in [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]:
-            with path.open("rb") as file:
-                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                    remedy = f"{path.name} is a pointer of Git LFS, not the file: fetch it with git lfs pull."
-        return f"{source}: the checkpoint cannot be loaded: {reason} {remedy}"
-    return (
-        f"{source}: is no local path, and as a hub id it cannot be loaded: {reason} "
-        "Check the spelling and the connection, or give a local directory."
-    )
+        raise ModelError(f"{source}: its tokenizer cannot be loaded: {first_line(error)} Save the tokenizer there.") from error
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if not path.is_file():
-        raise ModelError(f"{path}: no such file; {_EXPECTED}. Check the path.")
-    transformers = _import_transformers()
+        raise ModelError(f"{path}: no such file; {EXPECTED}. Check the path.")
+    transformers = import_transformers()
     require("gguf", "to read .gguf files")
     options: dict[str, Any] = {"gguf_file": path.name}
     if hasattr(transformers, "GgufConfig"):  # which may keep the blocks, where there is a kernel for them
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with without_bars(), _no_gguf_bar():
         try:
-            _check_gguf(path)
+            stored = _gguf_tensors(path)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options, **_LOADING)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except ModelError:
             raise
         except Exception as error:
             raise ModelError(
-                f"{path}: cannot be read as a GGUF causal language model: {_first_line(error)} "
+                f"{path}: cannot be read as a GGUF causal language model: {first_line(error)} "
                 "Give a complete file of an architecture that transformers supports."
             ) from error
-    _check_loaded(path, model, info)
+    _check_loaded(path, model, info | {"unexpected_keys": _unread(stored, model)})
     _forget_quantization(model)
     return model.eval(), tokenizer
 
 
-def _check_gguf(path: Path) -> None:
-    """Refuse a GGUF file that is not a whole model, for which transformers would build one of the size that is usual and fill it."""
+def _gguf_tensors(path: Path) -> list[str]:
+    """The names of the tensors in a GGUF file; refuse one that is not a whole model, which transformers would fill up by its defaults."""
     import gguf
 
     with path.open("rb") as file:
@@ -292,6 +243,27 @@ def _check_gguf(path: Path) -> None:
     if kind != "model" or not reader.tensors:
         what = "weights" if kind == "model" else f"model ({kind})"
         raise ModelError(f"{path}: holds no {what}. Name the file of the whole model.")
+    return [tensor.name for tensor in reader.tensors]
+
+
+def _unread(stored: list[str], model: Any) -> list[str]:
+    """Of the tensors in a GGUF file those that transformers leaves out without a word, by the names that they would have in the model."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    kind = model.config.model_type
+    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(kind, TensorProcessor)(config={}))
+    layers = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
+    found = []
+    for name in stored:
+        weight = re.sub(r"\.bias$", ".weight", name)
+        block = re.match(r"blk\.(\d+)\.", name)
+        if name not in known and weight in known:
+            found.append(re.sub(r"\.weight$", ".bias", known[weight]))
+        elif block and int(block[1]) >= model.config.num_hidden_layers:
+            found.append(f"{layers}.{name.removeprefix('blk.')}")
+        elif name == "rope_freqs.weight":
+            found.append(name)
+    return found
 
 
 def _forget_quantization(model: Any) -> None:
@@ -321,29 +293,8 @@ def _check_causal(source: str, config: Any) -> None:
     )
 
 
-def _import_transformers() -> Any:
-    require("transformers", "to load models")
-    import transformers
-
-    return transformers
-
-
-def require(package: str, purpose: str) -> None:
-    """Refuse with the remedy, as ModelError, if a package of the extra `hf` is not installed."""
-    import importlib.util
-
-    if importlib.util.find_spec(package) is None:
-        raise ModelError(f"{package} is needed {purpose}. Install it: pip install 'edkm[hf]'.")
-
-
 def _no_gguf_bar() -> Any:
     """The reader of GGUF files has a bar of its own, which transformers' switch does not reach."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     return patch.object(reader, "tqdm", lambda tensors, **options: tensors, create=True)
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of a message, as a sentence: transformers' run over several lines."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-    return line if line.endswith((".", "!", "?")) else line + "."

@@ -23,6 +23,9 @@ COMPANIONS = (
     "*feature_extractor*.json",
     "chat_template*",
     "additional_chat_templates/*.jinja",
+    "modules.json",  # of sentence-transformers, with the directories that it names
+    "*sentence_*.json",
+    "[0-9]_*/*",
     "generation_config.json",
     "*.py",
     "LICENSE*",

@@ -6,7 +6,6 @@ called.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -108,7 +107,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTraine
         with refusing(directory / "config.json"):
             # Sizes first, then memory.
             with torch.device("meta"):
-                match_names(_build(copy.deepcopy(config), dtype), shapes, str(directory))
+                match_names(_build(config, dtype), shapes, str(directory))
             # Weights that are about to be overwritten are not worth initialising: for 7B parameters that takes minutes.
             with no_init_weights():
                 model = _build(config, dtype)

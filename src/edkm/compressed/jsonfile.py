@@ -38,11 +38,11 @@ def show(value: Any) -> str:
 
 
 def text_limit(weights_bytes: int) -> int:
-    """Bytes of JSON, or of a header, that a checkpoint with so many bytes of weights may have: 512 KiB and 1/32 of the weights.
+    """Bytes of JSON, or of a header, that a checkpoint with so many bytes of weights may have: 512 KiB and 1/16 of the weights.
 
-    A tensor takes about 200 bytes of text, so this is 2,500 tensors of any size and, beyond them, tensors of 6 KiB on average.
+    A tensor takes about 200 bytes of text, so this is 2,500 tensors of any size and, beyond them, tensors of 3 KiB on average.
     """
-    return (1 << 19) + weights_bytes // 32
+    return (1 << 19) + weights_bytes // 16
 
 
 def file_bytes(path: Path) -> int:

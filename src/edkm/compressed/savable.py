@@ -54,7 +54,8 @@ def check_savable(model: nn.Module) -> None:
     text = len(json.dumps(content, indent=2)) + sum(len(name) + _TEXT_PER_TENSOR for name in shapes)
     if text > (limit := text_limit(elements * 3 // 8)):
         raise FormatError(
-            f"model: its config and names take {text} bytes of text, and readers take {limit} beside so few weights. Shorten the config."
+            f"model: its config and names take {text} bytes of text, and readers take {limit} beside so few weights. Shorten the config "
+            "(the names of labels, say)."
         )
 
 

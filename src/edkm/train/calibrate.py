@@ -54,7 +54,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
             owners[name] = module, key
             square, count = _mean_square(module, x)
             if not bool(square.isfinite().all()):
-                raise ValueError(f"{name}: its input is NaN or infinite. Calibrate in float32, or check the data.")
+                raise ValueError(
+                    f"{name}: its input is NaN or infinite. Calibrate in float32, or check the data and the weights of the layers before."
+                )
             totals[name] = totals.get(name, 0) + square
             counts[name] = counts.get(name, 0) + count
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..progress import progress, say
+from ..progress import progress, say, shown
 from .presets import DEFAULT, PRESETS, plain_steps_of
 from .record import Recorder, said_of
 from .stages import fingerprint, load_weights, prepare_on, save_weights, write
@@ -138,7 +138,7 @@ def add_compress(
 
 def run(args: argparse.Namespace) -> int:
     """Run `edkm compress`; returns the exit code."""
-    from ..models import require
+    from ..modelfiles import require
 
     for package in ("transformers", "accelerate"):
         require(package, "to fine-tune")
@@ -174,6 +174,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..config import ClusterConfig
     from ..models import load_model
     from ..textfile import read_text
+    from .calibrate import calibrate
     from .data import make_blocks
     from .limits import tokens_to_score
     from .prepare import check
@@ -260,6 +261,10 @@ def _run(args: argparse.Namespace) -> int:
             ranks.on_first(lambda: remember_run(work, identity))
     device = _to_device(model, args)
     print(f"device: {device}", flush=True)
+    if plain_steps and not args.resume:
+        # What is not finite before any training is no matter of the learning rate.
+        with shown(False):
+            calibrate(model, [{"input_ids": blocks[0]["input_ids"].unsqueeze(0).to(next(model.parameters()).device)}])
     recorder = Recorder(work / "record.json", args, said_of(args, blocks, settings, plain_steps))
     recorder.keep(model, config)
     recorder.measure("original", model, tokenizer, text)
@@ -314,14 +319,17 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, phase: str, recor
         return False
     last = result.losses[-1][1]
     if not math.isfinite(last):
-        raise ValueError(f"{phase}: the training diverged, its last loss is {last}. Start again with --overwrite and a lower --lr.")
+        raise ValueError(
+            f"{phase}: the training diverged, its last loss is {last}. Start again with --overwrite and a lower --lr; if the first loss "
+            f"({result.losses[0][1]:g}) is no better, the model or the data is damaged."
+        )
     return True
 
 
 def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) -> int:
     from ..compressed.companions import copy_companions
     from ..config import ClusterConfig
-    from ..models import model_files
+    from ..modelfiles import model_files
     from . import ranks
     from .checkpoints import last_checkpoint
 

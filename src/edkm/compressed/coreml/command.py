@@ -30,7 +30,7 @@ def add_export(subparsers: Any, command: Callable[..., argparse.ArgumentParser])
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ...models import packed_directory
+    from ...modelfiles import packed_directory
     from .export import export
 
     done = export(

@@ -1,0 +1,120 @@
+"""Find the files of a model, in a directory or on the hub, and refuse a directory that holds no whole one."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .compressed.companions import COMPANIONS
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LFS_POINTER = b"version https://git-lfs"
+EXPECTED = "expected a checkpoint directory, a .gguf file or a hub id"
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message is one line: what was given, what is needed, what to do."""
+
+
+def model_files(source: str | Path) -> Path:
+    """The directory with the small files of a model (config, tokenizer, processor): `source`, or of a hub id its snapshot."""
+    return _directory(source, ["config.json", "adapter_config.json", *COMPANIONS])
+
+
+def packed_directory(source: str | Path) -> Path:
+    """The directory of a packed model: `source`, or of a hub id its snapshot, downloaded if need be."""
+    path = Path(source).expanduser()
+    # A name alone is more likely a misspelt directory.
+    return _directory(source, None) if not path.exists() and _HUB_ID.fullmatch(str(source)) and "/" in str(source) else path
+
+
+def _directory(source: str | Path, patterns: list[str] | None) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{source}: is a file, but only .gguf files are read; {EXPECTED}.")
+    if not _HUB_ID.fullmatch(str(source)):
+        raise ModelError(f"{source}: no such file or directory; {EXPECTED}. Check the path.")
+    import_transformers()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:
+        raise ModelError(load_failure(str(source), error)) from error
+
+
+def read_config(source: str | Path, directory: Path) -> dict[str, Any]:
+    """`config.json` of a directory, known to be that of a whole model."""
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file():
+        base = _json_object(adapter).get("base_model_name_or_path")
+        raise ModelError(
+            f"{source}: is an adapter{f' for {base}' if base else ''}, not a whole model. Merge it first: load it with PEFT on its model, "
+            "call merge_and_unload(), save_pretrained, and name that directory."
+        )
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{source}: has no config.json; {EXPECTED}. {_other_directory(directory)}.")
+    return _json_object(directory / "config.json")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: is not a JSON object ({error}). Save the model again.") from error
+    return content
+
+
+def _other_directory(directory: Path) -> str:
+    """What to do with a directory that has no `config.json`."""
+    if ggufs := sorted(path.name for path in directory.glob("*.gguf")):
+        return f"Name the file: {directory / ggufs[0]}"
+    if (directory / "model_index.json").is_file():
+        return "It holds a pipeline of diffusers, whose parts are no language models"
+    if (directory / "params.json").is_file():
+        return "It holds a model in its maker's format (params.json); convert it to the format of transformers"
+    found = [*directory.glob("*/*config.json"), *directory.glob("snapshots/*/*config.json")]  # the latter in a hub's cache
+    inside = [path.parent for path in found if path.name in ("config.json", "adapter_config.json")]
+    if inside:  # of the checkpoints of a Trainer the last
+        return f"Name the model in it: {max(inside, key=lambda path: (len(path.name), path.name))}"
+    return "Check that the model was saved there"
+
+
+def load_failure(source: str, error: Exception) -> str:
+    reason = first_line(error)
+    if Path(source).is_dir():
+        remedy = "Save model and tokenizer there again."
+        for path in [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]:
+            with path.open("rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    remedy = f"{path.name} is a pointer of Git LFS, not the file: fetch it with git lfs pull."
+        return f"{source}: the checkpoint cannot be loaded: {reason} {remedy}"
+    return (
+        f"{source}: is no local path, and as a hub id it cannot be loaded: {reason} "
+        "Check the spelling and the connection, or give a local directory."
+    )
+
+
+def import_transformers() -> Any:
+    require("transformers", "to load models")
+    import transformers
+
+    return transformers
+
+
+def require(package: str, purpose: str) -> None:
+    """Refuse with the remedy, as ModelError, if a package of the extra `hf` is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(f"{package} is needed {purpose}. Install it: pip install 'edkm[hf]'.")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, as a sentence: transformers' run over several lines."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    return line if line.endswith((".", "!", "?")) else line + "."
