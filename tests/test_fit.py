@@ -210,6 +210,7 @@ class Named(NamedTuple):
 
 WAYS = {
     "one of one": lambda x, state: (x,),
+    "none beside": lambda x, state: (x, None),
     "three": lambda x, state: (x, state, None),
     "list": lambda x, state: [x, state],
     "named": Named,
@@ -230,6 +231,16 @@ def test_layers_may_return_several_things(way):
         assert len(found) == 6 and all(torch.equal(found[name], expected[name]) for name in expected)
         assert not torch.equal(found["layers.2.down.weight"], alone["layers.2.down.weight"])
     assert fit._chain(Layers(WAYS[way]), examples)[0]
+
+
+@pytest.mark.parametrize(("way", "times"), [("one of one", 11), ("none beside", 11), ("three", 15)])
+def test_layers_run_twice_for_each_batch_and_once_for_the_first(way, times):
+    """A third time for every batch only where what they return beside hidden states is needed to see how they are called."""
+    model, ran = Layers(WAYS[way]), []
+    model.layers[1].up.register_forward_hook(lambda *_: ran.append(1))
+    edkm.fit(model, edkm.ClusterConfig(bits=2, rows_per_lut=16), [torch.randn(2, 20, 16) for _ in range(5)])
+    assert len(ran) == times
+    assert all("forward" not in vars(layer) for layer in model.layers)
 
 
 @pytest.mark.parametrize("model", [lambda: Layers(WAYS["three"], again=2), lambda: Layers(lambda x, state: x, again=1)])
