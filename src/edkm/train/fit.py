@@ -19,7 +19,7 @@ from edkm.config import ClusterConfig
 from edkm.core import curvature
 from edkm.core.assign import assign, lookup
 from edkm.progress import progress
-from edkm.train.calibrate import call, evaluating, first_input, without_cache
+from edkm.train.calibrate import call, evaluating, first_input, is_product, without_cache
 from edkm.train.prepare import clustered_linears, decoder_layers
 
 
@@ -119,8 +119,10 @@ def _moments(tokens: dict[nn.Module, Tensor | None], run: Callable[[], Any]) -> 
     counts: dict[nn.Module, int] = {}
     last: list[Any] = [None, None]
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         given = first_input(args, kwargs)
+        if not is_product(module, given, out):
+            return
         x, weights, seen = given.detach().reshape(-1, given.shape[-1]).float(), tokens[module], counts.get(module, 0)
         if weights is None:
             if last[0] is not given:
@@ -133,7 +135,7 @@ def _moments(tokens: dict[nn.Module, Tensor | None], run: Callable[[], Any]) -> 
         totals[module] = [total + one for total, one in zip(totals[module], found, strict=True)] if seen else found
         counts[module] = seen + len(x)
 
-    hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in tokens]
+    hooks = [module.register_forward_hook(watch, with_kwargs=True) for module in tokens]
     try:
         if tokens:
             run()
