@@ -1,6 +1,5 @@
 """`edkm.Callback` in transformers' and TRL's Trainer, and `edkm.save`."""
 
-import contextlib
 import copy
 import json
 import warnings
@@ -9,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -389,13 +389,7 @@ def test_checkpoints_of_a_clustered_run_are_ordinary_ones(name, tmp_path):
         callback = edkm.Callback(tmp_path / where / "packed", edkm.ClusterConfig(bits=3, rows_per_lut=4), plain_share=0.5, start="kmeans")
         trainer = trainer_of(model, tmp_path / where, callback=callback, save_strategy="steps", save_steps=4)
         resume = str(tmp_path / "whole" / "run" / "checkpoint-4") if where == "parts" else None
-        if resume and name == "qwen3_moe":  # transformers writes its experts one by one, and Trainer does not put them together again
-            with pytest.raises(ValueError, match=r"experts\.gate_up_proj: the checkpoint has its clustering and not the weight"):
-                trainer.train(resume_from_checkpoint=resume)
-            return
-        warned = pytest.warns(UserWarning, match=r"experts\.gate_up_proj: .*cannot be resumed")
-        with warned if name == "qwen3_moe" else contextlib.nullcontext():
-            trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=resume)
         trainer.save_model(tmp_path / where / "final")
         runs[where] = model.state_dict()
         for saved in ("final", "run/checkpoint-6"):
@@ -406,13 +400,28 @@ def test_checkpoints_of_a_clustered_run_are_ordinary_ones(name, tmp_path):
     assert all(torch.equal(runs["whole"][key], runs["parts"][key]) for key in runs["whole"])
 
 
-def test_a_best_checkpoint_that_could_not_be_loaded_is_refused_at_the_start(tmp_path):
-    callback = edkm.Callback(tmp_path / "packed", edkm.ClusterConfig(bits=3, rows_per_lut=4))
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = trainer_of(experts("qwen3_moe"), tmp_path, callback=callback, **best)
-    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: .*Set load_best_model_at_end=False"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+def test_the_best_checkpoint_of_experts_is_loaded(tmp_path):
+    callback = edkm.Callback(tmp_path / "packed", edkm.ClusterConfig(bits=3, rows_per_lut=4), start="kmeans")
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    model = experts("qwen3_moe")
+    trainer = trainer_of(model, tmp_path, callback=callback, load_best_model_at_end=True, **every)
+    trainer.train()
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert all(torch.equal(p, best.get_parameter(name)) for name, p in model.named_parameters())
+
+
+def test_a_weight_that_a_checkpoint_lacks_is_not_made_up(tmp_path):
+    model = experts("qwen3_moe")
+    edkm.Callback(tmp_path / "packed", start="kmeans")._watch(model)
+    model.save_pretrained(tmp_path / "saved")
+    state = load_file(tmp_path / "saved" / "model.safetensors")
+    del state["model.norm.weight"]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert model.load_state_dict(state, strict=False) == (["model.norm.weight"], [])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    del state["model.layers.1.mlp.experts.2.up_proj.weight"]
+    with pytest.raises(RuntimeError):
+        model.load_state_dict(state, strict=False)
 
 
 def test_sharding_is_refused(tiny_model, tmp_path, monkeypatch):

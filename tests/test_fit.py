@@ -210,6 +210,7 @@ class Named(NamedTuple):
 
 WAYS = {
     "one of one": lambda x, state: (x,),
+    "none beside": lambda x, state: (x, None),
     "three": lambda x, state: (x, state, None),
     "list": lambda x, state: [x, state],
     "named": Named,
@@ -230,6 +231,53 @@ def test_layers_may_return_several_things(way):
         assert len(found) == 6 and all(torch.equal(found[name], expected[name]) for name in expected)
         assert not torch.equal(found["layers.2.down.weight"], alone["layers.2.down.weight"])
     assert fit._chain(Layers(WAYS[way]), examples)[0]
+
+
+class Product(torch.nn.Linear):
+    """As Falcon's: it multiplies in its own way."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Pair(torch.nn.Linear):
+    """As a router: it returns something else."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Grouped(torch.nn.Linear):
+    """One whose rows see different inputs."""
+
+    def forward(self, x):
+        return torch.einsum("tgi,goi->tgo", x.unflatten(-1, (2, -1)), self.weight.unflatten(0, (2, -1))).flatten(-2)
+
+
+def test_subclasses_of_linear_layers_are_fitted_where_they_multiply():
+    config = edkm.ClusterConfig(bits=2, rows_per_lut=8)
+    example = torch.randn(50, 16)
+    plain, own = (torch.nn.Sequential(kind(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 8)) for kind in (torch.nn.Linear, Product))
+    own.load_state_dict(plain.state_dict())
+    tokens = edkm.sensitivity(own, config, [example], loss=lambda x: own(x).square().sum())
+    assert set(tokens) == {"0.weight", "2.weight"}
+    expected, found = (edkm.fit(model, config, [example]) for model in (plain, own))
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    for other in (Pair(16, 32), Grouped(8, 32)):
+        model = torch.nn.Sequential(torch.nn.Linear(16, 16), other)
+        tokens = edkm.sensitivity(model, config, [example], loss=lambda x, model=model: sum(map(torch.sum, model(x))))
+        before = other.weight.clone()
+        assert set(tokens) == set(edkm.fit(model, config, [example])) == {"0.weight"} and torch.equal(other.weight, before)
+
+
+@pytest.mark.parametrize(("way", "times"), [("one of one", 11), ("none beside", 11), ("three", 15)])
+def test_layers_run_twice_for_each_batch_and_once_for_the_first(way, times):
+    """A third time for every batch only where what they return beside hidden states is needed to see how they are called."""
+    model, ran = Layers(WAYS[way]), []
+    model.layers[1].up.register_forward_hook(lambda *_: ran.append(1))
+    edkm.fit(model, edkm.ClusterConfig(bits=2, rows_per_lut=16), [torch.randn(2, 20, 16) for _ in range(5)])
+    assert len(ran) == times
+    assert all("forward" not in vars(layer) for layer in model.layers)
 
 
 @pytest.mark.parametrize("model", [lambda: Layers(WAYS["three"], again=2), lambda: Layers(lambda x, state: x, again=1)])

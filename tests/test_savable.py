@@ -53,6 +53,13 @@ class WithGate(LlamaForCausalLM):
         return out
 
 
+class Counting(nn.Linear):
+    """One whose state is more than tensors, as those of TransformerEngine."""
+
+    def get_extra_state(self):
+        return {"calls": 1}
+
+
 class Headed(LlamaForCausalLM):
     """One that takes more than a config."""
 
@@ -179,6 +186,11 @@ def test_a_model_that_could_not_be_loaded_again_is_not_prepared(change, message)
     change(model)
     with pytest.raises(ValueError, match=message):
         edkm.prepare(model, CONFIG)
+
+
+def test_a_state_that_is_no_tensor_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"1\._extra_state: dict cannot be stored"):
+        edkm.prepare(nn.Sequential(nn.Linear(32, 32), Counting(32, 32)), CONFIG)
 
 
 @pytest.mark.parametrize("steps", ["0", "4"])

@@ -300,8 +300,8 @@ def description(tensors: Mapping[str, Pending | Stored | Tensor], about: Mapping
     the order of names, with its dtype, its shape and what `config.json` says of it."""
     lines = []
     for name, tensor in sorted(tensors.items()):
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise ValueError(f"{name}: {tensor.dtype} cannot be stored. Convert it to {', '.join(_DTYPES)}.")
+        if (kind := getattr(tensor, "dtype", type(tensor).__name__)) not in _DTYPE_NAMES:
+            raise ValueError(f"{name}: {kind} cannot be stored. Convert it to {', '.join(_DTYPES)}.")
         lines.append(f"{name} {_DTYPE_NAMES[tensor.dtype]} {','.join(map(str, tensor.shape))} {about.get(name, '')}\n")
     return _checksum(memoryview("".join(lines).encode()))
 

@@ -173,6 +173,12 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return next(iter((*args, *kwargs.values())), None)
 
 
+def is_product(module: nn.Linear, x: Any, out: Any) -> bool:
+    """Whether a call gave what a product with the weight has the shape of: subclasses of `nn.Linear` may do something else."""
+    rows, cols = module.weight.shape
+    return isinstance(x, Tensor) and isinstance(out, Tensor) and x.shape[-1:] == (cols,) and out.shape == (*x.shape[:-1], rows)
+
+
 def _mean_square(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """`(sum of squares of every input, or of every column of a convolution, number of inputs)`, in float32 at least."""
     x = x.detach().to(compute_dtype(x.dtype))

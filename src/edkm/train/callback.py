@@ -22,7 +22,6 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.core_model_loading import revert_weight_conversion
 
 from edkm.config import ClusterConfig
 from edkm.core.op import BACKENDS
@@ -35,7 +34,6 @@ from edkm.train.prepare import check, clusterings, plan, prepare
 from edkm.train.presets import DEFAULT, PRESETS
 from edkm.train.reading import state_name
 from edkm.train.stages import CALIBRATION_BLOCKS, check_replaceable, prepare_from, save
-from edkm.train.targets import targets_of
 
 # What one of `edkm compress`'s calibration blocks has.
 _EXAMPLE_TOKENS = 512
@@ -117,7 +115,6 @@ class Callback(TrainerCallback):
         else:
             # What the clustering step would fail on, after most of the training.
             check(model, self.config, self.backend)
-            _check_names_in_files(model, args)
             self._try_calibration(model, kwargs["train_dataloader"])
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -149,16 +146,11 @@ class Callback(TrainerCallback):
         self._model, self._hook = model, model.register_load_state_dict_pre_hook(self._before_load)
 
     def _before_load(self, model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        _rename(model, state, prefix)
         prepared = clusterings(model)
         stored = any(name.endswith(".centroids") and ".clustering" in name for name in state)
         if prepared and not stored and all(f"{prefix}{name}" in state for name, *_ in prepared):
             raise ValueError("Callback: the checkpoint is from before clustering began, and the model is clustered. Load the model afresh.")
-        for target in targets_of(model) if stored else ():
-            if f"{prefix}{state_name(target.names[0])}.centroids" in state and not any(f"{prefix}{name}" in state for name in target.names):
-                raise ValueError(
-                    f"{target.names[0]}: the checkpoint has its clustering and not the weight, to which transformers gives another name "
-                    "in files. It cannot be taken up again; from_pretrained reads it."
-                )
         if stored and not prepared:
             self.report = _prepare_for(model, self.config, state, prefix, self.backend)
 
@@ -209,17 +201,18 @@ def _refuse(model: Any, args: Any, out: Path) -> None:
         raise ValueError("Callback: the layers change while training goes on, which torch.compile does not see. Set torch_compile=False.")
 
 
-def _check_names_in_files(model: nn.Module, args: Any) -> None:
-    """Say at the start if a Trainer would not find this model's weights in its own checkpoints: it takes names as they are."""
-    if not isinstance(model, PreTrainedModel) or args.save_strategy == "no":
+def _rename(model: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    """Give a state, in place, the model's names where transformers writes others (experts one by one): a Trainer does not."""
+    plain = {name.removeprefix(prefix): tensor for name, tensor in state.items() if ".clustering" not in name}
+    others = plain.keys() - model.state_dict().keys()
+    if not isinstance(model, PreTrainedModel) or not others or all(name in plain for name, _ in model.named_parameters()):
         return
-    written = revert_weight_conversion(model, {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()})
-    lost = next((name for name, _ in model.named_parameters() if name not in written), None)
-    if lost is not None:
-        message = f"{lost}: transformers gives it another name in files, and a Trainer does not find it there when it loads a checkpoint."
-        if args.load_best_model_at_end:
-            raise ValueError(f"{message} Set load_best_model_at_end=False.")
-        warnings.warn(f"edkm.Callback: {message} The run cannot be resumed.", stacklevel=2)
+    # In float32, which holds all of 16 bits.
+    options: dict[str, Any] = {"config": model.config, "dtype": torch.float32, "output_loading_info": True}
+    read, info = type(model).from_pretrained(None, state_dict=plain, **options)
+    state.update({prefix + name: tensor for name, tensor in read.state_dict().items() if name not in info["missing_keys"]})
+    for name in others - info["unexpected_keys"]:
+        del state[prefix + name]
 
 
 def _prepare_for(model: nn.Module, config: ClusterConfig, state: dict[str, Tensor], prefix: str, backend: str) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from edkm.config import ClusterConfig
 from edkm.core import curvature
 from edkm.core.assign import assign, lookup
 from edkm.progress import progress
-from edkm.train.calibrate import call, evaluating, first_input, without_cache
+from edkm.train.calibrate import call, evaluating, first_input, is_product, without_cache
 from edkm.train.prepare import clustered_linears, decoder_layers
 
 
@@ -56,8 +57,9 @@ def fit(
             the work the model is of no use.
 
     Cost:
-        Three forward passes over `batches`, whose hidden states are kept; a product `x^T x` per linear input, with `sensitivity` four
-        for every weight; a second copy of the fitted weights; for every weight what `core.curvature.fit` says.
+        Two forward passes over `batches`, whose hidden states are kept, and a third where layers return more than these; a product
+        `x^T x` per linear input, with `sensitivity` four for every weight; a second copy of the fitted weights; for every weight what
+        `core.curvature.fit` says.
     """
     batches = list(batches)
     if not batches:
@@ -117,8 +119,10 @@ def _moments(tokens: dict[nn.Module, Tensor | None], run: Callable[[], Any]) -> 
     counts: dict[nn.Module, int] = {}
     last: list[Any] = [None, None]
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         given = first_input(args, kwargs)
+        if not is_product(module, given, out):
+            return
         x, weights, seen = given.detach().reshape(-1, given.shape[-1]).float(), tokens[module], counts.get(module, 0)
         if weights is None:
             if last[0] is not given:
@@ -131,7 +135,7 @@ def _moments(tokens: dict[nn.Module, Tensor | None], run: Callable[[], Any]) -> 
         totals[module] = [total + one for total, one in zip(totals[module], found, strict=True)] if seen else found
         counts[module] = seen + len(x)
 
-    hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in tokens]
+    hooks = [module.register_forward_hook(watch, with_kwargs=True) for module in tokens]
     try:
         if tokens:
             run()
@@ -155,12 +159,14 @@ _Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]
 def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Calls]:
     """The layers that can be run one after another, and how each was called for each batch; none if they are no chain.
 
-    A chain's layers are called once each, and their first argument is the first, or only, thing that the layer before returned.
+    A chain's layers are called once each, and their first argument is the first, or only, thing that the layer before returned. Where it
+    is the only one, only the first batch is worked out: for the others layers return what they are given, which shows how they are called.
     """
     layers = decoder_layers(model)
     calls: _Calls = {layer: [] for layer in layers}
     output: list[Any] = [None]
     chained = [bool(layers)]
+    rest: dict[nn.Module, tuple[None, ...] | None] = {}
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = layer is layers[0]
@@ -171,18 +177,55 @@ def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Call
 
     def after(layer: nn.Module, args: Any, out: Any) -> None:
         output[0] = _hidden(out)
+        if isinstance(out, Tensor):
+            rest[layer] = None
+        elif type(out) is tuple and all(other is None for other in out[1:]):
+            rest[layer] = out[1:]
 
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(after) for layer in layers]
     try:
         for number, batch in enumerate(batches, 1):
             if chained[0]:
-                call(model, batch)
+                skipping = number > 1 and len(rest) == len(layers)
+                with _skipping(layers, rest) if skipping else nullcontext():
+                    call(model, batch)
                 chained[0] &= all(len(made) == number for made in calls.values())
     finally:
         for hook in hooks:
             hook.remove()
     return (layers, calls) if chained[0] else ([], {})
+
+
+class _Enough(Exception):
+    """What follows the last layer is of no interest."""
+
+
+@contextmanager
+def _skipping(layers: list[nn.Module], rest: Mapping[nn.Module, tuple[None, ...] | None]) -> Iterator[None]:
+    """Layers return what they are given, with the `rest` of a tuple, and the last one ends the model's forward and the block."""
+
+    def skip(layer: nn.Module) -> Callable[..., Any]:
+        def forward(x: Tensor, *_: Any, **__: Any) -> Any:
+            if layer is layers[-1]:
+                raise _Enough
+            others = rest[layer]
+            return x if others is None else (x, *others)
+
+        return forward
+
+    own = {layer: vars(layer).get("forward") for layer in layers}  # of the instance: other libraries put one there
+    try:
+        for layer in layers:
+            layer.forward = skip(layer)
+        with suppress(_Enough):
+            yield
+    finally:
+        for layer, forward in own.items():
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 def _through(layer: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Tensor]:

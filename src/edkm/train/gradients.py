@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edkm.config import ClusterConfig
 from edkm.progress import progress
-from edkm.train.calibrate import evaluating, length, without_cache
+from edkm.train.calibrate import evaluating, first_input, is_product, length, without_cache
 from edkm.train.prepare import clustered_linears
 
 # Runs of rows that get a second moment of their own.
@@ -84,7 +84,9 @@ def output_gradients(
                 raise ValueError(f"{name}: the gradient at its output is NaN or infinite. Work in float32, or check the data.")
             collect(name, rows)
 
-        def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        def hook(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
+            if not is_product(module, first_input(args, kwargs), out):
+                return out
             # The first that are reached start the graph; what follows may write into them, which leaves do not allow.
             out = out if out.requires_grad else out.detach().requires_grad_().clone()
             out.register_hook(check)
@@ -93,7 +95,8 @@ def output_gradients(
         return hook
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    hooks = [module.register_forward_hook(watch(name)) for module, (name, _) in clustered_linears(model, config).items()]
+    linears = clustered_linears(model, config)
+    hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for module, (name, _) in linears.items()]
     seen = False
     try:
         for p in trained:

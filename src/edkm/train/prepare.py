@@ -215,11 +215,11 @@ def decisions(
 
 
 def clustered_linears(model: nn.Module, config: ClusterConfig) -> dict[nn.Module, tuple[str, ClusterConfig]]:
-    """The linear layers whose weights are clustered one by one, and their names and settings."""
+    """The linear layers whose weights are clustered one by one, those of subclasses, too, and their names and settings."""
     plan(model, config)  # refuses what cannot be clustered
     found: dict[nn.Module, tuple[str, ClusterConfig]] = {}
     for name, _, target, settings, _ in decisions(model, config, targets_of(model)):
-        if settings is not None and settings.dim == 1 and [type(m) for m in target.modules] == [nn.Linear]:
+        if settings is not None and settings.dim == 1 and len(target.modules) == 1 and isinstance(target.modules[0], nn.Linear):
             found[target.modules[0]] = name, settings
     return found
 
