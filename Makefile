@@ -20,9 +20,12 @@ help:
 	@echo "make test-coreai  those of edkm.coreai, in an environment that has coreai-opt"
 	@echo "make test-latest  all of them, with the newest of every dependency but torch"
 	@echo "make check      format, lint and types"
+	@echo "make format     put format and imports right"
+	@echo "make setup      only the virtual environment of all these, .venv"
 	@echo "make baselines  the environment of edkm compare's gptq, awq and smoothquant"
 	@echo "make bench      time and memory of the clustering, and of packed layers, beside others"
 	@echo "make bench-gpu  the same on CUDA, with the python3 that has torch"
+	@echo "make clean      remove all environments and what the demonstration made"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

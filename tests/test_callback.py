@@ -356,7 +356,7 @@ def test_what_the_clustering_step_would_refuse_is_refused_before_the_first_step(
 
 def test_an_out_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"packed: cannot be made in .*file, which is no directory"):
+    with pytest.raises(ValueError, match=r"packed: cannot be written: .*file is no directory"):
         edkm.Callback(tmp_path / "file" / "packed")
 
 

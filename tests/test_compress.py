@@ -259,6 +259,18 @@ def test_user_errors_are_one_line(tiny_dir, data, tmp_path, capsys, more, messag
     assert message in error and "Traceback" not in error
 
 
+def test_options_and_output_are_looked_at_before_the_model_is_loaded(tiny_dir, data, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out, more, said in (
+        (tmp_path / "out", ("--fsdp",), "--fsdp: there is one process"),
+        (tmp_path / "out", ("--seed", "-1"), "--seed: at least 0"),
+        (tmp_path / "file" / "out", (), f"cannot be written: {tmp_path / 'file'} is no directory"),
+    ):
+        assert main(arguments(tiny_dir, data, out, *more)) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+
+
 def test_what_the_model_cannot_take_is_refused_before_any_work(tiny_dir, data, tmp_path, capsys):
     short = tmp_path / "short.txt"
     short.write_text("a")

@@ -258,10 +258,14 @@ def test_what_lies_beside_the_weights_is_kept(tiny_dir, data, tmp_path):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(text)
     out, dense = tmp_path / "out", tmp_path / "dense"
-    assert main(["compress", str(source), "--data", data, "--out", str(out), "--steps", "0", "--block-tokens", "64"]) == 0
+    for directory in (out, dense):  # of a run that was killed while it copied
+        directory.mkdir()
+        (directory / "LICENSE").write_text("ter")
+    command = ["compress", str(source), "--data", data, "--out", str(out), "--steps", "0", "--block-tokens", "64", "--overwrite"]
+    assert main(command) == 0
     hf.unpack(out, dense)
     for directory in (out, dense):
-        assert all((directory / name).is_file() for name in kept)
+        assert all((directory / name).is_file() for name in kept) and (directory / "LICENSE").read_text() == "terms"
         assert not any((directory / name).exists() for name in left)
         assert json.loads((directory / "preprocessor_config.json").read_text()) == {"image_processor_type": "SiglipImageProcessor"}
 

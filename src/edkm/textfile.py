@@ -22,8 +22,7 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         found = _MARKS.get(error.object[:2])
         reason = f"it begins as {found} does" if found else f"{error.reason} at byte {error.start}"
-        encoding = found or "its encoding"
-        raise TextFileError(f"{path}: is not UTF-8 text ({reason}). Convert it: iconv -f {encoding} -t UTF-8.") from error
+        raise TextFileError(f"{path}: is not UTF-8 text ({reason}). Convert it: iconv -f {found or 'ENCODING'} -t UTF-8.") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise TextFileError(f"{path}: cannot be read ({reason}); expected a UTF-8 text file. Check the path.") from error

@@ -34,13 +34,17 @@ COMPANIONS = (
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy what belongs to a model from its directory into another one, without overwriting what is there."""
+    """Copy what belongs to a model from its directory into another one; each file there is a whole one, or not there."""
+    if source.resolve() == out.resolve():
+        return
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
-            target = out / path.relative_to(source)
-            if path.is_file() and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+            if path.is_file():
+                target = out / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = target.with_name(f".{target.name}.part")
+                shutil.copyfile(path, part)
+                part.replace(target)
     drop_absent_code(out)
 
 

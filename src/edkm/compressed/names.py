@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
@@ -70,13 +69,8 @@ def tied_groups(model: nn.Module) -> set[frozenset[str]]:
     """The names of each tensor that has several."""
     names: dict[int, set[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), set()).add(plain_name(name))
+        names.setdefault(id(tensor), set()).add(name)
     return {frozenset(group) for group in names.values() if len(group) > 1}
-
-
-def plain_name(name: str) -> str:
-    """The name that a tensor has without a parametrization."""
-    return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name)
 
 
 def _targets(model: PreTrainedModel) -> dict[str, Tensor]:

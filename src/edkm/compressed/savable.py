@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from edkm.compressed.checkpoint import check_names
 from edkm.compressed.jsonfile import FormatError, text_limit
 from edkm.compressed.layout import LUT_SUFFIX
 from edkm.compressed.modelconfig import check_counts, refusing
-from edkm.compressed.names import match_names, plain_name, tied_groups
+from edkm.compressed.names import match_names, tied_groups
 from edkm.compressed.shards import description
 
 if TYPE_CHECKING:
@@ -76,9 +77,9 @@ def described(model: PreTrainedModel) -> tuple[PreTrainedConfig, PreTrainedModel
     Raises:
         FormatError: two tensors are one in the model and would be two in what is loaded, or the other way round.
     """
-    # FSDP and parametrizations put classes of torch in front.
+    # FSDP puts a class of torch in front.
     kind: Any = next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
-    tied, names = tied_groups(model), {plain_name(name) for name in model.state_dict()}
+    tied, names = tied_groups(model), model.state_dict().keys()
     wrong: list[frozenset[str]] = []
     for flipped in ("", "model", "text", "both"):
         config = copy.deepcopy(model.config)
@@ -107,5 +108,5 @@ def described(model: PreTrainedModel) -> tuple[PreTrainedConfig, PreTrainedModel
     )
 
 
-def _within(names: set[str], groups: set[frozenset[str]]) -> set[frozenset[str]]:
+def _within(names: AbstractSet[str], groups: set[frozenset[str]]) -> set[frozenset[str]]:
     return {group & names for group in groups if len(group & names) > 1}

@@ -19,7 +19,7 @@ from typing import Any
 from ..progress import progress, say, shown
 from .presets import DEFAULT, PRESETS, plain_steps_of
 from .record import Recorder, said_of
-from .stages import fingerprint, load_weights, prepare_on, save_weights, write
+from .stages import check_directory, fingerprint, load_weights, prepare_on, save_weights, write
 
 # torch and transformers are imported when a command runs: see cli.py.
 
@@ -170,6 +170,8 @@ def _run(args: argparse.Namespace) -> int:
     from . import ranks
 
     ranks.on_first(lambda: _check_directories(args))
+    if args.fsdp and not args.dry_run:
+        ranks.check_several()
     from ..compressed.jsonfile import printable
     from ..config import ClusterConfig
     from ..models import load_model
@@ -328,6 +330,7 @@ def _train(model: Any, blocks: Any, settings: Any, work: Path, phase: str, recor
 
 def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) -> int:
     from ..compressed.companions import copy_companions
+    from ..compressed.jsonfile import write_json
     from ..config import ClusterConfig
     from ..modelfiles import model_files
     from . import ranks
@@ -345,7 +348,7 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
         recorder.weights(model, "fitted")
         recorder.phase("calibration and fit", time.perf_counter() - began)
         if settings.steps:
-            ranks.on_first(lambda: (work / "config.json").write_text(json.dumps(config.to_json())))
+            ranks.on_first(lambda: write_json(work / "config.json", config.to_json()))
     print(
         f"clustered {len(report.clustered)} tensors, left {len(report.skipped)} alone ({time.perf_counter() - began:.0f} s)",
         flush=True,
@@ -358,13 +361,13 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
     if settings.steps:
         recorder.weights(model, "trained")
     began = time.perf_counter()
-    write(args.out, model, tokenizer, config)
     if Path(args.model).suffix.lower() != ".gguf":
+        # First: of the files that both have, those that are written now are the model's.
         ranks.on_first(lambda: copy_companions(model_files(args.model), args.out))
+    write(args.out, model, tokenizer, config)
     recorder.phase("writing", time.perf_counter() - began)
     recorder.measure("packed", model, tokenizer, text)
-    ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))
-    ranks.on_first(lambda: recorder.finish(args.out))
+    ranks.on_first(lambda: _finish(recorder, args.out, work))
     from ..compressed.checkpoint import summary
     from ..report.record import PAGE
 
@@ -377,6 +380,13 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
         + f'\nor in Python: import edkm; model = transformers.AutoModelForCausalLM.from_pretrained("{args.out}")'
     )
     return 0
+
+
+def _finish(recorder: Recorder, out: Path, work: Path) -> None:
+    """Write the report, and remove the run: first the note of it, since what is left of one cannot be resumed."""
+    recorder.finish(out)
+    (work / "run.json").unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def what_next(*commands: Sequence[Any]) -> str:
@@ -421,10 +431,9 @@ def check_output(directory: Path, *, overwrite: bool) -> None:
     """Refuse a directory whose files a command would write over.
 
     Raises:
-        ValueError: `directory` is a file, or holds something and `overwrite` is False.
+        ValueError: as `check_directory`, or `directory` holds something and `overwrite` is False.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory}: is a file, expected a directory to write; name another")
+    check_directory(directory)
     if not overwrite and directory.is_dir() and any(directory.iterdir()):
         raise ValueError(f"{directory}: is not empty; name another directory or add --overwrite")
 
@@ -453,7 +462,7 @@ def _settings(args: argparse.Namespace, steps: int):
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    at_least = {"steps": 0, "plain_steps": 0, "save_every": 0, "block_tokens": 2, "batch": 1, "accumulate": 1, "learners": 1}
+    at_least = {"steps": 0, "plain_steps": 0, "save_every": 0, "block_tokens": 2, "batch": 1, "accumulate": 1, "learners": 1, "seed": 0}
     for name, low in at_least.items():
         value = getattr(args, name)
         if value is not None and value < low:

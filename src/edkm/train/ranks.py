@@ -93,6 +93,12 @@ def on_first(work: Callable[[], Any]) -> None:
         raise ValueError(message[0])
 
 
+def check_several() -> None:
+    """Refuse to shard a model (`--fsdp`) in one process."""
+    if world() == 1:
+        raise ValueError("--fsdp: there is one process and nothing to shard over. Start with torchrun --nproc-per-node N.")
+
+
 def wait() -> None:
     """Until all ranks are here."""
     if world() > 1:

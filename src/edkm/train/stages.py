@@ -168,17 +168,26 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
+def check_directory(directory: Path) -> None:
+    """Refuse a path where no directory can be written.
+
+    Raises:
+        ValueError: it is a file, lies below one, or may not be written to.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: is a file, expected a directory to write. Name another.")
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{directory}: cannot be written: {place} is no directory, or you may not write there. Name another.")
+
+
 def check_replaceable(directory: Path) -> None:
     """Refuse to write a packed model over anything but another.
 
     Raises:
-        ValueError: `directory` is a file, or holds something else.
+        ValueError: as `check_directory`, or `directory` holds something else.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory}: is a file, expected a directory to write. Name another.")
-    above = next(parent for parent in directory.absolute().parents if parent.exists())
-    if not directory.exists() and not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(f"{directory}: cannot be made in {above}, which is no directory or not to be written to. Name another.")
+    check_directory(directory)
     if directory.is_dir() and any(directory.iterdir()):
         try:
             from ..compressed import layout

@@ -134,8 +134,7 @@ def train(
             raise ValueError("distill: there is no teacher. Give the model as it was before it was prepared.")
         teacher = teacher.to(arguments.device).eval().requires_grad_(False)
     if settings.fsdp:
-        if ranks.world() == 1:
-            raise ValueError("--fsdp: there is one process and nothing to shard over. Start with torchrun --nproc-per-node N.")
+        ranks.check_several()
         from edkm.train.shard import shard_model
 
         shard_model(model.to(arguments.device))
