@@ -26,6 +26,9 @@ from edkm.core.assign import lookup
 
 # Weights decoded at once where no kernel reads the packed form: bounds what lives besides input and output.
 _TILE_WEIGHTS = 1 << 22
+# Where a release of torch has these no longer, packed layers run, and only what records them does not.
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class PackedWeight:
@@ -90,18 +93,14 @@ def is_recorded(*tensors: Tensor) -> bool:
         ValueError: a tensor stands for any other (torch.fx.symbolic_trace).
     """
     for tensor in tensors:
-        if isinstance(tensor, Proxy):
-            raise ValueError(
-                "torch.fx.symbolic_trace knows no shapes, as packed layers must. Use torch.export, or call dequantize() first."
-            )
-        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        kind = type(tensor)
+        if kind is not Tensor and kind is not nn.Parameter:
+            if kind is Proxy:
+                raise ValueError(
+                    "torch.fx.symbolic_trace knows no shapes, as packed layers must. Use torch.export, or call dequantize() first."
+                )
             return True
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-    )
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or _modes() > 0 or _transform() is not None
 
 
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -123,8 +122,9 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     recorded = is_recorded(x, weight.stream)
     if not x.is_floating_point():
         raise ValueError(f"x: a packed linear layer takes floating point, got {x.dtype}. Convert it first.")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as autocast does
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = "cpu" if x.is_cpu else x.device.type  # the latter takes long for a product of one row
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as autocast does
+        x = x.to(torch.get_autocast_dtype(device))
     if recorded:
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             return _operator(x, weight.stream, weight.lut, *weight.matrix)
