@@ -157,7 +157,7 @@ def infinite_weight(model):
 
 
 def test_a_classifier_of_many_long_labels(tmp_path):
-    names = {i: f"number {i} of the labels ".ljust(185, ".") for i in range(3000)}
+    names = {i: f"number {i} of the labels ".ljust(180, ".") for i in range(3000)}
     model = LlamaForSequenceClassification(LlamaConfig(**TINY | {"id2label": names, "pad_token_id": 0, "hidden_size": 512})).eval()
     pack(model, tmp_path)
     assert hf.load(tmp_path).config.id2label == names

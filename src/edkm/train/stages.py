@@ -108,7 +108,7 @@ def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
     Args:
         model: prepared by `edkm.prepare`; wrapped by DDP, FSDP2, Accelerate or torch.compile or not.
         directory: made if it does not exist; a packed model in it is replaced, its record and report removed.
-        tokenizer: of transformers, or a processor, written beside the model.
+        tokenizer: of transformers, or a processor, written beside the model; `edkm compress` also copies other files of its source.
 
     Raises:
         ValueError: the model is not prepared, has PEFT adapters, or its ranks differ; `directory` holds something else.
