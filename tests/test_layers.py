@@ -301,7 +301,7 @@ def test_a_weight_that_is_read_is_the_clustered_one(make):
             assert torch.allclose(other(IDS), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("hold", [lambda w: w, lambda w: [w], lambda w: (None, w), lambda w: {"w": w}])
+@pytest.mark.parametrize("hold", [lambda w: w, lambda w: [w], lambda w: (None, w), lambda w: {"w": w}, lambda w: {"a": [(w,)]}])
 def test_a_weight_that_could_be_read_from_elsewhere_is_refused(hold):
     model = seeded(lambda: nn.Sequential(TiedByUse(), nn.Identity()))
     model[1].__dict__["aside"] = hold(model[0].mix.weight)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +80,21 @@ def check_readers(model: nn.Module, names: Mapping[int, str]) -> None:
     """
     for prefix, module in model.named_modules():
         for key, value in vars(module).items():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            found = None if key == "_parameters" else next((names[id(one)] for one in held if id(one) in names), None)
+            found = None if key == "_parameters" else next((names[id(one)] for one in _inside(value) if id(one) in names), None)
             if found is not None:
                 where = f"{prefix}.{key}".lstrip(".")
                 raise ValueError(
                     f"{found}: {where} holds it, too, and would give it unclustered. Read it from its module, or add it to skip."
                 )
+
+
+def _inside(value: Any, depth: int = 3) -> Iterator[Any]:
+    """A value, or those in its lists, tuples, sets and dicts."""
+    if depth and isinstance(value, (dict, list, tuple, set)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _inside(one, depth - 1)
+    else:
+        yield value
 
 
 def check_values(name: str, matrix: Tensor, tables: int) -> None:

@@ -85,12 +85,12 @@ def prepare(
 ) -> Report:
     """Cluster a model's weights from now on, in place: linear layers, embeddings, Conv1d/2d, and stacks of matrices such as experts.
 
-    Each matrix of a stack has tables of its own (`rows_per_lut` divides its rows; 0 is one table for each). Parameters stay what they
-    were, so optimizers and tied weights do too; a tied tensor is clustered once. All tables are made before anything is changed: a
-    refused tensor leaves the model as it was. While a forward pass of the model or of a part of it runs, a weight that is read instead
-    of called (`F.linear(x, self.tokens.weight)`) is the clustered one; outside it is the parameter, so that a loss which multiplies by
-    `model.lm_head.weight` belongs into a `forward`. A frozen weight (`requires_grad` False) is clustered like any other, and annealed with
-    them; `config.skip` leaves weights alone.
+    Each matrix of a stack has tables of its own (`rows_per_lut` divides its rows; 0 is one table for each). Parameters stay what they were,
+    so optimizers and tied weights do too; a tied tensor is clustered once. All tables are made before anything is changed: a refused tensor
+    leaves the model as it was. While a forward pass of the model or of a part of it runs, a weight that is read instead of called
+    (`F.linear(x, self.tokens.weight)`) is the clustered one; outside it is the parameter: call `model(x)`, not `model.forward(x)`, and put
+    a loss which multiplies by `model.lm_head.weight` into a `forward`. A frozen weight (`requires_grad` False) is clustered like any other,
+    and annealed with them; `config.skip` leaves weights alone.
 
     Args:
         model: any module.
