@@ -270,7 +270,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
 
 
 def _packed(directory: Path) -> Path:
-    """Find a packed directory: the one that is given, or, if none is there and it reads `owner/name`, the downloaded one."""
+    """The directory itself, or the downloaded one if `owner/name` is given and no such directory is here."""
     if directory.exists() or len(directory.parts) != 2 or directory.is_absolute():
         return directory
     from .models import packed_directory

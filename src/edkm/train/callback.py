@@ -210,7 +210,7 @@ def _refuse(model: Any, args: Any, out: Path) -> None:
 
 
 def _check_names_in_files(model: nn.Module, args: Any) -> None:
-    """Warn at the start of a model whose weights have other names in files: a Trainer could not load its own checkpoints."""
+    """Say at the start if a Trainer would not find this model's weights in its own checkpoints: it takes names as they are."""
     if not isinstance(model, PreTrainedModel) or args.save_strategy == "no":
         return
     written = revert_weight_conversion(model, {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()})
