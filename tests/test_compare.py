@@ -225,6 +225,8 @@ def test_refusals(tiny_dir, files, tmp_path, capsys, here):
     (tmp_path / "full" / "thing").write_text("")
     assert main(arguments(tiny_dir, files, tmp_path / "full", "--methods", "rtn")) == 1
     assert "holds no comparison" in capsys.readouterr().err
+    assert main(arguments(tiny_dir, files, tmp_path / "full" / "thing", "--methods", "rtn")) == 1
+    assert "is a file, expected a directory" in capsys.readouterr().err
     assert here == []
 
 

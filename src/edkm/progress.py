@@ -30,7 +30,7 @@ def shown(yes: bool = True) -> Iterator[None]:
 
 @contextmanager
 def progress(name: str, total: int | None = None, unit: str = "", *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Show one phase of some work while the block runs, which calls what it is given, `advance(steps=1, note="")`, as it goes on.
+    """Show one phase of some work while the block runs; the block calls the given `advance(steps=1, note="")` as it goes on.
 
     Args:
         name: of the phase.

@@ -7,7 +7,7 @@ _MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 class TextFileError(ValueError):
-    """A file that is no text; the message names the file, the rule and the remedy."""
+    """A file that is not text; the message names the file, the rule and the remedy."""
 
 
 def read_text(path: str | Path) -> str:

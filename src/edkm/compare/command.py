@@ -23,6 +23,7 @@ from edkm.compressed.jsonfile import printable
 from edkm.progress import progress
 from edkm.textfile import read_text
 from edkm.train.records import fields, read_records
+from edkm.train.stages import check_directory
 
 TEXT = """Compare edkm with other methods on one model: bits, size, perplexity, tasks, cost.
 
@@ -167,6 +168,7 @@ def _check(args: argparse.Namespace, methods: Sequence[str], tasks: Sequence[str
 
 def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
     """Make the directory ready for this comparison, or go on with the one that is there."""
+    check_directory(out)
     path = out / SETTINGS
     if path.is_file():
         before = json.loads(path.read_text())

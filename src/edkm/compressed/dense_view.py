@@ -119,7 +119,7 @@ class DenseView(Tensor):
         return self.packed.stream.data_ptr()
 
     def is_contiguous(self, *_: Any, **__: Any) -> bool:
-        """No: whoever reads memory by address must make it so first, and `contiguous()` is the dense weight."""
+        """Say no: code that reads memory by address then calls `contiguous()` first, which gives the dense weight."""
         return False
 
     def contiguous(self, *_: Any, **__: Any) -> Tensor:

@@ -119,7 +119,7 @@ class Packed(nn.Module):
 
     @contextmanager
     def _as_kept(self) -> Iterator[None]:
-        """Within, torch's own methods meet the bytes of parameters and not their views."""
+        """Give torch's own methods the packed bytes of parameters within the block, in the place of their views."""
         parameters = self._parameters
         self._parameters = dict(parameters)
         try:

@@ -80,7 +80,7 @@ def round_lut(centroids: Tensor) -> Tensor:
 
 
 def as_stored(centroids: Tensor) -> Tensor:
-    """`round_lut` without a look at the values, for which a device would have to be waited for; those that do not fit are infinite."""
+    """Round tables to float16 without reading a value from their device; values that do not fit become infinite."""
     lut = centroids.detach().to(LUT_DTYPE)
     return lut.sort(dim=1).values if lut.shape[2] == 1 else lut
 

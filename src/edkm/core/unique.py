@@ -212,7 +212,7 @@ def groups_of_piece(weights: int, device: torch.device) -> int:
 
 
 def usual_values(device: torch.device) -> int:
-    """Values in a table, usually."""
+    """Estimate the number of values in a table."""
     return _USUAL_VALUES if counts_values(device) else KEYS
 
 

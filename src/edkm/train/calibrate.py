@@ -84,7 +84,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the while, without gradients or autocast; each module's flag is put back, since a model may be frozen in part."""
+    """Run a model in eval mode within the block, without gradients or autocast; the flag of each module is put back as it was."""
     found = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -73,7 +73,7 @@ def check_finite(name: str, parameter: Tensor) -> None:
 
 
 def check_readers(model: nn.Module, names: Mapping[int, str]) -> None:
-    """Refuse a weight that a module also has in an attribute of its own, a list say, from where it would be read unclustered.
+    """Refuse a weight that a module also holds in an attribute (a list, say), from where it would be read unclustered.
 
     Args:
         names: of the parameters that are clustered, by `id`.

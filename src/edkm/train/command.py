@@ -390,7 +390,7 @@ def _finish(recorder: Recorder, out: Path, work: Path) -> None:
 
 
 def what_next(*commands: Sequence[Any]) -> str:
-    """Arguments of `edkm` to go on with, as they are typed here."""
+    """Show the commands to go on with, as they are typed here: `edkm` with each of these arguments."""
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())

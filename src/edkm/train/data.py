@@ -172,7 +172,7 @@ def _encode_plain(tokenizer: Any, record: Record, first: list[int]) -> tuple[lis
 
 
 def _check_not_written(tokenizer: Any, record: Record) -> None:
-    """Refuse a prompt and completion that a template wrote already: they would be written into another."""
+    """Refuse a prompt and completion that hold special tokens, as those written by a template do: another would be put around them."""
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     found = [token for token in special if any(token in message["content"] for message in record.messages)]
     if found:

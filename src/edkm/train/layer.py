@@ -283,7 +283,7 @@ class Clustering(nn.Module):
 
 
 def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor that nobody else has, in another shape. Not as a view: what an autograd function returns as one cannot be written to."""
+    """Reshape a tensor that nobody else holds. Not as a view: what an autograd function returns as one cannot be written to."""
     return torch.ops.aten._unsafe_view(x, list(shape))
 
 

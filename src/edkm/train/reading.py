@@ -90,7 +90,7 @@ def _class_of(plain: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """How to copy and pickle a module whose class was made here."""
+    """Copy and pickle a module whose class was made here."""
     return _empty, (self._plain, self._clustered), self.__getstate__()
 
 

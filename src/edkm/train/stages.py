@@ -53,7 +53,7 @@ def prepare_from(
 
 
 def _allocate(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any, target_bpw: float) -> Any:
-    """`edkm.allocate`, the same on all ranks."""
+    """Run `edkm.allocate`, with the same result on all ranks."""
     import torch
 
     from . import ranks
@@ -82,7 +82,7 @@ def _placeholders(model: Any, config: Any) -> dict[str, Any]:
 
 
 def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any, *, guided: bool) -> dict[str, Any]:
-    """`edkm.fit`, the same on all ranks to the bit."""
+    """Run `edkm.fit`, with the same result on all ranks to the bit."""
     from . import ranks
     from .fit import fit
     from .gradients import sensitivity

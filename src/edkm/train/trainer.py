@@ -92,7 +92,7 @@ def resolve_precision(precision: str) -> str:
 
 
 def named_precision(precision: str) -> str:
-    """What training computes in, in words."""
+    """Name the precision that training computes in."""
     return {"bf16": "bf16 autocast", "fp32": "float32"}[resolve_precision(precision)]
 
 
@@ -305,7 +305,7 @@ class _Trainer(transformers.Trainer):
 
 @contextmanager
 def _forward_as_found(model: nn.Module) -> Iterator[None]:
-    """For mixed precision Accelerate wraps `forward` in autocast and leaves it so, and what is done next would run in 16 bits."""
+    """Put back `forward` after the block: for mixed precision Accelerate leaves it in autocast, and later work would run in 16 bits."""
     names = ("forward", "_original_forward", "_is_accelerate_prepared")
     before = {name: vars(model)[name] for name in names if name in vars(model)}
     try:
