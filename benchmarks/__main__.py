@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import ablation, compare, coreai, fuzz, generation, memory, offload, op, packed, packed_gpu, recipe, step
+from benchmarks import ablation, compare, coreai, fuzz, generation, memory, offload, op, packed, packed_gpu, reads, recipe, step
 
 COMMANDS = {
     "ablation": ablation.main,
@@ -15,6 +15,7 @@ COMMANDS = {
     "op": op.main,
     "packed": packed.main,
     "packed-gpu": packed_gpu.main,
+    "reads": reads.main,
     "recipe": recipe.main,
     "step": step.main,
 }

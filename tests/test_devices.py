@@ -15,33 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import edkm
+from benchmarks.reads import CountReads
 from edkm.core import compiled, unique
 from edkm.core.op import find
 from edkm.evaluate import perplexity
 from edkm.train import command, trainer
 from edkm.train.prepare import clusterings
 
-# Operations whose result, or its shape, the host has to wait for.
-READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount", "histc"}
-READS |= {"_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"}
 TEXT = "the quick brown fox jumps over the lazy dog " * 6
-
-
-class CountReads(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        masks = name.startswith(("index", "_index")) and any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in _indices(args))
-        if name in READS or masks or (name == "repeat_interleave" and isinstance(args[-1], torch.Tensor)):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def _indices(args):
-    return [x for argument in args[1:] if isinstance(argument, (list, tuple)) for x in argument]
 
 
 class RefuseFloat64(TorchDispatchMode):
