@@ -338,11 +338,10 @@ def test_the_process_itself(tmp_path):
 
 def test_a_reader_that_stops_reading_is_no_error(tmp_path):
     code = (
-        "import sys, types\nfrom edkm import cli\n"
-        "sys.modules['edkm.compressed'] = package = types.ModuleType('edkm.compressed')\n"
+        "import sys\nfrom edkm import cli\nfrom edkm.compressed import checkpoint\n"
         "def summary(directory):\n    raise BrokenPipeError\n"
-        "package.checkpoint = types.SimpleNamespace(summary=summary)\n"
-        "sys.exit(cli.main(['inspect', 'packed']))\n"
+        "checkpoint.summary = summary\n"
+        "sys.exit(cli.main(['inspect', sys.argv[1]]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
