@@ -224,8 +224,8 @@ def run_on_a_device_that_is_not_there():
 def test_a_step_and_an_evaluation_on_a_device_that_is_not_there():
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("torch cannot make up a device")
-    script = "import test_devices; test_devices.run_on_a_device_that_is_not_there()"
-    found = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    script = "from tests import test_devices; test_devices.run_on_a_device_that_is_not_there()"
+    found = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert found.stdout == "ran\n", found.stderr
 
 
