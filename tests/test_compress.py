@@ -119,6 +119,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 130
     order = [*range(plain), *range(6 - plain)]
     assert taken == order[:after] and (tmp_path / "parts" / "training" / "run.json").is_file()
+    monkeypatch.setattr("edkm.train.data.make_blocks", None)  # the tokens are those that it began with, whatever day it is
     if after > plain:  # in the clustered phase: tables come from the checkpoint, none are looked for
         monkeypatch.setattr(layer, "initial_centroids", None)
         monkeypatch.setattr(stages, "_fit", None)
@@ -199,14 +200,14 @@ def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsy
     assert main(arguments(tiny_dir, data, out, "--steps", "4", "--resume", "--lr", "1e-5")) == 1
     assert "lr: the interrupted run had 0.0002, this one has 1e-05" in capsys.readouterr().err
     other, tokenizer = load_model(tiny_dir)
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|start|>", "<|start|>on another day, ")
-    other.save_pretrained(tmp_path / "day")
-    tokenizer.save_pretrained(tmp_path / "day")
-    assert main(arguments(tmp_path / "day", data, out, "--steps", "4", "--resume")) == 1
-    assert "tokens of the data: the interrupted run had" in capsys.readouterr().err
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|start|>", "<|start|>in another way, ")
+    other.save_pretrained(tmp_path / "way")
+    tokenizer.save_pretrained(tmp_path / "way")
+    assert main(arguments(tmp_path / "way", data, out, "--steps", "4", "--resume")) == 1
+    assert "chat template: the interrupted run had" in capsys.readouterr().err
     other.model.norm.weight.data[0] += 1e-3
     other.save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
+    load_model(tiny_dir)[1].save_pretrained(tmp_path / "other")
     assert main(arguments(tmp_path / "other", data, out, "--steps", "4", "--resume")) == 1
     assert "model: the interrupted run had" in capsys.readouterr().err
     assert main(arguments(tiny_dir, data, tmp_path / "none", "--resume")) == 1

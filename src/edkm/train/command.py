@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import hashlib
 import json
 import math
 import shlex
@@ -177,7 +178,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..models import load_model
     from ..textfile import read_text
     from .calibrate import calibrate
-    from .data import make_blocks
+    from .data import Blocks, make_blocks
     from .limits import tokens_to_score
     from .prepare import check
     from .records import read_records
@@ -198,7 +199,11 @@ def _run(args: argparse.Namespace) -> int:
     text = None if args.eval_text is None else read_text(args.eval_text)
     with progress(f"loading {args.model}"):
         model, tokenizer = load_model(args.model)
-    blocks = make_blocks(records, tokenizer, block_tokens=args.block_tokens, source=str(args.data), model=model)
+    work, kept = args.out / "training", args.out / "training" / "blocks.pt"
+    if args.resume and kept.is_file():
+        blocks = Blocks.read(kept)
+    else:
+        blocks = make_blocks(records, tokenizer, block_tokens=args.block_tokens, source=str(args.data), model=model)
     del records
     if text is not None:
         tokens_to_score(model, tokenizer, text, window=args.block_tokens, source=str(args.eval_text))
@@ -248,19 +253,19 @@ def _run(args: argparse.Namespace) -> int:
         "blocks_per_step": settings.blocks_per_step,
         "config": config.to_json(),
         "block_tokens": args.block_tokens,
-        "tokens of the data": blocks.fingerprint(),
+        "data": hashlib.sha256(args.data.read_bytes()).hexdigest(),
+        "chat template": hashlib.sha256(json.dumps(getattr(tokenizer, "chat_template", None)).encode()).hexdigest(),
         "backend": args.backend,
         "start": args.start,
         "target_bpw": args.target_bpw,
         "plain_steps": plain_steps,
     }
-    work = args.out / "training"
     if args.resume:
         check_same_run(work, identity)
     else:
         ranks.on_first(lambda: shutil.rmtree(work) if work.exists() else None)
         if steps:
-            ranks.on_first(lambda: remember_run(work, identity))
+            ranks.on_first(lambda: (work.mkdir(parents=True), blocks.save(kept), remember_run(work, identity)))
     device = _to_device(model, args)
     print(f"device: {device}", flush=True)
     if plain_steps and not args.resume:

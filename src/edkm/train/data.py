@@ -15,7 +15,6 @@ Where the tokenizer puts a token before every text (Llama's and Gemma's beginnin
 was trained so is far off without. Where a block cuts a text, the token is put in, and its successor has no label: it follows other text.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -66,9 +65,16 @@ class Blocks(Dataset):
         """Tokens per block: as asked for, or fewer if the whole file is shorter than one block."""
         return self.input_ids.shape[1]
 
-    def fingerprint(self) -> str:
-        """Hash the tokens and labels, which depend on the file, the tokenizer and the template, of which some write today's date."""
-        return hashlib.sha256(self.input_ids.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+    def save(self, path: Path) -> None:
+        """Write the blocks to a file, all of it or nothing, for a run that is resumed: a template may write today's date."""
+        part = path.with_name(path.name + ".part")
+        torch.save(vars(self), part)
+        part.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Blocks":
+        """Read what `save` wrote."""
+        return cls(**torch.load(path, weights_only=True))
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
