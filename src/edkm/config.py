@@ -96,7 +96,7 @@ class ClusterConfig:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern (`*`, `?`) is that of a weight, or of a module that it is in."""
+    """Say whether a pattern (`*`, `?`) matches a weight's name, or that of a module around it."""
     if not set(pattern) & set("*?["):
         return name == pattern or name.startswith(f"{pattern}.")
     parts = name.split(".")

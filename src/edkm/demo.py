@@ -177,7 +177,7 @@ _STAGES = {"original": _original, "control": _control, "compress": _compress, "r
 
 
 def _is_trained_model(figures: dict[str, dict[str, Any]]) -> bool:
-    """Whether the packed model, in a fresh process, has the perplexity of the trained one to the bit."""
+    """Say whether the packed model, in a fresh process, has the perplexity of the trained one to the bit."""
     return figures["reload"]["perplexity"] == figures["compress"]["hard"]
 
 

@@ -70,7 +70,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _other_directory(directory: Path) -> str:
-    """What to do with a directory that has no `config.json`."""
+    """Explain what a directory without `config.json` is, and what to do with it."""
     if ggufs := sorted(path.name for path in directory.glob("*.gguf")):
         return f"Name the file: {directory / ggufs[0]}"
     if (directory / "model_index.json").is_file():

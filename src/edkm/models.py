@@ -60,7 +60,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
 
 
 def _is_packed(source: str | Path) -> bool:
-    """Whether a model is packed; refuse one whose class is not of transformers."""
+    """Say whether a model is packed; refuse one whose class is not of transformers."""
     config = read_config(source, model_files(source))
     transformers = import_transformers()
     named = [str(name) for name in config.get("architectures") or []]
@@ -150,7 +150,7 @@ def _check_loaded(source: str | Path, model: Any, info: dict[str, Any]) -> None:
 
 
 def _within_a_layer(name: str, modules: dict[str, Any], more: int) -> bool:
-    """Whether a tensor that a model does not read belongs to one of its layers, or is a layer that it does not have.
+    """Say whether a tensor that a model does not read belongs to one of its layers, or is a layer that it does not have.
 
     Others belong to parts that the class leaves out (a vision tower, `more` layers at the end that predict further tokens), or are masks
     and frequencies that are made anew.
@@ -247,7 +247,7 @@ def _gguf_tensors(path: Path) -> list[str]:
 
 
 def _unread(stored: list[str], model: Any) -> list[str]:
-    """Of the tensors in a GGUF file those that transformers leaves out without a word, by the names that they would have in the model."""
+    """List the tensors of a GGUF file that transformers leaves out without a word, by the names that they would have in the model."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     kind = model.config.model_type

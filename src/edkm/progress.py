@@ -1,4 +1,4 @@
-"""How far long work is, on stderr: on a terminal a bar with the time left, elsewhere a line now and then, and a line at the end.
+"""Progress of long work on stderr: on a terminal a bar with the time left, elsewhere a line now and then, and a line at the end.
 
 Only commands show it (`shown`): a function that a program calls is silent. Results are printed to stdout and never here.
 """

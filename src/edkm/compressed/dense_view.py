@@ -73,7 +73,7 @@ class DenseView(Tensor):
         return out
 
     def shows(self, weight: PackedWeight, dtype: torch.dtype) -> bool:
-        """Whether this is `weight` in `dtype`; its tables may be a copy."""
+        """Say whether this is `weight` in `dtype`; its tables may be a copy."""
         mine = self.packed
         same = mine.stream is weight.stream and self.device == weight.stream.device and self.dtype == dtype
         return same and (mine.lut is weight.lut or mine.lut.is_meta or torch.equal(mine.lut, weight.lut))

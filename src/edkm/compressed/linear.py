@@ -87,7 +87,7 @@ class PackedWeight:
 
 
 def is_recorded(*tensors: Tensor) -> bool:
-    """Whether somebody records or transforms what is done with a tensor: torch.compile, export, trace, a mode, vmap, a subclass.
+    """Say whether somebody records or transforms what is done with a tensor: torch.compile, export, trace, a mode, vmap, a subclass.
 
     Raises:
         ValueError: a tensor stands for any other (torch.fx.symbolic_trace).

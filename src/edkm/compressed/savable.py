@@ -61,7 +61,7 @@ def check_savable(model: nn.Module) -> None:
 
 
 def is_transformers(model: Any) -> bool:
-    """Whether a model is one of transformers' kind, which is written with its config."""
+    """Say whether a model is one of transformers' kind, which is written with its config."""
     import sys
 
     transformers = sys.modules.get("transformers")

@@ -42,7 +42,7 @@ _LARGEST = {torch.bfloat16: 0x7F7F, torch.float16: 0x7BFF}
 
 
 def counts_values(device: torch.device) -> bool:
-    """Whether tables hold only the values that occur."""
+    """Say whether tables on a device hold only the values that occur."""
     return device.type == "cpu"
 
 

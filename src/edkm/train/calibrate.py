@@ -169,12 +169,12 @@ def call(model: nn.Module, batch: Any) -> None:
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module was given first, by place or by name; None if nothing."""
+    """Return the first argument of a call, by place or by name; None if nothing."""
     return next(iter((*args, *kwargs.values())), None)
 
 
 def is_product(module: nn.Linear, x: Any, out: Any) -> bool:
-    """Whether a call gave what a product with the weight has the shape of: subclasses of `nn.Linear` may do something else."""
+    """Say whether a call gave what a product with the weight has the shape of: subclasses of `nn.Linear` may do something else."""
     rows, cols = module.weight.shape
     return isinstance(x, Tensor) and isinstance(out, Tensor) and x.shape[-1:] == (cols,) and out.shape == (*x.shape[:-1], rows)
 

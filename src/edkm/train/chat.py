@@ -120,7 +120,7 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message], answers: Se
 
 @dataclass(frozen=True)
 class _Turns:
-    """Where each message of a conversation is in the text that the template writes.
+    """Positions of the messages of a conversation in the text that the template writes.
 
     Attributes:
         text: the rendering of `messages`.
@@ -145,7 +145,7 @@ class _Turns:
                 )
 
     def span(self, index: int) -> tuple[int, int]:
-        """Where the assistant writes message `index`: from the end of the prompt for it to the end of its turn."""
+        """Return the characters of the assistant's message `index`: from the end of the prompt for it to the end of its turn."""
         prompt = self._written(self.messages[:index], add_generation_prompt=True)
         whole = self.text if index == len(self.messages) - 1 else self._written(self.messages[: index + 1])
         start = len(prompt) if prompt and self.text.startswith(prompt) else None

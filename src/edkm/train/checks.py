@@ -1,4 +1,4 @@
-"""What clustering refuses, found before anything is changed or trained: `prepare.check` asks for all of it."""
+"""Checks of a model before anything is changed or trained: `prepare.check` runs all of them."""
 
 from __future__ import annotations
 

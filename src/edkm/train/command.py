@@ -173,8 +173,6 @@ def _run(args: argparse.Namespace) -> int:
     ranks.on_first(lambda: _check_directories(args))
     if args.fsdp and not args.dry_run:
         ranks.check_several()
-    from ..compressed.jsonfile import printable
-    from ..config import ClusterConfig
     from ..models import load_model
     from ..textfile import read_text
     from .calibrate import calibrate
@@ -182,19 +180,9 @@ def _run(args: argparse.Namespace) -> int:
     from .limits import tokens_to_score
     from .prepare import check
     from .records import read_records
-    from .trainer import named_precision
 
     # Files and numbers first: a misspelt name should not cost the minutes of loading a model.
-    config = ClusterConfig(
-        bits=args.bits,
-        dim=args.dim,
-        rows_per_lut=1 if args.rows_per_lut is None else args.rows_per_lut,
-        softness=args.softness,
-        anneal=args.anneal,
-        max_iters=args.iters,
-        embedding_bits=args.embedding_bits,
-        skip=tuple(args.skip),
-    )
+    config = _config(args)
     records = read_records(args.data)
     text = None if args.eval_text is None else read_text(args.eval_text)
     with progress(f"loading {args.model}"):
@@ -215,19 +203,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--distill: is for clustered steps, and there are none. Leave it out, or give fewer --plain-steps.")
     config = replace(config, anneal_steps=steps - plain_steps)
     check(model, config, args.backend)
-    print(
-        f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
-        f"{len(blocks):,} blocks of {blocks.block_tokens}",
-        flush=True,
-    )
-    for note in blocks.notes:
-        print(f"data: {printable(note)}")
-    if steps:
-        print(
-            f"training: {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks, {plain_steps:,} of them plain; "
-            f"lr {args.lr:g}, {named_precision(args.precision)}",
-            flush=True,
-        )
+    _print_plan(args, blocks, steps, plain_steps)
     if args.target_bpw is None and PRESETS[args.preset].chosen_bits:
         from .allocate import bits_of
 
@@ -245,21 +221,7 @@ def _run(args: argparse.Namespace) -> int:
     from .checkpoints import check_same_run, remember_run
 
     settings = _settings(args, steps)
-    # Not how the work is shared out, or when it is saved: another number of ranks may go on.
-    free = ("batch", "accumulate", "fsdp", "save_every")
-    identity = {
-        **{key: value for key, value in vars(settings).items() if key not in free},
-        "model": fingerprint(model),
-        "blocks_per_step": settings.blocks_per_step,
-        "config": config.to_json(),
-        "block_tokens": args.block_tokens,
-        "data": hashlib.sha256(args.data.read_bytes()).hexdigest(),
-        "chat template": hashlib.sha256(json.dumps(getattr(tokenizer, "chat_template", None)).encode()).hexdigest(),
-        "backend": args.backend,
-        "start": args.start,
-        "target_bpw": args.target_bpw,
-        "plain_steps": plain_steps,
-    }
+    identity = _identity(args, model, tokenizer, config, settings, plain_steps)
     if args.resume:
         check_same_run(work, identity)
     else:
@@ -288,8 +250,64 @@ def _run(args: argparse.Namespace) -> int:
     return _compress(args, model, tokenizer, blocks, config, settings, recorder, text)
 
 
+def _config(args: argparse.Namespace) -> Any:
+    """Make the config of a run; how long to anneal is known when the data is."""
+    from ..config import ClusterConfig
+
+    return ClusterConfig(
+        bits=args.bits,
+        dim=args.dim,
+        rows_per_lut=1 if args.rows_per_lut is None else args.rows_per_lut,
+        softness=args.softness,
+        anneal=args.anneal,
+        max_iters=args.iters,
+        embedding_bits=args.embedding_bits,
+        skip=tuple(args.skip),
+    )
+
+
+def _print_plan(args: argparse.Namespace, blocks: Any, steps: int, plain_steps: int) -> None:
+    """Print the counts of the data, and how it will be trained on."""
+    from ..compressed.jsonfile import printable
+    from . import ranks
+    from .trainer import named_precision
+
+    print(
+        f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
+        f"{len(blocks):,} blocks of {blocks.block_tokens}",
+        flush=True,
+    )
+    for note in blocks.notes:
+        print(f"data: {printable(note)}")
+    if steps:
+        print(
+            f"training: {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks, {plain_steps:,} of them plain; "
+            f"lr {args.lr:g}, {named_precision(args.precision)}",
+            flush=True,
+        )
+
+
+def _identity(args: argparse.Namespace, model: Any, tokenizer: Any, config: Any, settings: Any, plain_steps: int) -> dict[str, Any]:
+    """Collect everything that the result of a run depends on: a run that is resumed must have the same."""
+    # Not how the work is shared out, or when it is saved: another number of ranks may go on.
+    free = ("batch", "accumulate", "fsdp", "save_every")
+    return {
+        **{key: value for key, value in vars(settings).items() if key not in free},
+        "model": fingerprint(model),
+        "blocks_per_step": settings.blocks_per_step,
+        "config": config.to_json(),
+        "block_tokens": args.block_tokens,
+        "data": hashlib.sha256(args.data.read_bytes()).hexdigest(),
+        "chat template": hashlib.sha256(json.dumps(getattr(tokenizer, "chat_template", None)).encode()).hexdigest(),
+        "backend": args.backend,
+        "start": args.start,
+        "target_bpw": args.target_bpw,
+        "plain_steps": plain_steps,
+    }
+
+
 def _to_device(model: Any, args: argparse.Namespace) -> str:
-    """Where the model trains; it is moved there, unless it is to be sharded and may be too large for one."""
+    """Move the model to the device it trains on, and name that; not one that is to be sharded and may be too large for one."""
     from .trainer import pick_device
 
     device = pick_device()

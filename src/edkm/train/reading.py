@@ -1,4 +1,4 @@
-"""What a module that has a clustered parameter gives to those who read it.
+"""Reading a clustered parameter: the clustered weight in a forward pass, the trained one outside of it.
 
 Not every weight is used by calling its module. Convolutions, experts and subclasses of known layers read `self.weight` in their own
 way; others read the weight of another module: heads that are tied by use, fused losses, `nn.MultiheadAttention`, Mamba. So there is one
@@ -132,6 +132,6 @@ def clustering_of(module: nn.Module, key: str) -> Clustering:
 
 
 def state_name(key: str) -> str:
-    """Where a module keeps the clustering of its parameter, also in a state dict: `a.b.clustering` for `a.b.weight`."""
+    """Name the attribute that holds the clustering of a parameter, also in a state dict: `a.b.clustering` for `a.b.weight`."""
     owner, dot, key = key.rpartition(".")
     return owner + dot + ("clustering" if key == "weight" else f"clustering_of_{key}")

@@ -74,7 +74,7 @@ class TrainResult:
 
 
 def pick_device() -> str:
-    """Where to train: `cuda`, or `mps` on a Mac (of which processes cannot share the work), else `cpu`."""
+    """Name the device to train on: `cuda`, or `mps` on a Mac (of which processes cannot share the work), else `cpu`."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() and ranks.world() == 1 else "cpu"
