@@ -1,4 +1,4 @@
-"""What other code sees where it reads the weight of a packed module: the dense weight, decoded when it is used.
+"""The weight of a packed module as other code reads it: the dense weight, decoded when it is used.
 
 Some code reads a layer's `weight` and not only calls the layer: Gemma's embedding and T5's output layer ask for its dtype, Mamba
 multiplies by it, TRL's losses take the output layer's, adapters ask for its shape and device and, when they are merged, add to it;
@@ -115,7 +115,7 @@ class DenseView(Tensor):
         return self.nbytes / self.numel()
 
     def data_ptr(self) -> int:
-        """Of the indices: equal for tied weights."""
+        """Return the address of the indices, which tied weights share."""
         return self.packed.stream.data_ptr()
 
     def is_contiguous(self, *_: Any, **__: Any) -> bool:
