@@ -24,10 +24,10 @@ import edkm
 from benchmarks.measure import machine, write
 from edkm.demo_data import fetch_smollm2
 from edkm.models import load_model
+from edkm.train.loop import TrainSettings
 from edkm.train.memory import Budget, Timeline, plan_memory
 from edkm.train.prepare import clusterings
 from edkm.train.shard import shard_model
-from edkm.train.trainer import TrainSettings
 
 BATCH, BLOCK_TOKENS = 2, 512
 CASES = {

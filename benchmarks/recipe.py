@@ -152,7 +152,7 @@ def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def _train(model: Any, blocks: Any, steps: int, first: int, work: Path) -> None:
-    from edkm.train.trainer import TrainSettings, train
+    from edkm.train.loop import TrainSettings, train
 
     if train(model, blocks, TrainSettings(steps=steps, lr=LR, first_step=first, precision="fp32"), work).interrupted:
         raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from edkm.cli import main
 from edkm.compressed import hf
 from edkm.compressed.checkpoint import read, summary
 from edkm.models import load_model
-from edkm.train import layer, stages, trainer
+from edkm.train import layer, loop, stages
 from edkm.train.checkpoints import last_checkpoint
 from edkm.train.data import load_blocks
 from edkm.train.prepare import plan, unclustered
@@ -80,7 +80,7 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
     blocks = load_blocks(data, tokenizer, block_tokens=64)
     config = edkm.ClusterConfig(rows_per_lut=16, anneal_steps=3)
     stages.prepare_on(model, config, blocks)
-    trainer.train(model, blocks, trainer.TrainSettings(steps=3, lr=1e-3, precision="fp32"), tmp_path / "work")
+    loop.train(model, blocks, loop.TrainSettings(steps=3, lr=1e-3, precision="fp32"), tmp_path / "work")
     model.eval()
     ids = blocks[0]["input_ids"].unsqueeze(0)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
         if len(taken) == after:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(trainer._Stop, "on_step_begin", interrupt)
+    monkeypatch.setattr(loop._Stop, "on_step_begin", interrupt)
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 130
     order = [*range(plain), *range(6 - plain)]
     assert taken == order[:after] and (tmp_path / "parts" / "training" / "run.json").is_file()
@@ -138,12 +138,12 @@ def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp
     found = summary(tmp_path / "whole")
     assert 3.1 < found["clustered_bits_per_weight"] <= 3.2
     assert len({(tensor["bits"], tensor["luts"]) for tensor in found["tensors"]}) > 3
-    stop = trainer._Stop.on_step_begin
-    monkeypatch.setattr(trainer._Stop, "on_step_begin", lambda self, args, state, control, **kw: setattr(self, "asked_at", 0.0))
+    stop = loop._Stop.on_step_begin
+    monkeypatch.setattr(loop._Stop, "on_step_begin", lambda self, args, state, control, **kw: setattr(self, "asked_at", 0.0))
     assert main([*arguments_of(tmp_path / "parts")]) == 130  # in the plain step
     assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 130  # in the clustered ones
     assert (tmp_path / "parts" / "training" / "config.json").is_file()
-    monkeypatch.setattr(trainer._Stop, "on_step_begin", stop)
+    monkeypatch.setattr(loop._Stop, "on_step_begin", stop)
     monkeypatch.setattr(stages, "_allocate", None)  # not once more
     assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 0
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
@@ -192,7 +192,7 @@ def test_a_preset_that_chooses_bits_takes_no_vectors(tiny_dir, data, tmp_path, c
 
 
 def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer._Stop, "on_step_begin", lambda self, args, state, control, **kw: setattr(self, "asked_at", 0.0))
+    monkeypatch.setattr(loop._Stop, "on_step_begin", lambda self, args, state, control, **kw: setattr(self, "asked_at", 0.0))
     out = tmp_path / "out"
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 130
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 1
@@ -305,8 +305,8 @@ def test_checkpointing_trains_to_the_same_weights(tiny_dir, data, tmp_path):
         model, tokenizer = load_model(tiny_dir)
         blocks = load_blocks(data, tokenizer, block_tokens=64)
         edkm.prepare(model, edkm.ClusterConfig(rows_per_lut=16))
-        settings = trainer.TrainSettings(steps=2, lr=1e-3, precision="fp32", checkpointing=checkpointing)
-        trainer.train(model, blocks, settings, tmp_path / "work")
+        settings = loop.TrainSettings(steps=2, lr=1e-3, precision="fp32", checkpointing=checkpointing)
+        loop.train(model, blocks, settings, tmp_path / "work")
         states.append(model.state_dict())
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-5, atol=1e-6)
@@ -316,10 +316,10 @@ def test_checkpointing_trains_to_the_same_weights(tiny_dir, data, tmp_path):
 
 def test_divergence_is_the_kl_of_the_predictions():
     logits, expected = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7)
-    found = trainer.divergence(logits, expected)
+    found = loop.divergence(logits, expected)
     pairs = [t.flatten(0, 1).log_softmax(-1) for t in (logits, expected)]
     torch.testing.assert_close(found, torch.nn.functional.kl_div(*pairs, log_target=True, reduction="batchmean"))
-    assert float(trainer.divergence(expected, expected)) == pytest.approx(0, abs=1e-6)
+    assert float(loop.divergence(expected, expected)) == pytest.approx(0, abs=1e-6)
     (grad,) = torch.autograd.grad(found, logits)
     torch.testing.assert_close(grad, (logits.softmax(-1) - expected.softmax(-1)).detach() / 6)
 
@@ -340,15 +340,15 @@ def test_distillation_keeps_to_the_teacher_however_a_step_is_cut(tiny_dir, data,
         model = load_model(tiny_dir)[0].double()
         edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=16))
         start = away(model)
-        settings = trainer.TrainSettings(steps=8, lr=1e-3, precision="fp32", distill=1.0, **cut)
-        trainer.train(model, blocks, settings, tmp_path / "work", teacher=load_model(tiny_dir)[0].double())
+        settings = loop.TrainSettings(steps=8, lr=1e-3, precision="fp32", distill=1.0, **cut)
+        loop.train(model, blocks, settings, tmp_path / "work", teacher=load_model(tiny_dir)[0].double())
         return start, away(model)
 
     start, once = trained(batch=4)
     assert once < 0.8 * start
     assert trained(batch=2, accumulate=2)[1] == pytest.approx(once, rel=1e-6)
     with pytest.raises(ValueError, match="there is no teacher"):
-        trainer.train(original, blocks, trainer.TrainSettings(steps=1, lr=1e-3, distill=0.5), tmp_path / "work")
+        loop.train(original, blocks, loop.TrainSettings(steps=1, lr=1e-3, distill=0.5), tmp_path / "work")
 
 
 def test_the_start_is_chosen_and_distillation_is_an_option(tiny_dir, data, tmp_path, capsys):
@@ -363,15 +363,15 @@ def test_the_start_is_chosen_and_distillation_is_an_option(tiny_dir, data, tmp_p
 
 
 def test_every_step_of_a_short_run_counts():
-    shares = [trainer.rate_share(step, steps=12, warmup=1) for step in range(12)]
+    shares = [loop.rate_share(step, steps=12, warmup=1) for step in range(12)]
     assert shares[0] == 0.5 and shares[1] == 1 and shares[-1] == pytest.approx(1 / 11)
     assert shares[1:] == sorted(shares[1:], reverse=True)
-    assert [trainer.rate_share(0, steps=1, warmup=0), trainer.rate_share(12, steps=12, warmup=1)] == [1, 0]
+    assert [loop.rate_share(0, steps=1, warmup=0), loop.rate_share(12, steps=12, warmup=1)] == [1, 0]
 
 
 def test_clustered_steps_go_on_in_the_data_where_plain_ones_stopped(tiny_dir, data, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(trainer._Order, "__getitem__", lambda self, i: seen.append(int(self.order[i])) or self.blocks[seen[-1]])
+    monkeypatch.setattr(loop._Order, "__getitem__", lambda self, i: seen.append(int(self.order[i])) or self.blocks[seen[-1]])
     orders = []
     for more in (["--plain-steps", "0"], ["--plain-steps", "2"]):
         seen.clear()
@@ -384,7 +384,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over(tiny_dir, data,
     more = ("--steps", "2", "--lr", "1e-3")
     assert main(arguments(tiny_dir, data, tmp_path / "whole", *more)) == 0
     with monkeypatch.context() as broken:
-        broken.setattr(trainer._Stop, "on_step_begin", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("the power failed")))
+        broken.setattr(loop._Stop, "on_step_begin", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("the power failed")))
         assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 1
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "parts" / "model.safetensors").read_bytes()

@@ -19,7 +19,7 @@ from benchmarks.reads import CountReads
 from edkm.core import compiled, unique
 from edkm.core.op import find
 from edkm.evaluate import perplexity
-from edkm.train import command, trainer
+from edkm.train import command, loop
 from edkm.train.prepare import clusterings
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 6
@@ -246,9 +246,9 @@ def test_the_device_that_is_taken(monkeypatch, cuda, mps, world, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(trainer.ranks, "world", lambda: world)
-    assert trainer.pick_device() == device
-    assert device != "mps" or trainer.resolve_precision("auto") == "fp32"
+    monkeypatch.setattr(loop.distributed, "world_size", lambda: world)
+    assert loop.pick_device() == device
+    assert device != "mps" or loop.resolve_precision("auto") == "fp32"
 
 
 def test_compress_moves_the_model_to_the_device_and_says_which(tiny_dir, tmp_path, monkeypatch, capsys):

@@ -16,10 +16,10 @@ from edkm.compressed import checkpoint, hf
 from edkm.core.matrix import as_matrix
 from edkm.train import reading, shard
 from edkm.train.layer import Clustering
+from edkm.train.loop import TrainSettings
 from edkm.train.memory import plan_memory
 from edkm.train.prepare import clusterings, unclustered
 from edkm.train.targets import NO_WEIGHT
-from edkm.train.trainer import TrainSettings
 
 SHAPE = {
     "hidden_size": 32,

@@ -9,9 +9,9 @@ import torch
 import edkm
 from benchmarks.memory import LLAMA_7B, peak_of_tensors, training
 from edkm.core.op import BACKENDS, Solution
+from edkm.train.loop import TrainSettings
 from edkm.train.memory import PARTS, Timeline, plan_memory
 from edkm.train.memory.sketch import scratch_bytes
-from edkm.train.trainer import TrainSettings
 
 BLOCK_TOKENS = 64
 

@@ -23,7 +23,7 @@ from edkm.compressed import hf
 from edkm.core import curvature
 from edkm.core.assign import assign, lookup
 from edkm.evaluate import generate, perplexity
-from edkm.train import trainer
+from edkm.train import loop
 from edkm.train.calibrate import end_autocast, evaluating
 from edkm.train.prepare import clusterings
 
@@ -272,14 +272,14 @@ def test_training_leaves_forward_as_it_was(tiny_model, tmp_path, monkeypatch, au
                 raise RuntimeError if ending == "error" else KeyboardInterrupt
 
     seen = []
-    made = trainer._Trainer.__init__
-    monkeypatch.setattr(trainer._Trainer, "__init__", lambda self, **more: made(self, **more) or self.add_callback(End()))
-    settings = trainer.TrainSettings(steps=2, lr=1e-3, precision="bf16" if autocast else "fp32")
+    made = loop._Trainer.__init__
+    monkeypatch.setattr(loop._Trainer, "__init__", lambda self, **more: made(self, **more) or self.add_callback(End()))
+    settings = loop.TrainSettings(steps=2, lr=1e-3, precision="bf16" if autocast else "fp32")
     if ending == "end":
-        trainer.train(tiny_model, blocks, settings, tmp_path / "work")
+        loop.train(tiny_model, blocks, settings, tmp_path / "work")
     else:
         with pytest.raises(RuntimeError if ending == "error" else KeyboardInterrupt):
-            trainer.train(tiny_model, blocks, settings, tmp_path / "work")
+            loop.train(tiny_model, blocks, settings, tmp_path / "work")
     assert seen[0] == autocast and not {"forward", "_original_forward", "_is_accelerate_prepared"} & set(vars(tiny_model))
 
 

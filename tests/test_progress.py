@@ -13,7 +13,7 @@ import transformers
 import edkm
 from edkm import demo, progress
 from edkm.cli import main
-from edkm.train import trainer
+from edkm.train import loop
 from edkm.train.prepare import clusterings
 
 
@@ -187,17 +187,17 @@ def blocks(count, vocabulary=300):
 
 def test_training_reads_the_loss_as_often_as_it_is_logged(tiny_model, tmp_path, monkeypatch):
     steps, read = [], []
-    monkeypatch.setattr(trainer._Progress, "on_step_end", lambda self, *args, **kwargs: steps.append(1))
-    monkeypatch.setattr(trainer._Progress, "on_log", lambda self, *args, logs=None, **kwargs: read.append(logs))
-    settings = trainer.TrainSettings(steps=40, lr=1e-3, batch=1, precision="fp32")
-    result = trainer.train(tiny_model, blocks(8), settings, tmp_path)
+    monkeypatch.setattr(loop._Progress, "on_step_end", lambda self, *args, **kwargs: steps.append(1))
+    monkeypatch.setattr(loop._Progress, "on_log", lambda self, *args, logs=None, **kwargs: read.append(logs))
+    settings = loop.TrainSettings(steps=40, lr=1e-3, batch=1, precision="fp32")
+    result = loop.train(tiny_model, blocks(8), settings, tmp_path)
     assert len(steps) == 40 and sum("loss" in logs for logs in read) == len(result.losses) == 20
 
 
 def test_training_leaves_transformers_as_it_was(tiny_model, tmp_path, capsys):
     logging = transformers.utils.logging
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    trainer.train(tiny_model, blocks(4), trainer.TrainSettings(steps=2, lr=1e-3, batch=1, precision="fp32"), tmp_path)
+    loop.train(tiny_model, blocks(4), loop.TrainSettings(steps=2, lr=1e-3, batch=1, precision="fp32"), tmp_path)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert capsys.readouterr() == ("", "")
 
@@ -225,7 +225,7 @@ def test_the_demonstration_ends_with_precisions_and_what_to_do_next(tmp_path, ti
     (out / "data" / "train.json").write_text(json.dumps(records))
     monkeypatch.setattr(demo, "pydoc_data", lambda directory: None)
     monkeypatch.setattr(demo, "peak_mib", lambda: 1.0)
-    monkeypatch.setattr(trainer, "resolve_precision", lambda precision: "fp32")
+    monkeypatch.setattr(loop, "resolve_precision", lambda precision: "fp32")
     monkeypatch.setattr(demo, "_in_a_process", lambda arguments: demo.main(arguments))
     assert demo.main(["--out", str(out), "--steps", "4"]) == 0
     printed, shown = capsys.readouterr()

@@ -28,7 +28,7 @@ SETTINGS += ["--plain-steps", "0", "--rows-per-lut", "16"]
 # Ranks are forked from a process that has imported what they need: that takes longer than their work.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["edkm.train.command", "edkm.train.trainer", "edkm.train.shard", "edkm.train.callback", "transformers.models.llama.modeling_llama"]
+    ["edkm.train.command", "edkm.train.loop", "edkm.train.shard", "edkm.train.callback", "transformers.models.llama.modeling_llama"]
 )
 
 

@@ -28,7 +28,7 @@ from edkm.report.page import page as page_of
 from edkm.report.page import report
 from edkm.report.subject import look_at, place_of, with_scores
 from edkm.report.svg import ticks
-from edkm.train import trainer
+from edkm.train import loop
 
 EVIL = "<script>alert('x')</script>&\""
 MORE = ("--steps", "6", "--plain-steps", "3", "--lr", "1e-3")
@@ -180,7 +180,7 @@ def test_a_run_in_three_pieces_has_one_record(places, tiny_dir, tmp_path, monkey
             os.kill(os.getpid(), signal.SIGINT)
 
     command = arguments(tiny_dir, places / "train.json", tmp_path / "out", *MORE)
-    monkeypatch.setattr(trainer._Stop, "on_step_begin", interrupt)
+    monkeypatch.setattr(loop._Stop, "on_step_begin", interrupt)
     assert [main(command), main([*command, "--resume"]), main([*command, "--resume"])] == [130, 130, 0]
     found, whole = record.read(tmp_path / "out"), record.read(places / "packed")
     assert found["losses"] == whole["losses"] and found["layers"] == whole["layers"] and found["lost_runs"] == 0
@@ -190,7 +190,7 @@ def test_a_run_in_three_pieces_has_one_record(places, tiny_dir, tmp_path, monkey
 def test_a_run_that_died_is_said_to_be_partial(places, tiny_dir, tmp_path, monkeypatch):
     command = arguments(tiny_dir, places / "train.json", tmp_path / "out", *MORE)
     with monkeypatch.context() as broken:
-        broken.setattr(trainer._Stop, "on_step_begin", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("the power failed")))
+        broken.setattr(loop._Stop, "on_step_begin", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("the power failed")))
         assert main(command) == 1
     assert main([*command, "--resume"]) == 0
     assert record.read(tmp_path / "out")["lost_runs"] == 1
@@ -199,8 +199,8 @@ def test_a_run_that_died_is_said_to_be_partial(places, tiny_dir, tmp_path, monke
 
 def with_losses(monkeypatch, spoil):
     """Let `spoil(loss, step)` be the loss of training."""
-    true = trainer._Trainer.compute_loss
-    monkeypatch.setattr(trainer._Trainer, "compute_loss", lambda self, *args, **kw: spoil(true(self, *args, **kw), self.state.global_step))
+    true = loop._Trainer.compute_loss
+    monkeypatch.setattr(loop._Trainer, "compute_loss", lambda self, *args, **kw: spoil(true(self, *args, **kw), self.state.global_step))
 
 
 def test_a_loss_that_is_not_finite_is_recorded_as_it_is(places, tiny_dir, tmp_path, monkeypatch):

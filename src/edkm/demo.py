@@ -110,7 +110,7 @@ def _measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
 
 def _train(model: Any, blocks: Any, args: argparse.Namespace, steps: int, first_step: int = 0) -> float:
     """Seconds of training."""
-    from edkm.train.trainer import TrainSettings, train
+    from edkm.train.loop import TrainSettings, train
 
     name = "clustered training" if first_step else "plain fine-tuning"
     return train(model, blocks, TrainSettings(steps=steps, lr=LR, first_step=first_step), args.out / "training", name=name).seconds
@@ -123,7 +123,7 @@ def _original(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _control(args: argparse.Namespace) -> dict[str, Any]:
-    from edkm.train.trainer import named_precision
+    from edkm.train.loop import named_precision
 
     model, tokenizer, blocks = _load(args)
     seconds = _train(model, blocks, args, args.steps)
@@ -133,9 +133,9 @@ def _control(args: argparse.Namespace) -> dict[str, Any]:
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
     """What `edkm compress` does: most of the steps on the model as it is, the rest clustered."""
     import edkm
+    from edkm.train.loop import named_precision
     from edkm.train.presets import plain_steps_of
     from edkm.train.stages import prepare_on, write
-    from edkm.train.trainer import named_precision
 
     model, tokenizer, blocks = _load(args)
     plain = plain_steps_of(args.steps)

@@ -168,7 +168,7 @@ def _make_llm_qat(job: Job) -> dict[str, Any]:
 
 def _make_dkm(job: Job) -> dict[str, Any]:
     from edkm.compare.dkm import config, prepare_dkm
-    from edkm.train import trainer  # noqa: F401  # now, so that its import is not measured
+    from edkm.train import loop  # noqa: F401  # now, so that its import is not measured
     from edkm.train.stages import write
 
     model, tokenizer = _load(job)
@@ -184,7 +184,7 @@ def _make_dkm(job: Job) -> dict[str, Any]:
 
 def _make_edkm(job: Job) -> dict[str, Any]:
     """`edkm compress` with its own defaults, for no more bits than the methods with groups take."""
-    from edkm.train import trainer  # noqa: F401  # now, so that its import is not measured
+    from edkm.train import loop  # noqa: F401  # now, so that its import is not measured
     from edkm.train.command import add_compress, run
 
     original, settings = job.original(), job.settings
@@ -227,7 +227,7 @@ def _blocks(job: Job, model: Any, tokenizer: Any) -> Any:
 
 def _train(job: Job, model: Any, blocks: Any, teacher: Any = None) -> float:
     """Train in place, the same number of blocks for every method, to predict them or as the teacher does; the seconds it took."""
-    from edkm.train.trainer import TrainSettings, train
+    from edkm.train.loop import TrainSettings, train
 
     if not job.settings["steps"]:
         return 0.0

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from edkm.compare.making import CHECKPOINT, Job, make
+from edkm.memory import peak_gpu_mib, peak_mib
 from edkm.progress import shown
 from edkm.textfile import read_text
-from edkm.train.peak import peak_gpu_mib, peak_mib
 
 SETTINGS = "compare.json"
 

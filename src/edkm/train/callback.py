@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from edkm.config import ClusterConfig
 from edkm.core.op import BACKENDS
 from edkm.progress import shown
-from edkm.train import ranks
+from edkm.train import distributed
 from edkm.train.calibrate import call, end_autocast, evaluating
 from edkm.train.checks import check_no_adapters
 from edkm.train.gradients import own_loss
@@ -179,7 +179,7 @@ class Callback(TrainerCallback):
             for clustering in found:
                 for name in ("config", "prepared_by"):
                     setattr(clustering, name, replace(getattr(clustering, name), anneal_steps=steps))
-        if ranks.world() > 1:
+        if distributed.world_size() > 1:
             from edkm.train.shard import distribute
 
             distribute(model)

@@ -146,10 +146,10 @@ def run(args: argparse.Namespace) -> int:
     _check_numbers(args)
     if args.learners is not None and not args.dry_run:
         raise ValueError("--learners: plans the memory, with --dry-run. To train on N processes start with torchrun --nproc-per-node N.")
-    from . import ranks
+    from . import distributed
 
     try:
-        with ranks.session(args.timeout), ranks.naming_the_lost("Start again."):
+        with distributed.session(args.timeout), distributed.report_failed_rank("Start again."):
             return _run(args)
     except KeyboardInterrupt:
         if (args.out / "training" / "run.json").is_file() and not args.dry_run:
@@ -168,11 +168,11 @@ def _check_directories(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from . import ranks
+    from . import distributed
 
-    ranks.on_first(lambda: _check_directories(args))
+    distributed.run_on_rank0(lambda: _check_directories(args))
     if args.fsdp and not args.dry_run:
-        ranks.check_several()
+        distributed.check_several_ranks()
     from ..models import load_model
     from ..textfile import read_text
     from .calibrate import calibrate
@@ -195,7 +195,7 @@ def _run(args: argparse.Namespace) -> int:
     del records
     if text is not None:
         tokens_to_score(model, tokenizer, text, window=args.block_tokens, source=str(args.eval_text))
-    steps = _steps(args, len(blocks), ranks.world())
+    steps = _steps(args, len(blocks), distributed.world_size())
     plain_steps = plain_steps_of(steps, args.preset) if args.plain_steps is None else args.plain_steps
     if plain_steps > steps:
         raise ValueError(f"--plain-steps: at most the {steps} steps there are, got {plain_steps}.")
@@ -225,9 +225,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume:
         check_same_run(work, identity)
     else:
-        ranks.on_first(lambda: shutil.rmtree(work) if work.exists() else None)
+        distributed.run_on_rank0(lambda: shutil.rmtree(work) if work.exists() else None)
         if steps:
-            ranks.on_first(lambda: (work.mkdir(parents=True), blocks.save(kept), remember_run(work, identity)))
+            distributed.run_on_rank0(lambda: (work.mkdir(parents=True), blocks.save(kept), remember_run(work, identity)))
     device = _to_device(model, args)
     print(f"device: {device}", flush=True)
     if plain_steps and not args.resume:
@@ -269,8 +269,8 @@ def _config(args: argparse.Namespace) -> Any:
 def _print_plan(args: argparse.Namespace, blocks: Any, steps: int, plain_steps: int) -> None:
     """Print the counts of the data, and how it will be trained on."""
     from ..compressed.jsonfile import printable
-    from . import ranks
-    from .trainer import named_precision
+    from . import distributed
+    from .loop import named_precision
 
     print(
         f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), "
@@ -281,8 +281,8 @@ def _print_plan(args: argparse.Namespace, blocks: Any, steps: int, plain_steps: 
         print(f"data: {printable(note)}")
     if steps:
         print(
-            f"training: {steps:,} steps of {args.batch * args.accumulate * ranks.world()} blocks, {plain_steps:,} of them plain; "
-            f"lr {args.lr:g}, {named_precision(args.precision)}",
+            f"training: {steps:,} steps of {args.batch * args.accumulate * distributed.world_size()} blocks, "
+            f"{plain_steps:,} of them plain; lr {args.lr:g}, {named_precision(args.precision)}",
             flush=True,
         )
 
@@ -308,7 +308,7 @@ def _identity(args: argparse.Namespace, model: Any, tokenizer: Any, config: Any,
 
 def _to_device(model: Any, args: argparse.Namespace) -> str:
     """Move the model to the device it trains on, and name that; not one that is to be sharded and may be too large for one."""
-    from .trainer import pick_device
+    from .loop import pick_device
 
     device = pick_device()
     if not args.fsdp:
@@ -318,28 +318,28 @@ def _to_device(model: Any, args: argparse.Namespace) -> str:
 
 def _fine_tune(model: Any, blocks: Any, settings: Any, out: Path, recorder: Recorder) -> bool:
     """Fine-tune and save in `out`, unless that was done before; False if it was interrupted. Any rank reads the same from there."""
-    from . import ranks
+    from . import distributed
 
     if not out.is_file():
         if not _train(model, blocks, settings, out.with_name("plain-steps"), "plain fine-tuning", recorder):
             return False
         save_weights(out, model)
-        ranks.on_first(lambda: shutil.rmtree(out.with_name("plain-steps")))
+        distributed.run_on_rank0(lambda: shutil.rmtree(out.with_name("plain-steps")))
     return True
 
 
 def _train(model: Any, blocks: Any, settings: Any, work: Path, phase: str, recorder: Recorder, teacher: Any = None) -> bool:
     """Train from the last checkpoint in `work`, if there is one; False if it was interrupted."""
-    from . import ranks
+    from . import distributed
     from .checkpoints import last_checkpoint
-    from .trainer import train
+    from .loop import train
 
     resume = last_checkpoint(work) is not None
     result = train(model, blocks, settings, work, resume=resume, teacher=teacher, name=phase)
     recorder.phase(phase, result.seconds)
     recorder.losses(phase, settings.first_step, result.losses, interrupted=result.interrupted)
     if result.interrupted:
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             say(f"edkm: interrupted after step {result.steps}, saved; the same command with --resume goes on")
         return False
     last = result.losses[-1][1]
@@ -356,7 +356,7 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
     from ..compressed.jsonfile import write_json
     from ..config import ClusterConfig
     from ..modelfiles import model_files
-    from . import ranks
+    from . import distributed
     from .checkpoints import last_checkpoint
 
     work = args.out / "training"
@@ -371,7 +371,7 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
         recorder.weights(model, "fitted")
         recorder.phase("calibration and fit", time.perf_counter() - began)
         if settings.steps:
-            ranks.on_first(lambda: write_json(work / "config.json", config.to_json()))
+            distributed.run_on_rank0(lambda: write_json(work / "config.json", config.to_json()))
     print(
         f"clustered {len(report.clustered)} tensors, left {len(report.skipped)} alone ({time.perf_counter() - began:.0f} s)",
         flush=True,
@@ -386,11 +386,11 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
     began = time.perf_counter()
     if Path(args.model).suffix.lower() != ".gguf":
         # First: of the files that both have, those that are written now are the model's.
-        ranks.on_first(lambda: copy_companions(model_files(args.model), args.out))
+        distributed.run_on_rank0(lambda: copy_companions(model_files(args.model), args.out))
     write(args.out, model, tokenizer, config)
     recorder.phase("writing", time.perf_counter() - began)
     recorder.measure("packed", model, tokenizer, text)
-    ranks.on_first(lambda: _finish(recorder, args.out, work))
+    distributed.run_on_rank0(lambda: _finish(recorder, args.out, work))
     from ..compressed.checkpoint import summary
     from ..report.record import PAGE
 
@@ -422,10 +422,10 @@ def what_next(*commands: Sequence[Any]) -> str:
 
 
 def _dry_run(model: Any, config: Any, args: argparse.Namespace, block_tokens: int) -> int:
-    from . import ranks
+    from . import distributed
+    from .loop import pick_device
     from .memory import plan_memory
     from .prepare import plan
-    from .trainer import pick_device
 
     report = plan(model, config)
     print(report)
@@ -433,7 +433,7 @@ def _dry_run(model: Any, config: Any, args: argparse.Namespace, block_tokens: in
     if args.target_bpw is not None:
         print(f"bits are chosen in the run; this plan, its size and memory have {config.bits} in every linear weight")
     print(f"packed weights: {report.packed_bytes / 1e6:.1f} MB to expect (16-bit model: {total * 2 / 1e6:.1f} MB)")
-    learners = args.learners or ranks.world()
+    learners = args.learners or distributed.world_size()
     device = pick_device()
     how = "" if learners == 1 else f", {learners} processes, {'FSDP' if args.fsdp else 'DDP'}"
     print(f"training on {device}{how}:")
@@ -468,7 +468,7 @@ def _steps(args: argparse.Namespace, blocks: int, learners: int) -> int:
 
 
 def _settings(args: argparse.Namespace, steps: int):
-    from .trainer import TrainSettings
+    from .loop import TrainSettings
 
     return TrainSettings(
         steps=steps,

@@ -66,7 +66,7 @@ class Recorder:
 
     def phase(self, name: str, seconds: float) -> None:
         """Add the seconds of a phase, or of a part of it, and the peak memory up to now."""
-        from .peak import peak_gpu_mib, peak_mib
+        from ..memory import peak_gpu_mib, peak_mib
 
         phases = {phase["name"]: phase for phase in self.content["phases"]}
         before = phases.get(name, {"seconds": 0.0, "peak_mib": 0.0, "peak_gpu_mib": None})
@@ -108,16 +108,16 @@ class Recorder:
     def _save(self) -> None:
         from ..compressed.jsonfile import write_json
         from ..strict_json import finite
-        from . import ranks
+        from . import distributed
 
-        if ranks.rank() == 0 and self.path.parent.is_dir():
+        if distributed.rank() == 0 and self.path.parent.is_dir():
             write_json(self.path, finite(self.content))
 
 
 def said_of(args: Any, blocks: Any, settings: Any, plain_steps: int) -> dict[str, Any]:
     """What a report says of how a model is trained: names to words and numbers."""
-    from . import ranks
-    from .trainer import resolve_precision
+    from . import distributed
+    from .loop import resolve_precision
 
     return {
         "preset": args.preset,
@@ -131,7 +131,7 @@ def said_of(args: Any, blocks: Any, settings: Any, plain_steps: int) -> dict[str
         "precision": resolve_precision(args.precision),
         "distillation": args.distill,
         "seed": args.seed,
-        "processes": ranks.world(),
+        "processes": distributed.world_size(),
         "data": args.data.name,
         "examples": blocks.examples,
         "tokens trained on": blocks.trained_tokens,

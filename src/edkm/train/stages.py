@@ -56,13 +56,13 @@ def _allocate(model: Any, config: Any, batches: list[dict[str, Any]], importance
     """Run `edkm.allocate`, with the same result on all ranks."""
     import torch
 
-    from . import ranks
+    from . import distributed
     from .allocate import allocate
 
     found = allocate(model, config, batches, target_bpw, importance=importance)
     ours = {name: values for name, values in found.overrides.items() if name not in config.overrides}
     choices = torch.tensor([[values["bits"], values["rows_per_lut"]] for values in ours.values()], device=next(model.parameters()).device)
-    ranks.as_on_first([choices])
+    distributed.broadcast_from_rank0([choices])
     ours = {name: {"bits": bits, "rows_per_lut": rows} for name, (bits, rows) in zip(ours, choices.tolist(), strict=True)}
     counts = Counter(values["bits"] for values in ours.values())
     print("bits: " + ", ".join(f"{bits} in {count} tensors" for bits, count in sorted(counts.items())), flush=True)
@@ -83,7 +83,7 @@ def _placeholders(model: Any, config: Any) -> dict[str, Any]:
 
 def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any, *, guided: bool) -> dict[str, Any]:
     """Run `edkm.fit`, with the same result on all ranks to the bit."""
-    from . import ranks
+    from . import distributed
     from .fit import fit
     from .gradients import sensitivity
 
@@ -91,7 +91,7 @@ def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any
 
     tokens = sensitivity(model, config, batches) if guided else None
     centroids = fit(model, config, batches, importance=importance, sensitivity=tokens, report=lambda name, error: errors.append(error))
-    ranks.as_on_first([*centroids.values(), *(p.data for name, p in model.named_parameters() if name in centroids)])
+    distributed.broadcast_from_rank0([*centroids.values(), *(p.data for name, p in model.named_parameters() if name in centroids)])
     if errors:
         mean = sum(errors) / len(errors)
         print(f"fitted {len(errors)} tensors; relative output error {mean:.4f} on average, {max(errors):.4f} at most", flush=True)
@@ -133,7 +133,7 @@ def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
     from ..compressed import checkpoint, hf, layout, shards
     from ..compressed.savable import is_transformers
     from ..report.record import PAGE
-    from . import ranks
+    from . import distributed
     from .prepare import freeze, unclustered
 
     def save(frozen: Any, dense: Any) -> None:
@@ -147,7 +147,7 @@ def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
             return
         hf.save_pretrained(out, frozen, dense, config.to_json(), model, tokenizer)
 
-    if ranks.world() == 1:
+    if distributed.world_size() == 1:
         save(freeze(model), unclustered(model))
         return
     from .shard import save as save_shards
@@ -201,7 +201,7 @@ def save_weights(out: Path, model: Any) -> None:
     """Write a model's state, all of it or nothing, from rank 0, where the weights of a sharded model are gathered."""
     import torch
 
-    from . import ranks
+    from . import distributed
 
     state = model.state_dict()
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
@@ -214,7 +214,7 @@ def save_weights(out: Path, model: Any) -> None:
         torch.save(state, part)
         part.replace(out)
 
-    ranks.on_first(save)
+    distributed.run_on_rank0(save)
 
 
 def load_weights(path: Path, model: Any) -> None:

@@ -22,7 +22,7 @@ from edkm.train.prepare import install
 from edkm.train.targets import targets_of
 
 if TYPE_CHECKING:
-    from edkm.train.trainer import TrainSettings
+    from edkm.train.loop import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def plan_memory(
         Seconds; no memory for weights.
     """
     _check(settings, block_tokens, learners, device_type, backend)
-    from edkm.train.trainer import divergence, resolve_precision
+    from edkm.train.loop import divergence, resolve_precision
 
     bf16 = resolve_precision(settings.precision) == "bf16"
     timeline = Timeline()
@@ -173,7 +173,7 @@ def _twin(model: nn.Module, checkpointing: bool) -> nn.Module:
         # A loop over the experts that have tokens, which only data can tell.
         twin.set_experts_implementation("grouped_mm")
     if checkpointing:
-        from edkm.train.trainer import enable_checkpointing
+        from edkm.train.loop import enable_checkpointing
 
         enable_checkpointing(twin)
     return twin

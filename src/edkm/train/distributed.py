@@ -34,7 +34,7 @@ class _Terminated(BaseException):
     """SIGTERM: torchrun ends the other ranks so when one has died."""
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -59,7 +59,7 @@ def session(timeout_s: float) -> Iterator[None]:
     """`start`, listen for ranks that fail, and leave the process group at the end: a rank that exits with it open may abort."""
     global _listener
     start(timeout_s)
-    if world() == 1:
+    if world_size() == 1:
         yield
         return
     _listener = listener = _Listener()
@@ -73,13 +73,13 @@ def session(timeout_s: float) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def on_first(work: Callable[[], Any]) -> None:
+def run_on_rank0(work: Callable[[], Any]) -> None:
     """Run `work` on rank 0 while the others wait.
 
     Raises:
         ValueError: on all ranks, if it raised ValueError or OSError on rank 0.
     """
-    if world() == 1:
+    if world_size() == 1:
         work()
         return
     message: list[str | None] = [None]
@@ -93,21 +93,21 @@ def on_first(work: Callable[[], Any]) -> None:
         raise ValueError(message[0])
 
 
-def check_several() -> None:
+def check_several_ranks() -> None:
     """Refuse to shard a model (`--fsdp`) in one process."""
-    if world() == 1:
+    if world_size() == 1:
         raise ValueError("--fsdp: there is one process and nothing to shard over. Start with torchrun --nproc-per-node N.")
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all ranks are here."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def any_of_them(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether it is set on any rank."""
-    if world() == 1:
+    if world_size() == 1:
         return flag
     device = "cuda" if torch.cuda.is_available() else "cpu"
     total = torch.tensor(float(flag), device=device)
@@ -115,21 +115,21 @@ def any_of_them(flag: bool) -> bool:
     return bool(total > 0)
 
 
-def as_on_first(tensors: Iterable[torch.Tensor]) -> None:
+def broadcast_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
     """Give the tensors of all ranks rank 0's values, in place."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
 @contextmanager
-def naming_the_lost(remedy: str) -> Iterator[None]:
+def report_failed_rank(remedy: str) -> Iterator[None]:
     """Turn a failure within the block into one that says which rank failed.
 
     Raises:
         RankError: another rank died, or failed first; `remedy` ends the message.
     """
-    if world() == 1:
+    if world_size() == 1:
         yield
         return
     before = _on_terminate(_raise_terminated)
@@ -176,7 +176,7 @@ class _Listener(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._hear(_store(), rank(), world())
+            self._hear(_store(), rank(), world_size())
         except (RuntimeError, OSError):  # rank 0, where the store lives, is gone; the main thread learns of it too
             pass
         finally:
@@ -209,7 +209,7 @@ def _store() -> dist.Store:
 
 def _roll_call(error: BaseException, remedy: str) -> RankError | None:
     """Who failed, if it was another rank."""
-    me, everyone = rank(), world()
+    me, everyone = rank(), world_size()
     listener = _listener or _Listener()
     listener.noticed.set()
     try:

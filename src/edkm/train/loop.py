@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from edkm.progress import progress, say
-from edkm.train import ranks
+from edkm.train import distributed
 from edkm.train.checkpoints import last_checkpoint
 from edkm.train.prepare import clusterings
 
@@ -60,7 +60,7 @@ class TrainSettings:
 
     @property
     def blocks_per_step(self) -> int:
-        return self.batch * self.accumulate * ranks.world()
+        return self.batch * self.accumulate * distributed.world_size()
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def pick_device() -> str:
     """Name the device to train on: `cuda`, or `mps` on a Mac (of which processes cannot share the work), else `cpu`."""
     if torch.cuda.is_available():
         return "cuda"
-    return "mps" if torch.backends.mps.is_available() and ranks.world() == 1 else "cpu"
+    return "mps" if torch.backends.mps.is_available() and distributed.world_size() == 1 else "cpu"
 
 
 def resolve_precision(precision: str) -> str:
@@ -134,7 +134,7 @@ def train(
             raise ValueError("distill: there is no teacher. Give the model as it was before it was prepared.")
         teacher = teacher.to(arguments.device).eval().requires_grad_(False)
     if settings.fsdp:
-        ranks.check_several()
+        distributed.check_several_ranks()
         from edkm.train.shard import shard_model
 
         shard_model(model.to(arguments.device))
@@ -149,7 +149,7 @@ def train(
     )
     before = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
     shown = progress(name, settings.steps, "steps", done=before)
-    with shown as advance, _forward_as_found(model), _stop_on_signal(trainer) as stop, ranks.naming_the_lost(remedy):
+    with shown as advance, _forward_as_found(model), _stop_on_signal(trainer) as stop, distributed.report_failed_rank(remedy):
         trainer.add_callback(_Progress(advance))
         with warnings.catch_warnings():
             # torch 2.13's successor of the option sends all buffers once, tables among them; transformers has no name for it.
@@ -243,7 +243,7 @@ class _Trainer(transformers.Trainer):
             # The model is sharded already; to accelerate it looks like one that DDP should wrap.
             prepare = self.accelerator.prepare_model
             self.accelerator.prepare_model = lambda model, **rest: prepare(model, **{**rest, "evaluation_mode": True})
-        if ranks.world() > 1 and clusterings(self.model):
+        if distributed.world_size() > 1 and clusterings(self.model):
             self.add_callback(_Distribute())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -290,7 +290,7 @@ class _Trainer(transformers.Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # Rank 0 writes the trainer's state next, by which `last_checkpoint` takes this one for whole: no rank may still be writing.
-        ranks.wait()
+        distributed.barrier()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -354,7 +354,7 @@ class _Stop(TrainerCallback):
         self.stopped = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if ranks.any_of_them(self.asked_at is not None):
+        if distributed.any_rank(self.asked_at is not None):
             self.stopped = control.should_save = control.should_training_stop = True
 
 
@@ -368,9 +368,9 @@ def _stop_on_signal(trainer: _Trainer) -> Iterator[_Stop]:
         now = time.monotonic()
         if stop.asked_at is None:
             stop.asked_at = now
-            if ranks.rank() == 0:
+            if distributed.rank() == 0:
                 say("edkm: finishing this step, then saving; Ctrl-C again stops at once")
-        elif ranks.world() == 1 or now - stop.asked_at > _SAME_PRESS_S:
+        elif distributed.world_size() == 1 or now - stop.asked_at > _SAME_PRESS_S:
             raise KeyboardInterrupt
 
     try:
