@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import machine, write
-from edkm.compressed.layout import Entry
+from edkm.compressed.entries import Entry
 from edkm.compressed.modules import Packed, pack_module, tie_module
 
 MODELS = {

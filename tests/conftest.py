@@ -118,7 +118,7 @@ def tiny_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def packed_dir(tmp_path_factory):
     """The same packed: the feed-forward weights at 3 bits, one table each, untrained. Do not write there."""
-    from edkm.compressed import hf
+    from edkm.compressed import pretrained
     from edkm.core.assign import Frozen, assign, round_lut
 
     model, frozen, dense = _model(), {}, {}
@@ -132,5 +132,5 @@ def packed_dir(tmp_path_factory):
     tokenizer = _tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     directory = tmp_path_factory.mktemp("packed")
-    hf.save_pretrained(directory, frozen, dense, {}, model, tokenizer)
+    pretrained.save_pretrained(directory, frozen, dense, {}, model, tokenizer)
     return directory

@@ -2,9 +2,9 @@
 
 import torch
 
-from edkm.compressed import hf
+from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import dequantize
-from edkm.compressed.layout import entry_of
+from edkm.compressed.entries import entry_of
 from edkm.compressed.linear import PackedWeight
 from edkm.compressed.packing import pack_indices
 from edkm.core.assign import Frozen
@@ -46,7 +46,7 @@ def pack(model, directory, bits=3):
     parameters = dict(model.named_parameters(remove_duplicate=False))
     dense |= {name: buffer for name, buffer in model.state_dict().items() if name not in parameters}
     model.config.architectures = [type(model).__name__]
-    hf.save_pretrained(directory, frozen, dense, {"bits": bits}, model)
+    pretrained.save_pretrained(directory, frozen, dense, {"bits": bits}, model)
     return model.eval()
 
 

@@ -22,7 +22,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import edkm
-from edkm.compressed import checkpoint, hf
+from edkm.compressed import checkpoint, pretrained
 from edkm.train import stages
 from edkm.train.callback import _batches
 from edkm.train.layer import Clustering
@@ -71,7 +71,7 @@ def test_plain_steps_then_clustered_ones_then_a_packed_directory(tiny_model, tin
     steps = {int(m.step) for m in tiny_model.modules() if isinstance(m, Clustering)}
     assert steps == {3} and len(callback.report.clustered) == 15
     assert {int(moments["step"]) for moments in trainer.optimizer.state.values()} == {3}  # those of the fitted weights
-    packed = hf.load(tmp_path / "packed")
+    packed = pretrained.load(tmp_path / "packed")
     assert torch.equal(logits(packed), logits(tiny_model))
     assert (tmp_path / "packed" / "tokenizer.json").is_file()
     # Evaluation during training was that of the packed model.
@@ -99,7 +99,7 @@ def test_a_guided_start_takes_the_labels_of_the_data(tiny_model, tmp_path, monke
     callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.5, start="guided", calibration_tokens=128)
     trainer_of(tiny_model, tmp_path, callback=callback).train()
     assert len(seen) == 1 and len(seen[0]) == 14
-    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(tiny_model))
+    assert torch.equal(logits(pretrained.load(tmp_path / "packed")), logits(tiny_model))
 
 
 @pytest.mark.parametrize(("accumulate", "checkpointing", "stop"), [(1, False, 4), (2, True, 4), (1, False, 2)])
@@ -132,7 +132,7 @@ def test_the_best_checkpoint_is_a_clustered_one(tiny_model, tmp_path):
     assert max(losses, key=losses.get) <= 3
     best = max((4, 5, 6), key=losses.get)
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    packed = Trainer(model=hf.load(tmp_path / "packed"), args=arguments(tmp_path), eval_dataset=rows(4))
+    packed = Trainer(model=pretrained.load(tmp_path / "packed"), args=arguments(tmp_path), eval_dataset=rows(4))
     assert packed.evaluate()["eval_loss"] == losses[best]
 
 
@@ -146,7 +146,7 @@ def test_training_that_ends_early_says_so_and_writes(tiny_model, tmp_path):
     trainer.add_callback(Stop())
     with pytest.warns(UserWarning, match="ended after 1 steps, before clustering began at 3"):
         trainer.train()
-    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(tiny_model))
+    assert torch.equal(logits(pretrained.load(tmp_path / "packed")), logits(tiny_model))
 
 
 def test_a_prepared_model_is_trained_as_it_is(tiny_model, tmp_path):
@@ -199,7 +199,7 @@ def test_trl_trains_the_clustered_head(tiny_model, chat_tokenizer, tmp_path):
         tiny_model, args=args, train_dataset=data, eval_dataset=data, processing_class=chat_tokenizer, callbacks=[callback]
     )
     trainer.train()
-    packed = hf.load(tmp_path / "packed")
+    packed = pretrained.load(tmp_path / "packed")
     tiny_model.eval()
     ids = torch.arange(20).view(1, 20)
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_a_trainer_may_have_a_loader_of_its_own(name, tiny_model, tmp_path):
 
     callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.5, calibration_tokens=128)
     Theirs(model=tiny_model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[callback]).train()
-    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(tiny_model))
+    assert torch.equal(logits(pretrained.load(tmp_path / "packed")), logits(tiny_model))
 
 
 def test_calibration_gives_a_model_what_its_forward_takes():
@@ -457,7 +457,7 @@ def test_a_finished_run_is_extended(tiny_model, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
     assert {(int(c.step), c.config.anneal_steps) for *_, c in clusterings(tiny_model)} == {(6, 6)}
-    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(tiny_model))
+    assert torch.equal(logits(pretrained.load(tmp_path / "packed")), logits(tiny_model))
     other = type(tiny_model)(tiny_model.config)
     trainer_of(other, tmp_path / "new", max_steps=9).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
     found, expected = other.state_dict(), tiny_model.state_dict()

@@ -198,7 +198,7 @@ def test_inspect_of_a_checkpoint_without_tensors(stub, capsys):
 
 def test_unpack_refuses_to_write_over_files(stub, tmp_path, capsys):
     done = []
-    stub("hf", unpack=lambda directory, out: done.append((directory, out)))
+    stub("pretrained", unpack=lambda directory, out: done.append((directory, out)))
     packed, out = tmp_path / "packed", tmp_path / "out"
     command = ["unpack", str(packed), "--out", str(out)]
     assert cli.main(command) == 0
@@ -213,7 +213,7 @@ def test_unpack_refuses_to_write_over_files(stub, tmp_path, capsys):
 
 
 def test_unpack_refuses_a_file_and_the_packed_directory_itself(stub, tmp_path, capsys):
-    stub("hf", unpack=lambda directory, out: pytest.fail("must not be called"))
+    stub("pretrained", unpack=lambda directory, out: pytest.fail("must not be called"))
     (tmp_path / "file").write_text("")
     assert cli.main(["unpack", str(tmp_path), "--out", str(tmp_path / "file"), "--overwrite"]) == 1
     assert "is a file, expected a directory" in capsys.readouterr().err

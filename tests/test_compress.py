@@ -10,7 +10,7 @@ import torch
 
 import edkm
 from edkm.cli import main
-from edkm.compressed import hf
+from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import read, summary
 from edkm.models import load_model
 from edkm.train import layer, loop, stages
@@ -85,9 +85,9 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
     ids = blocks[0]["input_ids"].unsqueeze(0)
     with torch.no_grad():
         expected = model(ids).logits
-    hf.save_pretrained(tmp_path / "packed", edkm.freeze(model), unclustered(model), config.to_json(), model)
+    pretrained.save_pretrained(tmp_path / "packed", edkm.freeze(model), unclustered(model), config.to_json(), model)
     with torch.no_grad():
-        assert torch.equal(hf.load(tmp_path / "packed")(ids).logits, expected)
+        assert torch.equal(pretrained.load(tmp_path / "packed")(ids).logits, expected)
 
 
 def test_an_interruption_between_the_steps_says_how_to_go_on(tiny_dir, data, tmp_path, monkeypatch, capsys):

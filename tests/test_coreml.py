@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from edkm import cli
-from edkm.compressed import checkpoint, hf, layout
+from edkm.compressed import checkpoint, pretrained
 from edkm.compressed.coreml import arithmetic, check, export, program, stored, weights
-from edkm.compressed.shards import open_shards
+from edkm.compressed.entries import read_entries
+from edkm.compressed.weightfiles import open_shards
 from edkm.core.assign import Frozen
 
 # Bits, rows per table, dim and centroids of the seven matrices of each layer: every width, tables of a tensor, of groups, of a row.
@@ -63,7 +64,7 @@ def pack(directory, kind="Llama", plans=PLANS, head="ForCausalLM", **fields):
         else:
             bits, rows, dim, k = plans[i % len(plans)]
             frozen[name] = frozen_of(parameter, bits, rows if parameter.shape[0] % rows == 0 else 16, dim, k, seed=i)
-    hf.save_pretrained(directory, frozen, dense, {}, model)
+    pretrained.save_pretrained(directory, frozen, dense, {}, model)
     return directory
 
 
@@ -105,7 +106,7 @@ def test_the_stored_bytes_are_the_packed_stream(packed, package):
     found = stored.read_constants(package)
     blob = (package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin").read_bytes()
     with open_shards(packed) as tensors:
-        for name in layout.entries(packed):
+        for name in read_entries(packed):
             stream = tensors[name].load().numpy().tobytes()
             assert found[check.tensor_name(name)]["indices"].data == stream
             assert stream in blob
@@ -136,7 +137,7 @@ def test_the_program_is_the_model(packed, tmp_path, options, cosine):
     # Other tokens, and for a cache other steps, than those of the check.
     tokens = torch.randint(70, (1, options.get("context", 9) if "fixed" in options else 9), dtype=torch.int32)
     with torch.no_grad():
-        expected = hf.load(packed)(input_ids=tokens.long()).logits[0]
+        expected = pretrained.load(packed)(input_ids=tokens.long()).logits[0]
     function, states = check.read(out), {}
     if "kv_cache" in options:
         states = {name: torch.zeros(2, 1, 2, options.get("context", 64), 8) for name in ("keyCache", "valueCache")}
@@ -180,7 +181,7 @@ def test_architectures(tmp_path, kind, fields):
 def test_a_tied_weight_may_have_the_name_of_the_head(packed, tmp_path):
     frozen, dense, _ = checkpoint.read(packed)
     frozen["lm_head.weight"] = frozen.pop("model.embed_tokens.weight")
-    hf.save_pretrained(tmp_path / "packed", frozen, dense, {}, hf.load(packed))
+    pretrained.save_pretrained(tmp_path / "packed", frozen, dense, {}, pretrained.load(packed))
     assert export.export(tmp_path / "packed", tmp_path / "M.mlpackage").program.cosine > 0.99995
 
 
@@ -190,13 +191,13 @@ def test_large_activations_fit_float16(tmp_path):
     name = "model.embed_tokens.weight"
     # Squares of these values are beyond float16; the norm brings them back.
     frozen[name] = frozen[name]._replace(lut=frozen[name].lut * 4000)
-    model = hf.load(directory)
-    hf.save_pretrained(tmp_path / "large", frozen, dense, {}, model)
+    model = pretrained.load(directory)
+    pretrained.save_pretrained(tmp_path / "large", frozen, dense, {}, model)
     with torch.no_grad():
-        assert hf.load(tmp_path / "large").model.embed_tokens.weight.abs().max() > 1000
+        assert pretrained.load(tmp_path / "large").model.embed_tokens.weight.abs().max() > 1000
     # The logits go through the same weights: keep them within float16 by what the last norm multiplies with.
     dense["model.norm.weight"] = dense["model.norm.weight"] * 1e-3
-    hf.save_pretrained(tmp_path / "large", frozen, dense, {}, model)
+    pretrained.save_pretrained(tmp_path / "large", frozen, dense, {}, model)
     assert export.export(tmp_path / "large", tmp_path / "M.mlpackage").program.cosine > 0.9999
 
 
@@ -383,7 +384,7 @@ def test_the_device_check_with_a_stand_in(packed, tmp_path, monkeypatch, kv_cach
     monkeypatch.setattr(ct.models, "MLModel", Model)
     tokens = torch.randint(70, (1, 8), dtype=torch.int32)
     with torch.no_grad():
-        expected = hf.load(packed)(input_ids=tokens.long()).logits[0]
+        expected = pretrained.load(packed)(input_ids=tokens.long()).logits[0]
     found = check.device_logits(out, tokens, kv_cache=kv_cache)
     assert found is not None and check.compare(found, expected, device=True).cosine > 0.9999
     with pytest.raises(ValueError, match="Core ML's prediction differs"):

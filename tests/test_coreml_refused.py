@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_coreml import pack
 
-from edkm.compressed import layout
 from edkm.compressed.coreml import export, weights
+from edkm.compressed.entries import read_entries
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def packed(tmp_path_factory):
 
 def test_five_bits_need_a_word(tmp_path):
     directory = pack(tmp_path / "packed", plans=[(5, 32, 1, 20), (7, 16, 1, 100), (4, 16, 1, 16)])
-    odd = {name for name, entry in layout.entries(directory).items() if entry.bits in (5, 7)}
+    odd = {name for name, entry in read_entries(directory).items() if entry.bits in (5, 7)}
     with pytest.raises(ValueError, match=rf"\S+: [57] bits; Core ML has 1, 2, 3, 4, 6, 8 \({len(odd)} such tensors\). Use --widen"):
         export.export(directory, tmp_path / "M.mlpackage")
     assert not (tmp_path / "M.mlpackage").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edkm.compressed import hf
+from edkm.compressed import pretrained
 from edkm.train.prepare import clusterings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -41,7 +41,7 @@ def test_example(name, tiny_dir, tmp_path, monkeypatch):
     model = runpy.run_path(str(EXAMPLES / f"{name}.py"))["model"].eval()
     found = clusterings(model)
     assert len(found) == 15 and 0 < int(found[0][2].step) <= 40
-    packed = hf.load(tmp_path / "packed")
+    packed = pretrained.load(tmp_path / "packed")
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         assert torch.equal(packed(ids).logits, model(ids).logits)

@@ -12,7 +12,7 @@ from torch import nn
 
 import edkm
 from benchmarks.memory import peak_of_tensors, training
-from edkm.compressed import checkpoint, hf
+from edkm.compressed import checkpoint, pretrained
 from edkm.core.matrix import as_matrix
 from edkm.train import reading, shard
 from edkm.train.layer import Clustering
@@ -121,15 +121,15 @@ def test_a_family_from_prepare_to_the_file(family, tmp_path):
 
     frozen = edkm.freeze(model)
     assert frozen.keys() == {entry.name for entry in report.clustered}
-    hf.save_pretrained(tmp_path / "packed", frozen, unclustered(model), config.to_json(), model)
+    pretrained.save_pretrained(tmp_path / "packed", frozen, unclustered(model), config.to_json(), model)
     quantization = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert quantization["format_version"] == (2 if any(len(shape) == 3 for shape in shapes.values()) else 1)
     with torch.no_grad():
         logits = model.eval()(input_ids=IDS).logits
-        assert torch.equal(hf.load(tmp_path / "packed")(input_ids=IDS).logits, logits)
+        assert torch.equal(pretrained.load(tmp_path / "packed")(input_ids=IDS).logits, logits)
         packed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
         torch.testing.assert_close(packed(input_ids=IDS).logits, logits, rtol=1e-4, atol=1e-5)
-        hf.unpack(tmp_path / "packed", tmp_path / "dense")
+        pretrained.unpack(tmp_path / "packed", tmp_path / "dense")
         dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
         assert torch.equal(dense(input_ids=IDS).logits, logits)
 

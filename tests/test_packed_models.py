@@ -17,10 +17,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM
 
-from edkm.compressed import hf, modules
+from edkm.compressed import modules, pretrained
 from edkm.compressed.checkpoint import FormatError, dequantize
 from edkm.compressed.dense_view import DenseView
-from edkm.compressed.layout import entry_of
+from edkm.compressed.entries import entry_of
 from edkm.compressed.modules import Packed, pack_module
 from edkm.compressed.packing import pack_indices
 
@@ -230,7 +230,7 @@ def test_from_pretrained_and_back(saved, tmp_path):
     loaded = load(directory)
     same(loaded, model)
     loaded.save_pretrained(tmp_path)
-    assert torch.equal(logits(hf.load(tmp_path)), logits(model))
+    assert torch.equal(logits(pretrained.load(tmp_path)), logits(model))
     assert torch.equal(logits(loaded.dequantize()), logits(model))
 
 
@@ -311,7 +311,7 @@ def test_saved_in_several_files_wherever_they_are_cut(saved, tmp_path, kilobytes
     directory, model = saved
     load(directory).save_pretrained(tmp_path, max_shard_size=f"{kilobytes}KB")
     same(load(tmp_path), model)
-    assert torch.equal(logits(hf.load(tmp_path)), logits(model))
+    assert torch.equal(logits(pretrained.load(tmp_path)), logits(model))
 
 
 def test_only_checked_files_are_read(llama, tmp_path):

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from edkm.compressed.layout import entry_of
+from edkm.compressed.entries import entry_of
 from edkm.compressed.modules import pack_module, unpack_modules
 from edkm.compressed.packing import pack_indices
 

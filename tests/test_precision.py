@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 import edkm
 from edkm.cli import main
-from edkm.compressed import hf
+from edkm.compressed import pretrained
 from edkm.core import curvature
 from edkm.core.assign import assign, lookup
 from edkm.evaluate import generate, perplexity
@@ -158,7 +158,7 @@ def test_from_calibration_to_the_packed_file(precision, tiny_model, tiny_tokeniz
     packed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dequantize()
     assert packed.dtype == precision.dtype and torch.equal(logits(packed), logits(model))
     assert perplexity(packed, tiny_tokenizer, TEXT, window=64).nll == hard
-    dense = hf.load(tmp_path / "packed", precision.dtype)
+    dense = pretrained.load(tmp_path / "packed", precision.dtype)
     assert torch.equal(logits(dense), logits(model))
 
 
@@ -175,7 +175,7 @@ def test_the_callback_writes_the_model_that_it_leaves_and_resumes_to_it(precisio
 
     whole = run("whole", save_strategy="steps", save_steps=3)
     assert "forward" not in vars(whole)
-    assert torch.equal(logits(whole), logits(hf.load(tmp_path / "whole" / "packed", precision.dtype)))
+    assert torch.equal(logits(whole), logits(pretrained.load(tmp_path / "whole" / "packed", precision.dtype)))
     run("parts", resume=str(tmp_path / "whole" / "run" / "checkpoint-3"))
     files = [(tmp_path / where / "packed" / "model.safetensors").read_bytes() for where in ("whole", "parts")]
     assert files[0] == files[1]
@@ -297,7 +297,7 @@ def test_trl_with_accumulated_gradients(tiny_model, chat_tokenizer, tmp_path):
         callbacks=[callback],
     )
     sft.train()
-    packed = hf.load(tmp_path / "packed")
+    packed = pretrained.load(tmp_path / "packed")
     assert torch.equal(logits(packed), logits(tiny_model))
     # The loss that the Trainer measured while it trained, in its autocast, is that of the packed model in the same.
     evaluated = next(entry["eval_loss"] for entry in sft.state.log_history if "eval_loss" in entry)

@@ -19,7 +19,7 @@ from test_package import SOURCE, files_of, refuse, within
 
 import edkm
 from edkm.cli import main
-from edkm.compressed import hf
+from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import read as read_packed
 from edkm.compressed.checkpoint import summary
 from edkm.report import charts, record
@@ -228,8 +228,8 @@ def test_without_training_the_page_says_so(places, tiny_dir, tmp_path):
 
 def test_other_readers_do_not_mind_the_record(places, tmp_path):
     packed = places / "packed"
-    hf.load(packed)
-    hf.unpack(packed, tmp_path / "dense")
+    pretrained.load(packed)
+    pretrained.unpack(packed, tmp_path / "dense")
     left = {path.name for path in (tmp_path / "dense").iterdir()}
     assert "tokenizer.json" in left and not left & {"edkm_report.json", "report.html"}
 
@@ -364,7 +364,7 @@ def test_a_record_that_is_no_json_is_refused(copy, text, capsys):
     assert main(["report", str(copy), "--out", str(copy / "page.html")]) == 1
     error = capsys.readouterr().err
     assert "edkm_report.json" in error and "delete the file: the model loads without it" in error
-    hf.load(copy)
+    pretrained.load(copy)
 
 
 def test_losses_that_are_not_finite_are_said(copy):

@@ -9,10 +9,10 @@ from unittest.mock import patch
 
 def save_originals(directory: Path) -> list[Path]:
     """Writes `one` (a single file), `several` (the same in shards) and `large` (8 MiB of weights); returns their directories."""
-    from edkm.compressed import shards
+    from edkm.compressed import weightfiles
 
     _save(directory / "one", width=18)
-    with patch.object(shards, "MAX_SHARD_BYTES", 1500):
+    with patch.object(weightfiles, "MAX_SHARD_BYTES", 1500):
         _save(directory / "several", width=18)
     _save(directory / "large", width=636)
     return [directory / name for name in ("one", "several", "large")]
@@ -25,7 +25,7 @@ def _save(directory: Path, width: int) -> None:
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from edkm.compressed import hf
+    from edkm.compressed import pretrained
 
     config = LlamaConfig(
         hidden_size=width,
@@ -56,7 +56,7 @@ def _save(directory: Path, width: int) -> None:
     words = Tokenizer(WordLevel({"a": 0, "b": 1}, "a"))
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    hf.save_pretrained(directory, frozen, dense, {"bits": 3}, model, tokenizer)
+    pretrained.save_pretrained(directory, frozen, dense, {"bits": 3}, model, tokenizer)
 
 
 def _freeze(weight: Any, k: int, luts: int, dim: int) -> Any:

@@ -23,7 +23,7 @@ def checkpoint(directory: Path) -> dict[str, Tensor]:
 
 
 def hf(directory: Path) -> dict[str, Tensor]:
-    from edkm.compressed.hf import load
+    from edkm.compressed.pretrained import load
 
     return load(directory).state_dict()
 

@@ -19,10 +19,9 @@ from typing import Any
 from ._version import __version__
 from .compare.command import add_compare
 from .compressed.coreml.command import add_export
-from .compressed.jsonfile import printable
+from .compressed.jsonfile import dumps, printable
 from .progress import progress, say, shown
 from .report.command import add_report
-from .strict_json import dumps
 from .textfile import read_text
 from .train.command import add_compress, check_output
 
@@ -320,9 +319,9 @@ def _run_unpack(args: argparse.Namespace) -> int:
     if args.out.resolve() == args.directory.resolve():
         raise ValueError(f"--out {args.out} is the packed directory itself; name another")
     check_output(args.out, overwrite=args.overwrite)
-    from .compressed import hf
+    from .compressed import pretrained
     from .modelfiles import packed_directory
 
-    hf.unpack(packed_directory(args.directory), args.out)
+    pretrained.unpack(packed_directory(args.directory), args.out)
     print(f"wrote {args.out}")
     return 0

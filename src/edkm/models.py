@@ -184,9 +184,9 @@ def _check_numbers(source: str) -> None:
 
 def _load_packed(source: str | Path, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     require("transformers", "to load models")
-    from .compressed import hf
+    from .compressed import pretrained
 
-    model = hf.load(path, dtype)
+    model = pretrained.load(path, dtype)
     _check_causal(str(source), model.config)
     return model, _load_tokenizer(source, path)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from edkm.compare.methods import METHODS
 from edkm.compare.stage import path_of
-from edkm.strict_json import dumps
+from edkm.compressed.jsonfile import dumps
 
 
 def row(out: Path, name: str, texts: list[str], tasks: list[str], error: str | None) -> dict[str, Any]:

@@ -19,11 +19,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.compressed import layout
+from edkm.compressed.entries import (
+    FORMAT_VERSION,
+    LUT_SUFFIX,
+    QUANT_METHOD,
+    Entry,
+    check_centroids,
+    check_description,
+    check_indices,
+    check_stored,
+    check_values,
+    entry_of,
+    quantization_config,
+    read_entries,
+)
 from edkm.compressed.jsonfile import FormatError
-from edkm.compressed.layout import FORMAT_VERSION, LUT_SUFFIX, QUANT_METHOD, Entry
 from edkm.compressed.packing import check_padding, pack_indices, unpack_indices
-from edkm.compressed.shards import Pending, Stored, open_shards, write_shards
+from edkm.compressed.weightfiles import Pending, Stored, open_shards, write_shards
 from edkm.core.assign import LUT_DTYPE, Frozen, Later, lookup
 
 __all__ = ["FormatError", "Item", "Packed", "dequantize", "iterate", "open_items", "read", "summary", "write"]
@@ -85,7 +97,7 @@ def write(
     """
     # What JSON cannot hold must fail now, not when the weights are written and config.json is not.
     json.dumps(settings, allow_nan=False)
-    entries = {name: layout.entry_of(name, tensor) for name, tensor in frozen.items()}
+    entries = {name: entry_of(name, tensor) for name, tensor in frozen.items()}
     groups = [_announce(name, frozen[name], entry) for name, entry in entries.items()]
     groups += [{name: Pending(t.dtype, tuple(t.shape), partial(_same, t))} for name, t in dense.items()]
     check_names(name for group in groups for name in group)
@@ -137,7 +149,7 @@ def read(directory: str | Path) -> Packed:
             frozen[name] = tensor
         else:
             dense[name] = tensor
-    return Packed(frozen, dense, layout.quantization_config(Path(directory)))
+    return Packed(frozen, dense, quantization_config(Path(directory)))
 
 
 def iterate(directory: str | Path) -> Iterator[tuple[str, Frozen | Tensor]]:
@@ -167,11 +179,11 @@ def open_items(directory: str | Path) -> Iterator[dict[str, Item]]:
         Headers only. Each `load` has the stored tensor and its result in memory.
     """
     directory = Path(directory)
-    entries = layout.entries(directory)
+    entries = read_entries(directory)
     with open_shards(directory) as stored:
         for name, entry in entries.items():
-            layout.check_stored(directory, name, entry, stored)
-        layout.check_description(directory, entries, stored)
+            check_stored(directory, name, entry, stored)
+        check_description(directory, entries, stored)
         items = {}
         for name, tensor in stored.items():
             if (entry := entries.get(name)) is not None:
@@ -221,7 +233,7 @@ def summary(directory: str | Path) -> dict[str, Any]:
         Headers only.
     """
     directory = Path(directory)
-    entries = layout.entries(directory)
+    entries = read_entries(directory)
     rows = []
     with open_items(directory) as items, open_shards(directory) as stored:
         for name, entry in sorted(entries.items()):
@@ -254,7 +266,7 @@ def _announce(name: str, frozen: Frozen | Later, entry: Entry) -> dict[str, Pend
         if isinstance(frozen, Frozen):
             return pack_indices(frozen.indices, entry.bits)
         indices = frozen.make()
-        layout.check_indices(name, entry, indices)
+        check_indices(name, entry, indices)
         return pack_indices(indices, entry.bits)
 
     return {
@@ -271,7 +283,7 @@ def _load(directory: Path, name: str, entry: Entry, packed: Stored, lut: Stored)
     with _placing(f"{directory / packed.file}: {name}"):
         indices = unpack_indices(packed.load(), entry.bits, math.prod(entry.grid))
     frozen = Frozen(indices.view(entry.grid), lut.load(), entry.shape, float(entry.error))
-    layout.check_values(f"{directory / packed.file}: {name}", frozen)
+    check_values(f"{directory / packed.file}: {name}", frozen)
     return frozen
 
 
@@ -282,7 +294,7 @@ def _check(directory: Path, name: str, entry: Entry, packed: Stored, lut: Stored
         return
     with _placing(f"{directory / packed.file}: {name}"):
         check_padding(packed.load(), entry.bits, math.prod(entry.grid))
-    layout.check_centroids(f"{directory / lut.file}: {name}", lut.load())
+    check_centroids(f"{directory / lut.file}: {name}", lut.load())
 
 
 @contextmanager

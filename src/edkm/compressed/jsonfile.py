@@ -8,6 +8,7 @@ memory than its files and its tensors justify.
 from __future__ import annotations
 
 import json
+import math
 import os
 import reprlib
 import stat
@@ -103,6 +104,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def dumps(value: Any) -> str:
+    """Write a value as JSON text, with inf and nan, which JSON lacks, as strings: neither hidden nor invalid."""
+    return json.dumps(finite(value), indent=2, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """Replace inf and nan by strings, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _weights_bytes(directory: Path) -> int:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx import Proxy
 
 from edkm.compressed import cpu
-from edkm.compressed.layout import Entry
+from edkm.compressed.entries import Entry
 from edkm.compressed.packing import unpack_rows
 from edkm.core.assign import lookup
 

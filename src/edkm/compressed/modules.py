@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from edkm.compressed.dense_view import DenseView, Parameters
-from edkm.compressed.layout import LUT_SUFFIX, Entry
+from edkm.compressed.entries import LUT_SUFFIX, Entry
 from edkm.compressed.linear import PackedWeight, is_recorded, linear
 from edkm.core.assign import LUT_DTYPE
 

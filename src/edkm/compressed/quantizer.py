@@ -20,11 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from edkm.compressed import checkpoint
+from edkm.compressed.entries import CONFIG_KEYS, QUANT_METHOD
 from edkm.compressed.jsonfile import show
-from edkm.compressed.layout import CONFIG_KEYS, QUANT_METHOD
 from edkm.compressed.modules import Packed, pack_module, tie_module, unpack_modules
 from edkm.compressed.names import match_names, names_in, new_parts
-from edkm.compressed.shards import FormatError, checksum_metadata, shard_names
+from edkm.compressed.weightfiles import FormatError, checksum_metadata, shard_names
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from edkm.compressed.checkpoint import check_names
+from edkm.compressed.entries import LUT_SUFFIX
 from edkm.compressed.jsonfile import FormatError, text_limit
-from edkm.compressed.layout import LUT_SUFFIX
 from edkm.compressed.modelconfig import check_counts, refusing
 from edkm.compressed.names import match_names, tied_groups
-from edkm.compressed.shards import description
+from edkm.compressed.weightfiles import description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -11,13 +11,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from edkm.compressed.layout import RECORD
+from edkm.compressed.entries import RECORD
 from edkm.report.parts import fraction
 
 VERSION = 1
 PAGE = "report.html"  # beside it, the page that `edkm compress` makes of it
 _REMEDY = "Compress again, or delete the file: the model loads without it"
-_NOT_FINITE = {"nan", "inf", "-inf"}  # how edkm.strict_json writes them
+_NOT_FINITE = {"nan", "inf", "-inf"}  # how edkm.compressed.jsonfile writes them
 _WHOLE = 2**63  # whole numbers are below: Python's own have no end, and floats do
 _LARGEST = 2.0**128  # losses are computed in float32; the distance of two floats beyond may be infinite
 
@@ -57,8 +57,7 @@ def save(directory: Path, record: dict[str, Any]) -> None:
     Cost:
         The headers of the weights are read.
     """
-    from edkm.compressed.jsonfile import write_json
-    from edkm.strict_json import finite
+    from edkm.compressed.jsonfile import finite, write_json
 
     content = {"report_version": VERSION, "weights": identity(directory), **record}
     checked(content, _SHAPE)
@@ -74,7 +73,7 @@ def read(directory: Path) -> dict[str, Any] | None:
     Cost:
         The headers of the weights are read.
     """
-    from edkm.compressed.shards import FormatError, read_json
+    from edkm.compressed.jsonfile import FormatError, read_json
 
     path = directory / RECORD
     if not path.is_file():

@@ -97,7 +97,7 @@ def _tied(config: dict[str, Any], names: set[str]) -> bool:
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    from edkm.compressed.shards import read_json
+    from edkm.compressed.jsonfile import read_json
 
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory}: has no config.json. Give a directory that edkm compress wrote, or with --against a dense one too.")

@@ -107,7 +107,7 @@ class Recorder:
 
     def _save(self) -> None:
         from ..compressed.jsonfile import write_json
-        from ..strict_json import finite
+        from ..compressed.jsonfile import finite
         from . import distributed
 
         if distributed.rank() == 0 and self.path.parent.is_dir():

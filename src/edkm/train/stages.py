@@ -130,22 +130,24 @@ def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
 
 def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
     """Freeze a prepared model and write the packed directory, without what `edkm compress` records of a run."""
-    from ..compressed import checkpoint, hf, layout, shards
+    from ..compressed import checkpoint, pretrained
+    from ..compressed.entries import RECORD
+    from ..compressed.jsonfile import write_json
     from ..compressed.savable import is_transformers
     from ..report.record import PAGE
     from . import distributed
     from .prepare import freeze, unclustered
 
     def save(frozen: Any, dense: Any) -> None:
-        for name in (layout.RECORD, PAGE):  # of the weights that are replaced
+        for name in (RECORD, PAGE):  # of the weights that are replaced
             (out / name).unlink(missing_ok=True)
         if not is_transformers(model):
             found = checkpoint.write(out, frozen, dense, config.to_json())
-            shards.write_json(out / "config.json", {"quantization_config": found})
+            write_json(out / "config.json", {"quantization_config": found})
             if tokenizer is not None:
                 tokenizer.save_pretrained(out)
             return
-        hf.save_pretrained(out, frozen, dense, config.to_json(), model, tokenizer)
+        pretrained.save_pretrained(out, frozen, dense, config.to_json(), model, tokenizer)
 
     if distributed.world_size() == 1:
         save(freeze(model), unclustered(model))
@@ -190,9 +192,9 @@ def check_replaceable(directory: Path) -> None:
     check_directory(directory)
     if directory.is_dir() and any(directory.iterdir()):
         try:
-            from ..compressed import layout
+            from ..compressed.entries import quantization_config
 
-            layout.quantization_config(directory)
+            quantization_config(directory)
         except (ValueError, OSError):
             raise ValueError(f"{directory}: holds something other than a packed model. Name another directory.") from None
 

@@ -18,16 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edkm.compressed import layout
 from edkm.compressed.coreml import arithmetic
 from edkm.compressed.coreml.architecture import Architecture
 from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, TOKENS, VALUES
 from edkm.compressed.coreml.quiet import quiet
 from edkm.compressed.coreml.stored import Constant, read_constants
 from edkm.compressed.coreml.weights import PRECISIONS, dense, width
-from edkm.compressed.layout import LUT_SUFFIX, Entry
+from edkm.compressed.entries import LUT_SUFFIX, Entry, read_entries
 from edkm.compressed.packing import pack_indices, unpack_indices
-from edkm.compressed.shards import open_shards
+from edkm.compressed.weightfiles import open_shards
 
 LEAST_COSINE = 0.9999
 # A device rounds in its own way: what is wrong is far below this, what is rounded above.
@@ -73,7 +72,7 @@ def check_tensors(package: Path, directory: Path, rope: dict[str, Tensor], preci
         The bytes of the package in memory, and one pass over the packed files. Indices stay packed, unless they were widened.
     """
     constants = read_constants(package)
-    entries = layout.entries(directory)
+    entries = read_entries(directory)
     with open_shards(directory) as stored:
         names = [name for name in stored if name.removesuffix(LUT_SUFFIX) not in entries or name in entries]
         for name in names:

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edkm.compressed import checkpoint, hf, layout
+from edkm.compressed import checkpoint, pretrained
 from edkm.compressed.checkpoint import Item
 from edkm.compressed.coreml import check, program, weights
 from edkm.compressed.coreml.architecture import Architecture, architecture, rotary
 from edkm.compressed.coreml.quiet import quiet
+from edkm.compressed.entries import read_entries
 from edkm.compressed.modelconfig import model_config
 from edkm.progress import progress
 
@@ -79,7 +80,7 @@ def export(
     with checkpoint.open_items(directory) as items, progress("export", 4, "parts") as advance:
         # The model first: no remedy for a tensor helps where the architecture does not fit.
         arch = architecture(directory, model_config(directory, {name: item.shape for name, item in items.items()}), set(items), context)
-        widened = weights.check_stored(layout.entries(directory), items, widen=widen)
+        widened = weights.check_stored(read_entries(directory), items, widen=widen)
         rope, tokens, expected = _reference(directory, arch, arch.context if fixed else min(arch.context, _CHECKED_TOKENS))
         advance(note="writing")
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}") as folder:
@@ -135,7 +136,7 @@ def _put(package: Path, out: Path) -> None:
 
 def _reference(directory: Path, arch: Architecture, count: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The packed model's rotary tables, `count` tokens `[1, count]` and its logits for them `[count, vocabulary]`."""
-    model: Any = hf.load(directory)
+    model: Any = pretrained.load(directory)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, count), generator=generator, dtype=torch.int32)
     with torch.no_grad():

@@ -74,7 +74,7 @@ def check_stored(entries: Mapping[str, Any], items: Mapping[str, Item], *, widen
     """Refuses, before anything is read, tensors that Core ML cannot hold.
 
     Args:
-        entries: bits, tables and shape of the clustered tensors by name (`layout.entries`).
+        entries: bits, tables and shape of the clustered tensors by name (`read_entries`).
         items: all tensors.
         widen: store indices of 5 and 7 bits with 6 and 8 bits instead of refusing them.
 

@@ -21,7 +21,7 @@ from transformers import (
 
 import edkm
 from edkm.cli import main
-from edkm.compressed import hf
+from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import FormatError, read
 from edkm.models import load_model
 
@@ -79,7 +79,7 @@ def test_the_class_is_that_of_the_model_and_not_of_the_checkpoint_it_came_from(t
     model = pack(kind.from_pretrained(tmp_path / "causal", num_labels=3), tmp_path / "packed")
     assert json.loads((tmp_path / "packed" / "config.json").read_text())["architectures"] == [type(model).__name__]
     same_after_loading(kind, model, tmp_path / "packed")
-    assert torch.equal(logits(hf.load(tmp_path / "packed")), logits(model))
+    assert torch.equal(logits(pretrained.load(tmp_path / "packed")), logits(model))
 
 
 def test_a_head_for_questions_on_a_masked_language_model(tmp_path):
@@ -95,7 +95,7 @@ def test_classes_outside_transformers_are_loaded_by_their_class(tmp_path):
     model = pack(WithGate(llama().config), tmp_path / "gate")
     same_after_loading(WithGate, model, tmp_path / "gate")
     with pytest.raises(FormatError, match=r"'WithGate' is not a class of transformers\. Import it where it is defined"):
-        hf.load(tmp_path / "gate")
+        pretrained.load(tmp_path / "gate")
     same_after_loading(Headed, pack(Headed(llama().config, 8), tmp_path / "headed"), tmp_path / "headed", 8)
 
 
@@ -112,7 +112,7 @@ def test_weights_are_tied_as_they_are_in_memory(tmp_path, tied):
     model.lm_head.weight = model.model.embed_tokens.weight if tied else nn.Parameter(torch.randn(300, 64))
     pack(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is tied
-    for again in (hf.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+    for again in (pretrained.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
         torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
         assert (again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()) is tied
 
@@ -160,7 +160,7 @@ def test_a_classifier_of_many_long_labels(tmp_path):
     names = {i: f"number {i} of the labels ".ljust(180, ".") for i in range(3000)}
     model = LlamaForSequenceClassification(LlamaConfig(**TINY | {"id2label": names, "pad_token_id": 0, "hidden_size": 512})).eval()
     pack(model, tmp_path)
-    assert hf.load(tmp_path).config.id2label == names
+    assert pretrained.load(tmp_path).config.id2label == names
 
 
 def long_config(model):
@@ -232,7 +232,7 @@ def test_code_is_named_only_where_it_lies(tmp_path):
     assert "auto_map" not in json.loads((tmp_path / "known" / "config.json").read_text())
     model = pack(AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).eval(), tmp_path / "own")
     assert type(model).__name__ == "TinyForCausalLM"
-    hf.unpack(tmp_path / "own", tmp_path / "dense")
+    pretrained.unpack(tmp_path / "own", tmp_path / "dense")
     for directory in (tmp_path / "own", tmp_path / "dense"):
         assert json.loads((directory / "config.json").read_text())["auto_map"] == names
         again = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
@@ -263,7 +263,7 @@ def test_what_lies_beside_the_weights_is_kept(tiny_dir, data, tmp_path):
         (directory / "LICENSE").write_text("ter")
     command = ["compress", str(source), "--data", data, "--out", str(out), "--steps", "0", "--block-tokens", "64", "--overwrite"]
     assert main(command) == 0
-    hf.unpack(out, dense)
+    pretrained.unpack(out, dense)
     for directory in (out, dense):
         assert all((directory / name).is_file() for name in kept) and (directory / "LICENSE").read_text() == "terms"
         assert not any((directory / name).exists() for name in left)

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from edkm.compressed import hf, shards
+from edkm.compressed import pretrained, weightfiles
 from edkm.compressed.checkpoint import FormatError, dequantize, read
 from edkm.core.assign import Frozen, assign, round_lut
 
@@ -66,7 +66,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     directory = tmp_path_factory.mktemp("packed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, "a")))
     model.generation_config = GenerationConfig(max_new_tokens=17)
-    hf.save_pretrained(directory, frozen, dense, {"bits": 3}, model, tokenizer)
+    pretrained.save_pretrained(directory, frozen, dense, {"bits": 3}, model, tokenizer)
     with torch.no_grad():
         for name, tensor in frozen.items():
             model.get_parameter(name).copy_(dequantize(tensor))
@@ -81,7 +81,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_load_equals_looked_up_weights(saved, capfd: pytest.CaptureFixture[str]):
     directory, expected = saved
     state = torch.get_rng_state()
-    model = hf.load(directory)
+    model = pretrained.load(directory)
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
     assert torch.equal(torch.get_rng_state(), state)
@@ -96,7 +96,7 @@ def test_load_equals_looked_up_weights(saved, capfd: pytest.CaptureFixture[str])
 
 def test_load_in_16_bits(saved):
     directory, expected = saved
-    model = hf.load(directory, torch.bfloat16)
+    model = pretrained.load(directory, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(model.get_parameter(name), expected.get_parameter(name).bfloat16())
@@ -104,10 +104,10 @@ def test_load_in_16_bits(saved):
 
 def test_load_in_a_fresh_process(tmp_path: Path):
     model = build()
-    hf.save_pretrained(tmp_path, *parts(model), {}, model)
-    expected = hf.load(tmp_path)
-    code = "import sys, torch; from edkm.compressed import hf; assert 'transformers' not in sys.modules\n"
-    code += f"print(hf.load(sys.argv[1])(torch.tensor({TOKENS.tolist()})).logits.double().sum().item())"
+    pretrained.save_pretrained(tmp_path, *parts(model), {}, model)
+    expected = pretrained.load(tmp_path)
+    code = "import sys, torch; from edkm.compressed import pretrained; assert 'transformers' not in sys.modules\n"
+    code += f"print(pretrained.load(sys.argv[1])(torch.tensor({TOKENS.tolist()})).logits.double().sum().item())"
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(logits(expected).double().sum().item(), rel=1e-6)
@@ -124,8 +124,8 @@ def test_config_on_disk(saved):
 
 def test_unpack_is_an_ordinary_checkpoint(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     directory, expected = saved
-    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 100_000)
-    hf.unpack(directory, tmp_path)
+    monkeypatch.setattr(weightfiles, "MAX_SHARD_BYTES", 100_000)
+    pretrained.unpack(directory, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(model), logits(expected))
@@ -134,7 +134,7 @@ def test_unpack_is_an_ordinary_checkpoint(saved, tmp_path: Path, monkeypatch: py
     assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("b") == 1
     assert model.generation_config.max_new_tokens == 17
     with pytest.raises(ValueError, match="is the compressed checkpoint itself"):
-        hf.unpack(directory, directory)
+        pretrained.unpack(directory, directory)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_unpack_loses_nothing(tmp_path: Path, dtype: torch.dtype, expected: torc
     model = build(dtype=dtype)
     frozen, dense = parts(model)
     dense = {name: tensor + 2**-7 for name, tensor in dense.items()}
-    hf.save_pretrained(tmp_path / "packed", frozen, dense, {}, model)
-    hf.unpack(tmp_path / "packed", tmp_path / "dense")
+    pretrained.save_pretrained(tmp_path / "packed", frozen, dense, {}, model)
+    pretrained.unpack(tmp_path / "packed", tmp_path / "dense")
     tensors = load_file(tmp_path / "dense" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {expected}
     for name, tensor in frozen.items():
@@ -165,35 +165,35 @@ def test_names_must_be_the_models(tmp_path: Path):
     name = "model.layers.0.mlp.up_proj.weight"
     gone = {key: tensor for key, tensor in frozen.items() if key != name}
     with pytest.raises(FormatError, match=f"LlamaForCausalLM: missing {name}; unexpected none"):
-        hf.save_pretrained(tmp_path, gone, dense, {}, model)
+        pretrained.save_pretrained(tmp_path, gone, dense, {}, model)
     with pytest.raises(FormatError, match="missing none; unexpected extra"):
-        hf.save_pretrained(tmp_path, frozen, dense | {"extra": torch.ones(1)}, {}, model)
+        pretrained.save_pretrained(tmp_path, frozen, dense | {"extra": torch.ones(1)}, {}, model)
     tied = dense | {"lm_head.weight": model.lm_head.weight}
     with pytest.raises(FormatError, match=r"(?=.*embed_tokens.weight)(?=.*lm_head.weight).*are one tied tensor"):
-        hf.save_pretrained(tmp_path, frozen, tied, {}, model)
+        pretrained.save_pretrained(tmp_path, frozen, tied, {}, model)
     with pytest.raises(FormatError, match=r"norm.weight: LlamaForCausalLM has shape \[64\], got \[3\]"):
-        hf.save_pretrained(tmp_path, frozen, dense | {"model.norm.weight": torch.ones(3)}, {}, model)
+        pretrained.save_pretrained(tmp_path, frozen, dense | {"model.norm.weight": torch.ones(3)}, {}, model)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_load_refuses_another_models_config(tmp_path: Path):
     model = build()
-    hf.save_pretrained(tmp_path, *parts(model), {}, model)
+    pretrained.save_pretrained(tmp_path, *parts(model), {}, model)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(FormatError, match=r"missing model.layers.2.\S+(, \S+)* and 4 more; unexpected none"):
-        hf.load(tmp_path)
+        pretrained.load(tmp_path)
     path.write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(FormatError, match=r"missing none; unexpected model.layers.1"):
-        hf.load(tmp_path)
+        pretrained.load(tmp_path)
 
 
 def test_either_name_of_a_tied_weight_will_do(tmp_path: Path):
     model = build()
     frozen, dense = parts(model)
     frozen["lm_head.weight"] = frozen.pop("model.embed_tokens.weight")
-    hf.save_pretrained(tmp_path, frozen, dense, {}, model)
-    loaded = hf.load(tmp_path)
+    pretrained.save_pretrained(tmp_path, frozen, dense, {}, model)
+    loaded = pretrained.load(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded.lm_head.weight, dequantize(frozen["lm_head.weight"]))

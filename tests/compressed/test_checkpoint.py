@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from edkm.compressed import checkpoint, shards
+from edkm.compressed import checkpoint, weightfiles
 from edkm.compressed.checkpoint import FormatError, dequantize, iterate, read, summary, write
 from edkm.core.assign import Frozen
 
 NAME = "layers.0.proj.weight"
-DOCS = Path(__file__).parents[1] / "docs" / "format.md"
+DOCS = Path(__file__).parents[2] / "docs" / "format.md"
 
 
 def frozen(shape: tuple[int, ...], bits: int, luts: int = 1, dim: int = 1, k: int | None = None, row_axes: int = 1) -> Frozen:
@@ -68,7 +68,7 @@ def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], An
     path = directory / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
-    crc = {name: shards._checksum(shards._as_bytes(tensor)) for name, tensor in tensors.items()}
+    crc = {name: weightfiles._checksum(weightfiles._as_bytes(tensor)) for name, tensor in tensors.items()}
     save_file(tensors, path, {"format": "pt", "edkm": json.dumps({"crc32": crc})})
 
 
@@ -133,7 +133,7 @@ def test_files_are_plain_safetensors_and_reproducible(saved: Path, tmp_path: Pat
 
 def test_several_files(saved: Path, monkeypatch: pytest.MonkeyPatch):
     before = read(saved)
-    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 50)
+    monkeypatch.setattr(weightfiles, "MAX_SHARD_BYTES", 50)
     save(saved, before.frozen, before.dense)
     index = json.loads((saved / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
@@ -155,7 +155,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(saved: Path, monkeypatch: pyte
     def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr(weightfiles.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         write(saved, {NAME: frozen((4, 4), 2)}, {}, {})
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -200,7 +200,7 @@ def test_summary_keeps_embeddings_apart_and_reads_no_data(tmp_path: Path):
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("limit", [600_000_000, 60])
 def test_reader_of_the_format_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, version: int):
-    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", limit)
+    monkeypatch.setattr(weightfiles, "MAX_SHARD_BYTES", limit)
     tensors = {f"layers.{bits}.weight": frozen((12, 5), bits, luts=2, dim=3) for bits in range(1, 9)}
     tensors |= {"fused.weight": frozen((4, 3, 2), 3), "bias": frozen((6,), 2, k=3)}
     if version == 2:
@@ -484,7 +484,7 @@ def test_index_cannot_leave_the_directory(saved: Path, file: Any):
 def test_index_must_agree_with_the_files(saved: Path, monkeypatch: pytest.MonkeyPatch):
     packed = read(saved)
     single = (saved / "model.safetensors").read_bytes()
-    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 50)
+    monkeypatch.setattr(weightfiles, "MAX_SHARD_BYTES", 50)
     save(saved, packed.frozen, packed.dense)
     path = saved / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -504,7 +504,7 @@ def test_a_table_may_lie_in_another_file_than_its_indices(saved: Path):
     (saved / "model.safetensors").unlink()
     parts = {"a": {NAME + "_lut": tensors.pop(NAME + "_lut")}, "b": tensors}
     for file, part in parts.items():
-        crc = {name: shards._checksum(shards._as_bytes(tensor)) for name, tensor in part.items()}
+        crc = {name: weightfiles._checksum(weightfiles._as_bytes(tensor)) for name, tensor in part.items()}
         save_file(part, saved / f"{file}.safetensors", {"edkm": json.dumps({"crc32": crc})})
     weight_map = {name: f"{file}.safetensors" for file, part in parts.items() for name in part}
     (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

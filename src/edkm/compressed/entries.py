@@ -17,7 +17,7 @@ import torch
 
 from edkm.compressed.jsonfile import FormatError, read_json, show
 from edkm.compressed.packing import packed_bytes
-from edkm.compressed.shards import Stored, addressable, description
+from edkm.compressed.weightfiles import Stored, addressable, description
 from edkm.core.assign import LUT_DTYPE, Frozen, Later
 
 QUANT_METHOD = "edkm"
@@ -102,7 +102,7 @@ def quantization_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def entries(directory: Path) -> dict[str, Entry]:
+def read_entries(directory: Path) -> dict[str, Entry]:
     """The checked entries of `config.json`."""
     found, config = {}, quantization_config(directory)
     for name, fields in config["tensors"].items():

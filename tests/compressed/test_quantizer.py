@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline
 
 import edkm
-from edkm.compressed import hf
+from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import FormatError, dequantize
 from edkm.compressed.dense_view import DenseView
-from edkm.compressed.layout import entry_of
+from edkm.compressed.entries import entry_of
 from edkm.compressed.linear import linear
 from edkm.compressed.modules import Packed, PackedEmbedding, PackedLinear, pack_module, unpack_modules
 from edkm.compressed.packing import pack_indices
@@ -106,7 +106,7 @@ def test_save_pretrained_writes_the_same_bits(saved, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     configs = [json.loads((d / "config.json").read_text())["quantization_config"] for d in (directory, tmp_path)]
     assert configs[0] == configs[1]
-    assert torch.equal(logits(hf.load(tmp_path)), logits(model))  # edkm's own reader, checksums and all
+    assert torch.equal(logits(pretrained.load(tmp_path)), logits(model))  # edkm's own reader, checksums and all
     same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
@@ -115,7 +115,7 @@ def test_save_pretrained_in_several_files(saved, tmp_path):
     AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
-    assert torch.equal(logits(hf.load(tmp_path)), logits(model))
+    assert torch.equal(logits(pretrained.load(tmp_path)), logits(model))
 
 
 def test_dequantize_gives_an_ordinary_model(saved, tmp_path):

@@ -21,7 +21,7 @@ from edkm.compressed.jsonfile import show
 from edkm.compressed.modelconfig import model_config, refusing
 from edkm.compressed.names import match_names
 from edkm.compressed.savable import described
-from edkm.compressed.shards import FormatError, Pending, read_json, write_json, write_shards
+from edkm.compressed.weightfiles import FormatError, Pending, read_json, write_json, write_shards
 from edkm.core.assign import Frozen, Later
 
 if TYPE_CHECKING:
