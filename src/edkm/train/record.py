@@ -106,8 +106,7 @@ class Recorder:
         (directory / record.PAGE).write_text(report(directory), encoding="utf-8")
 
     def _save(self) -> None:
-        from ..compressed.jsonfile import write_json
-        from ..compressed.jsonfile import finite
+        from ..compressed.jsonfile import finite, write_json
         from . import distributed
 
         if distributed.rank() == 0 and self.path.parent.is_dir():
