@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Peers for the benchmark have dependencies of their own.
 PEERS := .venv-peers
-# So do the methods that `edkm compare` takes from llmcompressor and torchao.
+# So do the methods that `python -m benchmarks compare` takes from llmcompressor and torchao.
 BASELINES := .venv-baselines
 # coreai-opt brings torchao, which transformers would import, too.
 COREAI := .venv-coreai
@@ -22,7 +22,7 @@ help:
 	@echo "make check      format, lint and types"
 	@echo "make format     put format and imports right"
 	@echo "make setup      only the virtual environment of all these, .venv"
-	@echo "make baselines  the environment of edkm compare's gptq, awq and smoothquant"
+	@echo "make baselines  the environment of benchmarks compare's gptq, awq and smoothquant"
 	@echo "make bench      time and memory of the clustering, and of packed layers, beside others"
 	@echo "make bench-gpu  the same on CUDA, with the python3 that has torch"
 	@echo "make clean      remove all environments and what the demonstration made"
@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 setup: $(READY)
 
 demo: $(READY)
-	$(BIN)/python -m edkm.demo
+	$(BIN)/python -m examples.demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

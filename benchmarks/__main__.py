@@ -2,11 +2,12 @@
 
 import sys
 
-from benchmarks import ablation, compare, coreai, fuzz, generation, memory, offload, op, packed, packed_gpu, reads, recipe, step
+from benchmarks import ablation, coreai, fuzz, generation, memory, offload, op, packed, packed_gpu, reads, recipe, step
+from benchmarks.compare import command as compare_command
 
 COMMANDS = {
     "ablation": ablation.main,
-    "compare": compare.main,
+    "compare": compare_command.main,
     "coreai": coreai.main,
     "fuzz": fuzz.main,
     "generation": generation.main,

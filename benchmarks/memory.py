@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 import edkm
 from benchmarks.measure import machine, write
-from edkm.demo_data import fetch_smollm2
 from edkm.models import load_model
 from edkm.train.loop import TrainSettings
 from edkm.train.memory import Budget, Timeline, plan_memory
 from edkm.train.prepare import clusterings
 from edkm.train.shard import shard_model
+from examples.demo.data import fetch_smollm2
 
 BATCH, BLOCK_TOKENS = 2, 512
 CASES = {

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import kept_bytes, machine, write
-from edkm.demo_data import fetch_smollm2
 from edkm.models import load_model
 from edkm.offload import saved_tensors
+from examples.demo.data import fetch_smollm2
 
 BLOCK = 512
 ROWS = {"plain": None, "save_on_cpu": {"marshal": False, "uniquify": False}, "edkm.offload": {}}

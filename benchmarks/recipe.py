@@ -23,11 +23,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.compare import WINDOW, make_data
+from benchmarks.compare.readme import WINDOW, make_data
 from benchmarks.measure import machine, write
 from edkm.core.op import BACKENDS
-from edkm.demo_data import save_smollm2
 from edkm.train.presets import PRESETS, plain_steps_of
+from examples.demo.data import save_smollm2
 
 BITS, LR = 3, 2e-4
 
@@ -161,8 +161,8 @@ def _train(model: Any, blocks: Any, steps: int, first: int, work: Path) -> None:
 def _prepare(model: Any, blocks: Any, config: Any, row: Row) -> Any:
     """Cluster the model as the row says, in place; the config that it was done by."""
     import edkm
-    from edkm.compare.dkm import config as dkm_config
-    from edkm.compare.dkm import prepare_dkm
+    from benchmarks.compare.dkm import config as dkm_config
+    from benchmarks.compare.dkm import prepare_dkm
     from edkm.train.allocate import bits_of
     from edkm.train.stages import prepare_on
 

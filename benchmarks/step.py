@@ -16,8 +16,8 @@ import torch
 
 import edkm
 from benchmarks.measure import machine, write
-from edkm.demo_data import fetch_smollm2
 from edkm.models import load_model
+from examples.demo.data import fetch_smollm2
 
 
 def main(argv: list[str]) -> int:

@@ -269,8 +269,6 @@ def test_interruption_and_our_own_mistakes(stub, capsys):
         "eval no/such/model --text {}",
         "compress no/such/model --data {} --out {}.out",
         "compress no/such/model --data {}.good --eval-text {} --out {}.out",
-        "compare no/such/model --data {} --text {}.good --out {}.out",
-        "compare no/such/model --data {}.good --text {} --out {}.out",
     ],
 )
 def test_text_that_cannot_be_read_is_reported_before_the_model_is_loaded(tmp_path, capsys, command, content, said):

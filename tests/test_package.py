@@ -135,7 +135,7 @@ def test_offload_imports_torch_and_the_core_alone():
 
 
 def test_train_does_not_import_what_is_above_it():
-    refuse(files_of("train"), lambda name: within(name, {"edkm.cli", "edkm.evaluate", "edkm.demo", "edkm.__main__"}))
+    refuse(files_of("train"), lambda name: within(name, {"edkm.cli", "edkm.evaluate", "edkm.__main__"}))
 
 
 def test_only_the_command_line_imports_the_command_line():

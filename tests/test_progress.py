@@ -11,10 +11,11 @@ import torch
 import transformers
 
 import edkm
-from edkm import demo, progress
+from edkm import progress
 from edkm.cli import main
 from edkm.train import loop
 from edkm.train.prepare import clusterings
+from examples.demo import __main__ as demo
 
 
 class Terminal(io.StringIO):

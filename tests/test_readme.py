@@ -37,7 +37,7 @@ def test_tree_is_true():
     for name in named:
         assert (ROOT / "src" / "edkm" / name).exists(), name
     here = {p.name + ("/" if p.is_dir() else "") for p in (ROOT / "src" / "edkm").iterdir() if not p.name.startswith("_")}
-    assert here - set(named) <= {"demo_data.py", "__pycache__/"}
+    assert here - set(named) <= {"memory.py", "py.typed", "__pycache__/"}
 
 
 def test_linked_files_exist():

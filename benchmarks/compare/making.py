@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edkm.compare.methods import METHODS, Method, account, budget, group_size
+from benchmarks.compare.methods import METHODS, Method, account, budget, group_size
 
 CHECKPOINT = "checkpoint"
 _CALIBRATION = "calibration.safetensors"
@@ -82,7 +82,7 @@ def _make_original(job: Job) -> dict[str, Any]:
     """The model that all start from, in 16 bits; and the blocks that post-training methods are calibrated on."""
     from safetensors.torch import save_file
 
-    from edkm.compare.dense import inventory, save_16_bit, untied_head
+    from benchmarks.compare.dense import inventory, save_16_bit, untied_head
     from edkm.models import load_model
 
     model, tokenizer = load_model(job.settings["model"])
@@ -98,7 +98,7 @@ def _make_original(job: Job) -> dict[str, Any]:
 
 
 def _make_control(job: Job) -> dict[str, Any]:
-    from edkm.compare.dense import save_16_bit
+    from benchmarks.compare.dense import save_16_bit
 
     model, tokenizer = _load(job)
     seconds = _train(job, model, _blocks(job, model, tokenizer))
@@ -109,8 +109,8 @@ def _make_control(job: Job) -> dict[str, Any]:
 def _make_rtn(job: Job) -> dict[str, Any]:
     import torch
 
-    from edkm.compare.dense import linear_weights
-    from edkm.compare.rtn import round_to_nearest
+    from benchmarks.compare.dense import linear_weights
+    from benchmarks.compare.rtn import round_to_nearest
 
     model, tokenizer = _load(job)
     began = time.perf_counter()
@@ -124,7 +124,7 @@ def _make_rtn(job: Job) -> dict[str, Any]:
 def _make_library(job: Job) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    from edkm.compare.dense import linear_weights
+    from benchmarks.compare.dense import linear_weights
 
     original = job.original()
     algorithm = job.name.rpartition("+")[2]
@@ -152,7 +152,7 @@ def _make_library(job: Job) -> dict[str, Any]:
 
 
 def _make_llm_qat(job: Job) -> dict[str, Any]:
-    from edkm.compare import llm_qat
+    from benchmarks.compare import llm_qat
 
     model, tokenizer = _load(job)
     teacher, _ = _load(job)
@@ -167,7 +167,7 @@ def _make_llm_qat(job: Job) -> dict[str, Any]:
 
 
 def _make_dkm(job: Job) -> dict[str, Any]:
-    from edkm.compare.dkm import config, prepare_dkm
+    from benchmarks.compare.dkm import config, prepare_dkm
     from edkm.train import loop  # noqa: F401  # now, so that its import is not measured
     from edkm.train.stages import write
 
@@ -241,7 +241,7 @@ def _train(job: Job, model: Any, blocks: Any, teacher: Any = None) -> float:
 
 def _finish(job: Job, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Embeddings in 8 bits, and save; float32 holds every quantized value exactly."""
-    from edkm.compare.dense import round_embeddings, save
+    from benchmarks.compare.dense import round_embeddings, save
 
     round_embeddings(model)
     save(model.float(), tokenizer, job.directory / CHECKPOINT)

@@ -1,4 +1,4 @@
-"""One stage of a comparison, in a process of its own so that its peak memory is its own: `python -m edkm.compare.stage DIR METHOD STAGE`.
+"""Run one stage of a comparison in its own process, for its own peak memory: `python -m benchmarks.compare.stage DIR METHOD STAGE`.
 
 STAGE is `make`, `perplexity:TEXT` or `task:NAME`. What it found goes into `DIR/METHOD/STAGE.json`, which is there only when it is done.
 """
@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edkm.compare.making import CHECKPOINT, Job, make
+from benchmarks.compare.making import CHECKPOINT, Job, make
 from edkm.memory import peak_gpu_mib, peak_mib
 from edkm.progress import shown
 from edkm.textfile import read_text
@@ -71,8 +71,8 @@ def check_quantized(job: Job, model: Any) -> int | None:
     Raises:
         ValueError: there are more than there may be: what would be measured is not a quantized model.
     """
-    from edkm.compare.dense import linear_weights
-    from edkm.compare.rtn import most_distinct
+    from benchmarks.compare.dense import linear_weights
+    from benchmarks.compare.rtn import most_distinct
 
     made = json.loads(path_of(job.root, job.name, "make").read_text())
     block, tables = made.get("block"), made.get("tables")

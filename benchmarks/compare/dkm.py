@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from edkm.compare.dense import untied_head
+from benchmarks.compare.dense import untied_head
 from edkm.config import ClusterConfig
 from edkm.train.prepare import clusterings, prepare
 

@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and SmoothQuant by llmcompressor, on a causal language model of transformers: run by `edkm compare` in `.venv-baselines`.
+"""Quantize a causal language model with llmcompressor (GPTQ, AWQ, SmoothQuant); `benchmarks compare` runs this in `.venv-baselines`.
 
 Weights of linear layers become `bits`-bit asymmetric groups, activations stay as they are. What is written is dense: every parameter of
 the model under its own name, quantized weights at their quantized values with the scale in float16, as it would be stored.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edkm.compare.methods import EMBEDDING_BITS
-from edkm.compare.rtn import is_16_bit, round_to_nearest
+from benchmarks.compare.methods import EMBEDDING_BITS
+from benchmarks.compare.rtn import is_16_bit, round_to_nearest
 
 _LARGEST_HALF = 65504.0
 

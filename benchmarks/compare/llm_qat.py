@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from edkm.compare.dense import linear_weights
-from edkm.compare.rtn import symmetric
+from benchmarks.compare.dense import linear_weights
+from benchmarks.compare.rtn import symmetric
 from edkm.train.data import Blocks
 
 # Tokens of every text that are the likeliest ones, before sampling begins (the paper: 3 to 5).

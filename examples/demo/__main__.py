@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edkm.compare.stage import peak_mib
-from edkm.demo_data import pydoc_data, save_smollm2
+from edkm.memory import peak_mib
 from edkm.progress import progress, say, shown
 from edkm.train.command import what_next
+from examples.demo.data import pydoc_data, save_smollm2
 
 # Chosen by experiment: docs/log.md, 2026-11-21.
 STEPS = 12
@@ -30,7 +30,7 @@ PROMPT = "What does the Python `break` statement do?"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demonstration, or one stage of it (for the demonstration's own use)."""
-    parser = argparse.ArgumentParser(prog="python -m edkm.demo", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where everything goes (out/demo)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of 1,024 tokens ({STEPS})")
     parser.add_argument("--stage", choices=sorted(_STAGES), help=argparse.SUPPRESS)
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _in_a_process(arguments: list[str]) -> None:
-    subprocess.run([sys.executable, "-m", "edkm.demo", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "examples.demo", *arguments], check=True)
 
 
 def _fetch(out: Path) -> None:

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from edkm.compare.methods import METHODS
-from edkm.compare.stage import path_of
+from benchmarks.compare.methods import METHODS
+from benchmarks.compare.stage import path_of
 from edkm.compressed.jsonfile import dumps
 
 

@@ -1,0 +1,1 @@
+"""Compare methods of quantization on one model and the same data, measured by one evaluator."""

@@ -1,0 +1,1 @@
+"""Baselines that run in a separate environment (`make baselines`); nothing here is imported by edkm."""

@@ -1,1 +1,0 @@
-"""`edkm compare`: the same model and data through other methods of quantization, measured by one evaluator."""

@@ -1,1 +1,0 @@
-"""Baselines that run in an environment of their own (`make baselines`); nothing here is imported by edkm."""
