@@ -12,7 +12,7 @@ COREAI := .venv-coreai
 # All of it, nothing pinned but torch: what pip gives a user today.
 LATEST := .venv-latest
 
-.PHONY: help setup demo test test-coreai test-latest check format baselines bench bench-gpu clean
+.PHONY: help setup demo test test-coreai test-latest check docs format baselines bench bench-gpu clean
 
 help:
 	@echo "make demo       compress SmolLM2-135M to 3.2 bits a weight while fine-tuning it, and print one table"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-coreai  those of edkm.coreai, in an environment that has coreai-opt"
 	@echo "make test-latest  all of them, with the newest of every dependency but torch"
 	@echo "make check      format, lint and types"
+	@echo "make docs       the documentation as a site, out/site; fails on a broken link"
 	@echo "make format     put format and imports right"
 	@echo "make setup      only the virtual environment of all these, .venv"
 	@echo "make baselines  the environment of benchmarks compare's gptq, awq and smoothquant"
@@ -62,6 +63,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
