@@ -96,7 +96,7 @@ def test_an_interruption_between_the_steps_says_how_to_go_on(tiny_dir, data, tmp
 
     command = arguments(tiny_dir, data, tmp_path / "out", "--steps", "2")
     with monkeypatch.context() as fit:
-        fit.setattr(stages, "_fit", interrupt)
+        fit.setattr("edkm.train.prepare.fit_linears", interrupt)
         assert main(command) == 130
     said = f"edkm: {tmp_path / 'out'} holds an interrupted run; the same command with --resume goes on\nedkm: interrupted\n"
     assert capsys.readouterr().err.endswith(said)
@@ -122,7 +122,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
     monkeypatch.setattr("edkm.train.data.make_blocks", None)  # the tokens are those that it began with, whatever day it is
     if after > plain:  # in the clustered phase: tables come from the checkpoint, none are looked for
         monkeypatch.setattr(layer, "initial_centroids", None)
-        monkeypatch.setattr(stages, "_fit", None)
+        monkeypatch.setattr("edkm.train.prepare.fit_linears", None)
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
     assert taken == order and not (tmp_path / "parts" / "training").exists()
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
@@ -144,7 +144,7 @@ def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp
     assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 130  # in the clustered ones
     assert (tmp_path / "parts" / "training" / "config.json").is_file()
     monkeypatch.setattr(loop._Stop, "on_step_begin", stop)
-    monkeypatch.setattr(stages, "_allocate", None)  # not once more
+    monkeypatch.setattr("edkm.train.prepare.choose_bits", None)  # not once more
     assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 0
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()

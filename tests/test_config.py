@@ -12,7 +12,7 @@ from torch import nn
 
 import edkm
 from edkm import ClusterConfig
-from edkm.train.prepare import clustered_linears, plan
+from edkm.train.prepare import plan
 
 per_tensor = st.fixed_dictionaries(
     {},
@@ -218,7 +218,7 @@ def test_a_pattern_names_a_weight_or_a_module(pattern, left):
 )
 def test_a_pattern_without_effect_is_refused(fields, message):
     config = ClusterConfig(**{"bits": 2, "rows_per_lut": 0, "embedding_bits": 2, **fields})
-    for refuses in (edkm.prepare, plan, clustered_linears):
+    for refuses in (edkm.prepare, plan):
         with pytest.raises(ValueError, match=message):
             refuses(blocks(), config)
 

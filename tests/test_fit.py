@@ -302,3 +302,32 @@ def test_no_cache_is_kept_by_a_model_within_a_model(tiny_dir):
         assert outer.config.use_cache is False and outer.text.config.use_cache is False
         assert outer.text(**batches()[0]).past_key_values is None
     assert outer.config.use_cache is True and outer.text.config.use_cache is True
+
+
+def test_prepare_with_batches_calibrates_allocates_and_fits_in_that_order(tiny_dir):
+    by_hand, at_once = load_model(tiny_dir)[0], load_model(tiny_dir)[0]
+    importance = edkm.calibrate(by_hand, batches())
+    config = edkm.allocate(by_hand, CONFIG, batches(), 3.2, importance=importance)
+    errors = {}
+    start = edkm.fit(by_hand, config, batches(), importance=importance, report=errors.__setitem__)
+    expected = edkm.prepare(by_hand, config, importance=importance, centroids=start)
+    found = edkm.prepare(at_once, CONFIG, iter(batches()), target_bpw=3.2)
+    assert found.config == expected.config == config and str(found) == str(expected)
+    assert {entry.name: entry.error for entry in found.entries if entry.error is not None} == errors
+    assert by_hand.state_dict().keys() == at_once.state_dict().keys()
+    assert all(torch.equal(tensor, at_once.state_dict()[name]) for name, tensor in by_hand.state_dict().items())
+
+
+def test_prepare_takes_what_it_is_given_instead_of_making_it(tiny_dir):
+    given, plain = load_model(tiny_dir)[0], load_model(tiny_dir)[0]
+    weights = {name: p.clone() for name, p in given.named_parameters()}
+    importance = {name: tensor + 1 for name, tensor in edkm.calibrate(given, batches()).items()}
+    report = edkm.prepare(given, CONFIG, batches(), importance=importance, centroids={})
+    assert str(report) == str(edkm.prepare(plain, CONFIG, importance=importance))
+    assert all(torch.equal(p, weights[name]) for name, p in given.named_parameters())
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in given.state_dict().items())
+
+
+def test_a_target_needs_batches(tiny_dir):
+    with pytest.raises(ValueError, match=r"^target_bpw: bits are chosen on data\. Give batches"):
+        edkm.prepare(load_model(tiny_dir)[0], CONFIG, target_bpw=3.2)

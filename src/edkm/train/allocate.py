@@ -24,8 +24,9 @@ from edkm.config import ClusterConfig
 from edkm.core.assign import assign, lookup, round_lut
 from edkm.core.centroids import initial_centroids
 from edkm.progress import progress
+from edkm.train.distributed import broadcast_from_rank0
 from edkm.train.gradients import output_gradients
-from edkm.train.prepare import clustered_linears
+from edkm.train.targets import Linears, decide, linears_of
 
 # 5 bits are left out: Core ML's tables have 2, 3, 4, 6 or 8.
 BITS = (2, 3, 4, 6)
@@ -74,19 +75,31 @@ def allocate(
     Cost:
         A forward and a backward pass over the batches, and k-means of 16 rows of each weight for each of 20 choices.
     """
-    check_target(model, config, target)
+    return choose_bits(model, config, linears_of(decide(model, config)), batches, target, importance, loss)
+
+
+def choose_bits(
+    model: nn.Module,
+    config: ClusterConfig,
+    linears: Linears,
+    batches: Iterable[Any],
+    target: float,
+    importance: Mapping[str, Tensor],
+    loss: Callable[[Any], Tensor] | None = None,
+) -> ClusterConfig:
+    """Do the work of `allocate` for linear layers that are known already, with the same result on all ranks."""
+    _check_target(linears, config, target)
     squares: dict[str, Tensor] = {}
 
     def collect(name: str, gradient: Tensor) -> None:
         square = gradient.square().sum(0)
         squares[name] = squares[name] + square if name in squares else square
 
-    output_gradients(model, config, batches, collect, loss=loss)
+    output_gradients(model, linears, batches, collect, loss=loss)
     if not set(squares) & set(importance):
         raise ValueError("importance: has none of the weights that the batches reached. Calibrate the same model.")
     weights: dict[str, list[Choice]] = {}
     kept, size = set(), 0
-    linears = clustered_linears(model, config)
     with progress("choice of bits", len(linears), "weights") as advance:
         for module, (name, settings) in linears.items():
             weight = module.weight.detach()
@@ -99,13 +112,15 @@ def allocate(
             advance()
     _check_least(sum(choices[0].cost for choices in weights.values()), target, size)
     found = {name: choice for name, choice in spend(weights, target * size).items() if name not in kept}
-    given = {name: {"bits": choice.bits, "rows_per_lut": choice.rows_per_lut} for name, choice in found.items()}
+    choices = torch.tensor([[choice.bits, choice.rows_per_lut] for choice in found.values()], device=next(model.parameters()).device)
+    broadcast_from_rank0([choices])
+    given = {name: {"bits": bits, "rows_per_lut": rows} for name, (bits, rows) in zip(found, choices.tolist(), strict=True)}
     return replace(config, overrides={**given, **config.overrides})
 
 
 def bits_of(model: nn.Module, config: ClusterConfig) -> float:
     """Bits a linear weight, tables counted, if all have what the config says: the `target` of a model of the same size."""
-    found = [(module.weight, settings) for module, (_, settings) in clustered_linears(model, config).items()]
+    found = [(module.weight, settings) for module, (_, settings) in linears_of(decide(model, config)).items()]
     cost = sum(_cost(weight, settings.bits, settings.rows_per_lut) for weight, settings in found)
     return cost / max(1, sum(weight.numel() for weight, _ in found))
 
@@ -116,8 +131,12 @@ def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None
     Raises:
         ValueError: with the least that is possible.
     """
+    _check_target(linears_of(decide(model, config)), config, target)
+
+
+def _check_target(linears: Linears, config: ClusterConfig, target: float) -> None:
     least = size = 0
-    for module, (_, settings) in clustered_linears(model, config).items():
+    for module, (_, settings) in linears.items():
         weight = module.weight
         size += weight.numel()
         costs = [_cost(weight, *option) for option in _options(weight)] if settings is config else []

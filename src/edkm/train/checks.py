@@ -6,6 +6,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ MOST_ROUNDED = 0.05
 # Where quantized layers of GPTQ, AWQ, compressed-tensors and HQQ have the codes of their weights.
 _CODES = {"qweight", "weight_packed", "W_q"}
 _PIECE_WEIGHTS = 1 << 22
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Begin errors that speak of a weight with its name."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('weight: ')}") from None
 
 
 def check_no_adapters(model: nn.Module) -> None:

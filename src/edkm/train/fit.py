@@ -20,7 +20,7 @@ from edkm.core import curvature
 from edkm.core.assign import assign, lookup
 from edkm.progress import progress
 from edkm.train.calibrate import call, evaluating, first_input, is_product, without_cache
-from edkm.train.prepare import clustered_linears, decoder_layers
+from edkm.train.targets import Linears, decide, decoder_layers, linears_of
 
 
 def fit(
@@ -40,7 +40,7 @@ def fit(
     all are that `config` clusters: name those that must stay in its `skip`.
 
     Args:
-        model: any module. Its `prepare.decoder_layers` are fitted one after another if each takes the output of the one before;
+        model: any module. Its `targets.decoder_layers` are fitted one after another if each takes the output of the one before;
             otherwise all weights see the inputs of the uncompressed model.
         config: as for `prepare`. Embeddings, weights tied to them, convolutions and vectors (`dim > 1`) are left to `prepare`.
         batches: as for `calibrate`.
@@ -61,24 +61,38 @@ def fit(
         `x^T x` per linear input, with `sensitivity` four for every weight; a second copy of the fitted weights; for every weight what
         `core.curvature.fit` says.
     """
+    linears = linears_of(decide(model, config))
+    return fit_linears(model, linears, batches, turns=turns, importance=importance, sensitivity=sensitivity, report=report)
+
+
+def fit_linears(
+    model: nn.Module,
+    linears: Linears,
+    batches: Iterable[Any],
+    *,
+    turns: int = 4,
+    importance: Mapping[str, Tensor] | None = None,
+    sensitivity: Mapping[str, Tensor] | None = None,
+    report: Callable[[str, float], None] | None = None,
+) -> dict[str, Tensor]:
+    """Do the work of `fit` for linear layers that are known already."""
     batches = list(batches)
     if not batches:
         raise ValueError("batches: fitting needs at least one batch.")
-    chosen = clustered_linears(model, config)
     centroids: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
 
     def stage(modules: Iterable[nn.Module], run: Callable[[], Any]) -> None:
-        here = [m for m in modules if m in chosen and chosen[m][0] not in centroids]
-        tokens = {m: _merged((sensitivity or {}).get(chosen[m][0]), m.weight, chosen[m][1]) for m in here}
+        here = [m for m in modules if m in linears and linears[m][0] not in centroids]
+        tokens = {m: _merged((sensitivity or {}).get(linears[m][0]), m.weight, linears[m][1]) for m in here}
         for module, moments in _moments(tokens, run).items():
-            name, settings = chosen[module]
+            name, settings = linears[module]
             centroids[name], targets[name], error = _fit_one(name, module.weight, settings, moments, turns, (importance or {}).get(name))
             advance()
             if report is not None:
                 report(name, error)
 
-    with evaluating(model), without_cache(model), progress("fit", len(chosen), "weights") as advance:
+    with evaluating(model), without_cache(model), progress("fit", len(linears), "weights") as advance:
         layers, calls = _chain(model, batches)
         for layer, after in itertools.zip_longest(layers, layers[1:]):
             made = calls.pop(layer)
@@ -88,7 +102,7 @@ def fit(
                 calls[after] = [((x, *args[1:]), kwargs) for x, (args, kwargs) in zip(outputs, calls[after], strict=True)]
         stage(model.modules(), lambda: [call(model, batch) for batch in batches])
         # Until here the model was on its tables.
-        for module, (name, _) in chosen.items():
+        for module, (name, _) in linears.items():
             if name in targets:
                 module.weight.copy_(targets.pop(name))
     return centroids

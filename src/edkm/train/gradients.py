@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edkm.config import ClusterConfig
 from edkm.progress import progress
 from edkm.train.calibrate import evaluating, first_input, is_product, length, without_cache
-from edkm.train.prepare import clustered_linears
+from edkm.train.targets import Linears, decide, linears_of
 
 # Runs of rows that get a second moment of their own.
 _PARTS = 4
@@ -56,14 +56,14 @@ def sensitivity(
         found.setdefault(name, []).append(rows.square().view(len(rows), parts, -1).mean(2).cpu())
         most[-1] = max(most[-1], len(rows))
 
-    output_gradients(model, config, batches, collect, before=lambda: most.append(0), loss=loss)
+    output_gradients(model, linears_of(decide(model, config)), batches, collect, before=lambda: most.append(0), loss=loss)
     whole = {name: torch.cat(rows) for name, rows in found.items() if [len(r) for r in rows] == most}
     return {name: rows / rows.mean(0) for name, rows in whole.items() if bool((rows.mean(0) > 0).all())}
 
 
 def output_gradients(
     model: nn.Module,
-    config: ClusterConfig,
+    linears: Linears,
     batches: Iterable[Any],
     collect: Callable[[str, Tensor], None],
     *,
@@ -95,7 +95,6 @@ def output_gradients(
         return hook
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    linears = clustered_linears(model, config)
     hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for module, (name, _) in linears.items()]
     seen = False
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,29 +12,40 @@ from torch import Tensor, nn
 from edkm.compressed.savable import check_savable
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen
-from edkm.core.matrix import as_matrix, count_tables
-from edkm.core.op import Solution, _backend, check_shapes, choose_backend
-from edkm.core.reference import compute_dtype
+from edkm.core.matrix import as_matrix
+from edkm.core.op import choose_backend
 from edkm.progress import progress
+from edkm.train.allocate import choose_bits
+from edkm.train.calibrate import calibrate
 from edkm.train.checks import (
     check_finite,
-    check_kind,
     check_no_adapters,
     check_not_quantized,
-    check_patterns,
-    check_readers,
     check_values,
+    naming,
     rounding_loss,
     warn_of_rounding,
 )
+from edkm.train.distributed import broadcast_from_rank0
+from edkm.train.fit import fit_linears
 from edkm.train.layer import Clustering
 from edkm.train.reading import clustered_keys, read_through, state_name, watch
-from edkm.train.targets import NO_WEIGHT, Target, targets_of
+from edkm.train.targets import Decision, Target, decide, linears_of
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter in a report: `tables == 0` if it was left alone, and `note` says why (or which backend was chosen, and why)."""
+    """One parameter of a report.
+
+    Attributes:
+        name: of the parameter, the first if it is tied.
+        shape: of the parameter.
+        bits: of an index; 0 for a parameter that was left alone.
+        tables: number of lookup tables; 0 likewise.
+        dim: weights per index.
+        note: why it was left alone, or which backend was chosen and why.
+        error: relative output error that the fit left; None without a fit.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -41,13 +53,15 @@ class Entry:
     tables: int
     dim: int
     note: str
+    error: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `prepare` did to every parameter."""
+    """Every parameter as `prepare` left it, and the config that was used (with the overrides that `target_bpw` chose)."""
 
     entries: tuple[Entry, ...]
+    config: ClusterConfig
 
     @property
     def clustered(self) -> tuple[Entry, ...]:
@@ -78,68 +92,83 @@ class Report:
 def prepare(
     model: nn.Module,
     config: ClusterConfig,
+    batches: Iterable[Any] | None = None,
     *,
+    target_bpw: float | None = None,
     importance: Mapping[str, Tensor] | None = None,
     centroids: Mapping[str, Tensor] | None = None,
     backend: str = "auto",
 ) -> Report:
     """Cluster a model's weights from now on, in place: linear layers, embeddings, Conv1d/2d, and stacks of matrices such as experts.
 
-    Each matrix of a stack has tables of its own (`rows_per_lut` divides its rows; 0 is one table for each). Parameters stay what they were,
-    so optimizers and tied weights do too; a tied tensor is clustered once. All tables are made before anything is changed: a refused tensor
-    leaves the model as it was. While a forward pass of the model or of a part of it runs, a weight that is read instead of called
+    Given `batches` the model is first calibrated on them, bits are chosen (with `target_bpw`), and its linear weights are fitted. Each
+    matrix of a stack has its own tables (`rows_per_lut` divides its rows; 0 is one table for each). Parameters stay the same objects,
+    so optimizers and tied weights do too; a tied tensor is clustered once. All tables are made before clustering is put into the model: a
+    refused tensor leaves it as it was. While a forward pass of the model or of a part of it runs, a weight that is read instead of called
     (`F.linear(x, self.tokens.weight)`) is the clustered one; outside it is the parameter: call `model(x)`, not `model.forward(x)`, and put
     a loss which multiplies by `model.lm_head.weight` into a `forward`. A frozen weight (`requires_grad` False) is clustered like any other,
     and annealed with them; `config.skip` leaves weights alone.
 
     Args:
         model: any module.
-        config: what to do; `config.for_tensor(name)` decides for each weight.
+        config: `config.for_tensor(name)` decides for each weight.
+        batches: as for `edkm.calibrate`; on every rank the same. None starts from k-means, without data.
+        target_bpw: average bits per linear weight, tables included, for `edkm.allocate`; None keeps the bits of the config.
         importance: parameter name -> non-negative, broadcastable to the weight as `core.matrix.as_matrix` sees it, as `edkm.calibrate`
-            returns it.
-        centroids: parameter name -> `[g, k, d]` to start from, as `edkm.fit` returns it; k-means for those that are not named.
+            returns it. None: calibrated, if there are batches.
+        centroids: parameter name -> `[g, k, d]` to start from, as `edkm.fit` returns it; k-means for those that are not named, so
+            `{}` is k-means for all. None: fitted, if there are batches.
         backend: for `edkm.cluster`.
 
     Returns:
-        A report on every parameter: clustered, or skipped and why.
+        A report on every parameter (clustered, or skipped and why), with the config that was used.
 
     Raises:
         ValueError: a tensor that cannot be clustered as asked (named): its shape, its kind (quantized, sharded), NaN, values that float16
             cannot hold; a pattern of the config without effect, an unknown name in `importance`, PEFT adapters, a model that was prepared
-            already, or one in which nothing is clustered.
+            already, or one in which nothing is clustered; `target_bpw` without batches or too low; batches as for `edkm.fit`.
 
     Cost:
-        A few passes over each weight; in training as stated at `edkm.cluster`.
+        A few passes over each weight, and with batches the cost of `edkm.calibrate`, `edkm.allocate` and `edkm.fit`; in training as stated
+        at `edkm.cluster`.
     """
-    targets = targets_of(model)
-    importance, centroids = dict(importance or {}), dict(centroids or {})
+    if target_bpw is not None and batches is None:
+        raise ValueError("target_bpw: bits are chosen on data. Give batches, too, or set bits in the config.")
+    decisions = _check(model, config, backend)
+    known = {name for one in decisions if one.target for name in one.target.names}
     for what, given in (("importance", importance), ("centroids", centroids)):
-        unknown = set(given) - {name for target in targets for name in target.names}
+        unknown = set(given or ()) - known
         if unknown:
             raise ValueError(f"{what}: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
-    check(model, config, backend)
+    errors: dict[str, float] = {}
+    if batches is not None:
+        batches = list(batches)
+        importance = calibrate(model, batches) if importance is None else importance
+        if target_bpw is not None:
+            config = choose_bits(model, config, linears_of(decisions), batches, target_bpw, importance)
+            decisions = decide(model, config, backend)
+        if centroids is None:
+            centroids = fit_linears(model, linears_of(decisions), batches, importance=importance, report=errors.__setitem__)
+            broadcast_from_rank0([*centroids.values(), *(model.get_parameter(name).data for name in centroids)])
     entries, made = [], []
-    decided = decisions(model, config, targets)
-    with progress("tables", len(decided), "parameters") as advance:
-        for name, parameter, target, settings, reason in decided:
+    with progress("tables", len(decisions), "parameters") as advance:
+        for one in decisions:
             advance()
-            if settings is None:
-                entries.append(Entry(name, tuple(parameter.shape), 0, 0, 1, reason))
+            if one.target is None or one.settings is None:
+                entries.append(_entry(one))
                 continue
-            assert target is not None
-            weigh, start = (next((given[n] for n in target.names if n in given), None) for given in (importance, centroids))
-            clustering, note = _clustering(name, target, settings, weigh, start, backend)
+            weigh, start = (next((given[n] for n in one.target.names if n in given), None) for given in (importance or {}, centroids or {}))
+            clustering, note = _clustering(one, weigh, start, backend)
+            clustering.prepared_by = config
             note += "; tables by k-means" if centroids and start is None else ""
-            entries.append(Entry(name, tuple(parameter.shape), settings.bits, clustering.tables, settings.dim, note))
-            made.append((target, clustering))
-    for _, clustering in made:
-        clustering.prepared_by = config
+            entries.append(_entry(one, note, errors.get(one.name)))
+            made.append((one.target, clustering))
     install(model, made)
-    return Report(tuple(entries))
+    return Report(tuple(entries), config)
 
 
 def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Report:
-    """Refuse what `prepare`, `freeze` or `save` would refuse. Nothing is changed: call it before training that comes before `prepare`.
+    """Refuse a model that `prepare`, `freeze` or `save` would refuse. Nothing is changed: call it before training that precedes `prepare`.
 
     Returns:
         As `plan`.
@@ -150,110 +179,46 @@ def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Rep
     Cost:
         A pass over each parameter, and a model without memory for its weights.
     """
-    check_no_adapters(model)
-    check_not_quantized(model)
-    report = plan(model, config, backend)
-    tables = {entry.name: entry.tables for entry in report.clustered}
-    axes = {target.names[0]: target.row_axes for target in targets_of(model)}
-    for name, parameter in model.named_parameters():
-        if name in tables:
-            check_values(name, as_matrix(parameter.detach(), axes[name]), tables[name])
-        else:
-            check_finite(name, parameter)
-    check_savable(model)
-    return report
+    return Report(tuple(map(_entry, _check(model, config, backend))), config)
 
 
 def plan(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Report:
-    """What `prepare` would do, without looking at a weight.
+    """Report what `prepare` would do, without looking at a weight.
 
     Raises:
         ValueError: as `prepare`, as far as names, shapes and dtypes can tell.
     """
-    entries = []
-    for name, parameter, target, settings, reason in decisions(model, config, targets_of(model)):
-        shape = tuple(parameter.shape)
-        if settings is None:
-            entries.append(Entry(name, shape, 0, 0, 1, reason))
-            continue
-        assert target is not None
-        matrix = as_matrix(parameter.detach(), target.row_axes)
-        try:
-            tables = count_tables(shape, target.row_axes, settings.rows_per_lut)
-            lut = torch.empty(tables, 2**settings.bits, settings.dim, dtype=compute_dtype(matrix.dtype), device="meta")
-            check_shapes(matrix, lut, None)
-            if backend != "auto":
-                _backend(backend, matrix, Solution(lut.unsqueeze(0), None, lut, torch.bfloat16, backend))
-        except ValueError as error:
-            raise ValueError(f"{name}: {str(error).removeprefix('weight: ')}") from None
-        entries.append(Entry(name, shape, settings.bits, tables, settings.dim, ""))
-    return Report(tuple(entries))
+    return Report(tuple(map(_entry, decide(model, config, backend))), config)
 
 
-def decisions(
-    model: nn.Module, config: ClusterConfig, targets: list[Target]
-) -> list[tuple[str, Tensor, Target | None, ClusterConfig | None, str]]:
-    """For every parameter `(name, parameter, users, settings or None, why not)`; at least one has settings."""
-    if any(isinstance(m, Clustering) for m in model.modules()):
-        raise ValueError("model: it is prepared already. Load it afresh to cluster it differently.")
-    by_name = {target.names[0]: target for target in targets}
-    found = []
-    for name, parameter in model.named_parameters():
-        target = by_name.get(name)
-        settings, reason = _settings(config, parameter, target)
-        if settings is not None:
-            check_kind(name, parameter)
-        found.append((name, parameter, target, settings, reason))
-    aliases = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    modules = [name for name, _ in model.named_modules() if name]
-    check_readers(model, {id(parameter): name for name, parameter, _, settings, _ in found if settings is not None})
-    check_patterns(config, [*modules, *aliases], [target.names for _, _, target, settings, _ in found if target and settings])
-    if all(settings is None for *_, settings, _ in found):
-        reasons = "; ".join(sorted({reason for *_, reason in found}))
-        raise ValueError(f"model: no weight is clustered ({reasons or 'no parameters'}). Check skip and embedding_bits.")
-    return found
+def _check(model: nn.Module, config: ClusterConfig, backend: str) -> list[Decision]:
+    """Decide on every parameter, and check all values."""
+    check_no_adapters(model)
+    check_not_quantized(model)
+    decisions = decide(model, config, backend)
+    for one in decisions:
+        if one.target is not None and one.settings is not None:
+            check_values(one.name, as_matrix(one.parameter.detach(), one.target.row_axes), one.tables)
+        else:
+            check_finite(one.name, one.parameter)
+    check_savable(model)
+    return decisions
 
 
-def clustered_linears(model: nn.Module, config: ClusterConfig) -> dict[nn.Module, tuple[str, ClusterConfig]]:
-    """The linear layers whose weights are clustered one by one, those of subclasses, too, and their names and settings."""
-    plan(model, config)  # refuses what cannot be clustered
-    found: dict[nn.Module, tuple[str, ClusterConfig]] = {}
-    for name, _, target, settings, _ in decisions(model, config, targets_of(model)):
-        if settings is not None and settings.dim == 1 and len(target.modules) == 1 and isinstance(target.modules[0], nn.Linear):
-            found[target.modules[0]] = name, settings
-    return found
+def _entry(decision: Decision, note: str = "", error: float | None = None) -> Entry:
+    name, parameter, _, settings, reason = decision
+    if settings is None:
+        return Entry(name, tuple(parameter.shape), 0, 0, 1, reason)
+    return Entry(name, tuple(parameter.shape), settings.bits, decision.tables, settings.dim, note, error)
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules of the types that the model names in `_no_split_modules`, as transformers' models do; none if it names none."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names and module is not model]
-
-
-def _settings(config: ClusterConfig, parameter: Tensor, target: Target | None) -> tuple[ClusterConfig | None, str]:
-    """The settings of a parameter, or None and why it is left alone."""
-    if target is None:
-        return None, "a vector" if parameter.ndim < 2 else NO_WEIGHT
-    embedding = next((m for m in target.modules if isinstance(m, nn.Embedding)), None)
-    if embedding is not None:
-        if not config.embedding_bits:
-            return None, "an embedding, and embedding_bits is 0"
-        if embedding.max_norm is not None or embedding.sparse:
-            return None, "an embedding with max_norm or sparse gradients"
-        config = replace(config, bits=config.embedding_bits, rows_per_lut=0, dim=1)
-    settings = config.for_tensor(*target.names)
-    return settings, "matches skip" if settings is None else ""
-
-
-def _clustering(
-    name: str, target: Target, settings: ClusterConfig, importance: Tensor | None, start: Tensor | None, backend: str
-) -> tuple[Clustering, str]:
-    try:
+def _clustering(decision: Decision, importance: Tensor | None, start: Tensor | None, backend: str) -> tuple[Clustering, str]:
+    """Make the clustering of one weight, and a note on it for the report."""
+    name, _, target, settings, _ = decision
+    assert target is not None and settings is not None
+    with naming(name):
         clustering = Clustering(target.weight, settings, importance, backend, start, target.row_axes)
-        clustering.name = name
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(f"{name}: {message.removeprefix('weight: ')}") from None
+    clustering.name = name
     chosen, why = (backend, "as asked")
     if backend == "auto":
         chosen, why = choose_backend(clustering.matrix(target.weight), *clustering.centroids.shape, torch.bfloat16)

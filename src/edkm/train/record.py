@@ -40,7 +40,8 @@ class Recorder:
         from torch import nn
 
         from ..report.histogram import chosen
-        from .prepare import plan, targets_of
+        from .prepare import plan
+        from .targets import targets_of
 
         clustered = {entry.name for entry in plan(model, config).clustered}
         targets = {t.names[0]: t for t in targets_of(model) if not any(isinstance(m, nn.Embedding) for m in t.modules)}

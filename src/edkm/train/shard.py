@@ -24,13 +24,14 @@ from edkm.core.matrix import as_matrix
 from edkm.core.op import choose_backend
 from edkm.core.sharded import Rows
 from edkm.train.layer import Clustering, Shard
-from edkm.train.prepare import clusterings, decoder_layers, unclustered
+from edkm.train.prepare import clusterings, unclustered
+from edkm.train.targets import decoder_layers
 
 
 def shard_model(model: nn.Module, group: ProcessGroup | None = None) -> None:
     """Apply FSDP2 to a model in place: each decoder layer is gathered when it runs, the rest stays gathered within a pass.
 
-    Decoder layers are those of `prepare.decoder_layers`.
+    Decoder layers are those of `targets.decoder_layers`.
     """
     mesh = None if group is None else dist.DeviceMesh.from_group(group, "cuda" if torch.cuda.is_available() else "cpu")
     for layer in decoder_layers(model):

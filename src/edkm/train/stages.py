@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,34 +38,28 @@ def prepare_from(
 ) -> tuple[Any, Any]:
     """`prepare_on`, given the batches."""
     from .calibrate import calibrate
+    from .fit import fit
+    from .gradients import sensitivity
     from .prepare import prepare
 
-    importance = calibrate(model, batches)
-    if target_bpw is not None:
-        config = _allocate(model, config, batches, importance, target_bpw)
-    centroids = None
+    given: dict[str, Any] = {}
     if start == "checkpoint":
-        centroids = _placeholders(model, config)
-    elif start != "kmeans":
-        centroids = _fit(model, config, batches, importance, guided=start == "guided")
-    return prepare(model, config, importance=importance, centroids=centroids, backend=backend), config
-
-
-def _allocate(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any, target_bpw: float) -> Any:
-    """Run `edkm.allocate`, with the same result on all ranks."""
-    import torch
-
-    from . import distributed
-    from .allocate import allocate
-
-    found = allocate(model, config, batches, target_bpw, importance=importance)
-    ours = {name: values for name, values in found.overrides.items() if name not in config.overrides}
-    choices = torch.tensor([[values["bits"], values["rows_per_lut"]] for values in ours.values()], device=next(model.parameters()).device)
-    distributed.broadcast_from_rank0([choices])
-    ours = {name: {"bits": bits, "rows_per_lut": rows} for name, (bits, rows) in zip(ours, choices.tolist(), strict=True)}
-    counts = Counter(values["bits"] for values in ours.values())
-    print("bits: " + ", ".join(f"{bits} in {count} tensors" for bits, count in sorted(counts.items())), flush=True)
-    return replace(config, overrides={**ours, **config.overrides})
+        given["centroids"] = _placeholders(model, config)
+    elif start == "kmeans":
+        given["centroids"] = {}
+    elif start == "guided":
+        given["importance"] = calibrate(model, batches)
+        tokens = sensitivity(model, config, batches)
+        given["centroids"] = fit(model, config, batches, importance=given["importance"], sensitivity=tokens)
+    report = prepare(model, config, batches, target_bpw=target_bpw, backend=backend, **given)
+    if target_bpw is not None:
+        counts = Counter(entry.bits for entry in report.clustered if entry.name in report.config.overrides)
+        print("bits: " + ", ".join(f"{bits} in {count} tensors" for bits, count in sorted(counts.items())), flush=True)
+    errors = [entry.error for entry in report.clustered if entry.error is not None]
+    if errors:
+        mean = sum(errors) / len(errors)
+        print(f"fitted {len(errors)} tensors; relative output error {mean:.4f} on average, {max(errors):.4f} at most", flush=True)
+    return report, report.config
 
 
 def _placeholders(model: Any, config: Any) -> dict[str, Any]:
@@ -79,23 +72,6 @@ def _placeholders(model: Any, config: Any) -> dict[str, Any]:
         entry.name: torch.linspace(-1, 1, 2**entry.bits).view(1, -1, 1).repeat(entry.tables, 1, entry.dim)
         for entry in plan(model, config).clustered
     }
-
-
-def _fit(model: Any, config: Any, batches: list[dict[str, Any]], importance: Any, *, guided: bool) -> dict[str, Any]:
-    """Run `edkm.fit`, with the same result on all ranks to the bit."""
-    from . import distributed
-    from .fit import fit
-    from .gradients import sensitivity
-
-    errors: list[float] = []
-
-    tokens = sensitivity(model, config, batches) if guided else None
-    centroids = fit(model, config, batches, importance=importance, sensitivity=tokens, report=lambda name, error: errors.append(error))
-    distributed.broadcast_from_rank0([*centroids.values(), *(p.data for name, p in model.named_parameters() if name in centroids)])
-    if errors:
-        mean = sum(errors) / len(errors)
-        print(f"fitted {len(errors)} tensors; relative output error {mean:.4f} on average, {max(errors):.4f} at most", flush=True)
-    return centroids
 
 
 def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from edkm.train.memory.timeline import Timeline
-from edkm.train.prepare import decoder_layers
+from edkm.train.targets import decoder_layers
 
 
 class Gathering:
