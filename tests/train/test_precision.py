@@ -258,7 +258,7 @@ def test_a_forward_that_others_wrapped_is_put_back(tiny_model, tmp_path):
 
 
 @both_trainings
-@pytest.mark.parametrize("ending", ["end", "error", "interrupt"])
+@pytest.mark.parametrize("ending", ["end", "failure", "interrupt"])
 def test_training_leaves_forward_as_it_was(tiny_model, tmp_path, monkeypatch, autocast, ending):
     class Block(dict):
         pass
@@ -269,7 +269,7 @@ def test_training_leaves_forward_as_it_was(tiny_model, tmp_path, monkeypatch, au
         def on_step_end(self, args, state, control, **kwargs):
             seen.append("forward" in vars(tiny_model))
             if ending != "end":
-                raise RuntimeError if ending == "error" else KeyboardInterrupt
+                raise RuntimeError if ending == "failure" else KeyboardInterrupt
 
     seen = []
     made = loop._Trainer.__init__
@@ -278,7 +278,7 @@ def test_training_leaves_forward_as_it_was(tiny_model, tmp_path, monkeypatch, au
     if ending == "end":
         loop.train(tiny_model, blocks, settings, tmp_path / "work")
     else:
-        with pytest.raises(RuntimeError if ending == "error" else KeyboardInterrupt):
+        with pytest.raises(RuntimeError if ending == "failure" else KeyboardInterrupt):
             loop.train(tiny_model, blocks, settings, tmp_path / "work")
     assert seen[0] == autocast and not {"forward", "_original_forward", "_is_accelerate_prepared"} & set(vars(tiny_model))
 
