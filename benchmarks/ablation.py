@@ -8,7 +8,7 @@ The weights are random normal with a standard deviation of 0.02. Rows, cumulativ
     M         marshaling: one copy per storage
     M+U       and maps whose rows are a function of a 16-bit weight become a table and an index
     M+S       and M+U+S: what all learners hold alike is kept 1/learners on each
-    unique    `edkm.cluster(backend="unique")`, which keeps centroids and needs none of the above
+    histogram `edkm.cluster(backend="histogram")`, which keeps centroids and needs none of the above
 
 Only the clustering (weight to soft weight) is inside the saved-tensors block, with `edkm.offload.function_of(weight)` around each of the
 four: that part alone is the same on all learners, whose activations differ. Activations and the soft weights that `F.linear` saves lie
@@ -20,7 +20,7 @@ processor. On a CPU nothing has to move, and `save_on_cpu` copies nothing; there
 uniquify=False)`, which makes real copies, and its bytes are checked against a count of what `save_on_cpu` is asked to save.
 
 **Gradients first.** The dense rows are the same arithmetic: the gradients of all four weights must equal, bit for bit on every learner,
-those of the same layer without any hook. Those of `unique` may err from a float64 run by at most twice what the dense float32 run errs.
+those of the same layer without any hook. Those of `histogram` may err from a float64 run by at most twice what the dense float32 run errs.
 No table is printed otherwise.
 
 Where the ratios differ from the paper's (M 2.9, M+S 23.5, M+U 16.4, M+U+S 130, 8 learners), and why. With T iterations and k centroids
@@ -33,7 +33,7 @@ bits and 3 iterations.
   bytes. What is left is that index and the tables, u rows for u distinct values, which hardly grow with the layer: u / n is about
   0.3 % at 1024 x 1024 and 0.03 % at 4096 x 4096, so the ratio at full scale is higher.
 - S divides by the learners what is kept, as in the paper (23.5 / 2.9 = 8.1), at the price of an all-gather in backward.
-- `unique` keeps T + 1 sets of centroids: hundreds of bytes, whatever the size of the layer.
+- `histogram` keeps T + 1 sets of centroids: hundreds of bytes, whatever the size of the layer.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ import edkm
 from benchmarks.measure import kept_bytes, machine, write
 from benchmarks.offload import requested_bytes
 from edkm.core import reference
-from edkm.core.centroids import temperature_for
+from edkm.core.kmeans import temperature_for
 from edkm.offload import function_of, saved_tensors
 
 SIDE, HEAD, PROJECTIONS = 4096, 128, ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -73,11 +73,11 @@ ROWS = {
     "M+U": {"marshal": True, "uniquify": True},
     "M+S": {"marshal": True, "uniquify": False, "shard": True},
     "M+U+S": {"marshal": True, "uniquify": True, "shard": True},
-    "unique": None,
+    "histogram": None,
 }
 # arXiv:2309.00964, ablation: times less memory than the base, on 8 learners.
 PAPER = {"base": 1.0, "M": 2.9, "M+S": 23.5, "M+U": 16.4, "M+U+S": 130.0}
-UNIQUE_ERROR = 2.0
+HISTOGRAM_ERROR = 2.0
 
 
 class Layer(NamedTuple):
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> dict:
     try:
         layer = _layer(args)
         expected = _plain(layer, [_data(args, learner) for learner in range(max(args.learners))])
-        error = _unique_error(layer, _data(args, 0))
+        error = _histogram_error(layer, _data(args, 0))
         counted = requested_bytes(lambda: _soft(layer))
         rows = []
         for learners in args.learners:
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> dict:
         del row["digests"]
     layout = {"scale": args.scale, "side": SIDE // args.scale, "bits": args.bits, "iters": args.iters, "tokens": args.tokens}
     layout |= {"dtype": args.dtype, "repeats": args.repeats}
-    gradients = {"dense": "equal bit for bit on every learner to those without hooks", "unique": error}
+    gradients = {"dense": "equal bit for bit on every learner to those without hooks", "histogram": error}
     return {"benchmark": "ablation", **layout, "machine": where, "base_bytes": counted, "gradients": gradients, "rows": rows}
 
 
@@ -205,9 +205,9 @@ def _soft(layer: Layer) -> list[Tensor]:
     return soft
 
 
-def _unique(layer: Layer) -> list[Tensor]:
+def _histogram(layer: Layer) -> list[Tensor]:
     tables = zip(*layer[:3], strict=True)
-    return [edkm.cluster(w, c, temperature=t, max_iters=layer.iters, backend="unique").weight for w, c, t in tables]
+    return [edkm.cluster(w, c, temperature=t, max_iters=layer.iters, backend="histogram").weight for w, c, t in tables]
 
 
 def _backward(layer: Layer, soft: list[Tensor], data: Data, again: bool = False) -> None:
@@ -231,16 +231,18 @@ def _plain(layer: Layer, data_of_learners: list[Data]) -> list[list[str]]:
     return digests
 
 
-def _unique_error(layer: Layer, data: Data) -> dict[str, float]:
-    """Largest relative errors of the four gradients against float64, of `unique` and of the dense layer; raises if the former is worse."""
+def _histogram_error(layer: Layer, data: Data) -> dict[str, float]:
+    """Largest relative errors of the four gradients against float64, of `histogram` and of the dense layer; raises if it is worse."""
     truth = _truth(layer, data)
     errors = {}
-    for name, cluster in (("dense", _soft), ("unique", _unique)):
+    for name, cluster in (("dense", _soft), ("histogram", _histogram)):
         _backward(layer, cluster(layer), data)
         pairs = zip(layer.weights, truth, strict=True)
         errors[name] = max(((weight.grad - exact).norm() / exact.norm()).item() for weight, exact in pairs)
-    if not errors["unique"] <= UNIQUE_ERROR * errors["dense"]:
-        raise RuntimeError(f"unique: relative error {errors['unique']:.2e} of the gradients, dense DKM errs by {errors['dense']:.2e}.")
+    if not errors["histogram"] <= HISTOGRAM_ERROR * errors["dense"]:
+        raise RuntimeError(
+            f"histogram: relative error {errors['histogram']:.2e} of the gradients, dense DKM errs by {errors['dense']:.2e}."
+        )
     return errors
 
 
@@ -258,8 +260,8 @@ def _truth(layer: Layer, data: Data) -> list[Tensor]:
 
 
 def _measure(args: argparse.Namespace, layer: Layer, learners: int, counted: int) -> list[dict]:
-    """The rows that differ on this many learners; M, M+U and `unique` know nothing of other learners."""
-    names = ["base", "M", "M+U", "unique"] if learners == 1 else ["base", "M+S", "M+U+S"]
+    """The rows that differ on this many learners; M, M+U and `histogram` know nothing of other learners."""
+    names = ["base", "M", "M+U", "histogram"] if learners == 1 else ["base", "M+S", "M+U+S"]
     if learners > 1 and not _fits(counted * learners, args.device):
         print(f"base on {learners} learners: left out, {counted * learners / 2**30:.1f} GiB would not fit; no ratio of seconds there")
         names.remove("base")
@@ -313,9 +315,9 @@ def _rows(args: argparse.Namespace, layer: Layer, names: list[str], rank: int, g
             raise RuntimeError(f"{name}: gradients differ between repeats of one step.")
         times = [step.seconds for step in steps]
         row = {"name": name, "kept_bytes": steps[-1].kept, "peak_bytes": steps[-1].peak, "times": times, "digests": digests[0]}
-        if name == "unique":
+        if name == "histogram":
             free = {weight.untyped_storage().data_ptr() for weight in layer.weights}
-            row["kept_bytes"] = row["peak_bytes"] = kept_bytes(lambda: _unique(layer), free)
+            row["kept_bytes"] = row["peak_bytes"] = kept_bytes(lambda: _histogram(layer), free)
         rows.append(row)
     return rows
 
@@ -330,8 +332,8 @@ def _step(name: str, layer: Layer, data: Data, group: dist.ProcessGroup | None) 
         block = saved_tensors(**options | ({"shard": group} if "shard" in options else {}))
     began = _now(cuda)
     with block as stats:
-        soft = _unique(layer) if name == "unique" else _soft(layer)
-    # torch's own manager counts nothing, and `unique` is counted apart.
+        soft = _histogram(layer) if name == "histogram" else _soft(layer)
+    # torch's own manager counts nothing, and `histogram` is counted apart.
     kept = stats.kept_bytes if stats is not None else 0
     _backward(layer, soft, data)
     return Step(kept, stats.peak_kept_bytes if stats is not None else 0, _now(cuda) - began)
@@ -352,7 +354,7 @@ def _check(rows: list[dict], expected: list[list[str]], counted: int) -> None:
                 row["kept_bytes"] = row["peak_bytes"] = counted
             if not row["kept_bytes"] == row["peak_bytes"] == counted:
                 raise RuntimeError(f"{where}: {row['peak_bytes']} bytes kept, {counted} were asked for.")
-        if row["name"] == "unique":  # by its error, see `_unique_error`
+        if row["name"] == "histogram":  # by its error, see `_histogram_error`
             continue
         for learner, digests in enumerate(row["digests"]):
             differ = [name for name, a, b in zip(PROJECTIONS, digests, expected[learner], strict=True) if a != b]
@@ -361,12 +363,12 @@ def _check(rows: list[dict], expected: list[list[str]], counted: int) -> None:
 
 
 def _table(result: dict, learners: list[int]) -> str:
-    error = result["gradients"]["unique"]
+    error = result["gradients"]["histogram"]
     lines = [
         f"4 x {result['side']} x {result['side']}, {result['bits']} bits, {result['iters']} iterations, {result['dtype']} weights, "
         f"{result['tokens']} tokens a learner, {result['machine']['device']}",
-        f"gradients: dense rows equal bit for bit to those without hooks, on every learner; relative error of unique "
-        f"{error['unique']:.1e}, of dense {error['dense']:.1e}",
+        f"gradients: dense rows equal bit for bit to those without hooks, on every learner; relative error of histogram "
+        f"{error['histogram']:.1e}, of dense {error['dense']:.1e}",
         f"{'row':<8} {'learners':>8} {'MiB kept':>10} {'peak MiB':>10} {'times less':>12} {'paper':>6} {'seconds':>8} {'to base':>8}",
     ]
     for row in result["rows"]:

@@ -26,7 +26,7 @@ from edkm.models import load_model
 from edkm.train.loop import TrainSettings
 from edkm.train.memory import Budget, Timeline, plan_memory
 from edkm.train.prepare import clusterings
-from edkm.train.shard import shard_model
+from edkm.train.sharding import shard_model
 from examples.demo.data import fetch_smollm2
 
 BATCH, BLOCK_TOKENS = 2, 512

@@ -17,8 +17,8 @@ import torch
 
 import edkm
 from benchmarks.measure import kept_bytes, machine, peak_bytes, seconds, write
-from edkm.core import compiled
-from edkm.core.centroids import temperature_for
+from edkm.core import native
+from edkm.core.kmeans import temperature_for
 
 LAYERS = {
     "SmolLM2-135M q_proj": (576, 576),
@@ -91,7 +91,7 @@ def check() -> None:
 
 
 def _backends(device: str) -> list[str]:
-    return ["unique", "fused", *(["compiled"] if compiled.takes(torch.device(device), 8, 1) else [])]
+    return ["histogram", "blocks", *(["native"] if native.takes(torch.device(device), 8, 1) else [])]
 
 
 def _ours(layer: str, dtype: torch.dtype, rows_per_lut: int | None, backend: str, args: argparse.Namespace) -> dict:
@@ -154,8 +154,8 @@ def _print(row: dict) -> None:
 
 
 def _ratios(rows: list[dict]) -> list[str]:
-    """Every dense implementation against `unique`, same layer, dtype and tables."""
-    ours = {(r["layer"], r["dtype"], r["rows_per_lut"]): r for r in rows if r["who"] == "unique"}
+    """Every dense implementation against `histogram`, same layer, dtype and tables."""
+    ours = {(r["layer"], r["dtype"], r["rows_per_lut"]): r for r in rows if r["who"] == "histogram"}
     lines = []
     for row in rows:
         best = ours.get((row["layer"], row["dtype"], row["rows_per_lut"]))
@@ -163,6 +163,6 @@ def _ratios(rows: list[dict]) -> list[str]:
             tables = f"{row['rows_per_lut']} rows/LUT" if row["rows_per_lut"] else "one table"
             lines.append(
                 f"{row['layer']}, {row['dtype']}, {tables}: {row['who']} takes {row['seconds'] / best['seconds']:.0f} times the seconds "
-                f"of unique and keeps {row['kept_bytes'] / 2**20:.0f} MiB against {best['kept_bytes']} bytes"
+                f"of histogram and keeps {row['kept_bytes'] / 2**20:.0f} MiB against {best['kept_bytes']} bytes"
             )
     return lines

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import edkm
-from edkm.core import compiled, unique
+from edkm.core import histogram, native
 
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount", "histc"}
 READS |= {"_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"}
@@ -46,10 +46,10 @@ def main(argv: list[str]) -> int:
     model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).train()
     batch = {"input_ids": (ids := torch.randint(0, 300, (2, 32))), "labels": ids}
     # As on a GPU: tables of all values, and no kernels of a CPU.
-    with patch.object(unique, "counts_values", lambda device: False), patch.object(compiled, "takes", lambda device, k, d: False):
+    with patch.object(histogram, "counts_values", lambda device: False), patch.object(native, "takes", lambda device, k, d: False):
         plain = _reads(copy.deepcopy(model), batch)
         config = edkm.ClusterConfig(bits=2, rows_per_lut=0, max_iters=2, anneal_steps=4)
-        for backend in ("auto", "unique", "fused"):
+        for backend in ("auto", "histogram", "blocks"):
             clustered = copy.deepcopy(model)
             importance = edkm.calibrate(clustered, [batch])
             edkm.prepare(clustered, config, importance=importance, backend=backend)

@@ -185,7 +185,7 @@ def _make_dense(model: Any) -> None:
     from torch.utils.checkpoint import checkpoint
 
     from edkm.core import reference
-    from edkm.train.layer import ClusteredLinear
+    from edkm.train.layers import ClusteredLinear
 
     class DenseLinear(ClusteredLinear):
         _clustered = ("weight",)

@@ -25,12 +25,12 @@ VOCABULARY = 300
 
 @pytest.fixture(autouse=True)
 def _compiler(request):
-    """A case of the backend `compiled` needs one."""
+    """A case of the backend `native` needs one."""
     callspec = getattr(request.node, "callspec", None)
-    if callspec is not None and "compiled" in callspec.params.values():
-        from edkm.core import compiled
+    if callspec is not None and "native" in callspec.params.values():
+        from edkm.core import native
 
-        if not compiled.available():
+        if not native.available():
             pytest.skip("no C compiler")
 
 

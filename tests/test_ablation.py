@@ -46,9 +46,9 @@ def test_sharding_divides_by_the_learners(rows):
         assert rows[plain, 1]["peak_bytes"] / rows[sharded, 2]["peak_bytes"] == pytest.approx(2, rel=0.05)
 
 
-def test_unique_keeps_only_centroids(rows):
-    assert rows["unique", 1]["peak_bytes"] <= 4 * 1024
-    assert rows["unique", 1]["ratio"] > 1000
+def test_histogram_keeps_only_centroids(rows):
+    assert rows["histogram", 1]["peak_bytes"] <= 4 * 1024
+    assert rows["histogram", 1]["ratio"] > 1000
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -81,8 +81,8 @@ def test_no_table_over_wrong_gradients(ablation, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "saved_tensors", lossy)
     with pytest.raises(RuntimeError, match="base on 1 learners: gradients of q_proj"):
         ablation.main(argv)
-    whole = ablation._unique
-    monkeypatch.setattr(ablation, "_unique", lambda layer: [out * 0.5 for out in whole(layer)])
-    with pytest.raises(RuntimeError, match="unique: relative error"):
+    whole = ablation._histogram
+    monkeypatch.setattr(ablation, "_histogram", lambda layer: [out * 0.5 for out in whole(layer)])
+    with pytest.raises(RuntimeError, match="histogram: relative error"):
         ablation.main(argv)
     assert "times less" not in capsys.readouterr().out

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 import edkm
 from edkm.compressed import checkpoint, pretrained
 from edkm.train.callback import _batches
-from edkm.train.layer import Clustering
+from edkm.train.clustering import Clustering
 from edkm.train.prepare import clusterings
 
 CONFIG = edkm.ClusterConfig(bits=3, rows_per_lut=16)

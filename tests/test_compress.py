@@ -13,7 +13,7 @@ from edkm.cli import main
 from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import read, summary
 from edkm.models import load_model
-from edkm.train import layer, loop, stages
+from edkm.train import loop, stages
 from edkm.train.checkpoints import last_checkpoint
 from edkm.train.data import load_blocks
 from edkm.train.prepare import plan, unclustered
@@ -121,7 +121,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
     assert taken == order[:after] and (tmp_path / "parts" / "training" / "run.json").is_file()
     monkeypatch.setattr("edkm.train.data.make_blocks", None)  # the tokens are those that it began with, whatever day it is
     if after > plain:  # in the clustered phase: tables come from the checkpoint, none are looked for
-        monkeypatch.setattr(layer, "initial_centroids", None)
+        monkeypatch.setattr("edkm.train.clustering.initial_centroids", None)
         monkeypatch.setattr("edkm.train.prepare.fit_linears", None)
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
     assert taken == order and not (tmp_path / "parts" / "training").exists()

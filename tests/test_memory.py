@@ -70,15 +70,15 @@ class TestTimeline:
 @pytest.mark.parametrize(
     ("backend", "rows", "cols", "groups", "k", "d"),
     [
-        ("unique", 512, 512, 1, 8, 1),
-        ("unique", 1024, 1024, 1, 8, 1),
-        ("unique", 1024, 1024, 1, 256, 1),
-        ("unique", 512, 512, 32, 8, 1),
-        ("unique", 2048, 1024, 128, 8, 1),
-        ("fused", 512, 512, 1, 8, 1),
-        ("fused", 512, 512, 32, 8, 1),
-        ("fused", 512, 512, 8, 16, 2),
-        ("compiled", 512, 512, 32, 8, 1),
+        ("histogram", 512, 512, 1, 8, 1),
+        ("histogram", 1024, 1024, 1, 8, 1),
+        ("histogram", 1024, 1024, 1, 256, 1),
+        ("histogram", 512, 512, 32, 8, 1),
+        ("histogram", 2048, 1024, 128, 8, 1),
+        ("blocks", 512, 512, 1, 8, 1),
+        ("blocks", 512, 512, 32, 8, 1),
+        ("blocks", 512, 512, 8, 16, 2),
+        ("native", 512, 512, 32, 8, 1),
     ],
 )
 def test_scratch_is_what_the_backends_use(backend, rows, cols, groups, k, d):
@@ -111,12 +111,12 @@ def measured(model, config, backend="auto", **options):
 SMALL = {"embedding_bits": 4}
 CLUSTERINGS = {
     "plain": (None, "auto"),
-    "unique": (edkm.ClusterConfig(**SMALL), "unique"),
-    "one table": (edkm.ClusterConfig(rows_per_lut=0, **SMALL), "unique"),
-    "fused": (edkm.ClusterConfig(embedding_bits=0), "fused"),
-    "compiled": (edkm.ClusterConfig(embedding_bits=0), "compiled"),
-    "vectors": (edkm.ClusterConfig(dim=2, embedding_bits=0), "fused"),
-    "straight through": (edkm.ClusterConfig(softness=0, **SMALL), "unique"),
+    "histogram": (edkm.ClusterConfig(**SMALL), "histogram"),
+    "one table": (edkm.ClusterConfig(rows_per_lut=0, **SMALL), "histogram"),
+    "blocks": (edkm.ClusterConfig(embedding_bits=0), "blocks"),
+    "native": (edkm.ClusterConfig(embedding_bits=0), "native"),
+    "vectors": (edkm.ClusterConfig(dim=2, embedding_bits=0), "blocks"),
+    "straight through": (edkm.ClusterConfig(softness=0, **SMALL), "histogram"),
 }
 
 
@@ -125,10 +125,10 @@ CLUSTERINGS = {
     [
         ("plain", False, False),
         ("plain", True, True),
-        ("unique", True, False),
+        ("histogram", True, False),
         ("one table", False, True),
-        ("fused", False, False),
-        ("compiled", False, False),
+        ("blocks", False, False),
+        ("native", False, False),
         ("vectors", True, True),
         ("straight through", False, False),
     ],
@@ -189,7 +189,7 @@ def test_a_large_model_without_data():
         ({}, {"block_tokens": 0}, "block_tokens: at least 1, got 0"),
         ({}, {"learners": 0}, "learners: at least 1, got 0"),
         ({}, {"device_type": "tpu"}, "device_type: cpu or cuda, got 'tpu'"),
-        ({}, {"backend": "quick"}, "backend: unique, fused, compiled or auto, got 'quick'"),
+        ({}, {"backend": "quick"}, "backend: histogram, blocks, native or auto, got 'quick'"),
         ({"fsdp": True}, {}, "fsdp: there is one learner and nothing to shard over"),
     ],
 )

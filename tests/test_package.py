@@ -144,5 +144,5 @@ def test_only_the_command_line_imports_the_command_line():
 
 
 def test_the_walk_sees_imports():
-    assert {"edkm.core.op", "edkm.core.op.find"} <= imports(SOURCE / "train" / "layer.py")
-    assert {"edkm.core.fused"} <= imports(SOURCE / "core" / "unique.py")
+    assert {"edkm.core.op", "edkm.core.op.find"} <= imports(SOURCE / "train" / "clustering.py")
+    assert {"edkm.core.blocks"} <= imports(SOURCE / "core" / "histogram.py")

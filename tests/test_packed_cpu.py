@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from edkm.compressed import cpu
 from edkm.compressed.packing import pack_indices
-from edkm.core import build
+from edkm.core import native
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # -O1 and few variants: building one takes seconds.
@@ -29,7 +29,7 @@ if platform.machine() == "x86_64":
 
 def built(variant):
     """The kernels in one of their forms."""
-    library = build.library(cpu._SOURCE, *cpu._FLAGS, *VARIANTS[variant])
+    library = native.library(cpu._SOURCE, *cpu._FLAGS, *VARIANTS[variant])
     if library is None:
         pytest.skip("no C compiler")
     return cpu.declare(library)
@@ -204,7 +204,7 @@ def test_threads_are_those_of_torch():
 
 
 def test_no_compiler_is_said_once(monkeypatch):
-    monkeypatch.setattr(build, "library", lambda *_: None)
+    monkeypatch.setattr(native, "library", lambda *_: None)
     cpu._library.cache_clear()
     try:
         packed, lut, weight = packed_weight(8, 64, 3, 8)
@@ -236,7 +236,7 @@ def test_every_half_is_read(kernels, flush):
 
 def test_what_it_reads():
     packed, lut, _ = packed_weight(8, 64, 3, 8)
-    assert cpu.reads(packed, lut, 3, 8, 64) == (build.library(cpu._SOURCE, *cpu._FLAGS) is not None)
+    assert cpu.reads(packed, lut, 3, 8, 64) == (native.library(cpu._SOURCE, *cpu._FLAGS) is not None)
     assert not cpu.reads(packed, lut.expand(8, 8, 2).contiguous(), 3, 8, 64)
     assert not cpu.reads(packed.to("meta"), lut, 3, 8, 64)
 

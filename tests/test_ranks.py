@@ -28,7 +28,7 @@ SETTINGS += ["--plain-steps", "0", "--rows-per-lut", "16"]
 # Ranks are forked from a process that has imported what they need: that takes longer than their work.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["edkm.train.command", "edkm.train.loop", "edkm.train.shard", "edkm.train.callback", "transformers.models.llama.modeling_llama"]
+    ["edkm.train.command", "edkm.train.loop", "edkm.train.sharding", "edkm.train.callback", "transformers.models.llama.modeling_llama"]
 )
 
 
@@ -143,7 +143,7 @@ def alone(tiny_dir, tmp_path_factory):
     return Run(tiny_dir, folder, folder / "out", 1).finish(), folder / "out"
 
 
-@pytest.mark.parametrize(("ranks", "options"), [(2, ["--fsdp"]), (4, ["--fsdp", "--backend", "fused"])])
+@pytest.mark.parametrize(("ranks", "options"), [(2, ["--fsdp"]), (4, ["--fsdp", "--backend", "blocks"])])
 def test_ranks_make_the_model_of_one_process(alone, tiny_dir, tmp_path, ranks, options):
     run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options).finish()
     assert len(run.losses()) == 6

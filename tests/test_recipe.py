@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 
 from benchmarks import recipe
-from edkm.core import compiled
+from edkm.core import native
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def args(tiny_dir, tmp_path, monkeypatch):
 
 
 def test_dense_dkm_and_every_backend_end_alike(args):
-    found = {name: recipe.run(args, f"identity-{name}") for name in recipe.IDENTITY if name != "compiled" or compiled.available()}
+    found = {name: recipe.run(args, f"identity-{name}") for name in recipe.IDENTITY if name != "native" or native.available()}
     dense = found.pop("reference")
     assert dense["bits"] == pytest.approx(3, abs=0.1)
     for name, row in found.items():

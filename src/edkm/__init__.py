@@ -9,16 +9,16 @@ from edkm.register import register
 if TYPE_CHECKING:
     from edkm import offload
     from edkm.config import ClusterConfig
-    from edkm.core.centroids import initial_centroids
+    from edkm.core.kmeans import initial_centroids
     from edkm.core.op import choose_backend, cluster
     from edkm.train.allocate import allocate
     from edkm.train.calibrate import calibrate
     from edkm.train.callback import Callback
+    from edkm.train.clustering import soft_weights
     from edkm.train.fit import fit
     from edkm.train.gradients import sensitivity
-    from edkm.train.layer import soft_weights
     from edkm.train.prepare import freeze, prepare
-    from edkm.train.shard import distribute
+    from edkm.train.sharding import distribute
     from edkm.train.stages import save
 
 # Imported when first used, so that `edkm --help` does not wait for torch.
@@ -29,14 +29,14 @@ _HOME = {
     "calibrate": "edkm.train.calibrate",
     "choose_backend": "edkm.core.op",
     "cluster": "edkm.core.op",
-    "distribute": "edkm.train.shard",
+    "distribute": "edkm.train.sharding",
     "fit": "edkm.train.fit",
     "freeze": "edkm.train.prepare",
-    "initial_centroids": "edkm.core.centroids",
+    "initial_centroids": "edkm.core.kmeans",
     "prepare": "edkm.train.prepare",
     "save": "edkm.train.stages",
     "sensitivity": "edkm.train.gradients",
-    "soft_weights": "edkm.train.layer",
+    "soft_weights": "edkm.train.clustering",
 }
 
 __all__ = [

@@ -34,7 +34,8 @@ from edkm.config import ClusterConfig
 from edkm.core.assign import assign, round_lut
 from edkm.core.op import check_shapes
 from edkm.core.reference import compute_dtype
-from edkm.train.layer import Clustering, clustered_weight
+from edkm.train.clustering import Clustering
+from edkm.train.layers import clustered_weight
 
 # coreai-opt's own weighted k-means divides by the importance of a cluster; its calibration has the same floor.
 _LEAST_IMPORTANCE = 1e-12

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from edkm.core.cache import cache_folder
+from edkm.core.native import cache_folder
 
 
 class FetchError(OSError):

@@ -13,9 +13,9 @@ from torch import nn
 import edkm
 from benchmarks.memory import peak_of_tensors, training
 from edkm.compressed import checkpoint, pretrained
-from edkm.core.matrix import as_matrix
-from edkm.train import reading, shard
-from edkm.train.layer import Clustering
+from edkm.core.assign import as_matrix
+from edkm.train import layers, sharding
+from edkm.train.clustering import Clustering
 from edkm.train.loop import TrainSettings
 from edkm.train.memory import plan_memory
 from edkm.train.prepare import clusterings, unclustered
@@ -295,10 +295,10 @@ def test_nothing_is_held_after_a_forward_or_an_error():
     x, ((_, weight, clustering),) = torch.randn(5, 6), clusterings(model)
     first = model(x)
     first.sum().backward()
-    assert not reading._passes.read and not reading._passes.running and weight.grad.norm() > 0
+    assert not layers._passes.read and not layers._passes.running and weight.grad.norm() > 0
     with pytest.raises(AssertionError):
         model(x / 0)
-    assert not reading._passes.read and not reading._passes.running and model.up is weight
+    assert not layers._passes.read and not layers._passes.running and model.up is weight
     with torch.no_grad():
         weight.mul_(2)
     soft = clustering.decode(weight, clustering.solve(weight))
@@ -347,11 +347,11 @@ def test_ranks_share_out_the_rows_of_a_stack(monkeypatch, world):
     model = Stack()
     edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4))
     ((_, weight, clustering),) = clusterings(model)
-    monkeypatch.setattr(shard.dist, "get_world_size", lambda group: world)
+    monkeypatch.setattr(sharding.dist, "get_world_size", lambda group: world)
     pieces = []
     for rank in range(world):
-        monkeypatch.setattr(shard.dist, "get_rank", lambda group, rank=rank: rank)
-        rows = shard._rows(weight, clustering, None)
+        monkeypatch.setattr(sharding.dist, "get_rank", lambda group, rank=rank: rank)
+        rows = sharding._rows(weight, clustering, None)
         assert rows.total == 24 and rows.start == sum(len(piece) for piece in pieces)
         pieces.append(rows.values)
     assert torch.equal(torch.cat(pieces), as_matrix(weight.detach(), 2))
@@ -363,9 +363,9 @@ def test_memory_of_experts_is_planned(experts):
     model.set_experts_implementation(experts)
     settings = TrainSettings(steps=1, lr=1e-4, batch=2, precision="fp32")
     config = edkm.ClusterConfig(bits=3, rows_per_lut=4, embedding_bits=0)
-    budget = plan_memory(model, config, settings, block_tokens=32, backend="fused")
+    budget = plan_memory(model, config, settings, block_tokens=32, backend="blocks")
     assert model.config._experts_implementation == experts
-    edkm.prepare(model, config, backend="fused")
+    edkm.prepare(model, config, backend="blocks")
     optimizer, step = training(model, torch.randint(1, 96, (2, 32)))
     step()
     assert budget.peak == pytest.approx(peak_of_tensors(model, optimizer, step), rel=0.15)

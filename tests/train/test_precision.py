@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 import edkm
 from edkm.cli import main
 from edkm.compressed import pretrained
-from edkm.core import curvature
+from edkm.core import gptq
 from edkm.core.assign import assign, lookup
 from edkm.evaluate import generate, perplexity
 from edkm.train import loop
@@ -209,7 +209,7 @@ def test_rounding_leaves_fitted_weights_on_their_centroids(dtype, bits):
     x = torch.randn(500, 64) @ torch.randn(64, 64)
     weight = (0.02 * torch.randn(64, 64)).to(dtype)
     moment = x.T @ x / len(x)
-    fit = curvature.fit(weight, moment, bits, rows_per_lut=64, shrinkage=0)
+    fit = gptq.fit(weight, moment, bits, rows_per_lut=64, shrinkage=0)
     off = lookup(assign(fit.weight, fit.centroids), fit.centroids) - weight.float()
     error = ((off @ moment) * off).sum() / ((weight.float() @ moment) * weight.float()).sum()
     assert fit.weight.dtype == dtype and float(error) == pytest.approx(fit.errors[-1], rel=1e-3)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from edkm.compressed.packing import packed_bytes, unpack_rows
-from edkm.core import build
+from edkm.core import native
 from edkm.core.assign import lookup
 
 _SOURCE = Path(__file__).with_name("cpu.c")
@@ -185,10 +185,10 @@ def _wrong(packed: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> str 
 def _library() -> ctypes.CDLL | None:
     """The kernels; None, and a warning, if they cannot be built."""
     try:
-        library = build.library(_SOURCE, *_FLAGS)
-        reason = "there is no C compiler, or EDKM_COMPILED=0"
-    except build.FAILURES as error:
-        library, reason = None, build.why(error)
+        library = native.library(_SOURCE, *_FLAGS)
+        reason = "there is no C compiler"
+    except native.FAILURES as error:
+        library, reason = None, native.why(error)
     if library is None:
         warnings.warn(f"edkm: packed layers run in plain torch, many times slower: {reason}.", stacklevel=3)
         return None

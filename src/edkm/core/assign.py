@@ -1,12 +1,17 @@
-"""Hard assignment: what inference uses and what a packed file holds.
+"""View a weight as a matrix, assign it to tables and look it up again: the form that inference uses and files hold.
 
-After training every weight takes its nearest centroid. The tables are stored in 16 bits, so the nearest centroid is looked
-for among the values *as stored*: evaluation, freezing and the packed file then agree to the bit.
+A weight of any shape is a matrix `[rows, cols]`. Its first `row_axes` axes are rows, the others columns: one axis of rows for a linear
+layer, an embedding and a convolution `[out, in, kernel ...]`, two for a stack of matrices `[experts, rows, cols]`, whose rows are those of
+all the matrices in order. Tables share out the rows, and none spans two matrices.
+
+After training every weight takes its nearest centroid. Tables are stored in 16 bits, so the nearest is looked for among the values *as
+stored*: evaluation, freezing and the packed file then agree to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +27,7 @@ class Frozen(NamedTuple):
     Attributes:
         indices: `[rows // d, cols]` uint8, the centroid that each vector of `d` consecutive rows takes.
         lut: `[g, k, d]` float16; consecutive rows are split evenly over the `g` tables.
-        shape: shape of the weight in its module; the first lengths make `rows`, the others `cols` (`core.matrix`).
+        shape: shape of the weight in its module; the first lengths make `rows`, the others `cols` (see `as_matrix`).
         error: `sum (w - w_hat)^2 / sum w^2` against the weight that was frozen.
     """
 
@@ -52,6 +57,25 @@ class Later(NamedTuple):
     @property
     def bits(self) -> int:
         return (self.lut.shape[1] - 1).bit_length()
+
+
+def as_matrix(weight: Tensor, row_axes: int) -> Tensor:
+    """`[rows, cols]`; a view of a contiguous weight."""
+    return weight.flatten(0, row_axes - 1).flatten(1)
+
+
+def count_tables(shape: Sequence[int], row_axes: int, rows_per_lut: int) -> int:
+    """Tables of a weight, when `rows_per_lut` rows share one (0: all rows of a matrix do).
+
+    Raises:
+        ValueError: the rows of a matrix do not divide.
+    """
+    rows = shape[row_axes - 1]
+    per_lut = rows_per_lut or rows
+    if rows % per_lut:
+        each = " of each matrix" if row_axes > 1 else ""
+        raise ValueError(f"{rows} rows{each} do not divide into tables of {per_lut} rows. Choose another rows_per_lut or skip it.")
+    return math.prod(shape[:row_axes]) // per_lut
 
 
 def round_lut(centroids: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-/* The loops of compiled.py: differentiable k-means of single values, one table after another.
+/* The loops of native.py: differentiable k-means of single values, one table after another.
 
    Points are the weights of a group, rows x cols, contiguous. A tile of them and its assignment A [k, tile] stay in the first cache,
-   and every inner loop runs along the tile, at vector width. The equations are those of fused.py, which has them in full.
+   and every inner loop runs along the tile, at vector width. The equations are those of blocks.py, which has them in full.
 
-   Plain C, built by compiled.py with the compiler of the machine: for float32, and with -DDOUBLE for float64. */
+   Plain C, built by native.py with the compiler of the machine: for float32, and with -DDOUBLE for float64. */
 
 #include <float.h>
 #include <math.h>
@@ -22,7 +22,7 @@ typedef float real;
 
 #define TILE 256
 
-typedef real Map[MOST][TILE]; /* MOST, of the centroids of a table, is given by compiled.py */
+typedef real Map[MOST][TILE]; /* MOST, of the centroids of a table, is given by native.py */
 
 /* Points and what is known of them. `importance` has a row of its own every `importance_stride` values (0: one row for all), or is 0. */
 typedef struct {
@@ -240,7 +240,7 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
     }
 }
 
-/* The loops of curvature.py: columns of a weight to entries of their tables, one column after another. Arrays have a row for every
+/* The loops of gptq.py: columns of a weight to entries of their tables, one column after another. Arrays have a row for every
    column of the weight, so that the inner loops run along its rows, each of which has a table of its own.
 
    target, from, out [columns, rows]; spread [columns, columns]; entries [k, rows] ascending and middles [k - 1, rows] between them. */
@@ -267,7 +267,7 @@ void edkm_columns(int64_t columns, int64_t rows, int64_t k, real *target, const 
         }
 }
 
-/* The loops of centroids.py: k-means of single values, to the optimum. Clusters are segments of the m ascending values. One that holds
+/* The loops of kmeans.py: k-means of single values, to the optimum. Clusters are segments of the m ascending values. One that holds
    mass w and total x takes x^2 / w off the squared error, so `most[j][b]`, the most that j segments of the first b values can take off, is
    the best over their last boundary a of most[j - 1][a] + x^2 / w. The best a never falls as b rises: halve the range of b and a
    together (Gronlund et al. 2017, arXiv:1701.07204). */

@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core import compiled, fused, reference, unique
+from edkm.core import blocks, histogram, native, reference
 from edkm.core.reference import NOT_FINITE, compute_dtype
 
-BACKENDS = {"unique": unique, "fused": fused, "compiled": compiled}
+BACKENDS = {"histogram": histogram, "blocks": blocks, "native": native}
 
 # Measured on a CPU, forward and backward, in ns (benchmarks op): a point and centroid of the maps, a weight's way through a table.
 _NS_PER_MAP_ENTRY = 14.0
-_NS_PER_COMPILED_ENTRY = 6.0
+_NS_PER_NATIVE_ENTRY = 6.0
 _NS_PER_WEIGHT = 30.0
 
 
@@ -69,8 +69,8 @@ def cluster(
         max_iters: iterations, at least 1.
         tol: stop after the iteration in which no centroid moved by more than this (weight units).
         round_to: 16-bit dtype that a wider weight is rounded to first, straight-through, whatever the backend; None keeps full
-            width, which rules `unique` out.
-        backend: `reference`, `unique`, `fused`, `compiled`, or `auto` (see `choose_backend`).
+            width, which rules `histogram` out.
+        backend: `reference`, `histogram`, `blocks`, `native`, or `auto` (see `choose_backend`).
 
     Returns:
         `Clustered(weight, centroids, iters)`.
@@ -80,8 +80,8 @@ def cluster(
             positive, negative importance, an unknown or impossible backend.
 
     Cost:
-        Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids. Passes over the weight: `unique` 3 to 4
-        forward and 2 to 3 backward; `fused` and `compiled` `max_iters + 1` forward, `max_iters` to `2 max_iters` backward.
+        Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids. Passes over the weight: `histogram` 3 to 4
+        forward and 2 to 3 backward; `blocks` and `native` `max_iters + 1` forward, `max_iters` to `2 max_iters` backward.
         `reference` keeps `O(max_iters n k)`.
     """
     check_shapes(weight, centroids, importance, max_iters)
@@ -101,7 +101,7 @@ def choose_backend(
 ) -> tuple[str, str]:
     """What `auto` takes for a weight `[rows, cols]`, and why; `device` is where it will be, if not where it is.
 
-    Compares the map entries that `unique` and `fused`, or `compiled` where there is a compiler, would compute for a group, plus what a
+    Compares the map entries that `histogram` and `blocks`, or `native` where there is a compiler, would compute for a group, plus what a
     table costs per weight. Shape, dtype and device decide, not the values: the choice is the same in every step and in a run that is
     resumed, and costs nothing.
 
@@ -109,15 +109,15 @@ def choose_backend(
         `(backend, reason)`.
     """
     if d > 1:
-        return "fused", f"vectors of {d} values"
+        return "blocks", f"vectors of {d} values"
     n, device = weight.numel() // groups, device or weight.device
-    costs, reason = {"fused": n * k * _NS_PER_MAP_ENTRY}, "weights wider than 16 bits"
-    if compiled.takes(device, k, d):
-        costs, reason = {"compiled": n * k * _NS_PER_COMPILED_ENTRY}, f"{k} centroids, on a CPU with a compiler"
+    costs, reason = {"blocks": n * k * _NS_PER_MAP_ENTRY}, "weights wider than 16 bits"
+    if native.takes(device, k, d):
+        costs, reason = {"native": n * k * _NS_PER_NATIVE_ENTRY}, f"{k} centroids, on a CPU with a compiler"
     key = weight.dtype if weight.dtype.itemsize == 2 else round_to
     if key is not None and key.itemsize == 2:
-        distinct = min(n, unique.usual_values(device))
-        costs["unique"] = distinct * k * _NS_PER_MAP_ENTRY + n * _NS_PER_WEIGHT
+        distinct = min(n, histogram.usual_values(device))
+        costs["histogram"] = distinct * k * _NS_PER_MAP_ENTRY + n * _NS_PER_WEIGHT
         reason = f"some {distinct:,} distinct values for {n:,} weights of a group, {k} centroids"
     return min(costs, key=lambda name: costs[name]), reason
 
@@ -235,15 +235,15 @@ def check_backend(name: str, weight: Tensor, k: int, d: int, round_to: torch.dty
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"backend: {name!r} is not one of reference, {', '.join(BACKENDS)}, auto.")
     wide = weight.dtype.itemsize > 2 and (round_to is None or round_to.itemsize > 2)
-    if name == "unique" and (d > 1 or wide):
+    if name == "histogram" and (d > 1 or wide):
         raise ValueError(
-            f"backend: unique needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={round_to}. "
-            "Use fused, or round_to=torch.bfloat16."
+            f"backend: histogram needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={round_to}. "
+            "Use blocks, or round_to=torch.bfloat16."
         )
-    if name == "compiled" and not compiled.takes(weight.device, k, d):
+    if name == "native" and not native.takes(weight.device, k, d):
         raise ValueError(
-            f"backend: compiled needs a CPU, a C compiler, single values and at most {compiled.MOST_CENTROIDS} centroids, got "
-            f"{weight.device.type}, {'a compiler' if compiled.available() else 'no compiler'}, d={d}, {k} centroids. Use auto."
+            f"backend: native needs a CPU, a C compiler, single values and at most {native.MOST_CENTROIDS} centroids, got "
+            f"{weight.device.type}, {'a compiler' if native.available() else 'no compiler'}, d={d}, {k} centroids. Use auto."
         )
 
 

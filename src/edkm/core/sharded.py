@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core import compiled, fused, unique
+from edkm.core import blocks, histogram, native
 from edkm.core.assign import assign, lookup
-from edkm.core.fused import advance
+from edkm.core.blocks import advance
 from edkm.core.op import Solution
 from edkm.core.reference import compute_dtype, group_importance, group_vectors
 
@@ -104,19 +104,19 @@ def find(
 
     Args:
         importance: None, or broadcastable to the whole weight `[total, cols]`.
-        backend: `unique`, `fused` or `compiled`, the same on all ranks.
+        backend: `histogram`, `blocks` or `native`, the same on all ranks.
         The rest as for `edkm.cluster`, temperature `[g]`; the same on all ranks.
 
     Centroids of weights that are not finite are NaN, on all ranks.
 
     Cost:
-        One pass over this rank's rows per iteration. `max_iters` sums of `g k (d + 1)` numbers are reduced, and for `unique` one of
+        One pass over this rank's rows per iteration. `max_iters` sums of `g k (d + 1)` numbers are reduced, and for `histogram` one of
         65,536. Memory: tables of the distinct values of this rank's rows, nothing else that grows with the weight.
     """
     groups, _, d = centroids.shape
     mine = parts(rows, groups, d, reduce)
     trajectory = centroids.repeat(max_iters + 1, 1, 1, 1)
-    seen = trajectory.new_zeros(unique.KEYS)
+    seen = trajectory.new_zeros(histogram.KEYS)
     points = list(_points(mine, rows.total, importance, centroids, round_to, backend, seen))
     for t in range(max_iters):
         total = trajectory.new_zeros(*centroids.shape[:2], 1 + d)
@@ -124,12 +124,12 @@ def find(
             total[of] += sums(trajectory[t, of], temperature[of])
         trajectory[t + 1] = advance(reduce(total), trajectory[t])
     table = None
-    if backend == "unique":
-        if unique.counts_values(seen.device):
+    if backend == "histogram":
+        if histogram.counts_values(seen.device):
             seen = reduce(seen)
         key = rows.values.dtype if rows.values.dtype.itemsize == 2 else round_to
         assert key is not None
-        table = unique.table_of(seen > 0, key, groups, rows.total // groups * rows.values.shape[1])
+        table = histogram.table_of(seen > 0, key, groups, rows.total // groups * rows.values.shape[1])
     return Solution(trajectory, importance, temperature, round_to, backend, table)
 
 
@@ -150,19 +150,19 @@ def _points(
         if importance is not None:
             s = importance.expand(total, cols)[part.start : part.start + len(part.values)]
         rounding = round_to if part.values.dtype.itemsize > 2 else None
-        if backend == "compiled":
-            yield part.groups, partial(compiled.sums, part.values, s, round_to=rounding)
+        if backend == "native":
+            yield part.groups, partial(native.sums, part.values, s, round_to=rounding)
             continue
-        if backend == "fused":
+        if backend == "blocks":
             grid, s = group_vectors(part.values, count, d), group_importance(s, part.values.shape, count, d)
-            yield part.groups, partial(fused.sums, grid, s, round_to=rounding)
+            yield part.groups, partial(blocks.sums, grid, s, round_to=rounding)
             continue
-        s = unique.grouped(s, part.values, count)
-        for of, rows, key in unique.pieces(part.values, count, round_to):
-            points, (mass,) = unique.find_points_and_sums(rows, key, centroids.dtype, [None if s is None else s[of]])
+        s = histogram.grouped(s, part.values, count)
+        for of, rows, key in histogram.pieces(part.values, count, round_to):
+            points, (mass,) = histogram.find_points_and_sums(rows, key, centroids.dtype, [None if s is None else s[of]])
             seen[points.keys] = 1
             where = slice(part.groups.start + of.start, part.groups.start + of.stop)
-            yield where, partial(fused.sums, points.values.unsqueeze(1), mass, round_to=None)
+            yield where, partial(blocks.sums, points.values.unsqueeze(1), mass, round_to=None)
 
 
 def freeze(rows: Rows, lut: Tensor, reduce: Reduce) -> tuple[Tensor, float]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from edkm.config import ClusterConfig
 from edkm.core.assign import assign, lookup, round_lut
-from edkm.core.centroids import initial_centroids
+from edkm.core.kmeans import initial_centroids
 from edkm.progress import progress
 from edkm.train.distributed import broadcast_from_rank0
 from edkm.train.gradients import output_gradients

@@ -30,7 +30,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         batches: each a mapping (keyword arguments), a tuple or list (positional arguments) or one tensor.
 
     Returns:
-        Parameter name -> `[1, cols]` float32 on the CPU, for the weight as `core.matrix.as_matrix` sees it; `[rows, 1]` if its rows are
+        Parameter name -> `[1, cols]` float32 on the CPU, for the weight as `core.assign.as_matrix` sees it; `[rows, 1]` if its rows are
         inputs (`Conv1D` of transformers, some experts). Weights that no batch reached are absent.
 
     Raises:

@@ -30,9 +30,9 @@ from edkm.train import distributed
 from edkm.train.calibrate import call, end_autocast, evaluating
 from edkm.train.checks import check_no_adapters
 from edkm.train.gradients import own_loss
+from edkm.train.layers import state_name
 from edkm.train.prepare import check, clusterings, plan, prepare
 from edkm.train.presets import DEFAULT, PRESETS
-from edkm.train.reading import state_name
 from edkm.train.stages import CALIBRATION_BLOCKS, check_replaceable, prepare_from, save
 
 # What one of `edkm compress`'s calibration blocks has.
@@ -180,7 +180,7 @@ class Callback(TrainerCallback):
                 for name in ("config", "prepared_by"):
                     setattr(clustering, name, replace(getattr(clustering, name), anneal_steps=steps))
         if distributed.world_size() > 1:
-            from edkm.train.shard import distribute
+            from edkm.train.sharding import distribute
 
             distribute(model)
 

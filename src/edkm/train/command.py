@@ -94,7 +94,7 @@ def add_compress(
         choices=("fit", "guided", "kmeans"),
         help="fit weights and tables to the layers' inputs; guided: to the tokens that matter; k-means only is much worse (fit)",
     )
-    what.add_argument("--backend", default="auto", choices=("auto", "unique", "fused", "compiled"), help="how to compute it (auto)")
+    what.add_argument("--backend", default="auto", choices=("auto", "histogram", "blocks", "native"), help="how to compute it (auto)")
     how = parser.add_argument_group("training")
     length = how.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps; 0 clusters without training")

@@ -1,6 +1,6 @@
 """A better start than k-means, decoder layer by decoder layer: weights and tables fitted to the inputs they will see.
 
-Each linear weight is fitted (`core.curvature`) to the second moment of its inputs. These are the inputs in the model as it is
+Each linear weight is fitted (`core.gptq`) to the second moment of its inputs. These are the inputs in the model as it is
 compressed so far: the layers before are on their tables already, and later ones make good what earlier ones lost.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edkm.config import ClusterConfig
-from edkm.core import curvature
+from edkm.core import gptq
 from edkm.core.assign import assign, lookup
 from edkm.progress import progress
 from edkm.train.calibrate import call, evaluating, first_input, is_product, without_cache
@@ -44,7 +44,7 @@ def fit(
             otherwise all weights see the inputs of the uncompressed model.
         config: as for `prepare`. Embeddings, weights tied to them, convolutions and vectors (`dim > 1`) are left to `prepare`.
         batches: as for `calibrate`.
-        turns: for `core.curvature.fit`.
+        turns: for `core.gptq.fit`.
         importance: what `prepare` will be given, from `calibrate`.
         sensitivity: of the same batches, from `sensitivity`; weights that it lacks, and all without it, take tokens and rows alike.
         report: called with the name and the relative output error of every weight that was fitted.
@@ -59,7 +59,7 @@ def fit(
     Cost:
         Two forward passes over `batches`, whose hidden states are kept, and a third where layers return more than these; a product
         `x^T x` per linear input, with `sensitivity` four for every weight; a second copy of the fitted weights; for every weight what
-        `core.curvature.fit` says.
+        `core.gptq.fit` says.
     """
     linears = linears_of(decide(model, config))
     return fit_linears(model, linears, batches, turns=turns, importance=importance, sensitivity=sensitivity, report=report)
@@ -116,7 +116,7 @@ def _fit_one(
     for rows, moment in zip(weight.chunk(len(moments)), moments, strict=True):
         try:
             per_lut = settings.rows_per_lut or None
-            found.append(curvature.fit(rows, moment, settings.bits, rows_per_lut=per_lut, turns=turns, importance=importance))
+            found.append(gptq.fit(rows, moment, settings.bits, rows_per_lut=per_lut, turns=turns, importance=importance))
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise ValueError(f"{name}: {error}") from None
     centroids, target = torch.cat([part.centroids for part in found]), torch.cat([part.weight for part in found])

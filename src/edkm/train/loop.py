@@ -135,7 +135,7 @@ def train(
         teacher = teacher.to(arguments.device).eval().requires_grad_(False)
     if settings.fsdp:
         distributed.check_several_ranks()
-        from edkm.train.shard import shard_model
+        from edkm.train.sharding import shard_model
 
         shard_model(model.to(arguments.device))
         if settings.distill:
@@ -327,7 +327,7 @@ class _Distribute(TrainerCallback):
     """Shares the clustering over the ranks once the model is where it trains."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        from edkm.train.shard import distribute
+        from edkm.train.sharding import distribute
 
         distribute(model)
 

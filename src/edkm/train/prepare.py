@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from edkm.compressed.savable import check_savable
 from edkm.config import ClusterConfig
-from edkm.core.assign import Frozen
-from edkm.core.matrix import as_matrix
+from edkm.core.assign import Frozen, as_matrix
 from edkm.core.op import choose_backend
 from edkm.progress import progress
 from edkm.train.allocate import choose_bits
@@ -26,10 +25,10 @@ from edkm.train.checks import (
     rounding_loss,
     warn_of_rounding,
 )
+from edkm.train.clustering import Clustering
 from edkm.train.distributed import broadcast_from_rank0
 from edkm.train.fit import fit_linears
-from edkm.train.layer import Clustering
-from edkm.train.reading import clustered_keys, read_through, state_name, watch
+from edkm.train.layers import clustered_keys, read_through, state_name, watch
 from edkm.train.targets import Decision, Target, decide, linears_of
 
 
@@ -114,7 +113,7 @@ def prepare(
         config: `config.for_tensor(name)` decides for each weight.
         batches: as for `edkm.calibrate`; on every rank the same. None starts from k-means, without data.
         target_bpw: average bits per linear weight, tables included, for `edkm.allocate`; None keeps the bits of the config.
-        importance: parameter name -> non-negative, broadcastable to the weight as `core.matrix.as_matrix` sees it, as `edkm.calibrate`
+        importance: parameter name -> non-negative, broadcastable to the weight as `core.assign.as_matrix` sees it, as `edkm.calibrate`
             returns it. None: calibrated, if there are batches.
         centroids: parameter name -> `[g, k, d]` to start from, as `edkm.fit` returns it; k-means for those that are not named, so
             `{}` is k-means for all. None: fitted, if there are batches.

@@ -13,11 +13,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from edkm.config import ClusterConfig
-from edkm.core.matrix import as_matrix, count_tables
+from edkm.core.assign import as_matrix, count_tables
 from edkm.core.op import check_backend, check_shapes
 from edkm.core.reference import compute_dtype
 from edkm.train.checks import check_kind, check_patterns, check_readers, naming
-from edkm.train.layer import Clustering
+from edkm.train.clustering import Clustering
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 NO_WEIGHT = "neither the weight of a Linear, Embedding, Conv1d or Conv2d nor a stack of matrices"
@@ -31,7 +31,7 @@ class Target:
         names: of the parameter, one for each module.
         modules: that own it: one, or several if it is tied.
         weight: the parameter.
-        row_axes: for `core.matrix.as_matrix`.
+        row_axes: for `core.assign.as_matrix`.
     """
 
     names: list[str]

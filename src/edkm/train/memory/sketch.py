@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from edkm.config import ClusterConfig
-from edkm.core import fused, unique
-from edkm.core.matrix import as_matrix
+from edkm.core import blocks, histogram
+from edkm.core.assign import as_matrix
 from edkm.core.op import Solution, choose_backend
 from edkm.core.reference import compute_dtype
-from edkm.train.layer import Gate
+from edkm.train.clustering import ClusterGrad
 from edkm.train.memory.timeline import Timeline
 from edkm.train.prepare import Entry, plan
 from edkm.train.targets import Target
@@ -43,7 +43,7 @@ def choices(model: nn.Module, config: ClusterConfig, backend: str, device_type: 
             groups = max(1, flat.numel() // group)
             chosen, _ = choose_backend(flat.view(1, -1), groups, 2**entry.bits, entry.dim, torch.bfloat16, torch.device(device_type))
         sample = flat[:: -(-flat.numel() // _SAMPLE_WEIGHTS)]
-        keys = sample.to(torch.bfloat16).view(torch.int16).int() + unique.KEYS // 2
+        keys = sample.to(torch.bfloat16).view(torch.int16).int() + histogram.KEYS // 2
         found[entry.name] = Choice(entry, chosen, int((keys.bincount() > 0).sum()))
     return found
 
@@ -60,29 +60,29 @@ def scratch_bytes(
 
     Args:
         centroids: `(g, k, d)`.
-        values: distinct values of the weight, for `unique`.
-        backend: `unique`, `fused` or `compiled`.
+        values: distinct values of the weight, for `histogram`.
+        backend: `histogram`, `blocks` or `native`.
         itemsize: bytes of a weight.
     """
-    if backend == "compiled":
+    if backend == "native":
         return 12 * rows * cols if itemsize == 2 else 0  # weight, gradient and result in float32
     groups, k, d = centroids
-    weights, entries = rows * cols // groups, fused.map_entries(torch.device(device_type))
-    if backend == "fused":
+    weights, entries = rows * cols // groups, blocks.map_entries(torch.device(device_type))
+    if backend == "blocks":
         points = _largest_block(groups, rows // groups // d, cols * k, entries) // k
         # Three maps; a point's weights, gradient, output and results, its importance and sums; importance averaged over vectors.
         return 4 * points * (3 * k + 6 * d + 4) + (4 * rows * cols // d if d > 1 else 0)
-    together = min(groups, unique.groups_of_piece(weights, torch.device(device_type)))
-    values = min(values, together * weights) if device_type == "cpu" else unique.KEYS
-    folds = -(-values // unique.FOLD)
-    points = _largest_block(together, folds, unique.FOLD * k, entries) // k
-    table = together * folds * unique.FOLD
-    cells = unique.KEYS if together == 1 else table
+    together = min(groups, histogram.groups_of_piece(weights, torch.device(device_type)))
+    values = min(values, together * weights) if device_type == "cpu" else histogram.KEYS
+    folds = -(-values // histogram.FOLD)
+    points = _largest_block(together, folds, histogram.FOLD * k, entries) // k
+    table = together * folds * histogram.FOLD
+    cells = histogram.KEYS if together == 1 else table
     # Tables of values, importance, gradient and two results, and some of the chunk before; then the maps, or two results by cell and,
     # of each weight of a block, its key and two results, which live on while those of the next block are made.
     tables = (5 if together == groups else 7) * table
-    several = together * weights > unique.BLOCK_WEIGHTS
-    at_blocks = 8 * cells + (20 * unique.BLOCK_WEIGHTS if several else 12 * together * weights)
+    several = together * weights > histogram.BLOCK_WEIGHTS
+    at_blocks = 8 * cells + (20 * histogram.BLOCK_WEIGHTS if several else 12 * together * weights)
     return 4 * tables + max(4 * points * (3 * k + 10), at_blocks)
 
 
@@ -113,10 +113,10 @@ class Sketch(nn.Module):
         dtype, cols, weights = compute_dtype(weight.dtype), as_matrix(weight, self.row_axes).shape[1], weight.numel() // entry.tables
         importance, temperature = torch.empty(1, cols, dtype=dtype), torch.empty(self.tables, dtype=dtype)
         trajectory = torch.empty(config.max_iters + 1, *self.shape, dtype=dtype)
-        # `unique` keeps keys of 8 bytes for every chunk, and a single group's importance.
-        chunks = -(-self.tables // unique.groups_of_piece(weights, torch.device(device_type)))
+        # `histogram` keeps keys of 8 bytes for every chunk, and a single group's importance.
+        chunks = -(-self.tables // histogram.groups_of_piece(weights, torch.device(device_type)))
         per_chunk = min(choice.values, weights) * (12 if self.tables == 1 else 8)
-        table = torch.empty(chunks * per_chunk if choice.backend == "unique" else 0, dtype=torch.uint8)
+        table = torch.empty(chunks * per_chunk if choice.backend == "histogram" else 0, dtype=torch.uint8)
         self.centroids = torch.empty(self.shape, dtype=dtype)
         self.solution = Solution(trajectory, importance, temperature, torch.bfloat16, choice.backend, table)
         for tensor in (self.centroids, importance, temperature, trajectory, table):
@@ -131,7 +131,7 @@ class Sketch(nn.Module):
             return weight.detach(), self.solution
         if self._live is None or self.gathers:
             self._use_scratch(weight)
-            self._live = Gate.apply(weight, self, self.solution)
+            self._live = ClusterGrad.apply(weight, self, self.solution)
         return self._live, self.solution
 
     def decode(self, weight: Tensor, solution: Solution) -> Tensor:

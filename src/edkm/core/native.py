@@ -1,14 +1,19 @@
-"""`fused` in C for a CPU: single values, tables of at most 64 centroids. Many times faster, since a map never leaves the first cache.
+"""`blocks` in C for a CPU: single values, tables of at most 64 centroids. Many times faster, since a map never leaves the first cache.
 
-`kernels.c` is built on first use (build.py). Where there is no compiler, or `EDKM_COMPILED=0`, `available` is false and `auto` takes
-`fused`.
+`kernels.c` is built on first use, in a second or two, and kept. Without a compiler `available` is false and `auto` takes
+`blocks`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
+import platform
+import shutil
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edkm.core import build
-from edkm.core.fused import advance
+from edkm.core.blocks import advance
 from edkm.core.reference import compute_dtype
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 MOST_CENTROIDS = 64
+_FLAGS = ("-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
+# The first that the compiler takes. 512-bit vectors are a third faster here than the 256 that gcc prefers.
+_TUNING = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], [])
+FAILURES = (OSError, subprocess.SubprocessError)
 # Below this many weights a second thread costs more than it saves.
 _WEIGHTS_PER_THREAD = 1 << 15
 
@@ -53,14 +61,14 @@ def available() -> bool:
     """Whether the kernels could be built. Says once why not, if there is a compiler."""
     try:
         return _library(torch.float32) is not None
-    except build.FAILURES as error:
-        warnings.warn(f"edkm: kernels.c could not be built, training will be slower: {build.why(error)}", stacklevel=2)
+    except FAILURES as error:
+        warnings.warn(f"edkm: kernels.c could not be built, training will be slower: {why(error)}", stacklevel=2)
         return False
 
 
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for float32 or float64; None without a compiler."""
-    return build.library(_SOURCE, f"-DMOST={MOST_CENTROIDS}", *(["-DDOUBLE"] if dtype == torch.float64 else []))
+    return library(_SOURCE, f"-DMOST={MOST_CENTROIDS}", *(["-DDOUBLE"] if dtype == torch.float64 else []))
 
 
 # The three functions that every backend has; op.py documents them.
@@ -82,7 +90,7 @@ def solve(
 
 
 def sums(weight: Tensor, importance: Tensor | None, centroids: Tensor, temperature: Tensor, round_to: torch.dtype | None) -> Tensor:
-    """One iteration, for `fused.advance`: mass and total of every centroid, `[g, k, 2]`."""
+    """One iteration, for `blocks.advance`: mass and total of every centroid, `[g, k, 2]`."""
     return _Call(weight, importance, centroids, round_to).sums(centroids, temperature)
 
 
@@ -142,7 +150,7 @@ class _Call:
         _in_threads(lambda first, stop: kernel(*passed, *_passed([first, stop])), self.groups, self.weight.numel())
 
 
-# For centroids.py and curvature.py.
+# For kmeans.py and gptq.py.
 
 
 def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
@@ -168,7 +176,7 @@ def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
 
 
 def columns(target: Tensor, before: Tensor, spread: Tensor, entries: Tensor, middles: Tensor) -> Tensor:
-    """What `curvature.round_columns` says, float32 or float64 on a CPU."""
+    """What `gptq.round_columns` says, float32 or float64 on a CPU."""
     rows = target.shape[1]
     out = torch.empty_like(target)
     arguments = [*target.shape, len(entries), target, before, spread, entries, middles, out]
@@ -200,3 +208,73 @@ def _in_threads(work: Callable[[int, int], None], count: int, size: int) -> None
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Of this process: threads do not survive a fork."""
     return ThreadPoolExecutor(threads, thread_name_prefix="edkm")
+
+
+# Building: also for compressed/cpu.py.
+
+
+@functools.cache
+def library(source: Path, *flags: str) -> ctypes.CDLL | None:
+    """A C file as a library, built now or before; None without a compiler.
+
+    Args:
+        source: the file; it stands alone.
+        flags: of the compiler, besides optimization for this machine.
+
+    Raises:
+        OSError, subprocess.SubprocessError: `FAILURES`: the compiler refused the file, or the cache cannot be written.
+
+    Cost:
+        A second or two the first time on a machine, for every set of flags.
+    """
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or not hasattr(os, "fork"):  # Windows: compilers and flags are others
+        return None
+    all_flags = [*_FLAGS, *flags]
+    key = hashlib.sha256(source.read_bytes() + repr((compiler, all_flags, _TUNING, _cpu())).encode()).hexdigest()[:16]
+    folder = cache_folder()
+    # The name says how long it is: loading one that was cut off would end the process.
+    for built in folder.glob(f"{source.stem}-{key}-*.so"):
+        if built.stem.endswith(f"-{built.stat().st_size}"):
+            return ctypes.CDLL(str(built))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        part = Path(work) / "part.so"
+        _build([*compiler.split(), *all_flags], source, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        built = part.replace(folder / f"{source.stem}-{key}-{part.stat().st_size}.so")
+    return ctypes.CDLL(str(built))
+
+
+def why(error: BaseException) -> str:
+    """What went wrong in `library`, in the compiler's words if it had any."""
+    return (getattr(error, "stderr", None) or str(error)).strip()
+
+
+def _build(command: list[str], source: Path, out: Path) -> None:
+    *better, last = _TUNING
+    for tuning in better:
+        if not subprocess.run([*command, *tuning, str(source), "-lm", "-o", str(out)], capture_output=True, check=False).returncode:
+            return
+    subprocess.run([*command, *last, str(source), "-lm", "-o", str(out)], capture_output=True, text=True, check=True)
+
+
+def _cpu() -> str:
+    """What the built code depends on: a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # macOS
+        named = ["sysctl", "-n", "machdep.cpu.brand_string", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
+        known = subprocess.run(named, capture_output=True, text=True, check=False).stdout if shutil.which("sysctl") else ""
+        return platform.machine() + platform.processor() + known
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def cache_folder() -> Path:
+    """`edkm` in `$XDG_CACHE_HOME` or `~/.cache`; it need not be there yet. Raises OSError if there is neither."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(folder) if folder else Path.home() / ".cache") / "edkm"
+    except RuntimeError as error:  # a user without an entry, in a container say
+        raise OSError("there is no home directory to keep a cache in. Set XDG_CACHE_HOME.") from error

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from test_measuring import peak_bytes
 
 import edkm
-from edkm.core import compiled, unique
+from edkm.core import histogram, native
 from edkm.core.assign import assign, lookup
-from edkm.core.centroids import temperature_for
+from edkm.core.kmeans import temperature_for
 
 
 def optimum(values, mass, k):
@@ -78,7 +78,7 @@ def uniform(generator, rows, cols):
 @pytest.mark.parametrize("shape", [normal, uniform, heavy, bimodal])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_within_a_thousandth_of_the_optimum(bits, shape, weighted, monkeypatch):
-    monkeypatch.setattr(compiled, "available", lambda: False)
+    monkeypatch.setattr(native, "available", lambda: False)
     generator = torch.Generator().manual_seed(bits)
     weight = shape(generator, 4, 140)
     columns = torch.randn(1, 140, generator=generator).square() if weighted else None
@@ -86,7 +86,7 @@ def test_within_a_thousandth_of_the_optimum(bits, shape, weighted, monkeypatch):
     assert_near_optimal(weight, bits, groups=4, importance=columns)
 
 
-@pytest.mark.skipif(not compiled.available(), reason="no C compiler")
+@pytest.mark.skipif(not native.available(), reason="no C compiler")
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", [normal, uniform, heavy, bimodal])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -98,11 +98,11 @@ def test_with_a_compiler_it_is_the_optimum(bits, shape, weighted):
         assert_near_optimal(weight, bits, groups, columns, within=1e-9)
 
 
-@pytest.mark.skipif(not compiled.available(), reason="no C compiler")
+@pytest.mark.skipif(not native.available(), reason="no C compiler")
 @pytest.mark.parametrize("m, k", [(1, 1), (1, 4), (3, 4), (5, 1), (300, 256)])
 def test_means_of_segments_ascend_within_the_values(m, k):
     values = torch.rand(3, m).sort(1).values
-    means = compiled.segments(values, torch.rand(3, m), k)
+    means = native.segments(values, torch.rand(3, m), k)
     assert means.shape == (3, k) and means.dtype == values.dtype and (means.diff(dim=1) >= 0).all()
     assert (means[:, 0] >= values[:, 0]).all() and (means[:, -1] <= values[:, -1]).all()
     if k == m == 1:
@@ -112,10 +112,10 @@ def test_means_of_segments_ascend_within_the_values(m, k):
 @pytest.mark.parametrize("available", [True, False])
 def test_quick_is_near(available, monkeypatch):
     if not available:
-        monkeypatch.setattr(compiled, "available", lambda: False)
+        monkeypatch.setattr(native, "available", lambda: False)
     weight = heavy(torch.Generator().manual_seed(0), 6, 500).double()
     best, quick = (inertia(weight, edkm.initial_centroids(weight, 3, rows_per_lut=1, quick=quick)) for quick in (False, True))
-    assert (quick < best * (1 + (1e-9 if compiled.available() else 0.1))).all()
+    assert (quick < best * (1 + (1e-9 if native.available() else 0.1))).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -124,14 +124,14 @@ def test_quick_is_near(available, monkeypatch):
     bits=st.integers(1, 4),
     weighted=st.booleans(),
     seed=st.integers(0, 1000),
-    search=st.sampled_from(["compiled", "torch"]),
+    search=st.sampled_from(["native", "torch"]),
 )
 def test_a_lloyd_step_gains_nothing_on_anything(values, bits, weighted, seed, search):
     # On a few arbitrary values the optimum is not always found, but always a local one.
     weight = torch.tensor([values], dtype=torch.float64).bfloat16().double()
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(weight.shape, generator=generator).double() + 0.01 if weighted else torch.ones_like(weight)
-    with mock.patch.object(compiled, "available", compiled.available if search == "compiled" else lambda: False):
+    with mock.patch.object(native, "available", native.available if search == "native" else lambda: False):
         centroids = edkm.initial_centroids(weight, bits, importance=importance)
     indices = assign(weight, centroids).long().flatten()
     mass = torch.bincount(indices, importance.flatten(), minlength=2**bits)
@@ -157,8 +157,8 @@ def test_chunks_of_groups_are_the_same_tables(monkeypatch):
     weight = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
     importance = torch.rand(12, 40, generator=torch.Generator().manual_seed(1))
     together = edkm.initial_centroids(weight, 2, rows_per_lut=2, importance=importance)
-    monkeypatch.setattr(unique, "CHUNK_WEIGHTS", 160)
-    monkeypatch.setattr(unique, "BLOCK_WEIGHTS", 40)
+    monkeypatch.setattr(histogram, "CHUNK_WEIGHTS", 160)
+    monkeypatch.setattr(histogram, "BLOCK_WEIGHTS", 40)
     apart = edkm.initial_centroids(weight, 2, rows_per_lut=2, importance=importance)
     assert torch.allclose(together, apart, rtol=1e-6)
     for g in range(6):
@@ -240,7 +240,7 @@ def test_vectors_beat_random_picks_and_rest(dim, weighted):
 
 
 def test_lloyd_never_makes_it_worse(monkeypatch):
-    from edkm.core import centroids as module
+    from edkm.core import kmeans as module
 
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     path = []
@@ -258,7 +258,7 @@ def test_memory_is_that_of_blocks_and_tables():
 
 
 def test_memory_for_vectors_is_that_of_blocks(monkeypatch):
-    from edkm.core import centroids as module
+    from edkm.core import kmeans as module
 
     monkeypatch.setattr(module, "_VECTOR_BLOCK", 1 << 18)
     monkeypatch.setattr(module, "_VECTOR_STEPS", 2)

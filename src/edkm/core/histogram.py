@@ -4,7 +4,7 @@ With `d = 1` and 16-bit weights a group holds at most 65,536 distinct values (la
 centroid updates and output are functions of the value alone, so they are computed on a table of distinct values `u_q` with
 summed importance `S_q`, and gathered. The bit pattern of a weight is its index: the index list costs no memory.
 
-The gradient is exact too. Of `g = dL/dout` it needs the sums `G_q` over equal values; then, with D and P from `fused.reverse` run
+The gradient is exact too. Of `g = dL/dout` it needs the sums `G_q` over equal values; then, with D and P from `blocks.reverse` run
 on the table,
 
     dL/dw_i = g_i D_q(i) + s_i P_q(i)
@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core import fused
-from edkm.core.fused import Block, chunks
+from edkm.core import blocks
+from edkm.core.blocks import Block, chunks
 
 KEYS = 1 << 16
 # Weights handled at a time, and weights whose tables exist at a time.
@@ -33,7 +33,7 @@ BLOCK_WEIGHTS = 1 << 18
 CHUNK_WEIGHTS = 1 << 21
 # A table's usual length: small groups have tables larger than themselves, and fewer of them make a chunk.
 _USUAL_VALUES = 4096
-# Columns that a table is folded into, so that `fused` can cut it into blocks of rows.
+# Columns that a table is folded into, so that `blocks` can cut it into blocks of rows.
 FOLD = 256
 
 
@@ -246,7 +246,7 @@ def solve(
     trajectory, table = centroids.new_empty(iters + 1, *centroids.shape), []
     for of, rows, key in pieces(weight, groups, round_to):
         points, (mass,) = find_points_and_sums(rows, key, centroids.dtype, [None if s is None else s[of]])
-        trajectory[:, of].copy_(fused.iterate(points.values.unsqueeze(1), mass, centroids[of], temperature[of], iters, None))
+        trajectory[:, of].copy_(blocks.iterate(points.values.unsqueeze(1), mass, centroids[of], temperature[of], iters, None))
         table.append((points.keys, mass if groups == 1 else None))
     return trajectory, table
 
@@ -267,7 +267,7 @@ def decode(
             # A table entry costs about half as much per centroid as looking for a weight's value.
             points = find_points(rows, key, trajectory.dtype, entries=KEYS * trajectory.shape[2] // 2)
         soft = torch.empty_like(points.values)
-        fused.spread(points.values.unsqueeze(1), trajectory[:, of], temperature[of], None, soft.unsqueeze(1))
+        blocks.spread(points.values.unsqueeze(1), trajectory[:, of], temperature[of], None, soft.unsqueeze(1))
         by_cell = points.gather(soft, weight.dtype)
         into = out.view(groups, -1, weight.shape[1])[of]
         for block in points.blocks():
@@ -315,7 +315,7 @@ def adjoint(
 def _reverse(points: Points, mass: Tensor, pull: Tensor, trajectory: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """Tables D and P of the module's text."""
     direct, path = torch.zeros_like(points.values), torch.zeros_like(points.values)
-    for block, own, shared in fused.reverse(points.values.unsqueeze(1), mass, None, pull, trajectory, temperature, None):
+    for block, own, shared in blocks.reverse(points.values.unsqueeze(1), mass, None, pull, trajectory, temperature, None):
         part = path[block.groups, block.rows]
         part += shared.view(part.shape)
         if own is not None:

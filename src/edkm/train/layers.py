@@ -1,4 +1,7 @@
-"""Reading a clustered parameter: the clustered weight in a forward pass, the trained one outside of it.
+"""Use clustered weights: linear layers, embeddings, and any parameter that a forward pass reads.
+
+`F.linear(x, clustered)` would keep the clustered weight for backward, a second copy of the model. `_Linear` keeps `x`, the live parameter
+and the centroids of each iteration, and decodes the weight again in backward.
 
 Not every weight is used by calling its module. Convolutions, experts and subclasses of known layers read `self.weight` in their own
 way; others read the weight of another module: heads that are tied by use, fused losses, `nn.MultiheadAttention`, Mamba. So there is one
@@ -14,9 +17,111 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from edkm.train.layer import ClusteredEmbedding, ClusteredLinear, Clustering, clustered_weight
+from edkm.train.clustering import Clustering, _shaped
+
+
+class _Linear(torch.autograd.Function):
+    """`x @ clustered(weight).T + bias`, keeping no clustered weight."""
+
+    @staticmethod
+    def forward(ctx, x, live, solution, bias, clustering):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        ctx.clustering, ctx.solution = clustering, solution
+        ctx.save_for_backward(x, live)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        w = clustering.decode(live, solution).to(x.dtype)
+        out = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+        return _shaped(out, out.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, live = ctx.saved_tensors
+        dx = g = db = None
+        rows = dy.reshape(-1, dy.shape[-1])
+        with torch.autocast(dy.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = dy @ ctx.clustering.decode(live, ctx.solution).to(dy.dtype)
+            if ctx.needs_input_grad[1]:
+                g = rows.mT @ x.reshape(-1, x.shape[-1])
+            if ctx.needs_input_grad[3]:
+                db = rows.sum(0).to(ctx.bias_dtype)
+        return dx, g, None, db, None
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of `clustered(weight)`, keeping no clustered weight."""
+
+    @staticmethod
+    def forward(ctx, live, solution, ids, clustering, padding_idx, by_frequency):
+        ctx.save_for_backward(ids)
+        ctx.options = live.shape[0], -1 if padding_idx is None else padding_idx, by_frequency
+        if clustering.tables > 1:
+            return F.embedding(ids, clustering.decode(live, solution))
+        # With one table the rows that are looked up can be decoded alone.
+        return _shaped(clustering.decode(live[ids.flatten()], solution), (*ids.shape, live.shape[1]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (ids,) = ctx.saved_tensors
+        return torch.ops.aten.embedding_dense_backward(dy, ids, *ctx.options), *[None] * 5
+
+
+class _Decode(torch.autograd.Function):
+    """The clustered weight itself."""
+
+    @staticmethod
+    def forward(ctx, live, solution, clustering):
+        return clustering.decode(live, solution)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g, None, None
+
+
+class ClusteredLinear(nn.Linear):
+    """`nn.Linear` whose weight is clustered: softly in training, on its nearest centroids in evaluation.
+
+    Cost:
+        Keeps for backward what `nn.Linear` keeps, plus the centroids of each iteration. With `histogram`, the distinct values of the weight
+        (at most 65,536 for every 2 million weights) are remembered within an optimizer step.
+    """
+
+    clustering: Clustering
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self._parameters["weight"]
+        if not self.clustering.is_soft:
+            return F.linear(input, self.clustering.hard(weight), self.bias)
+        return _Linear.apply(input, *self.clustering.live(weight), self.bias, self.clustering)
+
+
+class ClusteredEmbedding(nn.Embedding):
+    """`nn.Embedding` whose weight is clustered; see `ClusteredLinear`."""
+
+    clustering: Clustering
+
+    def forward(self, input: Tensor) -> Tensor:
+        clustering, weight = self.clustering, self._parameters["weight"]
+        if clustering.is_soft:
+            return _Embedding.apply(*clustering.live(weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
+        if clustering.tables > 1:
+            return F.embedding(input, clustering.hard(weight))
+        return clustering.hard(weight[input.flatten()]).view(*input.shape, weight.shape[1])
+
+
+def clustered_weight(weight: Tensor, clustering: Clustering) -> Tensor:
+    """The weight that a layer uses, with its gradient."""
+    if not clustering.is_soft:
+        return clustering.hard(weight)
+    return _Decode.apply(*clustering.live(weight), clustering)  # pyright: ignore[reportReturnType]
 
 
 class _Passes(threading.local):

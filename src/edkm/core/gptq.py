@@ -26,9 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core import compiled
+from edkm.core import native
 from edkm.core.assign import round_lut
-from edkm.core.centroids import initial_centroids
+from edkm.core.kmeans import initial_centroids
 from edkm.core.reference import compute_dtype
 
 # Columns that are worked through before the rest is told of their error.
@@ -78,7 +78,7 @@ def fit(
 
     Cost:
         `1 + 2 turns` times `rows cols^2` multiplications for indices and `5 turns` times for tables; memory of some six copies of the
-        weight in float32 and three of the moment. Columns go one by one: where `compiled` is not available, `(1 + turns) cols`
+        weight in float32 and three of the moment. Columns go one by one: where `native` is not available, `(1 + turns) cols`
         rounds of small operations.
     """
     _check(weight, moment, shrinkage)
@@ -159,8 +159,8 @@ class _Tables:
         Returns:
             The entries, like `target`; for a value halfway between two the lower one.
         """
-        if target.device.type == "cpu" and compiled.available():
-            return compiled.columns(target, before, spread.contiguous(), self.by_row.T.contiguous(), self.midpoints.T.contiguous())
+        if target.device.type == "cpu" and native.available():
+            return native.columns(target, before, spread.contiguous(), self.by_row.T.contiguous(), self.midpoints.T.contiguous())
         nearest = torch.empty_like(target)
         for j, value in enumerate(target):
             nearest[j] = self.by_row.gather(1, torch.searchsorted(self.midpoints, value.unsqueeze(1))).squeeze(1)

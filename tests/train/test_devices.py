@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import edkm
 from benchmarks.reads import CountReads
-from edkm.core import compiled, unique
+from edkm.core import histogram, native
 from edkm.core.op import find
 from edkm.evaluate import perplexity
 from edkm.train import command, loop
@@ -37,8 +37,8 @@ class RefuseFloat64(TorchDispatchMode):
 @pytest.fixture
 def not_the_cpu(monkeypatch):
     """Tables as on any other device, and no kernels of a CPU."""
-    monkeypatch.setattr(unique, "counts_values", lambda device: False)
-    monkeypatch.setattr(compiled, "takes", lambda device, k, d: False)
+    monkeypatch.setattr(histogram, "counts_values", lambda device: False)
+    monkeypatch.setattr(native, "takes", lambda device, k, d: False)
 
 
 def batch():
@@ -68,7 +68,8 @@ def reads_of_a_step(model, optimizer):
 
 @pytest.mark.parametrize("config", [{"anneal_steps": 4}, {"softness": 0.0}])
 @pytest.mark.parametrize(
-    ("backend", "rows_per_lut", "accumulate"), [("unique", 0, 2), ("unique", 32, 1), ("fused", 0, 1), ("fused", 16, 2), ("auto", 1, 1)]
+    ("backend", "rows_per_lut", "accumulate"),
+    [("histogram", 0, 2), ("histogram", 32, 1), ("blocks", 0, 1), ("blocks", 16, 2), ("auto", 1, 1)],
 )
 def test_clustering_reads_nothing_and_a_step_one_number_for_all_layers(tiny_model, not_the_cpu, backend, rows_per_lut, accumulate, config):
     def step(model, optimizer):
@@ -84,9 +85,9 @@ def test_clustering_reads_nothing_and_a_step_one_number_for_all_layers(tiny_mode
     assert {int(c.step) for *_, c in clusterings(clustered)} == {3}
 
 
-@pytest.mark.parametrize("backend", ["unique", "compiled", "auto"])
+@pytest.mark.parametrize("backend", ["histogram", "native", "auto"])
 def test_nor_does_it_on_a_cpu(tiny_model, backend):
-    if backend == "compiled" and not compiled.available():
+    if backend == "native" and not native.available():
         pytest.skip("no C compiler")
     model = prepared(tiny_model, backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -107,11 +108,11 @@ def test_tables_of_all_values_give_what_tables_of_those_that_occur_give(dtype, g
     tau = torch.full((groups,), 1e-3)
 
     def results():
-        solution = find(weight, importance, start, tau, 3, 0.0, torch.bfloat16, "unique")
+        solution = find(weight, importance, start, tau, 3, 0.0, torch.bfloat16, "histogram")
         return solution.trajectory, solution.decode(weight).float(), solution.adjoint(grad, weight).float()
 
     counted = results()
-    monkeypatch.setattr(unique, "counts_values", lambda device: False)
+    monkeypatch.setattr(histogram, "counts_values", lambda device: False)
     for got, expected in zip(results(), counted, strict=True):
         assert float((got - expected).norm() / expected.norm()) < (1e-5 if dtype == torch.float32 else 1e-3)
 
@@ -122,13 +123,13 @@ def test_tables_of_all_values_give_what_tables_of_those_that_occur_give(dtype, g
 def test_a_backend_that_is_not_there_is_refused_before_training(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"backend: 'dense' is not one of"):
         prepared(tiny_model, "dense")
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj\.weight: backend: unique needs single values"):
-        edkm.prepare(tiny_model, edkm.ClusterConfig(dim=2, embedding_bits=0), backend="unique")
-    with pytest.raises(ValueError, match="backend: unique, fused, compiled or auto, got 'dense'"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj\.weight: backend: histogram needs single values"):
+        edkm.prepare(tiny_model, edkm.ClusterConfig(dim=2, embedding_bits=0), backend="histogram")
+    with pytest.raises(ValueError, match="backend: histogram, blocks, native or auto, got 'dense'"):
         edkm.Callback(tmp_path / "packed", backend="dense")
 
 
-@pytest.mark.parametrize("backend", ["unique", "fused", "compiled"])
+@pytest.mark.parametrize("backend", ["histogram", "blocks", "native"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("rows", [0, 16])
 def test_a_weight_that_is_not_finite_is_named_at_the_end_of_the_step(tiny_model, backend, value, rows):
@@ -164,10 +165,10 @@ def test_a_step_looks_at_the_weights_that_it_moves(tiny_model):
 # float64.
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("unique", torch.float32), ("fused", torch.bfloat16), ("compiled", torch.float32)])
+@pytest.mark.parametrize(("backend", "dtype"), [("histogram", torch.float32), ("blocks", torch.bfloat16), ("native", torch.float32)])
 def test_no_float64_from_calibration_to_freezing(tiny_model, tiny_tokenizer, backend, dtype):
     """k-means on a CPU keeps its sums in C."""
-    if not compiled.available():
+    if not native.available():
         pytest.skip("no C compiler: the host's sums are float64 tensors")
     model, config = tiny_model.to(dtype), edkm.ClusterConfig(bits=2, rows_per_lut=16, embedding_bits=4, anneal_steps=3)
     with RefuseFloat64():
@@ -224,17 +225,17 @@ def run_on_a_device_that_is_not_there():
 def test_a_step_and_an_evaluation_on_a_device_that_is_not_there():
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("torch cannot make up a device")
-    script = "from tests import test_devices; test_devices.run_on_a_device_that_is_not_there()"
-    found = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    script = "import sys; sys.path += ['tests/train']; import test_devices; test_devices.run_on_a_device_that_is_not_there()"
+    found = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert found.stdout == "ran\n", found.stderr
 
 
 def test_kernels_of_a_cpu_are_not_asked_for_elsewhere(monkeypatch):
     asked = []
-    monkeypatch.setattr(compiled, "available", lambda: asked.append(1) or False)
+    monkeypatch.setattr(native, "available", lambda: asked.append(1) or False)
     for kind in ("mps", "cuda", "xpu"):
-        assert not compiled.takes(torch.device(kind), 8, 1)
-        assert edkm.choose_backend(torch.empty(64, 64, device="meta"), 1, 8, 1, torch.bfloat16, torch.device(kind))[0] != "compiled"
+        assert not native.takes(torch.device(kind), 8, 1)
+        assert edkm.choose_backend(torch.empty(64, 64, device="meta"), 1, 8, 1, torch.bfloat16, torch.device(kind))[0] != "native"
     assert not asked
 
 

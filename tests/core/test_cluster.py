@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_measuring import peak_bytes, saved_bytes, saved_storages
 
 import edkm
-from edkm.core import build, compiled, fused, op, reference, unique
+from edkm.core import blocks, histogram, native, op, reference
 
 KINDS = ("normal", "repeated", "equal", "zeros", "subnormal", "far")
 IMPORTANCE = ("none", "columns", "full", "zeros")
@@ -78,13 +78,13 @@ def assert_same(problem, backend, round_to, max_iters=3, tol=0.0):
 
 
 def tiny_blocks(monkeypatch, entries=40, block=24, chunk=50):
-    monkeypatch.setattr(fused, "map_entries", lambda device: entries)
-    monkeypatch.setattr(unique, "BLOCK_WEIGHTS", block)
-    monkeypatch.setattr(unique, "CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr(blocks, "map_entries", lambda device: entries)
+    monkeypatch.setattr(histogram, "BLOCK_WEIGHTS", block)
+    monkeypatch.setattr(histogram, "CHUNK_WEIGHTS", chunk)
 
 
 def backends(d, round_to):
-    return ["fused"] + (["unique"] if d == 1 and round_to is not None else []) + (["compiled"] if d == 1 and compiled.available() else [])
+    return ["blocks"] + (["histogram"] if d == 1 and round_to is not None else []) + (["native"] if d == 1 and native.available() else [])
 
 
 # Identity with the reference.
@@ -114,7 +114,7 @@ def test_equals_reference_on_hard_values(groups, d, kind, round_to):
 def test_equals_reference_in_many_blocks(groups, d, importance, max_iters, monkeypatch):
     tiny_blocks(monkeypatch)
     problem = make(groups, d, vectors=7, cols=9, importance=importance, seed=3)
-    assert len(fused.chunks(groups, 7, 9 * 4, 40)[0]) > 1
+    assert len(blocks.chunks(groups, 7, 9 * 4, 40)[0]) > 1
     for backend in backends(d, torch.bfloat16):
         assert_same(problem, backend, torch.bfloat16, max_iters)
 
@@ -161,11 +161,11 @@ def test_equals_reference_where_centroids_are_hard():
     weight, centroids, _, _, upstream = make(2, 1, vectors=8, cols=20, k=8)
     for temperature in (1e-2, 1e-4, 1e-8):
         problem = weight, centroids, torch.full((2,), temperature, dtype=torch.float64), None, upstream
-        for backend in ("fused", "unique"):
+        for backend in ("blocks", "histogram"):
             assert_same(problem, backend, torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique", "compiled"])
+@pytest.mark.parametrize("backend", ["blocks", "histogram", "native"])
 def test_tolerance_stops_where_the_reference_stops(backend):
     problem = make(2, 1, vectors=8, cols=12)
     trajectory, _ = op.solve(*problem[:1], None, *problem[1:3], 8, 0.0, torch.bfloat16, "reference")
@@ -177,7 +177,7 @@ def test_tolerance_stops_where_the_reference_stops(backend):
     assert_same(problem, backend, torch.bfloat16, max_iters=8, tol=tol)
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused", "unique", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", "blocks", "histogram", "native"])
 def test_centroid_without_mass_stays_and_passes_its_gradient_on(backend):
     weight, centroids, temperature, _, upstream = make(kind="far")
     _, after, grad, _ = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
@@ -189,7 +189,7 @@ def test_centroid_without_mass_stays_and_passes_its_gradient_on(backend):
     assert torch.allclose(grad, fewer[2], rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused", "unique", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", "blocks", "histogram", "native"])
 def test_centroid_that_dies_hands_its_gradient_to_the_iteration_before(backend):
     # Hard assignment. The middle centroid becomes the mean of 1 and 3; then the outer ones take those from it, and
     # only 2.125, without importance, still uses it: its output is that mean.
@@ -205,7 +205,7 @@ def test_centroid_that_dies_hands_its_gradient_to_the_iteration_before(backend):
     assert torch.allclose(grad, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend, round_to", [("reference", None), ("fused", None)])
+@pytest.mark.parametrize("backend, round_to", [("reference", None), ("blocks", None)])
 @pytest.mark.parametrize("groups, d, importance", [(1, 1, "none"), (2, 1, "full"), (2, 2, "columns")])
 def test_gradcheck(backend, round_to, groups, d, importance):
     weight, centroids, temperature, s, _ = make(groups, d, 3, 4, 3, importance=importance, seed=5)
@@ -236,7 +236,7 @@ def distance(a, b):
     return ((a.double() - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique", "compiled"])
+@pytest.mark.parametrize("backend", ["blocks", "histogram", "native"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_error_in_16_bits_is_at_most_twice_that_of_plain_pytorch(backend, dtype, groups):
@@ -251,7 +251,7 @@ def test_error_in_16_bits_is_at_most_twice_that_of_plain_pytorch(backend, dtype,
     assert distance(mine[0], truth[0]) <= eps / 2 and distance(mine[2], truth[2]) <= eps / 2
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique", "compiled"])
+@pytest.mark.parametrize("backend", ["blocks", "histogram", "native"])
 @pytest.mark.parametrize("groups, importance", [(1, "none"), (4, "full")])
 def test_error_in_float32(backend, groups, importance):
     problem = make(groups, 1, vectors=16, cols=64, k=8, importance=importance, dtype=torch.float32, seed=2)
@@ -267,7 +267,7 @@ def test_error_in_float32(backend, groups, importance):
 # The Cost section.
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique", "compiled"])
+@pytest.mark.parametrize("backend", ["blocks", "histogram", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_backward_keeps_the_weight_and_the_centroids_of_each_iteration(backend, dtype, groups):
@@ -305,7 +305,7 @@ def test_unique_peaks_at_16_bytes_a_weight(dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1024, 2048, generator=generator).mul_(0.02).to(dtype).requires_grad_()
     centroids = torch.linspace(-0.04, 0.04, 8).view(1, 8, 1)
-    peak = peak_bytes(step(weight, centroids, 1e-4, torch.ones_like(weight), "unique"))
+    peak = peak_bytes(step(weight, centroids, 1e-4, torch.ones_like(weight), "histogram"))
     assert peak <= 16 * weight.numel()
 
 
@@ -314,18 +314,18 @@ def test_fused_peaks_at_a_block():
     for rows in (512, 2048):
         weight = torch.randn(rows, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
         centroids = torch.linspace(-2, 2, 8).view(1, 8, 1)
-        assert len(fused.chunks(1, rows, 256 * 8, fused.map_entries(weight.device))[0]) > 1
-        peak = peak_bytes(step(weight, centroids, 0.1, torch.ones_like(weight), "fused"))
+        assert len(blocks.chunks(1, rows, 256 * 8, blocks.map_entries(weight.device))[0]) > 1
+        peak = peak_bytes(step(weight, centroids, 0.1, torch.ones_like(weight), "blocks"))
         # The output and the gradient.
         peaks.append(peak - 2 * weight.numel() * 4)
     assert abs(peaks[1] - peaks[0]) <= 64 << 10
-    assert peaks[0] <= 5 * 4 * fused.map_entries(torch.device("cpu"))
+    assert peaks[0] <= 5 * 4 * blocks.map_entries(torch.device("cpu"))
 
 
 # PyTorch's own machinery.
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique", "compiled", "auto"])
+@pytest.mark.parametrize("backend", ["blocks", "histogram", "native", "auto"])
 def test_compiles_without_a_graph_break(backend):
     problem = make(2, 1, vectors=8, cols=20, importance="full", dtype=torch.float32)
     weight, centroids, temperature, importance, upstream = problem
@@ -346,7 +346,7 @@ def test_compiles_without_a_graph_break(backend):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["fused", "unique", "compiled"])
+@pytest.mark.parametrize("backend", ["blocks", "histogram", "native"])
 def test_ops_are_registered_properly(backend):
     weight, centroids, temperature, importance, upstream = make(2, 1, importance="full", dtype=torch.float32)
     how = torch.bfloat16, backend
@@ -365,7 +365,7 @@ def test_ops_are_registered_properly(backend):
 def test_only_the_weight_gets_a_gradient():
     weight, centroids, temperature, importance, _ = make(importance="full")
     leaves = [t.requires_grad_() for t in (weight, centroids, importance)]
-    result = edkm.cluster(weight, centroids, temperature=temperature, importance=importance, backend="fused")
+    result = edkm.cluster(weight, centroids, temperature=temperature, importance=importance, backend="blocks")
     assert not result.centroids.requires_grad
     result.weight.sum().backward()
     assert leaves[0].grad is not None and leaves[1].grad is None and leaves[2].grad is None
@@ -374,7 +374,7 @@ def test_only_the_weight_gets_a_gradient():
 # Symmetries.
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused", "unique", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", "blocks", "histogram", "native"])
 def test_permuting_weights_of_a_group_permutes_the_result(backend):
     weight, centroids, temperature, _, upstream = make(2, 1, vectors=4, cols=12)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
@@ -385,7 +385,7 @@ def test_permuting_weights_of_a_group_permutes_the_result(backend):
         assert torch.allclose(permuted[i], plain[i][:, order], rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused", "unique", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", "blocks", "histogram", "native"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_twice_the_weights_are_twice_the_result_exactly(backend, dtype):
     weight, centroids, temperature, _, upstream = make(2, 1, vectors=4, cols=12, dtype=dtype)
@@ -398,7 +398,7 @@ def test_twice_the_weights_are_twice_the_result_exactly(backend, dtype):
 
 def test_groups_are_independent():
     weight, centroids, temperature, _, upstream = make(3, 1)
-    for backend in ("reference", "fused", "unique"):
+    for backend in ("reference", "blocks", "histogram"):
         together = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
         for g in range(3):
             rows = slice(6 * g, 6 * g + 6)
@@ -410,7 +410,7 @@ def test_groups_are_independent():
 
 def test_strided_weights_and_gradients():
     weight, centroids, temperature, _, upstream = make(2, 1, vectors=5, cols=7)
-    for backend in ("fused", "unique"):
+    for backend in ("blocks", "histogram"):
         plain = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
         w = weight.mT.contiguous().mT.requires_grad_()
         soft = edkm.cluster(w, centroids, temperature=temperature, backend=backend).weight
@@ -422,30 +422,30 @@ def test_strided_weights_and_gradients():
 
 
 def test_auto_counts(monkeypatch):
-    monkeypatch.setattr(compiled, "available", lambda: False)
+    monkeypatch.setattr(native, "available", lambda: False)
     generator = torch.Generator().manual_seed(0)
     many = torch.randn(256, 512, generator=generator).mul_(0.02).bfloat16()
     name, why = edkm.choose_backend(many, 1, 8, 1, None)
-    assert name == "unique"
+    assert name == "histogram"
     assert "some 4,096 distinct values for 131,072 weights of a group" in why
     # On other devices a table has all 16-bit values: which occur would have to be read from there.
-    assert edkm.choose_backend(many, 1, 8, 1, None, torch.device("mps"))[0] == "unique"
-    assert edkm.choose_backend(many, 2, 8, 1, None, torch.device("cuda"))[0] == "fused"
+    assert edkm.choose_backend(many, 1, 8, 1, None, torch.device("mps"))[0] == "histogram"
+    assert edkm.choose_backend(many, 2, 8, 1, None, torch.device("cuda"))[0] == "blocks"
     few = torch.randn(256, 64, generator=generator)
-    assert edkm.choose_backend(few, 256, 8, 1, torch.bfloat16)[0] == "fused"
-    assert edkm.choose_backend(many, 1, 8, 2, None) == ("fused", "vectors of 2 values")
-    assert edkm.choose_backend(few, 1, 8, 1, None) == ("fused", "weights wider than 16 bits")
+    assert edkm.choose_backend(few, 256, 8, 1, torch.bfloat16)[0] == "blocks"
+    assert edkm.choose_backend(many, 1, 8, 2, None) == ("blocks", "vectors of 2 values")
+    assert edkm.choose_backend(few, 1, 8, 1, None) == ("blocks", "weights wider than 16 bits")
 
 
-@pytest.mark.parametrize("groups, cols, chosen", [(1, 8192, "unique"), (8, 8, "fused")])
+@pytest.mark.parametrize("groups, cols, chosen", [(1, 8192, "histogram"), (8, 8, "blocks")])
 def test_auto_is_what_it_chose(groups, cols, chosen, monkeypatch):
-    monkeypatch.setattr(compiled, "available", lambda: False)
+    monkeypatch.setattr(native, "available", lambda: False)
     problem = make(groups, 1, vectors=2, cols=cols, kind="repeated", dtype=torch.float32)
     assert edkm.choose_backend(problem[0], groups, 4, 1, torch.bfloat16)[0] == chosen
     auto = run(problem, "auto", torch.bfloat16)
     for got, expected in zip(auto, run(problem, chosen, torch.bfloat16)):
         assert torch.equal(torch.as_tensor(got), torch.as_tensor(expected))
-    for other in ("unique", "fused"):
+    for other in ("histogram", "blocks"):
         for i, bound in ((0, 1e-5), (1, 1e-5), (2, 1e-4)):
             assert distance(run(problem, other, torch.bfloat16)[i], auto[i].double()) < bound
 
@@ -484,12 +484,12 @@ W, C = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), torch.lins
         ({"weight": W.clone().fill_diagonal_(torch.nan)}, "weight: ", "NaN or infinite", "learning rate"),
         ({"weight": W.clone().fill_diagonal_(torch.inf)}, "weight: ", "NaN or infinite", "learning rate"),
         ({"weight": W * 1e6, "round_to": torch.float16}, "weight: ", "range of round_to", "finite"),
-        ({"backend": "dense"}, "backend: ", "'dense' is not one of", "reference, unique, fused, compiled, auto"),
+        ({"backend": "dense"}, "backend: ", "'dense' is not one of", "reference, histogram, blocks, native, auto"),
     ],
 )
 def test_errors(change, named, rule, remedy):
     arguments = {"weight": W, "centroids": C, "temperature": 0.1} | change
-    names = [change["backend"]] if "backend" in change else ["reference", "fused", "unique", "auto"]
+    names = [change["backend"]] if "backend" in change else ["reference", "blocks", "histogram", "auto"]
     for backend in names:
         with pytest.raises(ValueError) as error:
             edkm.cluster(**arguments | {"backend": backend})
@@ -501,49 +501,49 @@ def test_errors(change, named, rule, remedy):
 @pytest.mark.parametrize("change", [{"round_to": None}, {"round_to": torch.float32}, {"centroids": C.repeat(1, 1, 2)}])
 def test_unique_says_what_it_cannot_do(change):
     arguments = {"weight": W, "centroids": C, "temperature": 0.1} | change
-    with pytest.raises(ValueError, match=r"^backend: unique needs single values of 16 bits.*Use fused"):
-        edkm.cluster(**arguments, backend="unique")
+    with pytest.raises(ValueError, match=r"^backend: histogram needs single values of 16 bits.*Use blocks"):
+        edkm.cluster(**arguments, backend="histogram")
     assert edkm.cluster(**arguments, backend="auto").weight.isfinite().all()
 
 
 def test_auto_takes_the_compiled_backend_where_it_can(monkeypatch):
     weight = torch.randn(32, 64)
-    monkeypatch.setattr(compiled, "available", lambda: True)
-    assert edkm.choose_backend(weight, 32, 16, 1, None) == ("compiled", "16 centroids, on a CPU with a compiler")
-    assert edkm.choose_backend(weight, 32, 16, 1, None, torch.device("cuda"))[0] == "fused"
-    assert edkm.choose_backend(weight, 32, 16, 1, torch.bfloat16)[0] == "compiled"
+    monkeypatch.setattr(native, "available", lambda: True)
+    assert edkm.choose_backend(weight, 32, 16, 1, None) == ("native", "16 centroids, on a CPU with a compiler")
+    assert edkm.choose_backend(weight, 32, 16, 1, None, torch.device("cuda"))[0] == "blocks"
+    assert edkm.choose_backend(weight, 32, 16, 1, torch.bfloat16)[0] == "native"
     # Where many weights share a table its distinct values are few beside them.
-    assert edkm.choose_backend(torch.randn(256, 512), 1, 16, 1, torch.bfloat16)[0] == "unique"
-    assert edkm.choose_backend(weight, 1, 8, 2, None)[0] == "fused"
+    assert edkm.choose_backend(torch.randn(256, 512), 1, 16, 1, torch.bfloat16)[0] == "histogram"
+    assert edkm.choose_backend(weight, 1, 8, 2, None)[0] == "blocks"
 
 
-# The compiled kernels.
+# The native kernels.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups, k, cols", [(1, 16, 700), (24, 8, 300), (8, 4, 3)])
-@pytest.mark.parametrize("backend", ["compiled"])
+@pytest.mark.parametrize("backend", ["native"])
 def test_compiled_in_float32(backend, groups, k, cols, dtype):
-    """Several tiles and threads, rows shorter than a vector; against `fused` in float64."""
+    """Several tiles and threads, rows shorter than a vector; against `blocks` in float64."""
     torch.manual_seed(groups)
     weight, grad = torch.randn(2, 24, cols).to(dtype)
     centroids, importance, tau = torch.randn(groups, k, 1).sort(1).values, torch.rand(24, cols), torch.rand(groups) * 0.05 + 0.01
     rounding = torch.bfloat16 if dtype == torch.float32 else None
-    trajectory, _ = compiled.solve(weight, importance, centroids, tau, 2, rounding)
+    trajectory, _ = native.solve(weight, importance, centroids, tau, 2, rounding)
     rounded = weight.bfloat16() if rounding else weight
     wide = (rounded.double(), importance.double(), centroids.double(), tau.double())
-    truth, _ = fused.solve(*wide, 2, None)
+    truth, _ = blocks.solve(*wide, 2, None)
     torch.testing.assert_close(trajectory.double(), truth, rtol=1e-5, atol=1e-6)
-    decoded = compiled.decode(weight, trajectory, tau, rounding)
-    gradient = compiled.adjoint(grad, weight, importance, trajectory, tau, rounding)
+    decoded = native.decode(weight, trajectory, tau, rounding)
+    gradient = native.adjoint(grad, weight, importance, trajectory, tau, rounding)
     assert decoded.dtype == gradient.dtype == dtype
     error = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
-    torch.testing.assert_close(decoded.double(), fused.decode(wide[0], truth, wide[3], None), rtol=error, atol=error)
-    expected = fused.adjoint(grad.double(), wide[0], wide[1], truth, wide[3], None)
+    torch.testing.assert_close(decoded.double(), blocks.decode(wide[0], truth, wide[3], None), rtol=error, atol=error)
+    expected = blocks.adjoint(grad.double(), wide[0], wide[1], truth, wide[3], None)
     assert distance(gradient, expected) < 10 * error
 
 
-@pytest.mark.parametrize("backend", ["compiled"])
+@pytest.mark.parametrize("backend", ["native"])
 def test_threads_do_not_change_a_bit(backend):
     torch.manual_seed(0)
     weight, centroids, tau = torch.randn(512, 256), torch.randn(64, 8, 1).sort(1).values, torch.full((64,), 0.1)
@@ -552,8 +552,8 @@ def test_threads_do_not_change_a_bit(backend):
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            trajectory, _ = compiled.solve(weight, None, centroids, tau, 1, torch.bfloat16)
-            results.append((trajectory, compiled.adjoint(weight, weight, None, trajectory, tau, torch.bfloat16)))
+            trajectory, _ = native.solve(weight, None, centroids, tau, 1, torch.bfloat16)
+            results.append((trajectory, native.adjoint(weight, weight, None, trajectory, tau, torch.bfloat16)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -563,25 +563,20 @@ def test_threads_do_not_change_a_bit(backend):
 def afresh(monkeypatch, tmp_path):
     """Kernels that are not built yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (compiled.available, build.library):
+    for cached in (native.available, native.library):
         cached.cache_clear()
     yield tmp_path
-    for cached in (compiled.available, build.library):
+    for cached in (native.available, native.library):
         cached.cache_clear()
 
 
 def test_without_a_compiler(afresh, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert not compiled.available()
-    with pytest.raises(ValueError, match=r"compiled needs a CPU, a C compiler, .* no compiler"):
-        edkm.cluster(W, C, temperature=0.1, backend="compiled")
+    assert not native.available()
+    with pytest.raises(ValueError, match=r"native needs a CPU, a C compiler, .* no compiler"):
+        edkm.cluster(W, C, temperature=0.1, backend="native")
     assert edkm.cluster(W, C, temperature=0.1, backend="auto").weight.shape == W.shape
-
-
-def test_switched_off(afresh, monkeypatch):
-    monkeypatch.setenv("EDKM_COMPILED", "0")
-    assert not compiled.available()
 
 
 def test_a_compiler_that_fails_is_reported_once(afresh, monkeypatch):
@@ -590,34 +585,34 @@ def test_a_compiler_that_fails_is_reported_once(afresh, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setenv("CC", str(script))
     with pytest.warns(UserWarning, match="kernels.c could not be built, training will be slower: no such header"):
-        assert not compiled.available()
-    assert not compiled.available()
+        assert not native.available()
+    assert not native.available()
 
 
-@pytest.mark.parametrize("backend", ["compiled"])
+@pytest.mark.parametrize("backend", ["native"])
 def test_kernels_are_built_once(backend, afresh, monkeypatch):
-    assert compiled.available()
+    assert native.available()
     (built,) = afresh.glob("edkm/*")
-    monkeypatch.setattr(build, "_build", None)  # would fail
-    build.library.cache_clear()
-    assert compiled._library(torch.float32) is not None and built.is_file()
+    monkeypatch.setattr(native, "_build", None)  # would fail
+    native.library.cache_clear()
+    assert native._library(torch.float32) is not None and built.is_file()
 
 
-@pytest.mark.parametrize("backend", ["compiled"])
+@pytest.mark.parametrize("backend", ["native"])
 def test_kernels_that_were_cut_off_are_built_again(backend, afresh):
-    assert compiled.available()
+    assert native.available()
     (path,) = afresh.glob("edkm/*")
     whole = path.read_bytes()
     for size in (0, 1000):
         # Another file: this process has the first one mapped.
         path.unlink()
         path.write_bytes(whole[:size])
-        build.library.cache_clear()
-        assert compiled._library(torch.float32) is not None and path.stat().st_size == len(whole)
+        native.library.cache_clear()
+        assert native._library(torch.float32) is not None and path.stat().st_size == len(whole)
 
 
 def test_without_a_home_directory(afresh, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
     with pytest.warns(UserWarning, match="could not be built, training will be slower: there is no home directory.*Set XDG_CACHE_HOME"):
-        assert not compiled.available()
+        assert not native.available()

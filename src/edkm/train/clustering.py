@@ -1,11 +1,10 @@
-"""Clustered layers: the weight stays the trained parameter, what multiplies the input is its clustered form.
+"""Hold the clustering of one weight: its centroids, found once per optimizer step, and the gradient through them.
 
-`F.linear(x, clustered)` would keep the clustered weight for backward, a second copy of the model. `_Linear` keeps `x`, the live
-parameter and the centroids of each iteration, and decodes the weight again in backward. The centroids depend on the weight
-alone, so they are found once per optimizer step, whatever the number of micro-batches or recomputations.
+The weight stays the trained parameter, and its clustered form multiplies the input. The centroids depend on the weight alone, so they are
+found once per optimizer step, whatever the number of micro-batches or recomputations.
 
 Layers do not differentiate the clustering. They use `Clustering.live(weight)`, which stands for the clustered weight in the graph,
-and hand back the gradient of the clustered weight; autograd sums it over all uses (tied layers), and one node, `Gate`, turns the
+and hand back the gradient of the clustered weight; autograd sums it over all uses (tied layers), and one node, `ClusterGrad`, turns the
 sum into the gradient of the weight.
 """
 
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -26,9 +24,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from edkm.config import ClusterConfig
 from edkm.core import sharded
-from edkm.core.assign import Frozen, as_stored, assign, lookup, round_lut
-from edkm.core.centroids import initial_centroids, temperature_for
-from edkm.core.matrix import as_matrix, count_tables
+from edkm.core.assign import Frozen, as_matrix, as_stored, assign, count_tables, lookup, round_lut
+from edkm.core.kmeans import initial_centroids, temperature_for
 from edkm.core.op import Solution, check_backend, check_importance, find
 from edkm.core.reference import NOT_FINITE, compute_dtype
 from edkm.core.sharded import Reduce, Rows
@@ -90,7 +87,7 @@ class Shard(NamedTuple):
         weight: the parameter that the optimizer steps on; under FSDP a DTensor.
         rows: this rank's rows of it as they are now.
         reduce: for `core.sharded`.
-        backend: `unique` or `fused`, the same on all ranks.
+        backend: `histogram` or `blocks`, the same on all ranks.
         gathers: FSDP makes the whole weight for each pass and frees it.
     """
 
@@ -233,9 +230,9 @@ class Clustering(nn.Module):
             return weight.detach(), solution
         if self._shard is not None and self._shard.gathers:
             # FSDP expects a gradient from every pass through the layer, when that pass's backward ends.
-            return Gate.apply(weight, self, solution), solution
+            return ClusterGrad.apply(weight, self, solution), solution
         if self._live is None:
-            self._live = Gate.apply(weight, self, solution)
+            self._live = ClusterGrad.apply(weight, self, solution)
         return self._live, solution
 
     def decode(self, weight: Tensor, solution: Solution) -> Tensor:
@@ -287,7 +284,7 @@ def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(x, list(shape))
 
 
-class Gate(torch.autograd.Function):
+class ClusterGrad(torch.autograd.Function):
     """Identity on the weight; backward is the chain rule of the clustering. May run once per micro-batch, so it saves nothing."""
 
     @staticmethod
@@ -300,106 +297,6 @@ class Gate(torch.autograd.Function):
     def backward(ctx, g):
         weight, clustering, solution = ctx.problem
         return clustering.backward(g, weight, solution), None, None
-
-
-class _Linear(torch.autograd.Function):
-    """`x @ clustered(weight).T + bias`, keeping no clustered weight."""
-
-    @staticmethod
-    def forward(ctx, x, live, solution, bias, clustering):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        ctx.clustering, ctx.solution = clustering, solution
-        ctx.save_for_backward(x, live)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        w = clustering.decode(live, solution).to(x.dtype)
-        out = F.linear(x, w, None if bias is None else bias.to(x.dtype))
-        return _shaped(out, out.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, live = ctx.saved_tensors
-        dx = g = db = None
-        rows = dy.reshape(-1, dy.shape[-1])
-        with torch.autocast(dy.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                dx = dy @ ctx.clustering.decode(live, ctx.solution).to(dy.dtype)
-            if ctx.needs_input_grad[1]:
-                g = rows.mT @ x.reshape(-1, x.shape[-1])
-            if ctx.needs_input_grad[3]:
-                db = rows.sum(0).to(ctx.bias_dtype)
-        return dx, g, None, db, None
-
-
-class _Embedding(torch.autograd.Function):
-    """Rows of `clustered(weight)`, keeping no clustered weight."""
-
-    @staticmethod
-    def forward(ctx, live, solution, ids, clustering, padding_idx, by_frequency):
-        ctx.save_for_backward(ids)
-        ctx.options = live.shape[0], -1 if padding_idx is None else padding_idx, by_frequency
-        if clustering.tables > 1:
-            return F.embedding(ids, clustering.decode(live, solution))
-        # With one table the rows that are looked up can be decoded alone.
-        return _shaped(clustering.decode(live[ids.flatten()], solution), (*ids.shape, live.shape[1]))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (ids,) = ctx.saved_tensors
-        return torch.ops.aten.embedding_dense_backward(dy, ids, *ctx.options), *[None] * 5
-
-
-class _Decode(torch.autograd.Function):
-    """The clustered weight itself."""
-
-    @staticmethod
-    def forward(ctx, live, solution, clustering):
-        return clustering.decode(live, solution)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return g, None, None
-
-
-class ClusteredLinear(nn.Linear):
-    """`nn.Linear` whose weight is clustered: softly in training, on its nearest centroids in evaluation.
-
-    Cost:
-        Keeps for backward what `nn.Linear` keeps, plus the centroids of each iteration. With `unique`, the distinct values of the weight
-        (at most 65,536 for every 2 million weights) are remembered within an optimizer step.
-    """
-
-    clustering: Clustering
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight = self._parameters["weight"]
-        if not self.clustering.is_soft:
-            return F.linear(input, self.clustering.hard(weight), self.bias)
-        return _Linear.apply(input, *self.clustering.live(weight), self.bias, self.clustering)
-
-
-class ClusteredEmbedding(nn.Embedding):
-    """`nn.Embedding` whose weight is clustered; see `ClusteredLinear`."""
-
-    clustering: Clustering
-
-    def forward(self, input: Tensor) -> Tensor:
-        clustering, weight = self.clustering, self._parameters["weight"]
-        if clustering.is_soft:
-            return _Embedding.apply(*clustering.live(weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
-        if clustering.tables > 1:
-            return F.embedding(input, clustering.hard(weight))
-        return clustering.hard(weight[input.flatten()]).view(*input.shape, weight.shape[1])
-
-
-def clustered_weight(weight: Tensor, clustering: Clustering) -> Tensor:
-    """The weight that a layer uses, with its gradient."""
-    if not clustering.is_soft:
-        return clustering.hard(weight)
-    return _Decode.apply(*clustering.live(weight), clustering)  # pyright: ignore[reportReturnType]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Where clustering starts: importance-weighted k-means, and the temperature that goes with it.
 
 One-dimensional clusters are segments of the sorted values, and prefix sums give the error of any segment at once. Where there is a
-compiler dynamic programming finds the optimum (`compiled.segments`). Elsewhere boundaries start where they share density^(1/3) evenly,
+compiler dynamic programming finds the optimum (`native.segments`). Elsewhere boundaries start where they share density^(1/3) evenly,
 the optimal density of centroids at high resolution (Panter & Dite 1951), and once more as the best among coarse places; then all of them
 move together, by dynamic programming over places near each, until none moves. The better end counts (docs/log.md compares it with the
 optimum). Large tables are clustered on the histogram of their 16-bit values. Vectors take k-means++ and Lloyd.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edkm.core import compiled, unique
+from edkm.core import histogram, native
 from edkm.core.assign import assign, lookup
 from edkm.core.op import check_shapes
 from edkm.core.reference import NOT_FINITE, compute_dtype, group_importance, group_vectors
@@ -48,7 +48,7 @@ def initial_centroids(
         dim: consecutive rows that one index stands for.
         rows_per_lut: rows that share a table; None for one table.
         importance: None, or non-negative and broadcastable to `weight`.
-        quick: where the optimum is not found by `compiled`, Lloyd's steps from the best among coarse places instead of the search, for
+        quick: where the optimum is not found by `native`, Lloyd's steps from the best among coarse places instead of the search, for
             scalars: faster where tables are many, and a few percent from the optimum.
 
     Returns:
@@ -81,12 +81,12 @@ def initial_centroids(
     if dim > 1:
         return _vector_centroids(weight, groups, k, dim, importance).to(device)
     centroids = torch.empty(groups, k, 1, dtype=dtype)
-    s = unique.grouped(importance, weight, groups)
-    for of, rows, key in unique.pieces(weight, groups, torch.bfloat16):
+    s = histogram.grouped(importance, weight, groups)
+    for of, rows, key in histogram.pieces(weight, groups, torch.bfloat16):
         values, mass, count = _ascending(rows, None if s is None else s[of], key)
         # A group without any importance is clustered by density.
         mass = torch.where(mass.sum(1, keepdim=True) > 0, mass, count)
-        centroids[of, :, 0] = compiled.segments(values, mass, k) if compiled.available() else _kmeans_1d(values, mass, k, quick)
+        centroids[of, :, 0] = native.segments(values, mass, k) if native.available() else _kmeans_1d(values, mass, k, quick)
     return centroids.to(device)
 
 
@@ -120,8 +120,8 @@ def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None
 def _ascending(rows: Tensor, importance: Tensor | None, key: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Values, importance and number `[g, m]` of the weights `[g, rows, cols]`: of each by itself, or of each 16-bit value."""
     dtype = compute_dtype(rows.dtype)
-    if rows[0].numel() > unique.KEYS:
-        points, (mass, count) = unique.find_points_and_sums(rows, key, dtype, [importance, None])
+    if rows[0].numel() > histogram.KEYS:
+        points, (mass, count) = histogram.find_points_and_sums(rows, key, dtype, [importance, None])
         return points.values.flatten(1), mass.flatten(1), count.flatten(1)
     values, order = rows.to(dtype).flatten(1).sort(1)
     count = torch.ones_like(values)

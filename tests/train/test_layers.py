@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import edkm
 from edkm.core.assign import lookup
-from edkm.train import layer as layer_module
+from edkm.train import clustering as clustering_module
 from edkm.train.calibrate import calibrate
-from edkm.train.layer import ClusteredEmbedding, ClusteredLinear, Clustering
+from edkm.train.clustering import Clustering
+from edkm.train.layers import ClusteredEmbedding, ClusteredLinear
 from edkm.train.prepare import clusterings, unclustered
 
 CONFIG = edkm.ClusterConfig(bits=2, rows_per_lut=4, embedding_bits=3)
@@ -84,11 +85,11 @@ def assert_equal_states(a, b):
 
 @pytest.mark.parametrize("importance", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "unique", "fused", "compiled", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "histogram", "blocks", "native", "auto"])
 def test_linear(backend, bias, importance):
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 8, bias=bias)))
     s = {"0.weight": random(1, 6).square()} if importance else None
-    used = "fused" if backend == "reference" else backend
+    used = "blocks" if backend == "reference" else backend
     edkm.prepare(model, CONFIG, importance=s, backend=used)
     (linear,), x, upstream = model, random(3, 5, 6), random(3, 5, 8, seed=2)
     weight = linear.weight.detach().clone().requires_grad_()
@@ -397,7 +398,7 @@ def assert_changes_in_place(make, x, **settings):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["unique", "fused", "compiled"])
+@pytest.mark.parametrize("backend", ["histogram", "blocks", "native"])
 def test_linear_keeps_what_a_linear_keeps_and_a_kibibyte(dtype, backend):
     plain = seeded(lambda: nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)), dtype)
     model = copy.deepcopy(plain)
@@ -408,12 +409,12 @@ def test_linear_keeps_what_a_linear_keeps_and_a_kibibyte(dtype, backend):
     after, out = saved_bytes(lambda: model(x), *model.parameters())
     assert before > 0
     assert after <= before
-    # Beside what autograd keeps, a layer has its solution: centroids and, for `unique`, a table of distinct values.
+    # Beside what autograd keeps, a layer has its solution: centroids and, for `histogram`, a table of distinct values.
     for _, weight, clustering in clusterings(model):
         solution = clustering.solve(weight)
         assert solution.trajectory.numel() * 4 <= 1024
         tables = [t for entry in solution.table or [] for t in entry if t is not None]
-        assert bool(tables) == (backend == "unique")
+        assert bool(tables) == (backend == "histogram")
         assert all(t.numel() <= len(weight.bfloat16().unique()) + 255 for t in tables)
     out.sum().backward()
 
@@ -421,13 +422,13 @@ def test_linear_keeps_what_a_linear_keeps_and_a_kibibyte(dtype, backend):
 @pytest.fixture
 def solves(monkeypatch):
     """Counts the clusterings that layers solve."""
-    calls, find = [], layer_module.find
+    calls, find = [], clustering_module.find
 
     def counted(*args):
         calls.append(args)
         return find(*args)
 
-    monkeypatch.setattr(layer_module, "find", counted)
+    monkeypatch.setattr(clustering_module, "find", counted)
     return calls
 
 
@@ -923,7 +924,7 @@ def test_quantized_layers_of_others_are_refused():
         edkm.prepare(lazy, CONFIG)
 
 
-@pytest.mark.parametrize(("backend", "message"), [("none", "is not one of"), ("unique", "unique needs single values")])
+@pytest.mark.parametrize(("backend", "message"), [("none", "is not one of"), ("histogram", "histogram needs single values")])
 def test_a_backend_that_would_fail_in_training_is_refused(backend, message):
     with pytest.raises(ValueError, match=message):
         edkm.prepare(seeded(Tied), edkm.ClusterConfig(bits=2, dim=2, rows_per_lut=4, embedding_bits=0), backend=backend)

@@ -68,14 +68,14 @@ def both(weight, importance, centroids, tau, edges, backend, round_to=None, iter
     return whole, ranks.results
 
 
-@pytest.mark.parametrize("backend", ["fused", "compiled"])
+@pytest.mark.parametrize("backend", ["blocks", "native"])
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(0, 24), min_size=1, max_size=5), st.sampled_from([(1, 1), (3, 1), (24, 1), (3, 2), (1, 8), (3, 4)]), st.booleans()
 )
 def test_any_cut_gives_the_same_centroids_and_gradients(backend, edges, grid, with_importance):
     groups, d = grid
-    assume(d == 1 or backend == "fused")
+    assume(d == 1 or backend == "blocks")
     weight, importance, centroids, tau = problem(groups=groups, d=d)
     importance = importance if with_importance else None
     whole, ranks = both(weight, importance, centroids, tau, edges, backend)
@@ -91,7 +91,7 @@ def test_any_cut_gives_the_same_centroids_and_gradients(backend, edges, grid, wi
 @given(st.lists(st.integers(0, 24), min_size=1, max_size=4), st.sampled_from([1, 3, 24]))
 def test_unique_of_shards_is_unique_of_the_whole(edges, groups):
     weight, importance, centroids, tau = problem(cols=40, groups=groups, dtype=torch.float32)
-    whole, ranks = both(weight, importance, centroids, tau, edges, "unique", torch.bfloat16)
+    whole, ranks = both(weight, importance, centroids, tau, edges, "histogram", torch.bfloat16)
     grad = torch.randn_like(weight)
     for solution in ranks:
         assert torch.equal(solution.trajectory, ranks[0].trajectory)
@@ -114,7 +114,7 @@ def test_frozen_shards_one_after_another_are_the_frozen_whole(edges, grid):
     assert len(errors) == 1 and 0 < errors.pop() < 10
 
 
-@pytest.mark.parametrize("backend", ["unique", "fused", "compiled"])
+@pytest.mark.parametrize("backend", ["histogram", "blocks", "native"])
 def test_a_weight_that_is_not_finite_on_one_rank_makes_centroids_nan_on_all(backend):
     weight, importance, centroids, tau = problem(dtype=torch.float32)
     weight[20, 3] = torch.nan
@@ -135,7 +135,7 @@ def test_no_rank_reads_a_row_of_another():
             sizes.append(x.numel())
             return reduce(x)
 
-        return sharded.find(pieces[rank], importance, centroids, tau, 2, torch.bfloat16, "unique", watched)
+        return sharded.find(pieces[rank], importance, centroids, tau, 2, torch.bfloat16, "histogram", watched)
 
     Ranks(3).run(one)
     assert set(sizes) == {centroids.numel() * 2, 1 << 16}

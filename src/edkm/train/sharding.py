@@ -19,11 +19,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from edkm.core import sharded
-from edkm.core.assign import Frozen, Later, round_lut
-from edkm.core.matrix import as_matrix
+from edkm.core.assign import Frozen, Later, as_matrix, round_lut
 from edkm.core.op import choose_backend
 from edkm.core.sharded import Rows
-from edkm.train.layer import Clustering, Shard
+from edkm.train.clustering import Clustering, Shard
 from edkm.train.prepare import clusterings, unclustered
 from edkm.train.targets import decoder_layers
 
@@ -53,7 +52,7 @@ def distribute(model: nn.Module, group: ProcessGroup | None = None) -> None:
         ValueError: no process group, a model that is not prepared, a weight that is sharded in a way other than by rows.
 
     Cost:
-        Each rank reads its own rows; per weight and iteration one all-reduce of `g k (d + 1)` numbers, and with `unique` one of 65,536.
+        Each rank reads its own rows; per weight and iteration one all-reduce of `g k (d + 1)` numbers, and with `histogram` one of 65,536.
     """
     if not dist.is_initialized():
         raise ValueError("distribute: there is no process group. Start with torchrun, or call torch.distributed.init_process_group.")

@@ -1,4 +1,4 @@
-"""`core.curvature`: the start that knows the second moment of a layer's inputs."""
+"""`core.gptq`: the start that knows the second moment of a layer's inputs."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import edkm
-from edkm.core import curvature
+from edkm.core import gptq
 from edkm.core.assign import assign, lookup, round_lut
 
 
@@ -38,17 +38,17 @@ def test_shrinkage_is_made_for_other_inputs_than_the_calibration():
         inputs = torch.randn(96, 64, generator=generator, dtype=torch.float64) @ mix
         weight = torch.randn(24, 64, generator=generator, dtype=torch.float64)
         for shrinkage in found:
-            fitted = curvature.fit(weight, inputs.T @ inputs / 96, 3, rows_per_lut=8, shrinkage=shrinkage)
+            fitted = gptq.fit(weight, inputs.T @ inputs / 96, 3, rows_per_lut=8, shrinkage=shrinkage)
             found[shrinkage] += error(weight, hard(fitted.weight, fitted.centroids), mix.T @ mix)
     assert found[0.2] < 0.95 * found[0.0] and found[0.2] < 0.8 * found[1.0]
-    chosen, unsaid = (curvature.fit(weight, inputs.T @ inputs / 96, 3, rows_per_lut=8, **how).weight for how in ({"shrinkage": 0.2}, {}))
+    chosen, unsaid = (gptq.fit(weight, inputs.T @ inputs / 96, 3, rows_per_lut=8, **how).weight for how in ({"shrinkage": 0.2}, {}))
     assert torch.equal(chosen, unsaid)
 
 
 @pytest.mark.parametrize("rows_per_lut", [1, 8, 24])
 def test_every_turn_lowers_the_error_that_it_reports(rows_per_lut):
     weight, moment, start = problem(rows_per_lut=rows_per_lut)
-    found = curvature.fit(weight, moment, 3, rows_per_lut=rows_per_lut, turns=4, shrinkage=0.0)
+    found = gptq.fit(weight, moment, 3, rows_per_lut=rows_per_lut, turns=4, shrinkage=0.0)
     assert len(found.errors) == 5
     # Rounding tables to float16 may cost a little.
     assert all(after <= before * 1.001 for before, after in itertools.pairwise(found.errors))
@@ -59,7 +59,7 @@ def test_every_turn_lowers_the_error_that_it_reports(rows_per_lut):
 
 def test_no_single_index_could_be_better():
     weight, moment, _ = problem(rows=4, cols=12, bits=2, rows_per_lut=4)
-    found = curvature.fit(weight, moment, 2, turns=30, shrinkage=0.0)
+    found = gptq.fit(weight, moment, 2, turns=30, shrinkage=0.0)
     best = hard(found.weight, found.centroids)
     for row, col in itertools.product(range(4), range(12)):
         for entry in found.centroids.flatten():
@@ -70,7 +70,7 @@ def test_no_single_index_could_be_better():
 
 def test_tables_are_least_squares():
     weight, moment, start = problem(rows=6, cols=20, bits=2, rows_per_lut=3)
-    tables = curvature._Tables(start, 6)
+    tables = gptq._Tables(start, 6)
     w, q = weight.T.contiguous(), hard(weight, start).T.contiguous()
     index = assign(weight, round_lut(start)).long() + 4 * torch.arange(2).repeat_interleave(3).unsqueeze(1)  # [rows, cols]
     tables.refit(moment, q, moment @ (q - w))
@@ -84,14 +84,14 @@ def test_tables_are_least_squares():
 def test_uncorrelated_inputs_make_it_k_means():
     """The targets are the weights then, and the tables end as their means, but for float16 and turns."""
     weight, _, _ = problem()
-    found = curvature.fit(weight, torch.eye(40, dtype=torch.float64), 3, rows_per_lut=8, turns=10)
+    found = gptq.fit(weight, torch.eye(40, dtype=torch.float64), 3, rows_per_lut=8, turns=10)
     torch.testing.assert_close(found.weight, weight, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("rows_per_lut", [1, 8, 24])
 def test_the_tables_are_the_means_of_the_weights_on_them(rows_per_lut):
     weight, moment, _ = problem(rows_per_lut=rows_per_lut)
-    found = curvature.fit(weight, moment, 3, rows_per_lut=rows_per_lut)
+    found = gptq.fit(weight, moment, 3, rows_per_lut=rows_per_lut)
     importance = moment.diagonal().unsqueeze(0)
     lut = round_lut(found.centroids)
     cells = assign(found.weight, lut).long().view(len(lut), -1)  # [g, weights]
@@ -104,14 +104,14 @@ def test_the_tables_are_the_means_of_the_weights_on_them(rows_per_lut):
 
 def test_without_a_compiler_the_same(monkeypatch):
     weight, moment, _ = problem(cols=150)
-    found = curvature.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
+    found = gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
     start = edkm.initial_centroids(weight, 3, rows_per_lut=8)
-    monkeypatch.setattr(curvature.compiled, "available", lambda: False)
-    monkeypatch.setattr(curvature, "initial_centroids", lambda *_, **__: start)
-    slow = curvature.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
+    monkeypatch.setattr(gptq.native, "available", lambda: False)
+    monkeypatch.setattr(gptq, "initial_centroids", lambda *_, **__: start)
+    slow = gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
     monkeypatch.undo()
-    monkeypatch.setattr(curvature, "initial_centroids", lambda *_, **__: start)
-    fast = curvature.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
+    monkeypatch.setattr(gptq, "initial_centroids", lambda *_, **__: start)
+    fast = gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
     torch.testing.assert_close(fast.weight, slow.weight, rtol=0, atol=1e-12)
     assert torch.equal(fast.centroids, slow.centroids)
     assert found.errors[-1] < fast.errors[-1]  # importance of columns in the start pays
@@ -120,14 +120,14 @@ def test_without_a_compiler_the_same(monkeypatch):
 def test_columns_that_no_input_reached_are_harmless():
     weight, moment, _ = problem()
     moment[:, 5] = moment[5] = 0
-    found = curvature.fit(weight, moment, 3, rows_per_lut=8)
+    found = gptq.fit(weight, moment, 3, rows_per_lut=8)
     assert found.weight.isfinite().all() and found.errors[-1] < found.errors[0]
 
 
 def test_the_nearest_centroids_of_the_result_are_the_ones_found_in_float32_and_bfloat16():
     for dtype in (torch.float32, torch.bfloat16):
         weight, moment, _ = problem(dtype=torch.float32)
-        found = curvature.fit(weight.to(dtype), moment, 3, rows_per_lut=8, shrinkage=0.01)
+        found = gptq.fit(weight.to(dtype), moment, 3, rows_per_lut=8, shrinkage=0.01)
         assert found.weight.dtype == dtype
         assert error(weight, hard(found.weight, found.centroids).float(), moment) == pytest.approx(found.errors[-1], rel=0.1)
 
@@ -146,4 +146,4 @@ def test_the_nearest_centroids_of_the_result_are_the_ones_found_in_float32_and_b
 def test_bad_input_is_refused(change, message):
     weight, moment, _ = problem()
     with pytest.raises(ValueError, match=message):
-        curvature.fit(**{"weight": weight, "moment": moment, "bits": 3, **change})
+        gptq.fit(**{"weight": weight, "moment": moment, "bits": 3, **change})

@@ -16,7 +16,7 @@ and the last iteration carries the output's own terms, with `v = dL/dout`:
 
 Rows of dZ sum to zero, so that `sum_j dZ_ij (w_i - c_j) = -sum_j dZ_ij c_j`, which is a product of small matrices.
 
-`unique` calls `reverse` on tables of distinct values instead of weights; that is why it takes a multiplicity `m` (v is then
+`histogram` calls `reverse` on tables of distinct values instead of weights; that is why it takes a multiplicity `m` (v is then
 per unit, D a derivative). Maps are laid out [g, k, n], long dimension last, so that every operation runs at vector width.
 """
 
