@@ -990,7 +990,7 @@ def test_calibrate_takes_tensors_sequences_and_mappings(wrap):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_calibrate_cleans_up_after_an_error():
+def test_calibrate_cleans_up_after_a_failure():
     model = seeded(Watched, torch.float32)
     model.linear.eval()
     flags = [m.training for m in model.modules()]
