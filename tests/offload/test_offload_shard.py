@@ -1,4 +1,9 @@
-"""edkm.offload over process groups: gloo processes on this machine, each a rank."""
+"""Guarantees of edkm.offload over process groups (gloo processes on this machine, each a rank):
+
+1. Copies sharded over 2 or 4 ranks give equal gradients, and each rank keeps its part only.
+2. Tensors that differ between ranks are refused on all of them, and the group stays usable.
+3. Parameters under FSDP2 are referenced, writes by collectives are noticed, DTensors are copied.
+"""
 
 import datetime
 import os
@@ -10,11 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from saving import assert_accounted, restore, save
 from torch import nn
 
 from edkm.core import reference
 from edkm.offload import function_of, saved_tensors, shard
-from edkm.offload.stats import Stats
+from edkm.offload.transfer import Stats
 
 
 def _rank(rank, world, port, function, results):
@@ -32,7 +38,7 @@ def _rank(rank, world, port, function, results):
 
 
 def on_ranks(world, function):
-    """What `function(rank, world)` returns on every rank."""
+    """Run `function(rank, world)` on every rank; return the results."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,18 +54,6 @@ def on_ranks(world, function):
         process.join(30)
     assert not [error for *_, error in answers if error], answers
     return [answer for _, answer, _ in answers]
-
-
-class Save(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, leaf, *tensors):
-        ctx.save_for_backward(*tensors)
-        return leaf * 1.0
-
-    @staticmethod
-    def backward(ctx, _):
-        Save.got = [t.detach().clone() for t in ctx.saved_tensors]
-        return (None,) * (1 + len(Save.got))
 
 
 def chain(w):
@@ -81,7 +75,7 @@ def measured(loss, w, **options):
     # Outside: this factor is no function of the weight.
     (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     assert stats.kept_bytes == 0
-    assert stats.requested_bytes == stats.copied_bytes + sum(stats.avoided_bytes.values())
+    assert_accounted(stats)
     return w.grad, kept
 
 
@@ -101,7 +95,7 @@ def compare(rank, world):
     odd_sizes(group)
     nested(rank, group)
     refused(rank, group)
-    collected_at_different_times(rank, group)
+    freed_at_different_times(rank, group)
     return kept
 
 
@@ -115,7 +109,6 @@ def twice(group):
 
 
 def odd_sizes(group):
-    leaf = torch.zeros((), requires_grad=True)
     tensors = [
         torch.arange(512, dtype=torch.uint8),
         torch.arange(511, dtype=torch.uint8),
@@ -129,9 +122,8 @@ def odd_sizes(group):
     ]
     dist.broadcast_object_list(box := [tensors])
     with saved_tensors(shard=group) as stats:
-        y = Save.apply(leaf, *box[0])
-    y.backward()
-    assert all(torch.equal(a, b) for a, b in zip(Save.got, box[0], strict=True))
+        y = save(*box[0])
+    assert all(map(torch.equal, restore(y), box[0]))
     assert stats.kept_bytes == 0
 
 
@@ -166,44 +158,41 @@ def refused(rank, group):
     with function_of(w):
         expect("not the same on all", "function_of: weight [4000]", group, torch.zeros(4000, 4))
     with saved_tensors(shard=group):
-        Save.apply(torch.zeros((), requires_grad=True), torch.ones(1000)).backward()
+        save(torch.ones(1000)).backward()
 
 
 def expect(rule, name, group, *tensors):
     try:
         with saved_tensors(shard=group):
-            Save.apply(torch.zeros((), requires_grad=True), *tensors)
+            save(*tensors)
     except ValueError as error:
         assert rule in str(error) and name in str(error) and "blocks nest" in str(error), error
     else:
         raise AssertionError("was kept")
 
 
-def collected_at_different_times(rank, group):
-    """One rank has let go of a copy that another still holds: all of them make it again."""
-    leaf, x = torch.zeros((), requires_grad=True), torch.rand(1000)
+def freed_at_different_times(rank, group):
+    """One rank has freed a graph that another still holds: all of them still use the same copies."""
+    x = torch.rand(1000)
     dist.broadcast(x, 0)
     w = (torch.arange(1000) % 7).bfloat16()
+    maps = [torch.stack([w.float()] * n, 1) for n in (30, 31)]
     with saved_tensors(shard=group) as stats:
-        first = Save.apply(leaf, x)
+        first = save(x)
         if rank == 0:
             del first
-        second = Save.apply(leaf, x)
-        # A copy of a copy whose origin only some still hold.
+        second = save(x)
         y = x.clone()
-        third = Save.apply(leaf, y)
+        third = save(y)
         if rank == 1:
             del second
         with function_of(w):
-            fourth = Save.apply(leaf, torch.stack([w.float()] * 30, 1))
+            fourth = save(maps[0])
             if rank == 0:
                 del fourth
-            fifth = Save.apply(leaf, torch.stack([w.float()] * 31, 1))
+            fifth = save(maps[1])
     assert stats.copied_bytes > 0
-    third.backward()
-    assert torch.equal(Save.got[0], x)
-    fifth.backward()
-    assert torch.equal(Save.got[0], torch.stack([w.float()] * 31, 1))
+    assert torch.equal(restore(third)[0], x) and torch.equal(restore(fifth)[0], maps[1])
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -253,7 +242,7 @@ def test_fsdp_parameters_are_referenced():
 
 def collectives(rank, world):
     """They write their arguments without a new version, and their schemas do not say so."""
-    leaf, own, group = torch.zeros((), requires_grad=True), torch.arange(8.0) + rank, dist.group.WORLD
+    own, group = torch.arange(8.0) + rank, dist.group.WORLD
     writes = [
         ("all_reduce", own, lambda t: dist.all_reduce(t)),
         ("all_reduce, async", own, lambda t: dist.all_reduce(t, async_op=True).wait()),
@@ -269,23 +258,21 @@ def collectives(rank, world):
     for name, start, write in writes:
         with saved_tensors(uniquify=False):
             x = start.clone()
-            first = Save.apply(leaf, x)
+            first = save(x)
             y = x.clone()
             write(x)
             write(y)
             expected = x.detach().clone()
-            second = Save.apply(leaf, x, y)
+            second = save(x, y)
         if not torch.equal(expected, start):
             changed.add(name)
-        second.backward()
-        assert all(torch.equal(got, expected) for got in Save.got), name
-        first.backward()
-        assert torch.equal(Save.got[0], start), name
+        assert all(torch.equal(restored, expected) for restored in restore(second)), name
+        assert torch.equal(restore(first)[0], start), name
     dist.barrier(group)
     return len(changed)
 
 
-def test_collectives_write():
+def test_writes_by_collectives_are_noticed():
     # One receives and one sends, one broadcasts, and what zeros receive are rank 0's numbers.
     assert min(on_ranks(2, collectives)) >= 7
 
@@ -311,18 +298,18 @@ def tensor_parallel(rank, world):
     ours, stats = run(saved_tensors())
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     assert stats.copied_bytes > 0 and stats.kept_bytes == 0
-    assert stats.requested_bytes == stats.copied_bytes + sum(stats.avoided_bytes.values())
+    assert_accounted(stats)
     return True
 
 
-def test_tensor_parallel():
+def test_tensor_parallel_models_have_equal_gradients():
     assert on_ranks(2, tensor_parallel) == [True, True]
 
 
 # --- without processes ---
 
 
-def test_the_checksum_sees_every_byte_and_its_place():
+def test_the_checksum_depends_on_every_byte_and_its_place():
     torch.manual_seed(0)
     for n in (1, 7, 8, 9, 1000, (1 << 23) + 5):
         x = torch.randint(256, (n,), dtype=torch.uint8)
@@ -340,11 +327,11 @@ def test_the_checksum_sees_every_byte_and_its_place():
     assert torch.equal(shard.checksum(torch.arange(9.0)[1:]), shard.checksum(torch.arange(1.0, 9.0)))
 
 
-def test_a_slice_is_accounted_for(monkeypatch):
+def test_the_slice_of_a_rank_is_accounted_for(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
     monkeypatch.setattr(dist, "get_rank", lambda group: 2)
     stats = Stats()
-    part = shard.Slice(torch.rand(1000), torch.device("cpu"), stats, None)
+    part = shard.RankSlice(torch.rand(1000), torch.device("cpu"), stats, None)
     assert stats.copied_bytes == stats.kept_bytes == 1334 and stats.avoided_bytes["shard"] == 4000 - 1334
     del part
     assert stats.kept_bytes == 0

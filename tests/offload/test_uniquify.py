@@ -1,26 +1,16 @@
-"""edkm.offload.function_of: maps of a 16-bit weight as tables, checked bit for bit."""
+"""Guarantees of edkm.offload.function_of:
+
+1. A map declared to be a function of a 16-bit weight is kept as a table and an index, where that is smaller; gradients are equal.
+2. All maps of one weight share the index, as long as the weight does not change.
+3. A map that is not such a function is refused, bit for bit; tensors of other shapes are not concerned.
+"""
 
 import pytest
 import torch
+from saving import assert_accounted, restore, save
 
 from edkm.core import reference
 from edkm.offload import function_of, saved_tensors
-
-
-class Save(torch.autograd.Function):
-    """Saves the tensors it is given; backward leaves in `got` what comes back."""
-
-    got = None
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        ctx.save_for_backward(*tensors)
-        return tensors[0].detach().reshape(-1)[:1].sum()
-
-    @staticmethod
-    def backward(ctx, _):
-        Save.got = [t.detach() for t in ctx.saved_tensors]
-        return (None,) * len(Save.got)
 
 
 def weights(*shape, dtype=torch.bfloat16, distinct=50):
@@ -42,13 +32,13 @@ def clustering(dtype, block, declared, rows=128):
     kept = stats.kept_bytes
     (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     assert stats.kept_bytes == 0
-    assert stats.requested_bytes == stats.copied_bytes + sum(stats.avoided_bytes.values())
+    assert_accounted(stats)
     return w.grad, kept, w.detach()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("marshal", [True, False])
-def test_clustering_with_one_table(dtype, marshal):
+def test_clustering_with_one_table_is_kept_small_and_equal(dtype, marshal):
     plain, dense, _ = clustering(dtype, saved_tensors(marshal=marshal), lambda w: function_of(w.new_ones(1)), rows=512)
     ours, kept, w = clustering(dtype, saved_tensors(marshal=marshal), function_of, rows=512)
     assert torch.equal(ours, plain)
@@ -57,7 +47,7 @@ def test_clustering_with_one_table(dtype, marshal):
     assert kept < 344 * u + 2 * w.numel() + 2000 < dense * 0.4
 
 
-def test_without_uniquify_it_does_nothing():
+def test_without_uniquify_the_declaration_does_nothing():
     _, dense, _ = clustering(torch.bfloat16, saved_tensors(uniquify=False), function_of)
     _, same, _ = clustering(torch.bfloat16, saved_tensors(), lambda w: function_of(w.new_ones(1)))
     assert dense == same
@@ -82,27 +72,26 @@ def test_without_uniquify_it_does_nothing():
     ],
 )
 @pytest.mark.parametrize("marshal", [True, False])
-def test_shapes_of_maps(shape, marshal):
+def test_maps_of_every_shape_become_tables(shape, marshal):
     w = weights(100, 20)
     m = shape(w.float().exp())
     with saved_tensors(marshal=marshal) as stats, function_of(w):
         # The first map pays for the index.
-        y = Save.apply(torch.zeros(1, requires_grad=True).clone(), w.double().view(-1, 1).expand(-1, 3).contiguous(), m)
+        y = save(w.double().view(-1, 1).expand(-1, 3).contiguous(), m)
     rows = (3 * 8 + (m if not marshal else m[..., :1] if m.stride(-1) == 0 else m).nbytes // 2000) * distinct_of(w)
-    assert stats.copied_bytes == 4 + 2 * 2000 + rows
-    y.backward()
-    assert torch.equal(Save.got[2], m) and Save.got[2].stride() == m.stride() and Save.got[2].dtype == m.dtype
+    assert stats.copied_bytes == 2 * 2000 + rows
+    restored = restore(y)[1]
+    assert torch.equal(restored, m) and restored.stride() == m.stride() and restored.dtype == m.dtype
     assert stats.kept_bytes == 0
 
 
-def test_all_65536_values():
+def test_a_weight_may_have_all_65536_values():
     w = torch.arange(-32768, 32768, dtype=torch.int16).view(torch.bfloat16).repeat(3)
     m = torch.arange(w.numel(), dtype=torch.int32).remainder(65536).view(-1, 1).expand(-1, 8).contiguous()
     with saved_tensors() as stats, function_of(w):
-        y = Save.apply(torch.zeros(1, requires_grad=True).clone(), m)
-    assert stats.copied_bytes == 4 + m.nbytes // 3 + 2 * w.numel()
-    y.backward()
-    assert torch.equal(Save.got[1], m)
+        y = save(m)
+    assert stats.copied_bytes == m.nbytes // 3 + 2 * w.numel()
+    assert torch.equal(restore(y)[0], m)
 
 
 def test_nan_and_signed_zero_are_values():
@@ -110,37 +99,35 @@ def test_nan_and_signed_zero_are_values():
     m = torch.stack([1 / w.float()] * 4, 1)
     assert not torch.equal(m, m)
     with saved_tensors() as stats, function_of(w):
-        y = Save.apply(torch.zeros(1, requires_grad=True).clone(), m)
-    assert stats.copied_bytes == 4 + 4 * 16 + 2 * 2000
-    y.backward()
-    assert torch.equal(Save.got[1].view(torch.int32), m.view(torch.int32))
+        y = save(m)
+    assert stats.copied_bytes == 4 * 16 + 2 * 2000
+    assert torch.equal(restore(y)[0].view(torch.int32), m.view(torch.int32))
 
 
 def test_views_of_a_map_share_its_table():
     w = weights(1000)
     m = w.float().view(1, -1, 1).expand(1, -1, 8).contiguous()
     with saved_tensors() as stats, function_of(w):
-        y = Save.apply(torch.zeros(1, requires_grad=True).clone(), m, m.transpose(1, 2), m.clone(), m[:, 10:20])
-    assert stats.copied_bytes == 4 + 2 * 1000 + distinct_of(w) * 32
-    y.backward()
-    assert torch.equal(Save.got[3], m) and torch.equal(Save.got[4], m[:, 10:20])
+        y = save(m, m.transpose(1, 2), m.clone(), m[:, 10:20])
+    assert stats.copied_bytes == 2 * 1000 + distinct_of(w) * 32
+    restored = restore(y)
+    assert torch.equal(restored[2], m) and torch.equal(restored[3], m[:, 10:20])
 
 
-def test_a_change_within_the_declaration():
-    w, outputs, maps, start = weights(1000), [], [], torch.zeros(1, requires_grad=True)
+def test_a_weight_may_change_within_the_declaration():
+    w, outputs, maps = weights(1000), [], []
     with saved_tensors(), function_of(w):
         for _ in range(2):
             maps.append(torch.stack([w.float()] * 9, 1))
-            outputs.append(Save.apply(start.clone(), maps[-1]))
+            outputs.append(save(maps[-1]))
             w.data.copy_(weights(1000, distinct=30).flip(0))
     for m, y in zip(maps, outputs, strict=True):
-        y.backward()
-        assert torch.equal(Save.got[1], m)
+        assert torch.equal(restore(y)[0], m)
 
 
 @pytest.mark.parametrize("change", ["add_", "data"])
-def test_one_index_per_state_of_the_weight(change):
-    w, start = weights(1000), torch.zeros(1, requires_grad=True)
+def test_maps_share_an_index_until_the_weight_changes(change):
+    w = weights(1000)
     with saved_tensors() as stats:
         maps, outputs, sizes = [], [], []
         for i in range(4):
@@ -148,23 +135,22 @@ def test_one_index_per_state_of_the_weight(change):
                 (w if change == "add_" else w.data).mul_(-1.5)
             with function_of(w):
                 maps.append(torch.stack([w.float() * i] * 9, 1))
-                outputs.append(Save.apply(start.clone(), maps[-1]))
+                outputs.append(save(maps[-1]))
             sizes.append(stats.copied_bytes - sum(sizes))
     table = 36 * distinct_of(w)
-    assert sizes == [4 + table + 2000, table, table + 2000, table]
+    assert sizes == [table + 2000, table, table + 2000, table]
     for m, y in zip(maps, outputs, strict=True):
-        y.backward()
-        assert torch.equal(Save.got[1], m)
+        assert torch.equal(restore(y)[0], m)
     del outputs, y
     assert stats.kept_bytes == 0
 
 
-def test_not_worth_it():
+def test_a_table_larger_than_the_map_is_not_made():
     # 900 distinct values of 1,000: table and index are larger than the map, which is then not a matter of the declaration either.
     w = torch.arange(900, 1900).to(torch.int16).view(torch.bfloat16)
     with saved_tensors() as stats, function_of(w):
-        y = Save.apply(torch.zeros(1, requires_grad=True).clone(), torch.rand(1000))
-    assert stats.copied_bytes == 4004 and stats.avoided_bytes["uniquify"] == 0
+        y = save(torch.rand(1000))
+    assert stats.copied_bytes == 4000 and stats.avoided_bytes["uniquify"] == 0
     del y
 
 
@@ -172,13 +158,13 @@ def test_other_shapes_are_not_concerned():
     w = weights(1000)
     noise = torch.rand(999, 8), torch.rand(8, 500), torch.rand(1001)
     with saved_tensors() as stats, function_of(w):
-        y = Save.apply(torch.zeros(1, requires_grad=True).clone(), *noise)
-    assert stats.copied_bytes == 4 + sum(t.nbytes for t in noise)
+        y = save(*noise)
+    assert stats.copied_bytes == sum(t.nbytes for t in noise)
     del y
 
 
 @pytest.mark.parametrize("marshal", [True, False])
-def test_what_is_not_a_function_is_refused(marshal):
+def test_a_map_that_is_not_a_function_is_refused(marshal):
     w = weights(50, 40)
     noise = torch.rand(1, 2000, 8)
     message = (
@@ -188,43 +174,41 @@ def test_what_is_not_a_function_is_refused(marshal):
     )
     with saved_tensors(marshal=marshal) as stats:
         with pytest.raises(ValueError, match=message), function_of(w):
-            Save.apply(torch.zeros(1, requires_grad=True).clone(), noise)
-        y = Save.apply(torch.zeros(1, requires_grad=True).clone(), noise)
-    assert stats.kept_bytes == 4 + noise.nbytes
+            save(noise)
+        y = save(noise)
+    assert stats.kept_bytes == noise.nbytes
     del y
 
 
-def test_one_row_in_two_thousand_is_seen():
+def test_one_differing_row_in_two_thousand_is_refused():
     w = weights(2000)
     m = torch.stack([w.float()] * 8, 1)
     m[1234, 5] += 1e-6
     with saved_tensors(), pytest.raises(ValueError, match="must have equal rows"), function_of(w):
-        Save.apply(torch.zeros(1, requires_grad=True).clone(), m)
+        save(m)
 
 
 def test_a_wider_weight_counts_by_its_rounding():
     w = torch.rand(1000) + 1  # 129 bfloat16 values, all distinct in float32
-    start = torch.zeros(1, requires_grad=True)
     with saved_tensors() as stats:
         with function_of(w, round_to=torch.bfloat16):
-            y = Save.apply(start.clone(), torch.stack([w.bfloat16().float()] * 4, 1))
+            y = save(torch.stack([w.bfloat16().float()] * 4, 1))
         with pytest.raises(ValueError, match=r"as torch\.float16"), function_of(w, round_to=torch.float16):
-            Save.apply(start.clone(), torch.stack([w] * 40, 1))
+            save(torch.stack([w] * 40, 1))
     assert stats.avoided_bytes["uniquify"] > 10_000
     del y
 
 
-def test_several_weights_at_once():
+def test_several_weights_may_be_declared_at_once():
     a, b = weights(1000), weights(600)
     maps = torch.stack([a.float()] * 8, 1), torch.stack([b.float()] * 8, 1)
     with saved_tensors() as stats, function_of(a), function_of(b):
-        y = Save.apply(torch.zeros(1, requires_grad=True).clone(), *maps)
-    assert stats.copied_bytes == 4 + 2 * 1600 + 32 * (distinct_of(a) + distinct_of(b))
-    y.backward()
-    assert all(torch.equal(x, m) for x, m in zip(Save.got[1:], maps, strict=True))
+        y = save(*maps)
+    assert stats.copied_bytes == 2 * 1600 + 32 * (distinct_of(a) + distinct_of(b))
+    assert all(map(torch.equal, restore(y), maps))
 
 
-def test_arguments():
+def test_arguments_of_wrong_types_are_refused():
     with pytest.raises(TypeError, match=r"weight \[3\]: needs a floating-point weight, got torch.int64"), function_of(torch.arange(3)):
         pass
     with (

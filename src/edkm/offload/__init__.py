@@ -9,11 +9,11 @@ kinds of redundancy on the way: tensors that are views or copies of one another 
     loss.backward()
     print(stats)
 
-Read: hooks (the context manager) -> layout, marshal (what shares a copy) -> piece, transfer (the copy) -> uniquify, shard.
+Read: hooks (the context manager, and the choice for each tensor) -> marshal (who shares a copy) -> transfer (the copy) -> uniquify, shard.
 """
 
 from edkm.offload.hooks import saved_tensors
-from edkm.offload.stats import Stats
+from edkm.offload.transfer import Stats
 from edkm.offload.uniquify import function_of
 
 __all__ = ["Stats", "function_of", "saved_tensors"]

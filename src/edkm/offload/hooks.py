@@ -1,22 +1,31 @@
-"""The context manager: hooks around what autograd saves, and the watch over what is written meanwhile."""
+"""Decide where each tensor goes that autograd saves, and watch what is written meanwhile."""
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from edkm.offload.handles import Handle
-from edkm.offload.marshal import Watch
-from edkm.offload.pack import Options, Packer
-from edkm.offload.stats import Stats
+from edkm.offload import shard, uniquify
+from edkm.offload.marshal import Cutting, KeptView, Ledger, StridedView, is_plain, unseen
+from edkm.offload.transfer import OffloadedCopy, Source, Stats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_CLONES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
+_COPY = torch.ops.aten.copy_.default
+_PLAIN_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 
 @contextmanager
@@ -31,7 +40,7 @@ def saved_tensors(
 ) -> Iterator[Stats]:
     """Keep what autograd saves in the block on `device`, and every value once.
 
-    In the place of `torch.autograd.graph.save_on_cpu`, for any PyTorch code:
+    Use it in place of `torch.autograd.graph.save_on_cpu`, for any PyTorch code:
 
         with edkm.offload.saved_tensors() as stats:
             loss = model(x)
@@ -40,20 +49,20 @@ def saved_tensors(
     Backward may run in the block or after it. Blocks nest, and the inner one applies. Gradients are the same to the last bit.
 
     Leaves that require grad, parameters, frozen ones too, and views of them are referenced, not copied; with FSDP2 they come back when
-    it has gathered them again. In-place changes between two uses are honoured, also those through `.data` and by collectives. Not seen
-    is what writes without a torch operation, such as a bare Triton kernel, NumPy, or another thread through `.data`: if it writes into a
-    tensor that was saved or copied before, announce it with `torch.autograd.graph.increment_version`. Functions that
-    `torch.compile` has compiled run eagerly in a block with `marshal` or `uniquify`, and torch refuses what must not (`fullgraph=True`,
-    `flex_attention`): use `marshal=False, uniquify=False` for these. Subclasses such as DTensor, sparse and quantized tensors are copied
-    each by itself.
+    it has gathered them again. In-place changes between two uses are honoured, also those through `.data` and by collectives. Writes
+    without a torch operation are not seen (a bare Triton kernel, NumPy, another thread through `.data`): announce one into a tensor that
+    was saved or copied before with `torch.autograd.graph.increment_version`. Functions that `torch.compile` has compiled run eagerly in
+    a block with `marshal` or `uniquify`, and torch refuses what must not (`fullgraph=True`, `flex_attention`): use `marshal=False,
+    uniquify=False` for these. DTensor and other subclasses, sparse and quantized tensors, overlapping windows (`unfold`) and lazy
+    conjugates are each copied whole, as `save_on_cpu` does.
 
     Args:
         device: where copies are kept. From CUDA to the CPU they go through pinned memory, on a stream of their own.
         marshal: one copy for all views of a storage and for copies of it, and only the distinct elements of what `expand` repeats.
         uniquify: keep what `function_of` declares as a table and an index.
         shard: a group on whose ranks everything saved in the block is identical. Each rank keeps its part of every copy of 512 bytes or
-            more, and all ranks must run backward alike. Needs one small all-gather for each tensor saved and one all-gather for each
-            tensor restored.
+            more, and all ranks must run backward alike. Needs one small all-gather for each new copy and one all-gather for each tensor
+            restored; copies are kept until the block ends at the least.
         hops: how many copying operations may lie between two tensors that share a copy; 0 for views alone.
         resident: a module whose buffers stay as they are until backward. They are referenced too.
 
@@ -66,27 +75,26 @@ def saved_tensors(
         RuntimeError: from backward, a referenced tensor was changed in place after it was saved.
 
     Cost: `stats.kept_bytes`, never more than `save_on_cpu` holds, and nothing for parameters. Pinned memory, where there is CUDA, is
-    rounded up by torch, to powers of two by default. One pass over each new copy in either direction. On one core of a 2.5 GHz Xeon
-    that others used too: 10 us per operation in the block, 0.1 ms per operation that writes or copies, and 0.3 ms per saved tensor, forth
-    and back; `hooks` that only clone take 0.03 ms. Torch imports its compiler, which takes seconds, at the first operation of the first
-    block with `marshal` or `uniquify`.
+    rounded up by torch, to powers of two by default. One pass over each new copy, and one over each tensor restored. On one shared core of
+    a 2.5 GHz Xeon: 10 us per operation in the block, 0.1 ms per operation that writes or copies, and 0.3 ms per saved tensor, forth and
+    back; `hooks` that only clone take 0.03 ms. Torch imports its compiler, which takes seconds, at the first operation of the first block
+    with `marshal` or `uniquify`.
     """
     if hops < 0:
         raise ValueError(f"saved_tensors: hops={hops}: must not be negative. Use 0 to follow views alone.")
     stats = Stats()
-    packer = Packer(Options(torch.device(device), marshal, uniquify, shard, hops, resident), stats)
-    hooks = torch.autograd.graph.saved_tensors_hooks(_timed(packer.pack, stats), _timed(_restore, stats))
+    keeper = _Keeper(stats, torch.device(device), marshal, uniquify, shard, Ledger(hops), resident)
+    hooks = torch.autograd.graph.saved_tensors_hooks(_timed(keeper.save, stats), _timed(_restore, stats))
     with ExitStack() as block:
-        # The graph holds the hooks, and through them the packer, for longer than the block.
-        block.callback(packer.close)
+        block.callback(keeper.close)
         block.enter_context(hooks)
         if marshal or uniquify:
-            block.enter_context(Watch(packer.ledger))
+            block.enter_context(WriteWatch(keeper.ledger))
         yield stats
 
 
-def _restore(handle: Handle) -> Tensor:
-    # In a double backward gradients are on, and what restores a tensor is no part of the graph.
+def _restore(handle: _Handle) -> Tensor:
+    # In a double backward gradients are on, and restoring a tensor is no part of the graph.
     with torch.no_grad():
         return handle.restore()
 
@@ -100,3 +108,230 @@ def _timed(hook: Callable[[Any], Any], stats: Stats) -> Callable[[Any], Any]:
             stats.seconds += time.perf_counter() - start
 
     return timed
+
+
+class _Reference(NamedTuple):
+    """A tensor that lives on anyway. Hooks switch autograd's own check for changes off, so it is made here."""
+
+    tensor: Tensor
+    version: int
+
+    def restore(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"saved tensor {list(self.tensor.shape)} {self.tensor.dtype}, referenced and not copied: was changed in place between "
+                f"forward and backward: it is at version {self.tensor._version}, saved was version {self.version}. Change parameters "
+                "(and buffers of resident=) after backward, or pass a clone to the operation."
+            )
+        return self.tensor
+
+
+class _WholeCopy:
+    """A tensor copied by itself. Subclasses are not taken apart: the memory of an asynchronous collective may not be filled yet."""
+
+    __slots__ = ("_copy", "_n_bytes", "_origin", "_stats")
+
+    def __init__(self, tensor: Tensor, device: torch.device, stats: Stats):
+        self._origin, self._stats, self._n_bytes = tensor.device, stats, tensor.numel() * tensor.itemsize
+        self._copy = _moved(tensor, device)
+        stats.hold(self._n_bytes)
+
+    def restore(self) -> Tensor:
+        return _moved(self._copy, self._origin)
+
+    def __del__(self):
+        # Not set when making the copy failed.
+        if hasattr(self, "_copy"):
+            self._stats.release(self._n_bytes)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    # `to(copy=True)` is missing for some layouts.
+    return tensor.clone() if tensor.device == device else tensor.to(device)
+
+
+# Held by the graph in place of a saved tensor. It owns the copies that it needs: they are freed when backward has used the last of them.
+_Handle = _Reference | _WholeCopy | Cutting
+
+
+@dataclass(eq=False)
+class _Keeper:
+    """Choose for each saved tensor of a block, in this order.
+
+    1. A parameter, or a view of one: a reference, which must not change until backward.
+    2. A tensor that is more than strided memory: a copy of the whole.
+    3. A part of what is kept, or a copy of it: cut from that (marshal).
+    4. A function of a 16-bit weight, as declared: a table and an index (uniquify).
+    5. Anything else: a new copy.
+
+    In a sharded block copies are split over the ranks, and every choice must be the same on all of them. When Python frees an object is
+    not, so such a block holds its copies until it ends.
+    """
+
+    stats: Stats
+    device: torch.device
+    marshal: bool
+    uniquify: bool
+    group: ProcessGroup | None
+    ledger: Ledger
+    resident: torch.nn.Module | None
+
+    def __post_init__(self):
+        self._last: weakref.ref[OffloadedCopy] | None = None
+        self._held: list[Any] = []
+        owned = () if self.resident is None else self.resident.buffers()
+        # The weak references keep addresses from being used again.
+        self._resident = {t.untyped_storage()._cdata: StorageWeakRef(t.untyped_storage()) for t in owned if is_plain(t)}
+
+    def save(self, tensor: Tensor) -> _Handle:
+        """Return the substitute of a saved tensor."""
+        n_bytes = tensor.numel() * tensor.itemsize
+        self.stats.tensors += 1
+        self.stats.requested_bytes += n_bytes
+        if self._lives_on(tensor):
+            self.stats.avoid("reference", n_bytes)
+            return _Reference(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
+        if not is_plain(tensor):
+            return _WholeCopy(tensor.detach(), self.device, self.stats)
+        with unseen():
+            return self._keep(tensor.detach(), StridedView.of(tensor))
+
+    def _lives_on(self, tensor: Tensor) -> bool:
+        owner = tensor if tensor._base is None else tensor._base
+        # The graph holds a leaf that requires grad in any case; of other tensors only parameters are known to stay.
+        if (owner.is_leaf and owner.requires_grad) or isinstance(owner, torch.nn.Parameter):
+            return True
+        return bool(self._resident) and is_plain(tensor) and tensor.untyped_storage()._cdata in self._resident
+
+    def close(self) -> None:
+        """End the block: from here on nobody watches what is written."""
+        self.ledger.forget()
+        self._held.clear()
+
+    def _keep(self, tensor: Tensor, view: StridedView) -> Cutting:
+        if not self.marshal:
+            return Cutting(self._new(tensor, view, view), (), view)
+        content = self.ledger.content(tensor)
+        found = self.ledger.find(content, view)
+        if found is not None:
+            self.stats.avoid("marshal", view.n_bytes)
+            return found
+        stored = view.compact()
+        self.stats.avoid("marshal", view.n_bytes - stored.n_bytes)
+        kept = self._new(tensor, view.distinct(), stored)
+        self.ledger.keep(content, kept)
+        return Cutting(kept, (), view)
+
+    def _new(self, tensor: Tensor, view: StridedView, stored: StridedView) -> KeptView:
+        """Keep a table for `view` of a tensor, or a copy of its view `stored`."""
+        values = _seen_as(tensor, stored)
+        if self.group is not None and self._is_sharded(tensor):
+            name = f"saved tensor {list(tensor.shape)} {tensor.dtype}, number {self.stats.tensors - 1} of the block"
+            shard.require_replicated(self.group, values, name)
+        # Tensors too small to be compared over the ranks get no table.
+        declared = self.uniquify and uniquify.is_declared() and (self.group is None or self._is_sharded(tensor))
+        table = self._table(_seen_as(tensor, view)) if declared else None
+        kept = KeptView(*(table or (stored, self._store(values))))
+        if self.group is not None:
+            self._held.append(kept)
+        return kept
+
+    def _is_sharded(self, values: Tensor) -> bool:
+        return self.group is not None and values.numel() * values.itemsize >= shard.WHOLE_BYTES
+
+    def _store(self, values: Tensor) -> Source:
+        if self.group is not None and self._is_sharded(values):
+            return shard.RankSlice(values, self.device, self.stats, self.group)
+        # Without the ledger nobody would tell when the tensor is about to be overwritten.
+        copy = OffloadedCopy(values, self.device, self.stats, None if self._last is None else self._last(), overlap=self.marshal)
+        self._last = weakref.ref(copy)
+        return copy
+
+    def _table(self, tensor: Tensor) -> tuple[StridedView, Source] | None:
+        """Keep a map as a table, if it was declared to be a function and the table is smaller."""
+        ways = uniquify.readings(tensor)
+        if not ways:
+            return None
+        declared = ways[0][0]
+        content = self.ledger.content(declared.weight)
+        ranks = declared.ranks(content)
+        ref = content.index_lists.get(declared.key)  # left by a map before this one
+        index = None if ref is None else ref()
+        n, u, map_bytes = len(ranks.rank), len(ranks.first), tensor.numel() * tensor.itemsize
+        new_bytes = map_bytes // n * u + (2 * n if index is None else 0)
+        if new_bytes >= map_bytes:
+            return None
+        by_weight = next((view for _, view in ways if uniquify.is_function(view.reshape(n, -1), ranks)), None)
+        if by_weight is None:
+            raise uniquify.refusal(tensor, declared)
+        if index is None:
+            if self.group is not None and self._is_sharded(ranks.rank):
+                shard.require_replicated(self.group, ranks.rank, f"function_of: weight {list(declared.weight.shape)}")
+            index = self._store(ranks.rank.to(torch.int16))
+            content.index_lists[declared.key] = weakref.ref(index)
+        self.stats.avoid("uniquify", map_bytes - new_bytes)
+        rows = self._store(by_weight.reshape(n, -1)[ranks.first])  # [u, r]
+        return StridedView.of(by_weight), uniquify.RowTable(rows, index, tuple(by_weight.shape))
+
+
+def _seen_as(tensor: Tensor, view: StridedView) -> Tensor:
+    return tensor.as_strided(view.size, view.stride, view.offset)
+
+
+class WriteWatch(TorchDispatchMode):
+    """Report every write and every copy of a block to the ledger."""
+
+    # Operations that are given functions, which may write anything.
+    supports_higher_order_operators = True
+
+    def __init__(self, ledger: Ledger):
+        super().__init__()
+        self._ledger = ledger
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if any(map(_is_wrapper, types)):
+            # Its own implementation goes first: its memory is that of the tensors within, and they come by here again.
+            return NotImplemented
+        written = _written_arguments(func)
+        if written is None:
+            self._ledger.forget()
+        for position, name in written or ():
+            self._forget(args[position] if position < len(args) else kwargs.get(name))
+        result = func(*args, **kwargs)
+        if func in _CLONES:
+            self._ledger.copied(args[0], result)
+        elif func is _COPY:
+            # The counter moves when the operation has returned.
+            self._ledger.copied(args[1], args[0], None if args[0].is_inference() else args[0]._version + 1)
+        return result
+
+    def _forget(self, argument: Any) -> None:
+        if isinstance(argument, Tensor):
+            self._ledger.written(argument)
+        elif isinstance(argument, (list, tuple)):
+            for each in argument:
+                self._forget(each)
+
+
+def _is_wrapper(kind: Any) -> bool:
+    """Tell whether tensors of this class have operations of their own. Fake tensors leave that to a mode."""
+    return kind.__torch_dispatch__ is not _PLAIN_DISPATCH and not issubclass(kind, FakeTensor)
+
+
+@cache
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...] | None:
+    """List `(position, name)` of the arguments that an operation writes; None if it has no schema.
+
+    Batch norm in training writes its statistics, and collectives write some of their arguments, without schema or version showing it.
+    """
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return None
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or argument.name in ("running_mean", "running_var")
+        or func.namespace == "c10d"
+    )

@@ -1,11 +1,10 @@
-"""What every rank of a process group holds alike is kept once: each rank keeps its part of the bytes.
+"""Keep once what every rank of a process group holds alike: each rank keeps its part of the bytes.
 
-Before a tensor is cut up, its checksum is compared over the group. Data-parallel training has replicated tensors (weights, and what is
-computed from weights alone) and tensors that differ (activations), and to cut up the latter would be silent garbage in backward.
+Before a tensor is split, its checksum is compared over the group. Data-parallel training has replicated tensors (weights, and functions
+of weights alone) and tensors that differ (activations), and splitting the latter would give silent garbage in backward.
 
-Restoring is a collective, so all ranks must restore the same tensors in the same order. The order is that of the graph. What is kept
-already is decided together (`agree`), as it may depend on when Python lets go of an object. Collectives run where the backend can:
-on the GPU with NCCL, on the CPU with Gloo.
+Restoring is a collective, so all ranks must restore the same tensors in the same order: that of the graph. Collectives run where the
+backend can: on the GPU with NCCL, on the CPU with Gloo.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from edkm.offload.stats import Stats
-from edkm.offload.transfer import Copy
+from edkm.offload.transfer import OffloadedCopy, Stats
 
 # Below it a collective costs more than the bytes do.
 WHOLE_BYTES = 512
@@ -24,7 +22,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def _gather(group: dist.ProcessGroup, mine: Tensor) -> Tensor:
-    """`[world, *mine.shape]`, on the device of `mine` unless the backend cannot."""
+    """Gather `[world, *mine.shape]`, on the device of `mine` unless the backend cannot."""
     backend = dist.get_backend_config(group)
     on = mine.device if mine.is_cuda and "nccl" in str(backend) else torch.device("cpu")
     mine = mine.to(on)
@@ -33,12 +31,6 @@ def _gather(group: dist.ProcessGroup, mine: Tensor) -> Tensor:
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(parts, mine.reshape(-1), group=group)
     return parts.view(-1, *mine.shape)
-
-
-def agree(group: dist.ProcessGroup, number: int, device: torch.device) -> bool:
-    """Whether all ranks found the same thing, by its number; -1 is nothing."""
-    numbers = _gather(group, torch.tensor([number], device=device))
-    return number >= 0 and bool((numbers == number).all())
 
 
 def require_replicated(group: dist.ProcessGroup, values: Tensor, name: str) -> None:
@@ -57,26 +49,21 @@ def require_replicated(group: dist.ProcessGroup, values: Tensor, name: str) -> N
 
 
 def checksum(values: Tensor) -> Tensor:
-    """64 bits of all bytes and their positions, on the device of `values`."""
-    flat = bytes_of(values)
-    tail = flat.numel() % 8
-    whole = flat[: flat.numel() - tail]
-    words = (whole if whole.storage_offset() % 8 == 0 else whole.clone()).view(torch.int64)
+    """Hash all bytes and their positions to 64 bits, on the device of `values`."""
+    flat = _bytes_of(values)
+    words = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     odd = torch.arange(min(len(words), _BLOCK_WORDS), device=flat.device).mul_(2).add_(1).mul_(_GOLDEN)
-    for start in range(0, len(words), _BLOCK_WORDS):
-        block = words[start : start + _BLOCK_WORDS]
+    for block in words.split(_BLOCK_WORDS):
         total = total * _GOLDEN + (block * odd[: len(block)]).sum()
-    for byte in range(tail):
-        total = total * _GOLDEN + flat[flat.numel() - tail + byte]
     return total
 
 
-def bytes_of(values: Tensor) -> Tensor:
+def _bytes_of(values: Tensor) -> Tensor:
     return values.contiguous().reshape(-1).view(torch.uint8)
 
 
-class Slice:
+class RankSlice:
     """This rank's part of `values`, which all ranks must hold alike and give at the same time.
 
     Cost: `ceil(bytes / world)` on every rank; an all-gather to restore.
@@ -88,10 +75,10 @@ class Slice:
         self._group, self._origin, self._dtype, self._size = group, values.device, values.dtype, values.shape
         self.n_bytes = values.numel() * values.itemsize
         part = -(-self.n_bytes // dist.get_world_size(group))
-        mine = bytes_of(values)[part * dist.get_rank(group) :][:part]
+        mine = _bytes_of(values)[part * dist.get_rank(group) :][:part]
         # The last ranks pad: parts of a gather are of one size.
         mine = torch.nn.functional.pad(mine, (0, part - len(mine)))
-        self._copy = Copy(mine, device, stats)
+        self._copy = OffloadedCopy(mine, device, stats)
         stats.avoid("shard", self.n_bytes - part)
 
     def fetch(self) -> Tensor:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from edkm.offload.piece import Source
+from edkm.offload.marshal import Content, StridedView
+from edkm.offload.transfer import Source
 
 KEYS = 1 << 16
 _BLOCK_ELEMENTS = 1 << 20
@@ -36,21 +37,26 @@ class Ranks(NamedTuple):
 
 
 @dataclass
-class Declared:
+class DeclaredWeight:
     """A weight that maps were declared to be functions of."""
 
     weight: Tensor
     dtype: torch.dtype
-    _ranks: tuple[int, Ranks] | None = None
+    _ranks: tuple[Content, Ranks] | None = None
 
-    def ranks(self, content: int) -> Ranks:
-        """Computed once for what the weight holds, which the ledger numbers."""
-        if self._ranks is None or self._ranks[0] != content:
+    @property
+    def key(self) -> tuple[StridedView, torch.dtype]:
+        """What its ranks depend on, beside the content of its storage."""
+        return StridedView.of(self.weight), self.dtype
+
+    def ranks(self, content: Content) -> Ranks:
+        """Find the ranks, once for every content of the weight's storage."""
+        if self._ranks is None or self._ranks[0] is not content:
             self._ranks = content, find_ranks(self.weight, self.dtype)
         return self._ranks[1]
 
 
-_DECLARED: ContextVar[tuple[Declared, ...]] = ContextVar("edkm.offload.function_of", default=())
+_DECLARED: ContextVar[tuple[DeclaredWeight, ...]] = ContextVar("edkm.offload.function_of", default=())
 
 
 @contextmanager
@@ -83,7 +89,7 @@ def function_of(weight: Tensor, *, round_to: torch.dtype = torch.bfloat16) -> It
         raise TypeError(f"function_of: round_to={round_to}: needs a 16-bit type. Use torch.bfloat16 or torch.float16.")
     dtype = weight.dtype if weight.dtype.itemsize <= 2 else round_to
     # An 8-bit float has no bit pattern of 16 bits, and fits in one exactly.
-    declared = Declared(weight.detach(), dtype if dtype.itemsize == 2 else torch.float16)
+    declared = DeclaredWeight(weight.detach(), dtype if dtype.itemsize == 2 else torch.float16)
     token = _DECLARED.set((*_DECLARED.get(), declared))
     try:
         yield
@@ -106,7 +112,7 @@ def is_declared() -> bool:
     return bool(_DECLARED.get())
 
 
-def readings(tensor: Tensor) -> list[tuple[Declared, Tensor]]:
+def readings(tensor: Tensor) -> list[tuple[DeclaredWeight, Tensor]]:
     """Ways to read a tensor as a map with a row per declared weight: `(weight, view [n, ...] or [..., ...])`, the innermost first."""
     ways = []
     for declared in reversed(_DECLARED.get()):
@@ -132,7 +138,7 @@ def is_function(rows: Tensor, ranks: Ranks) -> bool:
     )
 
 
-def refusal(tensor: Tensor, declared: Declared) -> ValueError:
+def refusal(tensor: Tensor, declared: DeclaredWeight) -> ValueError:
     return ValueError(
         f"function_of: saved tensor {list(tensor.shape)} {tensor.dtype}: has a row per element of the weight "
         f"{list(declared.weight.shape)}, so equal weights (as {declared.dtype}) must have equal rows, and they do not. Compute it outside "
@@ -140,7 +146,7 @@ def refusal(tensor: Tensor, declared: Declared) -> ValueError:
     )
 
 
-class Table(NamedTuple):
+class RowTable(NamedTuple):
     """Source of a uniquified map."""
 
     rows: Source  # [u, r]
