@@ -12,7 +12,7 @@ from edkm import cli
 from edkm.compressed import checkpoint, pretrained
 from edkm.compressed.coreml import arithmetic, check, export, program, stored, weights
 from edkm.compressed.entries import read_entries
-from edkm.compressed.weightfiles import open_shards
+from edkm.compressed.weightfiles import open_files
 from edkm.core.assign import Frozen
 
 # Bits, rows per table, dim and centroids of the seven matrices of each layer: every width, tables of a tensor, of groups, of a row.
@@ -105,7 +105,7 @@ def test_tables_and_indices_are_ours(packed, package):
 def test_the_stored_bytes_are_the_packed_stream(packed, package):
     found = stored.read_constants(package)
     blob = (package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin").read_bytes()
-    with open_shards(packed) as tensors:
+    with open_files(packed) as tensors:
         for name in read_entries(packed):
             stream = tensors[name].load().numpy().tobytes()
             assert found[check.tensor_name(name)]["indices"].data == stream

@@ -12,7 +12,7 @@ def save_originals(directory: Path) -> list[Path]:
     from edkm.compressed import weightfiles
 
     _save(directory / "one", width=18)
-    with patch.object(weightfiles, "MAX_SHARD_BYTES", 1500):
+    with patch.object(weightfiles, "MAX_FILE_BYTES", 1500):
         _save(directory / "several", width=18)
     _save(directory / "large", width=636)
     return [directory / name for name in ("one", "several", "large")]

@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 def checkpoint(directory: Path) -> dict[str, Tensor]:
-    from edkm.compressed.checkpoint import dequantize, iterate
-    from edkm.core.assign import Frozen
+    from edkm.compressed.checkpoint import dequantize, read
 
-    return {name: dequantize(tensor) if isinstance(tensor, Frozen) else tensor for name, tensor in iterate(directory)}
+    packed = read(directory)
+    return {**packed.dense, **{name: dequantize(tensor) for name, tensor in packed.frozen.items()}}
 
 
-def hf(directory: Path) -> dict[str, Tensor]:
+def load(directory: Path) -> dict[str, Tensor]:
     from edkm.compressed.pretrained import load
 
     return load(directory).state_dict()
 
 
 def from_pretrained(directory: Path) -> dict[str, Tensor]:
-    """transformers reads `config.json` before edkm is asked, and says what it thinks of it in its own words: those count as lines."""
+    """Load as users do; transformers reads `config.json` first, and its own errors count as lines."""
     from transformers import AutoModelForCausalLM
 
     import edkm  # noqa: F401
@@ -80,7 +80,7 @@ def _command(*arguments: str) -> None:
 
 TARGETS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "checkpoint": checkpoint,
-    "hf": hf,
+    "load": load,
     "from_pretrained": from_pretrained,
     "inspect": inspect,
     "unpack": unpack,

@@ -1,4 +1,4 @@
-"""Tells transformers of the quantization method `edkm`, without importing transformers: at once if it is there, else when it comes."""
+"""Register the quantization method `edkm` with transformers, without importing it: at once if it is there, else when it comes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OURS = "edkm.compressed.quantizer"
 
 
 class _Finder(MetaPathFinder):
-    """Imports our module right after the one that holds the registry."""
+    """Imports our module right after the registry."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _REGISTRY:
@@ -24,12 +24,7 @@ class _Finder(MetaPathFinder):
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
-
-            def run_and_register(module: ModuleType) -> None:
-                run(module)
-                import_module(_OURS)
-
-            spec.loader.exec_module = run_and_register
+            spec.loader.exec_module = lambda module: (run(module), import_module(_OURS))[0]
         return spec
 
 

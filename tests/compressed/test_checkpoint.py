@@ -1,5 +1,6 @@
 """The packed checkpoint: what is read is what was written, and whatever else is refused in one line."""
 
+import hashlib
 import json
 import os
 import re
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from edkm.compressed import checkpoint, weightfiles
-from edkm.compressed.checkpoint import FormatError, dequantize, iterate, read, summary, write
+from edkm.compressed import checkpoint, jsonfile, weightfiles
+from edkm.compressed.checkpoint import FormatError, dequantize, read, summary, write
 from edkm.core.assign import Frozen
 
 NAME = "layers.0.proj.weight"
+BEFORE = Path(__file__).parent / "packed_before"
 DOCS = Path(__file__).parents[2] / "docs" / "format.md"
 
 
@@ -68,7 +70,7 @@ def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], An
     path = directory / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
-    crc = {name: weightfiles._checksum(weightfiles._as_bytes(tensor)) for name, tensor in tensors.items()}
+    crc = {name: weightfiles.checksum(tensor) for name, tensor in tensors.items()}
     save_file(tensors, path, {"format": "pt", "edkm": json.dumps({"crc32": crc})})
 
 
@@ -109,7 +111,29 @@ def test_dense_tensors_and_settings_come_back(saved: Path):
         assert packed.dense[name].dtype == tensor.dtype
         assert torch.equal(packed.dense[name], tensor)
     assert packed.quantization_config["settings"] == {"bits": 3}
-    assert [name for name, _ in iterate(saved)] == sorted([*expected, *packed.frozen])
+
+
+@pytest.mark.parametrize(
+    ("directory", "values"),
+    [
+        ("version_1", "89c795e48291f03a5887e74b4e8e7636692b3b2111da676fca48f7bec1cc61fc"),
+        ("version_1_several_files", "ec5ffb8049c53acae6a357c736c42e018b2345defadf945c99630ae53de63a6e"),
+        ("version_2", "7eeb03c4471276a2849711d1bca6ca449c4a1066fcdae9f1dab2ac3cf779d7f6"),
+    ],
+)
+def test_models_written_by_earlier_code_load(directory: str, values: str, tmp_path: Path):
+    """Bits 1 to 8, tables of one and several values, all kinds of dense tensors, one file and several; hashes of the same code."""
+    packed = read(BEFORE / directory)
+    digest = hashlib.sha256()
+    tensors = {name: dequantize(tensor) for name, tensor in packed.frozen.items()} | packed.dense
+    for name, tensor in sorted(tensors.items()):
+        array = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    assert digest.hexdigest() == values
+    again = save(tmp_path, packed.frozen, packed.dense)
+    assert read(again).quantization_config == packed.quantization_config
+    if "several" not in directory:
+        assert (again / "model.safetensors").read_bytes() == (BEFORE / directory / "model.safetensors").read_bytes()
 
 
 def test_dequantize_by_hand():
@@ -133,12 +157,12 @@ def test_files_are_plain_safetensors_and_reproducible(saved: Path, tmp_path: Pat
 
 def test_several_files(saved: Path, monkeypatch: pytest.MonkeyPatch):
     before = read(saved)
-    monkeypatch.setattr(weightfiles, "MAX_SHARD_BYTES", 50)
+    monkeypatch.setattr(weightfiles, "MAX_FILE_BYTES", 50)
     save(saved, before.frozen, before.dense)
     index = json.loads((saved / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 2 and not (saved / "model.safetensors").exists()
-    assert index["weight_map"][NAME] == index["weight_map"][NAME + "_lut"]
+    assert index["weight_map"].keys() == {NAME, NAME + "_lut", "layers.1.proj.weight", "layers.1.proj.weight_lut", *dense_tensors()}
     assert {path.name for path in saved.glob("*.safetensors")} == files
     after = read(saved)
     assert all(torch.equal(after.frozen[name].indices, t.indices) for name, t in before.frozen.items())
@@ -155,7 +179,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(saved: Path, monkeypatch: pyte
     def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weightfiles.os, "fsync", full)
+    monkeypatch.setattr(jsonfile.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         write(saved, {NAME: frozen((4, 4), 2)}, {}, {})
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -200,7 +224,7 @@ def test_summary_keeps_embeddings_apart_and_reads_no_data(tmp_path: Path):
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("limit", [600_000_000, 60])
 def test_reader_of_the_format_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, version: int):
-    monkeypatch.setattr(weightfiles, "MAX_SHARD_BYTES", limit)
+    monkeypatch.setattr(weightfiles, "MAX_FILE_BYTES", limit)
     tensors = {f"layers.{bits}.weight": frozen((12, 5), bits, luts=2, dim=3) for bits in range(1, 9)}
     tensors |= {"fused.weight": frozen((4, 3, 2), 3), "bias": frozen((6,), 2, k=3)}
     if version == 2:
@@ -251,7 +275,6 @@ def test_fields_of_the_format_page(saved: Path):
         (lambda c: c["tensors"][NAME].update(shape=[7, 6], luts=1), r"must be float16 \[1, 5 to 8, 1\]"),
         (lambda c: c["tensors"][NAME].update(shape=[6, 7, 1]), "header and config.json are not of one model"),
         (lambda c: c["tensors"][NAME].update(shape=[6, 10**4000]), "list of positive numbers"),
-        (lambda c: c["tensors"][NAME].update(shape=[6, *[1] * 64]), "list of positive numbers"),
         (lambda c: c["tensors"].pop(NAME), "header and config.json are not of one model"),
         (lambda c: c.update({"a\nb" * 1000: 1}), r"unknown fields a\\nba.* \.\.\. .*Use a newer edkm"),
         (lambda c: c["tensors"][NAME].update(dim=5), "must divide the 6 rows, got dim 5"),
@@ -383,7 +406,7 @@ def edit_header(directory: Path, change: Callable[[dict[str, Any]], Any]) -> Non
         (lambda h: h["norm.weight"].update(dtype="F16"), "header and config.json are not of one model"),
         (lambda h: h["head.bias"].update(shape=[2, 3]), "header and config.json are not of one model"),
         (lambda h: h["empty"].update(shape=[0, 5]), "header and config.json are not of one model"),
-        (lambda h: h["empty"].update(shape=[0, 2**63]), r"empty: shape \[0, 9223372036854775808\] is too large"),
+        (lambda h: h["empty"].update(shape=[0, 2**63]), "header and config.json are not of one model"),
         (lambda h: h["norm.weight"].update(dtype="F16\n"), r"not a whole safetensors file .*`F16\\n`"),
         (lambda h: h.update(x={"dtype": "U8", "shape": [0] * 600_000, "data_offsets": [0, 0]}), "have a header of at most 636"),
         (lambda h: h.update({"a\n": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}), r"a\\n: a name must be printable"),
@@ -484,7 +507,7 @@ def test_index_cannot_leave_the_directory(saved: Path, file: Any):
 def test_index_must_agree_with_the_files(saved: Path, monkeypatch: pytest.MonkeyPatch):
     packed = read(saved)
     single = (saved / "model.safetensors").read_bytes()
-    monkeypatch.setattr(weightfiles, "MAX_SHARD_BYTES", 50)
+    monkeypatch.setattr(weightfiles, "MAX_FILE_BYTES", 50)
     save(saved, packed.frozen, packed.dense)
     path = saved / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -504,7 +527,7 @@ def test_a_table_may_lie_in_another_file_than_its_indices(saved: Path):
     (saved / "model.safetensors").unlink()
     parts = {"a": {NAME + "_lut": tensors.pop(NAME + "_lut")}, "b": tensors}
     for file, part in parts.items():
-        crc = {name: weightfiles._checksum(weightfiles._as_bytes(tensor)) for name, tensor in part.items()}
+        crc = {name: weightfiles.checksum(tensor) for name, tensor in part.items()}
         save_file(part, saved / f"{file}.safetensors", {"edkm": json.dumps({"crc32": crc})})
     weight_map = {name: f"{file}.safetensors" for file, part in parts.items() for name in part}
     (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

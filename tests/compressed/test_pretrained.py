@@ -124,7 +124,7 @@ def test_config_on_disk(saved):
 
 def test_unpack_is_an_ordinary_checkpoint(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     directory, expected = saved
-    monkeypatch.setattr(weightfiles, "MAX_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(weightfiles, "MAX_FILE_BYTES", 100_000)
     pretrained.unpack(directory, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -133,7 +133,7 @@ def test_unpack_is_an_ordinary_checkpoint(saved, tmp_path: Path, monkeypatch: py
     assert "quantization_config" not in config and config["dtype"] == "float32"
     assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("b") == 1
     assert model.generation_config.max_new_tokens == 17
-    with pytest.raises(ValueError, match="is the compressed checkpoint itself"):
+    with pytest.raises(ValueError, match="is the packed directory itself"):
         pretrained.unpack(directory, directory)
 
 

@@ -1,4 +1,4 @@
-"""Files that lie beside the weights and belong to the model: tokenizer, processors, chat templates, code, licence."""
+"""Copy the files beside the weights that belong to a model: tokenizer, processors, chat templates, code, licence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+from edkm.compressed.jsonfile import replacing, write_json
 
 # As patterns of names; a hub's download takes the same.
 COMPANIONS = (
@@ -34,17 +36,14 @@ COMPANIONS = (
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy what belongs to a model from its directory into another one; each file there is a whole one, or not there."""
+    """Copy the files that belong to a model from its directory into another; each is copied whole or not at all."""
     if source.resolve() == out.resolve():
         return
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                target = out / path.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                part = target.with_name(f".{target.name}.part")
-                shutil.copyfile(path, part)
-                part.replace(target)
+    for path in {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}:
+        target = out / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as part:
+            shutil.copyfile(path, part)
     drop_absent_code(out)
 
 
@@ -53,15 +52,15 @@ def drop_absent_code(directory: Path) -> None:
     for path in directory.glob("*config.json"):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):  # whoever reads it will say so
+        except (ValueError, RecursionError):  # refused by whoever reads it
             continue
         if isinstance(content, dict) and "auto_map" in content:
             there = _code_there(content.pop("auto_map"), directory)
-            path.write_text(json.dumps(content | ({"auto_map": there} if there else {}), indent=2) + "\n", encoding="utf-8")
+            write_json(path, content | ({"auto_map": there} if there else {}))
 
 
 def _code_there(auto_map: Any, directory: Path) -> dict[str, Any]:
-    """The classes of an `auto_map` whose files lie in the directory."""
+    """Keep the classes of an `auto_map` whose files lie in the directory."""
     found = {}
     for key, value in auto_map.items() if isinstance(auto_map, dict) else ():
         names = [name for name in (value if isinstance(value, (list, tuple)) else [value]) if name]

@@ -1,6 +1,6 @@
-"""What `quantization_config` says: how each clustered tensor is cut and stored. No tensor data is read here.
+"""Check `quantization_config`: how each clustered tensor is cut and stored, by the rules of docs/format.md.
 
-Everything a file claims is checked here, by the rules of docs/format.md, before memory is reserved for it.
+Everything that a file claims is checked before memory is reserved for it. No tensor data is read here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import operator
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,13 @@ import torch
 
 from edkm.compressed.jsonfile import FormatError, read_json, show
 from edkm.compressed.packing import packed_bytes
-from edkm.compressed.weightfiles import Stored, addressable, description
+from edkm.compressed.weightfiles import Stored
 from edkm.core.assign import LUT_DTYPE, Frozen, Later
 
 QUANT_METHOD = "edkm"
 FORMAT_VERSION = 2
 LUT_SUFFIX = "_lut"
-# Beside the weights and not of the model: what `edkm compress` recorded for a report.
+# Beside the weights and not of the model: the record of a run, for its report.
 RECORD = "edkm_report.json"
 CONFIG_KEYS = {"quant_method", "format_version", "settings", "tensors"}
 
@@ -40,7 +41,7 @@ class Entry(NamedTuple):
 
     @property
     def version(self) -> int:
-        """The lowest that can say it."""
+        """The lowest format version that can store it."""
         return 1 if self.rows == self.shape[0] else 2
 
     @property
@@ -52,40 +53,48 @@ class Entry(NamedTuple):
     def packed_bytes(self) -> int:
         return packed_bytes(math.prod(self.grid), self.bits)
 
-    def to_json(self, version: int) -> dict[str, Any]:
+    def to_json(self, version: int = FORMAT_VERSION) -> dict[str, Any]:
         fields = self._asdict() | {"shape": list(self.shape)}
         return {key: fields[key] for key in _fields(version)}
 
     def about(self) -> str:
-        """What the stored bytes mean, as the header's checksum covers it: all fields but the error, which changes no weight."""
-        fields = {key: value for key, value in self.to_json(FORMAT_VERSION).items() if key != "error"}
+        """The meaning of the stored bytes, as the files' checksum covers it: all fields but the error, which changes no weight."""
+        fields = {key: value for key, value in self.to_json().items() if key != "error"}
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
 def entry_of(name: str, frozen: Frozen | Later) -> Entry:
-    """The entry of a tensor about to be written; raises FormatError if its parts do not fit together."""
+    """Describe a tensor about to be written; raises FormatError if its parts do not fit together."""
     if frozen.lut.dtype != LUT_DTYPE or frozen.lut.dim() != 3:
-        raise FormatError(f"{name}: lut must be float16 [g, k, d], got {_say(frozen.lut)}. Use core.assign.round_lut.")
+        raise FormatError(f"{name}: lut must be float16 [g, k, d], got {_kind(frozen.lut)}. Use core.assign.round_lut.")
     groups, _, dim = frozen.lut.shape
     entry = Entry(frozen.bits, tuple(frozen.shape), dim, groups, float(frozen.error), frozen.rows)
     _check_entry(name, entry)
     if isinstance(frozen, Frozen):
-        check_indices(name, entry, frozen.indices)
-    check_values(name, frozen)
+        check_indices(name, entry, frozen.indices, frozen.lut.shape[1])
+    check_centroids(name, frozen.lut)
     return entry
 
 
-def check_indices(name: str, entry: Entry, indices: torch.Tensor) -> None:
-    """Raises FormatError if indices do not fit their entry."""
+def check_indices(name: str, entry: Entry, indices: torch.Tensor, k: int) -> None:
+    """Refuse indices that do not fit their entry, or lie beyond a table of `k` centroids."""
     if indices.dtype != torch.uint8 or tuple(indices.shape) != entry.grid:
         raise FormatError(
             f"{name}: indices must be uint8 {list(entry.grid)} for shape {list(entry.shape)} and dim {entry.dim}, "
-            f"got {_say(indices)}. Freeze the tensor again."
+            f"got {_kind(indices)}. Freeze the tensor again."
         )
+    if k < 256 and (largest := int(indices.max())) >= k:
+        raise FormatError(f"{name}: indices must be below {k}, got {largest}. Save the model again.")
+
+
+def check_centroids(name: str, lut: torch.Tensor) -> None:
+    """Refuse centroids that are not finite."""
+    if not lut.isfinite().all():
+        raise FormatError(f"{name}: every centroid must be finite. Look for NaN in the weight before it was frozen.")
 
 
 def quantization_config(directory: Path) -> dict[str, Any]:
-    """`config.json`'s `quantization_config`, known to be ours and of a version that we read."""
+    """Read `quantization_config` from `config.json`; refuse that of another method, and of a newer version."""
     path = directory / "config.json"
     config = read_json(path).get("quantization_config")
     if not isinstance(config, dict):
@@ -103,7 +112,7 @@ def quantization_config(directory: Path) -> dict[str, Any]:
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:
-    """The checked entries of `config.json`."""
+    """Read and check the entries of `config.json`, by the names of their tensors."""
     found, config = {}, quantization_config(directory)
     for name, fields in config["tensors"].items():
         if not isinstance(fields, dict):
@@ -112,15 +121,15 @@ def read_entries(directory: Path) -> dict[str, Entry]:
         shape = fields["shape"]
         if not isinstance(shape, list):
             raise FormatError(f"config.json: {name}: shape must be a list, got {show(shape)}. Fetch the file again.")
-        # Version 1 has no other rows than the first length; of an empty shape the check tells.
+        # Version 1 has no other rows than the first length; `_check_entry` refuses an empty shape.
         values: dict[str, Any] = {"rows": shape[0] if shape else 0} | fields | {"shape": tuple(shape)}
         found[name] = Entry(**values)
         _check_entry(f"config.json: {name}", found[name])
     return found
 
 
-def check_stored(directory: Path, name: str, entry: Entry, stored: dict[str, Stored]) -> None:
-    """Compares an entry with the headers of the files; raises FormatError."""
+def check_stored(directory: Path, name: str, entry: Entry, stored: Mapping[str, Stored]) -> None:
+    """Compare an entry with the headers of the files; raises FormatError."""
     lut_name = name + LUT_SUFFIX
     for wanted in (name, lut_name):
         if wanted not in stored:
@@ -129,37 +138,15 @@ def check_stored(directory: Path, name: str, entry: Entry, stored: dict[str, Sto
     if packed.dtype != torch.uint8 or packed.shape != (entry.packed_bytes,):
         raise FormatError(
             f"{packed.file}: {name}: must be uint8 [{entry.packed_bytes}] for {entry.bits} bits and shape "
-            f"{show(list(entry.shape))}, got {_say(packed)}. Fetch config.json and the file again."
+            f"{show(list(entry.shape))}, got {_kind(packed)}. Fetch config.json and the file again."
         )
     k_range = range((1 << entry.bits - 1) + 1, (1 << entry.bits) + 1)
     fits = len(lut.shape) == 3 and lut.shape[0] == entry.luts and lut.shape[2] == entry.dim and lut.shape[1] in k_range
     if lut.dtype != LUT_DTYPE or not fits:
         raise FormatError(
             f"{lut.file}: {lut_name}: must be float16 [{entry.luts}, {k_range[0]} to {k_range[-1]}, "
-            f"{entry.dim}], got {_say(lut)}. Fetch config.json and the file again."
+            f"{entry.dim}], got {_kind(lut)}. Fetch config.json and the file again."
         )
-
-
-def check_description(directory: Path, entries: dict[str, Entry], stored: dict[str, Stored]) -> None:
-    """Raises FormatError if a dtype, a shape or an entry is not what it was when the files were written: sizes that still
-    fit, as those of two 16-bit types, do not make them the same tensors."""
-    now = description(stored, {name: entry.about() for name, entry in entries.items()})
-    if odd := {tensor.file for tensor in stored.values() if tensor.described not in (None, now)}:
-        raise FormatError(f"{directory / min(odd)}: its header and config.json are not of one model. Fetch both files again.")
-
-
-def check_values(name: str, frozen: Frozen | Later) -> None:
-    """Raises FormatError for an index beyond its table (if indices are there) or a centroid that is not finite."""
-    k = frozen.lut.shape[1]
-    if isinstance(frozen, Frozen) and k < 256 and (largest := int(frozen.indices.max())) >= k:
-        raise FormatError(f"{name}: indices must be below {k}, got {largest}. Save the model again.")
-    check_centroids(name, frozen.lut)
-
-
-def check_centroids(name: str, lut: torch.Tensor) -> None:
-    """Raises FormatError for a centroid that is not finite."""
-    if not lut.isfinite().all():
-        raise FormatError(f"{name}: every centroid must be finite. Look for NaN in the weight before it was frozen.")
 
 
 def _check_entry(name: str, entry: Entry) -> None:
@@ -167,11 +154,11 @@ def _check_entry(name: str, entry: Entry) -> None:
     # `type`, not isinstance: JSON's true is no number.
     if type(bits) is not int or not 1 <= bits <= 8:
         raise FormatError(f"{name}: bits must be 1 to 8, got {show(bits)}. A table has 2 to 256 centroids.")
-    if not shape or not all(type(length) is int and length > 0 for length in shape) or not addressable(shape):
+    if not shape or not all(type(length) is int and length > 0 for length in shape) or math.prod(shape) >= 1 << 63:
         raise FormatError(f"{name}: shape must be a list of positive numbers, got {show(list(shape))}. Save the model again.")
     if type(rows) is not int or rows not in itertools.accumulate(shape, operator.mul):
-        said = show(list(shape))
-        raise FormatError(f"{name}: rows must be the product of the first lengths of {said}, got {show(rows)}. Save the model again.")
+        lengths = show(list(shape))
+        raise FormatError(f"{name}: rows must be the product of the first lengths of {lengths}, got {show(rows)}. Save the model again.")
     if any(type(count) is not int or count < 1 for count in (dim, luts)) or rows % (dim * luts):
         raise FormatError(
             f"{name}: dim * luts must divide the {rows} rows, got dim {show(dim)} and luts {show(luts)}. "
@@ -182,7 +169,6 @@ def _check_entry(name: str, entry: Entry) -> None:
 
 
 def _fields(version: int) -> tuple[str, ...]:
-    """Of a tensor's object."""
     return Entry._fields if version > 1 else Entry._fields[:-1]
 
 
@@ -193,5 +179,5 @@ def _check_keys(name: str, fields: dict[str, Any], known: set[str]) -> None:
         raise FormatError(f"{name}: has unknown fields {', '.join(sorted(odd))}. Use a newer edkm.")
 
 
-def _say(tensor: torch.Tensor | Stored) -> str:
+def _kind(tensor: torch.Tensor | Stored) -> str:
     return f"{tensor.dtype} {show(list(tensor.shape))}".removeprefix("torch.")

@@ -1,8 +1,7 @@
-"""What every file of a checkpoint has in common when it may come from anywhere: is it a file, how much of it is parsed, how is it refused.
+"""Read and write JSON and other small files of a checkpoint; refuse in one line what is no plain file, too large or no JSON.
 
-Parsed text takes up to 30 times its size in memory, as JSON in Python and as a safetensors header in Rust, and both are read
-before anything else is known. So `text_limit` bounds them by the size of the weights: reading a checkpoint then never takes more
-memory than its files and its tensors justify.
+A checkpoint may come from anywhere. Parsed text takes up to 30 times its size in memory, as JSON in Python and as a safetensors
+header in Rust, and it is parsed before anything else is known: `text_limit` bounds it by the size of the weights.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import math
 import os
 import reprlib
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ _MAX_MESSAGE = 1000  # characters
 
 
 class FormatError(ValueError):
-    """A checkpoint that is not what docs/format.md describes. One line: file or tensor, rule, remedy."""
+    """A checkpoint that docs/format.md does not describe. One line: file or tensor, rule, remedy."""
 
     def __init__(self, message: str) -> None:
         text = printable(message)
@@ -29,17 +30,17 @@ class FormatError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Text that may come from a file as one line without a terminal's control characters."""
+    """Escape line ends and a terminal's control characters in a text that may come from a file."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(value: Any) -> str:
-    """`repr`, of bounded length and depth: the value may be anything that a file says."""
+    """Write any value of a file with a bounded length and depth."""
     return reprlib.repr(value)
 
 
 def text_limit(weights_bytes: int) -> int:
-    """Bytes of JSON, or of a header, that a checkpoint with so many bytes of weights may have: 512 KiB and 1/16 of the weights.
+    """Compute the most bytes of JSON, or of a header, beside so many bytes of weights: 512 KiB and 1/16 of the weights.
 
     A tensor takes about 200 bytes of text, so this is 2,500 tensors of any size and, beyond them, tensors of 3 KiB on average.
     """
@@ -47,10 +48,7 @@ def text_limit(weights_bytes: int) -> int:
 
 
 def file_bytes(path: Path) -> int:
-    """The size of a regular file, or of what a link points to; raises FormatError for anything else.
-
-    Links are followed, since a hub's cache consists of them. Reading a pipe or a device would never end.
-    """
+    """Measure a regular file, or the one that a link points to (a hub's cache has links); refuse pipes and devices, which never end."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
@@ -61,23 +59,15 @@ def file_bytes(path: Path) -> int:
     return status.st_size
 
 
-def check_header(path: Path, header_bytes: int, weights_bytes: int) -> None:
-    """Raises FormatError for a safetensors header that is too large to be parsed."""
-    if header_bytes > (limit := text_limit(weights_bytes)):
-        raise FormatError(
-            f"{path}: {weights_bytes} bytes of weights have a header of at most {limit} bytes, got {header_bytes}. "
-            "Fetch the file again, or join its small tensors."
-        )
-
-
 def parse_json(text: str) -> Any:
-    """Parses JSON as every reader understands it: raises ValueError for NaN and for a key that occurs twice; RecursionError."""
+    """Parse JSON as every reader understands it: ValueError for NaN and for a key that occurs twice; RecursionError."""
     return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object that lies beside weights; raises FormatError if the file is missing, too large or is anything else."""
-    size, limit = file_bytes(path), text_limit(_weights_bytes(path.parent))
+    """Read a JSON object that lies beside weights; FormatError if the file is missing, too large or anything else."""
+    weights = sum(file.stat().st_size for file in path.parent.glob("*.safetensors") if file.is_file())
+    size, limit = file_bytes(path), text_limit(weights)
     if not 0 < size <= limit:
         raise FormatError(f"{path}: must have 1 to {limit} bytes beside these weights, got {size}. Fetch the whole checkpoint.")
     try:
@@ -93,17 +83,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file atomically; NaN and infinities, which JSON does not have, raise ValueError."""
-    temporary = path.with_name(f".{path.name}.part")
+    """Write a whole JSON file or none; NaN and infinities, which JSON does not have, raise ValueError."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; at the end the file takes its place at `path`, after an error nothing has changed there."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield part
+        with part.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        part.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def dumps(value: Any) -> str:
@@ -120,18 +116,14 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _weights_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors") if path.is_file())
-
-
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the key {show(key)} occurs twice")
-        content[key] = value
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {show(twice)} occurs twice")
     return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
@@ -12,42 +13,39 @@ from edkm.compressed.jsonfile import FormatError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_REMEDY = "Use the class, the config and the tensors of one model."
+
 
 def match_names(
-    model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], source: str, new: AbstractSet[str] = frozenset()
-) -> dict[str, Tensor]:
-    """The model's tensor for every name; those that are tied are one. Raises FormatError unless each tensor has exactly one name and its
-    shape; those in `new` may have none."""
-    targets = _targets(model)
-    by_tensor: dict[int, list[str]] = {}
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], source: str, new: AbstractSet[str] = frozenset()
+) -> dict[str, list[str]]:
+    """Find, for each name in a model's state, all names of its tensor: those of tied ones together.
+
+    Raises:
+        FormatError: a tensor does not have exactly one name in `shapes` and that shape; tensors in `new` may have none.
+    """
+    targets, kind = _targets(model), type(model).__name__
+    aliases: dict[int, list[str]] = {}
     for name, tensor in targets.items():
-        by_tensor.setdefault(id(tensor), []).append(name)
-    for aliases in by_tensor.values():
-        given = [name for name in aliases if name in shapes]
-        if len(given) > 1:
+        aliases.setdefault(id(tensor), []).append(name)
+    for names in aliases.values():
+        if len(given := [name for name in names if name in shapes]) > 1:
             raise FormatError(f"{source}: {' and '.join(given)} are one tied tensor. Leave all but one out.")
-    missing = [aliases[0] for aliases in by_tensor.values() if not any(name in shapes or name in new for name in aliases)]
+    missing = [names[0] for names in aliases.values() if not any(name in shapes or name in new for name in names)]
     unexpected = [name for name in shapes if name not in targets]
-    kind = type(model).__name__
     if missing or unexpected:
-        raise FormatError(
-            f"{source}: does not fit {kind}: missing {_list(missing)}; unexpected {_list(unexpected)}. "
-            "Use the class, the config and the tensors of one model."
-        )
+        raise FormatError(f"{source}: does not fit {kind}: missing {_list(missing)}; unexpected {_list(unexpected)}. {_REMEDY}")
     for name, shape in shapes.items():
-        if tuple(targets[name].shape) != tuple(shape):
-            raise FormatError(
-                f"{source}: {name}: {kind} has shape {list(targets[name].shape)}, got {list(shape)}. "
-                "Use the class, the config and the tensors of one model."
-            )
-    return targets
+        if (own := tuple(targets[name].shape)) != tuple(shape):
+            raise FormatError(f"{source}: {name}: {kind} has shape {list(own)}, got {list(shape)}. {_REMEDY}")
+    return {name: aliases[id(tensor)] for name, tensor in targets.items()}
 
 
 def names_in(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-    """The name in the model for each tensor of a checkpoint that was saved from another class of the same architecture.
+    """Find the name in the model for each tensor of a checkpoint that was saved from another class of the same architecture.
 
     As transformers does for ordinary checkpoints, the prefix of the base model is added or taken away, and whole parts (a head, a pooler,
-    a decoder) that only one of the two has are left out, or made new. Tensors that are left out have no name in what is returned.
+    a decoder) that only one of the two has are left out, or made new. Tensors that are left out are not in the result.
     """
     state, prefix = model.state_dict(keep_vars=True), f"{model.base_model_prefix}."
     found = {}
@@ -59,14 +57,14 @@ def names_in(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
 
 
 def new_parts(model: PreTrainedModel, names: set[str]) -> set[str]:
-    """The tensors of a model that belong to parts of which a checkpoint has nothing: transformers makes and reports them."""
+    """Find the tensors of a model in parts of which a checkpoint has nothing: transformers makes and reports them."""
     prefix = f"{model.base_model_prefix}."
     stored = {_part(name, prefix) for name in names}
     return {name for name in model.state_dict() if _part(name, prefix) not in stored}
 
 
 def tied_groups(model: nn.Module) -> set[frozenset[str]]:
-    """The names of each tensor that has several."""
+    """Find the names of each tensor that has several."""
     names: dict[int, set[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), set()).add(name)
@@ -75,7 +73,7 @@ def tied_groups(model: nn.Module) -> set[frozenset[str]]:
 
 def _targets(model: PreTrainedModel) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
-    # While transformers loads a model, what it ties is not tied yet.
+    # While transformers loads a model, the tensors that it ties are not tied yet.
     return {name: state[model.all_tied_weights_keys.get(name, name)] for name in state}
 
 

@@ -1,12 +1,10 @@
-"""Indices as a stream of bits: index i of `bits` bits occupies bits [i * bits, (i + 1) * bits) of the stream.
+"""Pack indices into a stream of bits and read them back: index i of `bits` bits occupies bits [i * bits, (i + 1) * bits).
 
-Bit b of the stream is bit b % 8 of byte b // 8, counted from the least significant; indices are taken in
-row-major order, and the bits after the last index, up to the end of its byte, are zero. docs/format.md has a
-worked example.
+Bit b of the stream is bit b % 8 of byte b // 8, counted from the least significant; indices are taken in row-major order, and the
+bits after the last index, up to the end of its byte, are zero. docs/format.md has a worked example.
 
-After lcm(8, bits) bits an index starts on a byte again, so both directions work on a matrix with one such
-period per row. Which byte and which shift column i of it needs is known beforehand: every step is one shift
-of one byte column.
+After lcm(8, bits) bits an index starts on a byte again, so both directions work on a matrix with one such period per row. The byte
+and the shift of column i are known beforehand: every step is one shift of one byte column.
 """
 
 from __future__ import annotations
@@ -16,18 +14,25 @@ import math
 import torch
 from torch import Tensor
 
-# Indices handled at once: bounds what lives besides input and output, and keeps it in cache. A multiple of 8,
-# so that every block starts on a byte.
+from edkm.compressed.jsonfile import FormatError
+
+# Indices handled at once: bounds the memory besides input and output, and keeps it in cache. A multiple of 8, so that every block
+# starts on a byte.
 _BLOCK = 1 << 20
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` indices of `bits` bits take: `ceil(count * bits / 8)`."""
+    """Compute the bytes of `count` indices of `bits` bits: `ceil(count * bits / 8)`."""
     return (count * bits + 7) // 8
 
 
+def stored_bytes(weights: int, bits: int, luts: int, dim: int = 1, k: int | None = None) -> int:
+    """Compute the bytes of a clustered tensor in a packed file: its indices and its float16 tables of `k` (`2**bits`) centroids."""
+    return packed_bytes(weights // dim, bits) + 2 * luts * (k or 1 << bits) * dim
+
+
 def pack_indices(indices: Tensor, bits: int) -> Tensor:
-    """Packs indices, in row-major order, into a stream of bits.
+    """Pack indices, in row-major order, into a stream of bits.
 
     Args:
         indices: uint8, any shape, every value below `2**bits`.
@@ -40,8 +45,7 @@ def pack_indices(indices: Tensor, bits: int) -> Tensor:
         ValueError: `bits` is not 1 to 8, the dtype is not uint8, or an index needs more than `bits` bits.
 
     Cost:
-        Two passes over the indices. Besides input and output at most 3 MiB live, unless `indices` is not
-        contiguous: then a contiguous copy as well.
+        Two passes over the indices. Besides input and output at most 3 MiB live, and a copy of indices that are not contiguous.
     """
     _check_bits(bits)
     if indices.dtype != torch.uint8:
@@ -54,15 +58,11 @@ def pack_indices(indices: Tensor, bits: int) -> Tensor:
     for start in range(0, flat.numel(), _BLOCK):
         block = flat[start : start + _BLOCK]
         size = packed_bytes(block.numel(), bits)
-        if block.numel() % period:
-            padded = block.new_zeros(math.ceil(block.numel() / period) * period)
-            padded[: block.numel()] = block
-            block = padded
-        rows = block.view(-1, period)  # [m, period]
+        rows = torch.nn.functional.pad(block, (0, -block.numel() % period)).view(-1, period)  # [m, period]
         out = rows.new_zeros(rows.shape[0], width)  # [m, width]
         for column in range(period):
             byte, shift = divmod(column * bits, 8)
-            # A shift of uint8 drops what leaves the byte at the top; the next byte takes exactly that.
+            # A shift of uint8 drops the bits that leave the byte at the top; the next byte takes exactly those.
             out[:, byte] |= rows[:, column] << shift
             if shift + bits > 8:
                 out[:, byte + 1] |= rows[:, column] >> (8 - shift)
@@ -72,66 +72,34 @@ def pack_indices(indices: Tensor, bits: int) -> Tensor:
 
 
 def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Reads `count` indices back from the stream that `pack_indices` wrote.
+    """Read `count` indices back from the stream that `pack_indices` wrote.
 
     Args:
         packed: uint8 `[ceil(count * bits / 8)]`.
         bits: width of one index, 1 to 8.
-        count: how many indices the stream holds.
+        count: number of indices in the stream.
 
     Returns:
         uint8 `[count]` on the device of `packed`.
 
     Raises:
-        ValueError: `bits` is not 1 to 8, `count` is negative, dtype or length do not match, or a padding bit
-            after the last index is not zero (the stream was written with another width or count, or damaged).
+        ValueError: `bits` is not 1 to 8, or dtype or length do not match.
 
     Cost:
         One pass over the stream. Besides input and output at most 3 MiB live.
     """
     _check_bits(bits)
-    if count < 0:
-        raise ValueError(f"count must not be negative, got {count}.")
     expected = packed_bytes(count, bits)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (expected,):
         raise ValueError(
             f"{count} indices of {bits} bits are uint8 [{expected}], got {packed.dtype} "
             f"{list(packed.shape)}. Give the width and count that the stream was packed with."
         )
-    check_padding(packed, bits, count)
     return _unpack(packed, bits, count, _BLOCK)
 
 
-def _unpack(packed: Tensor, bits: int, count: int, at_once: int) -> Tensor:
-    if count <= at_once:
-        return _unpack_block(packed, bits)[:count]
-    indices = packed.new_empty(count)
-    for start in range(0, count, at_once):
-        size = min(at_once, count - start)
-        first = start * bits // 8
-        indices[start : start + size] = _unpack_block(packed[first : first + packed_bytes(size, bits)], bits)[:size]
-    return indices
-
-
-def _unpack_block(block: Tensor, bits: int) -> Tensor:
-    """All indices of a part of the stream, and those that padding would be."""
-    period, width = _period(bits)
-    if block.numel() % width:
-        block = torch.nn.functional.pad(block, (0, -block.numel() % width))
-    rows = block.reshape(-1, width)  # [m, width]
-    columns = []
-    for column in range(period):
-        byte, shift = divmod(column * bits, 8)
-        # In 32 bits and not by `>>`: so ONNX has the operations, too.
-        value = rows[:, byte].int()
-        if shift + bits > 8:
-            value = value + 256 * rows[:, byte + 1].int()
-        columns.append((torch.bitwise_right_shift(value, shift) & ((1 << bits) - 1)).to(torch.uint8))
-    return torch.stack(columns, 1).view(-1)  # [m * period]
-
-
 def unpack_rows(packed: Tensor, bits: int, shape: tuple[int, int], start: int, stop: int, in_blocks: bool = True) -> Tensor:
-    """Some rows of the grid of indices that a whole stream holds. Reads no value of the stream: it can be traced.
+    """Read some rows of a grid of indices from the stream of all. Looks at no value of the stream: it can be traced.
 
     Args:
         packed: the stream of all rows.
@@ -147,7 +115,7 @@ def unpack_rows(packed: Tensor, bits: int, shape: tuple[int, int], start: int, s
         One pass over these rows of the stream. Besides input and output at most 3 MiB live, or without blocks twice the output.
     """
     rows, cols = shape
-    # 8 rows end on a whole byte: no bits of the next rows stand where padding would.
+    # 8 rows end on a whole byte: no bits of the next rows stand in the place of padding.
     count = (min((stop + 7) // 8 * 8, rows) - start) * cols
     first = start * cols * bits // 8
     stream = packed[first : first + packed_bytes(count, bits)]
@@ -155,18 +123,45 @@ def unpack_rows(packed: Tensor, bits: int, shape: tuple[int, int], start: int, s
     return indices.view(-1, cols)[: stop - start]
 
 
-def check_padding(packed: Tensor, bits: int, count: int) -> None:
-    """Raises ValueError if a bit after the last index of a stream is not zero."""
+def check_padding(name: str, packed: Tensor, bits: int, count: int) -> None:
+    """Refuse a stream with a bit after the last index that is not zero: it was packed with another width or count, or is damaged."""
     used = count * bits % 8
     if used and int(packed[-1]) >> used:
-        raise ValueError(
-            f"the {8 - used} padding bits after index {count - 1} must be zero, got byte {int(packed[-1])}. "
-            "Give the width and count that the stream was packed with, or fetch the file again."
+        raise FormatError(
+            f"{name}: the {8 - used} padding bits after index {count - 1} must be zero, got byte {int(packed[-1])}. Fetch the file again."
         )
 
 
+def _unpack(packed: Tensor, bits: int, count: int, at_once: int) -> Tensor:
+    if count <= at_once:
+        return _unpack_block(packed, bits)[:count]
+    indices = packed.new_empty(count)
+    for start in range(0, count, at_once):
+        size = min(at_once, count - start)
+        first = start * bits // 8
+        indices[start : start + size] = _unpack_block(packed[first : first + packed_bytes(size, bits)], bits)[:size]
+    return indices
+
+
+def _unpack_block(block: Tensor, bits: int) -> Tensor:
+    """Read all indices of a part of the stream, the padding's included."""
+    period, width = _period(bits)
+    if block.numel() % width:
+        block = torch.nn.functional.pad(block, (0, -block.numel() % width))
+    rows = block.reshape(-1, width)  # [m, width]
+    columns = []
+    for column in range(period):
+        byte, shift = divmod(column * bits, 8)
+        # In 32 bits and not by `>>`: so ONNX has the operations, too.
+        value = rows[:, byte].int()
+        if shift + bits > 8:
+            value = value + 256 * rows[:, byte + 1].int()
+        columns.append((torch.bitwise_right_shift(value, shift) & ((1 << bits) - 1)).to(torch.uint8))
+    return torch.stack(columns, 1).view(-1)  # [m * period]
+
+
 def _period(bits: int) -> tuple[int, int]:
-    """Indices, and bytes, after which an index starts on a byte again."""
+    """Count the indices, and the bytes, after which an index starts on a byte again."""
     shared = math.gcd(8, bits)
     return 8 // shared, bits // shared
 

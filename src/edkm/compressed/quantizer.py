@@ -1,11 +1,11 @@
-"""The quantization method `edkm` of transformers: `from_pretrained` loads a packed directory as a model of packed modules.
+"""Load packed directories by `from_pretrained`, and save such models: the quantization method `edkm` of transformers.
 
     import edkm
     model = AutoModelForCausalLM.from_pretrained("./packed")
 
 `import edkm` registers it, now or when transformers is imported (edkm/register.py). Everything is checked before a byte is used: names and
-shapes against the model, sizes and checksums against the files. `save_pretrained` writes the same tensors again, `dequantize` makes an
-ordinary model of it.
+shapes against the model, sizes and checksums against the files. `save_pretrained` writes the same tensors again, `dequantize` makes the
+model an ordinary one.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from edkm.compressed import checkpoint
 from edkm.compressed.entries import CONFIG_KEYS, QUANT_METHOD
-from edkm.compressed.jsonfile import show
+from edkm.compressed.jsonfile import FormatError, show
+from edkm.compressed.modelconfig import check_config
 from edkm.compressed.modules import Packed, pack_module, tie_module, unpack_modules
 from edkm.compressed.names import match_names, names_in, new_parts
-from edkm.compressed.weightfiles import FormatError, checksum_metadata, shard_names
+from edkm.compressed.weightfiles import checksum, description, file_names, metadata
 
 
 @register_quantization_config(QUANT_METHOD)
 class EdkmConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed directory, as it stands there (docs/format.md)."""
+    """The `quantization_config` of a packed directory, with its own fields (docs/format.md)."""
 
     def __init__(self, **fields: Any) -> None:
         if odd := fields.keys() - CONFIG_KEYS:
@@ -41,9 +42,9 @@ class EdkmConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class EdkmQuantizer(HfQuantizer):
-    """Makes packed modules before transformers reads the weights."""
+    """The steps of `from_pretrained`, `save_pretrained` and `dequantize` that differ for a packed model."""
 
-    requires_calibration = True  # cannot pack a model while loading it: that is what `edkm compress` is for
+    requires_calibration = True  # cannot pack a model while loading it: `edkm compress` does that
 
     def is_serializable(self) -> bool:  # pyright: ignore
         return True
@@ -53,6 +54,11 @@ class EdkmQuantizer(HfQuantizer):
         """Adapters on top are; the packed weights are constants."""
         return True
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Check the config; of all steps this one comes first, before a model is built."""
+        check_config(Path(config._name_or_path, "config.json"), config.to_dict())
+        return config
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         files, dtype = kwargs.get("checkpoint_files"), kwargs.get("dtype")
         if not files:
@@ -61,12 +67,12 @@ class EdkmQuantizer(HfQuantizer):
         if len(folders) > 1:
             raise FormatError(f"from_pretrained: the files lie in {len(folders)} directories. Put the packed model into one.")
         folder = folders.pop()
-        # What is checked must be what is read: no variant, and no pickle that lies beside it.
-        if odd := {Path(file).name for file in files} ^ set(shard_names(folder)):
+        # The files that are checked must be those that are read: no variant, and no pickle that lies beside them.
+        if odd := {Path(file).name for file in files} ^ set(file_names(folder)):
             raise FormatError(
                 f"{folder}: from_pretrained reads other files than the packed model's ({min(odd)}). Leave out variant and use_safetensors."
             )
-        _prepare(model, folder, dtype or torch.get_default_dtype(), self.quantization_config)
+        _pack_modules(model, folder, dtype or torch.get_default_dtype(), self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -77,12 +83,12 @@ class EdkmQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # what save_pretrained leaves in the config
+        if isinstance(dtype, str):  # as save_pretrained leaves it in the config
             dtype = getattr(torch, dtype)
         assert not isinstance(dtype, str)
         _refuse_offloaded(model, "dequantize")
         unpack_modules(model, dtype)
-        # Not what is made anew for each model: rotary frequencies stay float32, as from_pretrained leaves them.
+        # Not the buffers that are made anew for each model: rotary frequencies stay float32, as from_pretrained leaves them.
         for tensor in model.state_dict(keep_vars=True).values() if dtype is not None else ():
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
@@ -103,43 +109,37 @@ class EdkmQuantizer(HfQuantizer):
                     "(unload() of a PeftModel), or call dequantize() and save that."
                 )
             about[name] = entries[parameter].about()
-        kept: dict[int, str] = {}  # of tied tensors one: that which the file named, or the one that the others are tied to
+        kept: dict[int, str] = {}  # of tied tensors one: the one that the file named, or that the others are tied to
         for name in [*named, *(name for name in state if name not in model.all_tied_weights_keys), *state]:
             kept.setdefault(id(state[name]), name)
         state = {name: tensor.detach() for name, tensor in state.items() if kept[id(tensor)] == name}
-        return state, checksum_metadata(state, about)
+        return state, metadata({name: checksum(tensor) for name, tensor in state.items()}, description(state, about))
 
 
-def _refuse_offloaded(model: Any, what: str) -> None:
-    """Raise FormatError if some weights are not in memory."""
+def _refuse_offloaded(model: Any, action: str) -> None:
     for path, module in model.named_modules():
         for name in module.packed_entries if isinstance(module, Packed) else ():
             if (stream := module._parameters[name]) is not None and stream.is_meta:
-                raise FormatError(f"{what}: {path}.{name}: is offloaded (device_map). Load the model without a device_map for this.")
+                raise FormatError(f"{action}: {path}.{name}: is offloaded (device_map). Load the model without a device_map for this.")
 
 
-def _prepare(model: Any, directory: Path, dtype: torch.dtype, quantization: Any) -> None:
+def _pack_modules(model: Any, directory: Path, dtype: torch.dtype, quantization: Any) -> None:
     """Check the whole checkpoint, and put packed modules, still empty, into the model."""
     with checkpoint.open_items(directory) as items:
         new: set[str] = set()
-        if [type(model).__name__] != model.config.architectures:  # the base model of what is stored, say, or another head on it
+        if [type(model).__name__] != model.config.architectures:  # the base model of the stored one, say, or another head on it
             names = names_in(model, list(items))
             items = {here: items[name] for name, here in names.items()}
             quantization.tensors = {names[name]: entry for name, entry in quantization.tensors.items() if name in names}
             new = new_parts(model, set(items))
-        targets = match_names(model, {name: item.shape for name, item in items.items()}, str(directory), new)
-        users: dict[int, list[str]] = {}
-        for alias, tensor in targets.items():
-            users.setdefault(id(tensor), []).append(alias)
+        aliases = match_names(model, {name: item.shape for name, item in items.items()}, str(directory), new)
         for name, item in items.items():
             item.check()
             if item.entry is None:
                 continue
-            aliases = users[id(targets[name])]
-            for alias in [name, *(alias for alias in aliases if alias != name)]:
+            for alias in [name, *(alias for alias in aliases[name] if alias != name)]:
                 path, _, parameter = alias.rpartition(".")
                 module = model.get_submodule(path)
                 pack_module(module, parameter, item.entry, item.k, dtype)
                 if alias != name:
-                    owner = model.get_submodule(name.rpartition(".")[0])
-                    tie_module(module, parameter, owner)
+                    tie_module(module, parameter, model.get_submodule(name.rpartition(".")[0]))

@@ -1,9 +1,8 @@
-"""A set of safetensors files: written tensor by tensor and atomically, opened with every header checked.
+"""Write and open the safetensors files of a checkpoint: names, sizes and checksums, without the meaning of the tensors.
 
-This file knows files, names, sizes and checksums; what the tensors mean is checkpoint.py's business. We write
-the files ourselves and not with `safetensors.save_file`: that needs a whole file's tensors in memory at once,
-and orders its metadata by chance, so that the same model gives different bytes. Reading goes through
-safetensors, which has checked that sizes and offsets agree with the file before we see a name.
+Reading goes through safetensors, which has checked that sizes and offsets agree with the file before we see a name. The writer is
+ours, as `safetensors.save_file` needs all tensors of a file in memory at once and orders its metadata by chance: the same model
+would give different bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edkm.compressed.jsonfile import FormatError, check_header, file_bytes, parse_json, read_json, show, write_json
+from edkm.compressed.jsonfile import FormatError, file_bytes, parse_json, read_json, replacing, show, text_limit, write_json
 from edkm.progress import progress
-
-__all__ = ["FormatError", "Pending", "Stored", "addressable", "description", "open_shards", "read_json", "write_json", "write_shards"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_FILE_BYTES = 5_000_000_000
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -45,11 +42,10 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_BLANK = "0" * 8
 
 
 class Pending(NamedTuple):
-    """A tensor that is made when it is written. `about` is what `config.json` says of it: the header's checksum covers it."""
+    """A tensor that is made when it is written. `about` is its entry in `config.json`, which `description` covers."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -58,34 +54,25 @@ class Pending(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        count = self.dtype.itemsize
-        for length in self.shape:
-            count *= length
-        return count
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class Stored(NamedTuple):
-    """A tensor that lies in a file; `load` reads its bytes into memory and checks them. `described` is what `description` gave
-    when the file was written; None in files that are older than it."""
+    """A tensor in a file; `load` reads its bytes into memory and checks them. `described` is the `description` of the
+    checkpoint when the file was written; None in files that are older than it."""
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
-    described: str | None = None
+    described: str | None
 
 
-def write_shards(directory: Path, groups: list[dict[str, Pending]]) -> None:
-    """Writes tensors as `model.safetensors`, or above 5 GB as several files and
-    `model.safetensors.index.json`.
+def write_files(directory: Path, tensors: dict[str, Pending]) -> None:
+    """Write tensors as `model.safetensors`, or above 5 GB as several files and `model.safetensors.index.json`.
 
-    Everything is written under temporary names first and renamed at the end, so that a crash or a full disk
-    leaves the previous checkpoint as it was. Files of a previous checkpoint that the new one does not use are
-    removed.
-
-    Args:
-        directory: made if it does not exist.
-        groups: names to tensors; the tensors of one group go into one file.
+    The files take their places when all are written: a crash or a full disk leaves the previous checkpoint as it was. Files of it
+    that the new one does not use are removed.
 
     Raises:
         ValueError: a tensor's dtype has no name in safetensors.
@@ -94,135 +81,126 @@ def write_shards(directory: Path, groups: list[dict[str, Pending]]) -> None:
     Cost:
         The memory of the largest tensor. One pass over the bytes.
     """
+    described = description(tensors, {name: pending.about for name, pending in tensors.items()})
     directory.mkdir(parents=True, exist_ok=True)
-    shards = _divide(groups)
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    temporary = [directory / f".{name}.part" for name in names]
-    everything = {name: pending for shard in shards for name, pending in shard.items()}
-    described = description(everything, {name: pending.about for name, pending in everything.items()})
-    try:
-        with progress("writing", len(everything), "tensors") as advance:
-            for path, shard in zip(temporary, shards, strict=True):
-                _write_file(path, shard, described, advance)
-        for path, name in zip(temporary, names, strict=True):
-            path.replace(directory / name)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
-    if len(shards) > 1:
-        total = sum(pending.size_bytes for shard in shards for pending in shard.values())
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(directory / INDEX, index)
+    files = _divide(tensors)
+    with ExitStack() as stack, progress("writing", len(tensors), "tensors") as advance:
+        parts = {file: stack.enter_context(replacing(directory / file)) for file in files}
+        for file, names in files.items():
+            _write_file(parts[file], {name: tensors[name] for name in names}, described, advance)
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        total = sum(pending.size_bytes for pending in tensors.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     for path in [directory / SINGLE, directory / INDEX, *directory.glob("model-?????-of-?????.safetensors")]:
-        if path.name not in names and (path.name != INDEX or len(shards) == 1):
+        if path.name not in files and (path.name != INDEX or len(files) == 1):
             path.unlink(missing_ok=True)
 
 
 @contextmanager
-def open_shards(directory: Path) -> Iterator[dict[str, Stored]]:
-    """Opens a checkpoint's files and yields what they hold by name, in the order of names; reads headers
-    only.
+def open_files(directory: Path) -> Iterator[dict[str, Stored]]:
+    """Open a checkpoint's files and yield their tensors by name, in the order of names; reads headers only.
 
     Raises:
-        FormatError: no file or both layouts, a name in the index that is not a plain file name, a damaged or
-            truncated file, names or checksums that do not match the index or the header. `Stored.load` raises
-            it for a tensor whose bytes do not have the checksum.
+        FormatError: no file or both layouts, a name in the index that is not a plain file name, a damaged or truncated file, names or
+            checksums that do not match the index or the header. `Stored.load` raises it for a tensor whose bytes do not have the checksum.
     """
     weight_map = _weight_map(directory)
     stored: dict[str, Stored] = {}
     with ExitStack() as stack:
-        for file in _files(weight_map):
+        for file in _names(weight_map):
             path = directory / file
-            handle = stack.enter_context(_opened(path))
-            found = _header(path, handle)
+            found = _header(path, stack.enter_context(_opened(path)))
             if weight_map is not None:
                 mapped = {name for name, where in weight_map.items() if where == file}
-                if mapped != found.keys():
-                    odd = min(mapped ^ found.keys())
-                    raise FormatError(f"{path}: {INDEX} lists other tensors for this file, e.g. {odd}. Fetch both files again.")
+                if odd := mapped ^ found.keys():
+                    raise FormatError(f"{path}: {INDEX} lists other tensors for this file, e.g. {min(odd)}. Fetch both files again.")
             stored |= found
         yield dict(sorted(stored.items()))
 
 
-def shard_names(directory: Path) -> list[str]:
-    """The files that `open_shards` reads, in order."""
-    return _files(_weight_map(directory))
+def file_names(directory: Path) -> list[str]:
+    """List the files that `open_files` reads, in order."""
+    return _names(_weight_map(directory))
 
 
-def _files(weight_map: dict[str, str] | None) -> list[str]:
-    return [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+def description(tensors: Mapping[str, Pending | Stored | Tensor], about: Mapping[str, str]) -> str:
+    """Compute the CRC-32 of the meaning of a checkpoint's bytes, which no other checksum covers.
+
+    It covers one line for each tensor, in the order of names: dtype, shape and entry in `config.json`.
+    """
+    lines = []
+    for name, tensor in sorted(tensors.items()):
+        if (kind := getattr(tensor, "dtype", type(tensor).__name__)) not in _DTYPE_NAMES:
+            raise ValueError(f"{name}: {kind} cannot be stored. Convert it to {', '.join(_DTYPES)}.")
+        lines.append(f"{name} {_DTYPE_NAMES[tensor.dtype]} {','.join(map(str, tensor.shape))} {about.get(name, '')}\n")
+    return checksum(memoryview("".join(lines).encode()))
 
 
-def _divide(groups: list[dict[str, Pending]]) -> list[dict[str, Pending]]:
-    """Fills files in the order of groups; a group larger than a file gets one of its own."""
-    shards: list[dict[str, Pending]] = [{}]
-    filled = 0
-    for group in groups:
-        size = sum(pending.size_bytes for pending in group.values())
-        if shards[-1] and filled + size > MAX_SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1] |= group
-        filled += size
-    return shards
-
-
-def _write_file(path: Path, tensors: dict[str, Pending], described: str, written: Callable[[], None]) -> None:
-    # Wide dtypes first: every tensor then starts at a multiple of its item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    ordered = {name: tensors[name] for name in order}
-    checksums = dict.fromkeys(order, _BLANK)
-    with path.open("wb") as file:
-        # Checksums have a fixed width, so the header can be written again, in place, when they are known.
-        blank = _header_bytes(ordered, checksums, described)
-        check_header(path, len(blank) - 8, sum(pending.size_bytes for pending in tensors.values()))
-        file.write(blank)
-        for name, pending in ordered.items():
-            tensor = pending.make()
-            if tensor.dtype != pending.dtype or tuple(tensor.shape) != pending.shape:
-                raise AssertionError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not what was announced")
-            data = _as_bytes(tensor)
-            checksums[name] = _checksum(data)
-            file.write(data)
-            written()
-        header = _header_bytes(ordered, checksums, described)
-        assert len(header) == len(blank)
-        file.seek(0)
-        file.write(header)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def checksum_metadata(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> dict[str, str]:
-    """What a file's `__metadata__` must say of its tensors, for a writer that is not ours; `about` is what `config.json` says of them."""
-    return _metadata({name: _checksum(_as_bytes(tensor)) for name, tensor in tensors.items()}, description(tensors, about))
-
-
-def _metadata(checksums: dict[str, str], described: str) -> dict[str, str]:
+def metadata(checksums: Mapping[str, str], described: str) -> dict[str, str]:
+    """Make the `__metadata__` of a file from the checksums of its tensors and the `description` of all."""
     return {"edkm": json.dumps({"crc32": checksums, "described": described}, separators=(",", ":"))}
 
 
-def _header_bytes(tensors: dict[str, Pending], checksums: dict[str, str], described: str) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | _metadata(checksums, described)}
-    offset = 0
+def checksum(data: Tensor | memoryview) -> str:
+    """Compute the CRC-32 of bytes, or of a tensor's bytes, as eight hexadecimal digits."""
+    return f"{zlib.crc32(_bytes(data) if isinstance(data, Tensor) else data):08x}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _divide(tensors: Mapping[str, Pending]) -> dict[str, list[str]]:
+    """Fill files in the order of tensors; a tensor larger than a file gets one to itself."""
+    parts: list[list[str]] = [[]]
+    filled = 0
     for name, pending in tensors.items():
-        end = offset + pending.size_bytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[pending.dtype],
-            "shape": list(pending.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        if parts[-1] and filled + pending.size_bytes > MAX_FILE_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += pending.size_bytes
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def _write_file(path: Path, tensors: Mapping[str, Pending], described: str, advance: Callable[[], None]) -> None:
+    # Wide dtypes first: every tensor then starts at a multiple of its item size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    checksums = dict.fromkeys(order, "0" * 8)
+
+    def header() -> bytes:
+        fields: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata(checksums, described)}
+        end = 0
+        for name in order:
+            start, end = end, end + tensors[name].size_bytes
+            fields[name] = {"dtype": _DTYPE_NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        _check_header(path, len(text), end)
+        return len(text).to_bytes(8, "little") + text
+
+    with path.open("wb") as file:
+        file.write(header())
+        for name in order:
+            tensor = tensors[name].make()
+            assert (tensor.dtype, tuple(tensor.shape)) == tensors[name][:2], name
+            data = _bytes(tensor)
+            checksums[name] = checksum(data)
+            file.write(data)
+            advance()
+        file.seek(0)
+        file.write(header())  # of the same length: checksums have a fixed width
+
+
+def _names(weight_map: Mapping[str, str] | None) -> list[str]:
+    return [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
-    """The index's tensor -> file map; None where the checkpoint is a single file."""
+    """Read the index's map from tensors to files; None where the checkpoint is a single file."""
     path = directory / INDEX
     # lexists: a dangling link, or a directory of that name, is an index that cannot be read, not a missing one.
     if not os.path.lexists(path):
@@ -244,41 +222,28 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 
 
 def _opened(path: Path) -> Any:
-    """A safetensors handle; raises FormatError for what is no whole safetensors file, and waits for no pipe."""
+    """Open a whole safetensors file; waits for no pipe."""
     try:
         size = file_bytes(path)
-        if size < 8:  # nor read: what /proc has is regular, empty, and may wait for ever
+        if size < 8:  # nor read: files in /proc are regular and empty, and may wait for ever
             raise FormatError(f"{path}: not a whole safetensors file ({size} bytes). Fetch it again.")
         with path.open("rb") as file:
-            check_header(path, int.from_bytes(file.read(8), "little"), size)
+            _check_header(path, int.from_bytes(file.read(8), "little"), size)
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from error
-    except MemoryError as error:
-        raise FormatError(f"{path}: is too large to be mapped. Fetch it again, or raise the limit of address space.") from error
+    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: too large to be mapped
+        reason = str(error) or "too large for the memory"
+        raise FormatError(f"{path}: not a whole safetensors file ({reason}). Fetch it again.") from error
+
+
+def _check_header(path: Path, header_bytes: int, weights_bytes: int) -> None:
+    if header_bytes > (limit := text_limit(weights_bytes)):
+        raise FormatError(
+            f"{path}: {weights_bytes} bytes of weights have a header of at most {limit} bytes, got {header_bytes}. "
+            "Fetch the file again, or join its small tensors."
+        )
 
 
 def _header(path: Path, handle: Any) -> dict[str, Stored]:
-    checksums, described = _checksums(path, handle)
-    found = {}
-    for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-        piece = handle.get_slice(name)
-        dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
-        if not name.isprintable():
-            raise FormatError(f"{path}: {name}: a name must be printable. Fetch the file again.")
-        if dtype not in _DTYPES:
-            raise FormatError(f"{path}: {name}: dtype {dtype} is unknown. Use a newer edkm.")
-        if not addressable(shape):
-            raise FormatError(f"{path}: {name}: shape {show(list(shape))} is too large for a tensor. Fetch the file again.")
-        found[name] = Stored(path.name, _DTYPES[dtype], shape, _loader(path, handle, name, checksums.get(name)), described)
-    # transformers writes the checksums of all into each file.
-    if odd := found.keys() - checksums.keys():
-        raise FormatError(f"{path}: {min(odd)} has no checksum. Fetch the file again.")
-    return found
-
-
-def _checksums(path: Path, handle: Any) -> tuple[dict[str, int], str | None]:
-    """The checksums of the tensors by name, and that of their description, which older files lack."""
     try:
         fields = parse_json((handle.metadata() or {})["edkm"])
         checksums = {name: int(value, 16) for name, value in fields.pop("crc32").items()}
@@ -287,40 +252,30 @@ def _checksums(path: Path, handle: Any) -> tuple[dict[str, int], str | None]:
         raise FormatError(f"{path}: has no edkm checksums in its metadata. Save the model with edkm.") from error
     if fields:
         raise FormatError(f"{path}: its edkm metadata has unknown fields {show(sorted(fields))}. Use a newer edkm.")
-    return checksums, described
+    found = {}
+    for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+        piece = handle.get_slice(name)
+        dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
+        if not name.isprintable():
+            raise FormatError(f"{path}: {name}: a name must be printable. Fetch the file again.")
+        if dtype not in _DTYPES:
+            raise FormatError(f"{path}: {name}: dtype {dtype} is unknown. Use a newer edkm.")
+        if name not in checksums:  # there may be more of them: transformers writes those of all tensors into each file
+            raise FormatError(f"{path}: {name} has no checksum. Fetch the file again.")
+        found[name] = Stored(path.name, _DTYPES[dtype], shape, _loader(path, handle, name, checksums[name]), described)
+    return found
 
 
-def addressable(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of this shape has a place: torch counts elements and strides in 63 bits, and at most 64 dimensions."""
-    return len(shape) <= 64 and all(length < 1 << 63 for length in shape) and math.prod(max(length, 1) for length in shape) < 1 << 63
-
-
-def description(tensors: Mapping[str, Pending | Stored | Tensor], about: Mapping[str, str]) -> str:
-    """CRC-32 over what gives the bytes of a checkpoint their meaning and is in no other checksum: one line for each tensor, in
-    the order of names, with its dtype, its shape and what `config.json` says of it."""
-    lines = []
-    for name, tensor in sorted(tensors.items()):
-        if (kind := getattr(tensor, "dtype", type(tensor).__name__)) not in _DTYPE_NAMES:
-            raise ValueError(f"{name}: {kind} cannot be stored. Convert it to {', '.join(_DTYPES)}.")
-        lines.append(f"{name} {_DTYPE_NAMES[tensor.dtype]} {','.join(map(str, tensor.shape))} {about.get(name, '')}\n")
-    return _checksum(memoryview("".join(lines).encode()))
-
-
-def _loader(path: Path, handle: Any, name: str, checksum: int | None) -> Callable[[], Tensor]:
+def _loader(path: Path, handle: Any, name: str, expected: int) -> Callable[[], Tensor]:
     def load() -> Tensor:
-        tensor = handle.get_tensor(name)
+        try:
+            tensor = handle.get_tensor(name)
+        except Exception as error:  # a shape that torch does not have
+            raise FormatError(f"{path}: {name}: cannot be read ({error}). Fetch the file again.") from error
         # A copy, since this may be a view of the file; of bytes, since copying booleans repairs damage.
         data = tensor.reshape(-1).view(torch.uint8).clone()
-        if int(_checksum(_as_bytes(data)), 16) != checksum:
+        if int(checksum(data), 16) != expected:
             raise FormatError(f"{path}: {name}: the bytes do not have their checksum. Fetch the file again.")
         return data.view(tensor.dtype).view(tensor.shape)
 
     return load
-
-
-def _as_bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _checksum(data: memoryview) -> str:
-    return f"{zlib.crc32(data):08x}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edkm.compressed.savable import check_savable
+from edkm.compressed.pretrained import check_savable
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen, as_matrix
 from edkm.core.op import choose_backend

@@ -26,7 +26,7 @@ from edkm.compressed.coreml.stored import Constant, read_constants
 from edkm.compressed.coreml.weights import PRECISIONS, dense, width
 from edkm.compressed.entries import LUT_SUFFIX, Entry, read_entries
 from edkm.compressed.packing import pack_indices, unpack_indices
-from edkm.compressed.weightfiles import open_shards
+from edkm.compressed.weightfiles import open_files
 
 LEAST_COSINE = 0.9999
 # A device rounds in its own way: what is wrong is far below this, what is rounded above.
@@ -73,7 +73,7 @@ def check_tensors(package: Path, directory: Path, rope: dict[str, Tensor], preci
     """
     constants = read_constants(package)
     entries = read_entries(directory)
-    with open_shards(directory) as stored:
+    with open_files(directory) as stored:
         names = [name for name in stored if name.removesuffix(LUT_SUFFIX) not in entries or name in entries]
         for name in names:
             found = constants.get(tensor_name(name), {})

@@ -79,7 +79,7 @@ def export(
     _check_options(out, precision, kv_cache, fixed, overwrite)
     with checkpoint.open_items(directory) as items, progress("export", 4, "parts") as advance:
         # The model first: no remedy for a tensor helps where the architecture does not fit.
-        arch = architecture(directory, model_config(directory, {name: item.shape for name, item in items.items()}), set(items), context)
+        arch = architecture(directory, model_config(directory), set(items), context)
         widened = weights.check_stored(read_entries(directory), items, widen=widen)
         rope, tokens, expected = _reference(directory, arch, arch.context if fixed else min(arch.context, _CHECKED_TOKENS))
         advance(note="writing")
