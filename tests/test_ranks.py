@@ -16,7 +16,7 @@ import torch
 import edkm
 from edkm.cli import main
 from edkm.compressed.checkpoint import read
-from edkm.report import record
+from edkm import metrics
 
 RECORDS = [{"instruction": f"question {i} fox", "output": f"the answer {i} is a quick dog over {i * i} lazy foxes"} for i in range(60)]
 # The 8-bit tables of a vocabulary this small have centroids next to nothing, where rounding errors are all that moves them.
@@ -88,7 +88,7 @@ def arguments(tiny_dir, folder, out, ranks, *options, steps=6):
 
 def losses_in(out):
     """Of every step, as the run recorded them."""
-    return [loss for series in record.read(out)["losses"] for _, loss in series["points"]]
+    return [loss for series in metrics.read(out)[0]["losses"] for _, loss in series["points"]]
 
 
 class Run:
@@ -151,9 +151,9 @@ def test_ranks_make_the_model_of_one_process(alone, tiny_dir, tmp_path, ranks, o
     assert_same_model(alone[1], tmp_path / "out")
     # One rank speaks for all, and nothing of the run is left behind.
     assert "clustered" not in run.text(1) and not (tmp_path / "out" / "training").exists()
-    ours, theirs = (record.read(out) for out in (tmp_path / "out", alone[1]))
+    ours, theirs = (metrics.read(out)[0] for out in (tmp_path / "out", alone[1]))
     assert ours["settings"]["processes"] == ranks and (tmp_path / "out" / "report.html").is_file()
-    for one, other in zip(ours["layers"], theirs["layers"], strict=True):
+    for one, other in zip(ours["histograms"], theirs["histograms"], strict=True):
         assert (one["name"], one["panels"][0]) == (other["name"], other["panels"][0])
         for mine, its in zip(one["panels"][1:], other["panels"][1:], strict=True):
             assert sum(abs(a - b) for a, b in zip(mine["counts"], its["counts"], strict=True)) <= 0.02 * sum(its["counts"])

@@ -20,7 +20,6 @@ from ._version import __version__
 from .compressed.coreml.command import add_export
 from .compressed.jsonfile import dumps, printable
 from .progress import progress, say, shown
-from .report.command import add_report
 from .textfile import read_text
 from .train.command import add_compress, check_output
 
@@ -71,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add_compress(subparsers, _command, _perplexity)
     for add in (_add_generate, _add_eval, _add_inspect):
         add(subparsers)
-    add_report(subparsers, _command)
+    _add_report(subparsers)
     add_export(subparsers, _command)
     _add_unpack(subparsers)
     return parser
@@ -251,6 +250,7 @@ def _add_inspect(subparsers: Any) -> None:
 
 def _run_inspect(args: argparse.Namespace) -> int:
     from .compressed import checkpoint
+    from .metrics import summary_lines
     from .modelfiles import packed_directory
 
     directory = packed_directory(args.directory)
@@ -259,23 +259,17 @@ def _run_inspect(args: argparse.Namespace) -> int:
         print(dumps(summary))
     else:
         print(_summary_table(summary))
-        print(_told(directory), end="")
+        for line in summary_lines(directory):
+            print(printable(line))
     return 0
-
-
-def _told(directory: Path) -> str:
-    """What was recorded of the run, as lines after the totals; nothing if nothing was."""
-    from .report.record import in_words
-
-    return "".join(f"{printable(line)}\n" for line in in_words(directory))
 
 
 def _summary_table(summary: dict[str, Any]) -> str:
     """The dictionary of `checkpoint.summary` as aligned columns, one line a tensor, layer 10 after layer 9, totals last."""
-    from .report.subject import in_order
+    from .report import natural_order
 
     rows = [("tensor", "shape", "bits", "dim", "tables", "bytes", "bits/weight", "error")]
-    for row in sorted(summary["tensors"], key=lambda row: in_order(row["name"])):
+    for row in sorted(summary["tensors"], key=lambda row: natural_order(row["name"])):
         shape = "x".join(map(str, row["shape"]))
         counts = [f"{row[key]:,}" for key in ("bits", "dim", "luts", "stored_bytes")]
         rows.append((row["name"], shape, *counts, f"{row['bits_per_weight']:.3f}", f"{row['error']:.3e}"))
@@ -297,6 +291,33 @@ def _summary_table(summary: dict[str, Any]) -> str:
 
 def _bits(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f} bits per weight"
+
+
+def _add_report(subparsers: Any) -> None:
+    parser = _command(
+        subparsers,
+        "report",
+        _run_report,
+        text="Show a packed model on one page: sizes, quality, training, layers, weights and their tables.\n\n"
+        "The page is one HTML file that loads nothing. The numbers of the run are read from metrics.json in DIR.\n"
+        "--eval adds the results of `edkm eval --json`, of this model or of others. Needs pip install 'edkm[report]'.",
+        example="edkm report ./packed --against ./packed2 --out report.html",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a directory packed by edkm, or its hub id")
+    parser.add_argument("--against", metavar="OTHER", type=Path, help="another packed directory or a dense one, to compare with")
+    parser.add_argument("--eval", action="append", default=[], metavar="FILE", type=Path, help="results of edkm eval --json (repeatable)")
+    parser.add_argument("--out", default=Path("report.html"), metavar="FILE", type=Path, help="the page to write (report.html)")
+
+
+def _run_report(args: argparse.Namespace) -> int:
+    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: name a file in a directory that exists")
+    from .modelfiles import packed_directory
+    from .report import page
+
+    args.out.write_text(page(packed_directory(args.directory), args.against, args.eval), encoding="utf-8")
+    print(f"wrote {args.out}")
+    return 0
 
 
 def _add_unpack(subparsers: Any) -> None:

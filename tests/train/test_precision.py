@@ -320,7 +320,7 @@ def test_the_compressed_model_in_a_fresh_process(tiny_dir, tmp_path, autocast):
     assert (
         main(["compress", str(tiny_dir), "--data", str(data), "--out", str(out), "--precision", "bf16" if autocast else "fp32", *more]) == 0
     )
-    trained = next(s for s in json.loads((out / "edkm_report.json").read_text())["scores"] if s["model"] == "packed")
+    trained = next(s for s in json.loads((out / "metrics.json").read_text())["perplexities"] if s["model"] == "packed")
     script = (
         "import sys, edkm.evaluate, edkm.models\n"
         "model, tokenizer = edkm.models.load_model(sys.argv[1])\n"

@@ -24,8 +24,8 @@ from edkm.core.assign import LUT_DTYPE, Frozen, Later
 QUANT_METHOD = "edkm"
 FORMAT_VERSION = 2
 LUT_SUFFIX = "_lut"
-# Beside the weights and not of the model: the record of a run, for its report.
-RECORD = "edkm_report.json"
+# The numbers of the run that made the weights; not part of the model. See edkm.metrics.
+RECORD = "metrics.json"
 CONFIG_KEYS = {"quant_method", "format_version", "settings", "tensors"}
 
 

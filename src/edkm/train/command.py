@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..metrics import Recorder
 from ..progress import progress, say, shown
 from .presets import DEFAULT, PRESETS, plain_steps_of
-from .record import Recorder, said_of
 from .stages import check_directory, fingerprint, load_weights, prepare_on, save_weights, write
 
 # torch and transformers are imported when a command runs: see cli.py.
@@ -234,9 +234,9 @@ def _run(args: argparse.Namespace) -> int:
         # What is not finite before any training is no matter of the learning rate.
         with shown(False):
             calibrate(model, [{"input_ids": blocks[0]["input_ids"].unsqueeze(0).to(next(model.parameters()).device)}])
-    recorder = Recorder(work / "record.json", args, said_of(args, blocks, settings, plain_steps))
+    recorder = Recorder(work / "metrics.json", _run_settings(args, blocks, settings, plain_steps))
     recorder.keep(model, config)
-    recorder.measure("original", model, tokenizer, text)
+    _measure(recorder, "original", model, tokenizer, text, args)
     if plain_steps:
         plain = work / "plain.pt"
         if not _fine_tune(model, blocks, replace(settings, steps=plain_steps, distill=0.0), plain, recorder):
@@ -389,20 +389,55 @@ def _compress(args, model, tokenizer, blocks, config, settings, recorder, text) 
         distributed.run_on_rank0(lambda: copy_companions(model_files(args.model), args.out))
     write(args.out, model, tokenizer, config)
     recorder.phase("writing", time.perf_counter() - began)
-    recorder.measure("packed", model, tokenizer, text)
+    _measure(recorder, "packed", model, tokenizer, text, args)
     distributed.run_on_rank0(lambda: _finish(recorder, args.out, work))
     from ..compressed.checkpoint import summary
-    from ..report.record import PAGE
+    from ..metrics import PAGE, RECORD
 
     totals = summary(args.out)
+    shown_in = next(path for path in (args.out / PAGE, args.out / RECORD) if path.is_file())
     text = args.eval_text or "TEXT_FILE"
     print(
         f"wrote {args.out}: {totals['file_bytes'] / 1e6:.1f} MB, {totals['bits_per_weight']:.2f} bits per weight "
-        f"(16-bit model: {totals['bytes_in_16_bits'] / 1e6:.1f} MB); {args.out / PAGE} shows it\n"
+        f"(16-bit model: {totals['bytes_in_16_bits'] / 1e6:.1f} MB); {shown_in} shows it\n"
         + what_next(["generate", args.out, "Who are you?"], ["eval", args.out, "--text", text], ["inspect", args.out])
         + f'\nor in Python: import edkm; model = transformers.AutoModelForCausalLM.from_pretrained("{args.out}")'
     )
     return 0
+
+
+def _measure(recorder: Recorder, name: str, model: Any, tokenizer: Any, text: str | None, args: argparse.Namespace) -> None:
+    """Record the perplexity of a model, if a text was given; on all ranks, each of which may hold a part of the model."""
+    if text is None or recorder.measured(name):
+        return
+    found = args.perplexity(model, tokenizer, text, window=args.block_tokens)
+    recorder.measure(name, {"text": args.eval_text.name, **found})
+    print(f"perplexity of {args.eval_text.name}, {name}: {found['perplexity']:.2f}", flush=True)
+
+
+def _run_settings(args: Any, blocks: Any, settings: Any, plain_steps: int) -> dict[str, Any]:
+    """Describe a run for its report: names to words and numbers."""
+    from . import distributed
+    from .loop import resolve_precision
+
+    return {
+        "model": args.model,
+        "preset": args.preset,
+        "start": args.start,
+        "bits a linear weight asked for": args.target_bpw,
+        "optimizer steps": settings.steps,
+        "of these plain": plain_steps,
+        "peak learning rate": args.lr,
+        "tokens per step": settings.blocks_per_step * blocks.block_tokens,
+        "tokens per block": blocks.block_tokens,
+        "precision": resolve_precision(args.precision),
+        "distillation": args.distill,
+        "seed": args.seed,
+        "processes": distributed.world_size(),
+        "data": args.data.name,
+        "examples": blocks.examples,
+        "tokens trained on": blocks.trained_tokens,
+    }
 
 
 def _finish(recorder: Recorder, out: Path, work: Path) -> None:

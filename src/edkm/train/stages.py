@@ -110,7 +110,7 @@ def write(out: Path, model: Any, tokenizer: Any, config: Any) -> None:
     from ..compressed.entries import RECORD
     from ..compressed.jsonfile import write_json
     from ..compressed.pretrained import is_transformers
-    from ..report.record import PAGE
+    from ..metrics import PAGE
     from . import distributed
     from .prepare import freeze, unclustered
 

@@ -1,0 +1,396 @@
+"""What is guaranteed of `metrics.json` and of the report.
+
+1. `edkm compress` leaves the settings, sizes, losses, times, peaks and perplexities of the run in `metrics.json`, which is strict JSON.
+2. Its perplexities are those of `edkm eval`; its histograms are of the original, the fitted and the packed weights.
+3. An interrupted run that is resumed has one record; a run that died makes it "partial"; a training that diverged is an error.
+4. Numbers that are not finite are kept, and reported as such.
+5. Metrics that cannot be read, or are of other weights, prevent neither report, inspect nor loading: the reason is shown.
+6. The page shows the figures of the files, needs nothing else, and nothing in a file becomes markup or breaks it.
+7. Two models are compared, and results of `edkm eval --json` are added.
+8. Without the extra `report` the numbers are written, and the user is told how to have the page.
+"""
+
+import base64
+import json
+import math
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+import edkm
+from edkm import charts, metrics
+from edkm.cli import main
+from edkm.compressed import pretrained
+from edkm.compressed.checkpoint import read as read_packed
+from edkm.compressed.checkpoint import summary
+from edkm.metrics import BINS, REACH, Recorder, chosen, describe
+from edkm.report import duration, memory, number, page, place_of
+
+EVIL = "<script>alert('x')</script>&\"$x_1$"
+RECORDS = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 40)]
+
+
+def arguments(tiny_dir, places, out, *more):
+    return ["compress", str(tiny_dir), "--data", str(places / "train.json"), "--out", str(out), "--block-tokens", "64", *more]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, tiny_dir):
+    """Data, a held-out text, and a recorded run in `packed`. Shared: do not write there."""
+    root = tmp_path_factory.mktemp("report")
+    text = root / "held <out>.txt"
+    (root / "train.json").write_text(json.dumps(RECORDS))
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 12)
+    assert main(arguments(tiny_dir, root, root / "packed", "--steps", "8", "--lr", "1e-3", "--eval-text", str(text))) == 0
+    return root
+
+
+@pytest.fixture
+def copy(places, tmp_path):
+    """The recorded directory, to be changed."""
+    return shutil.copytree(places / "packed", tmp_path / "copy")
+
+
+def change(directory, name, spoil):
+    """Change a JSON file of a directory in place."""
+    content = json.loads((directory / name).read_text())
+    spoil(content)
+    (directory / name).write_text(json.dumps(content))
+
+
+def words_of(html):
+    """The text of a page, one piece a line."""
+    return re.sub(r"\n\s*\n+", "\n", re.sub(r"<[^>]+>", "\n", re.sub(r"<style>.*?</style>", "", html, flags=re.S)))
+
+
+def pictures_of(html):
+    """The words of every picture, which must be whole XML."""
+    found = [ElementTree.fromstring(base64.b64decode(data)) for data in re.findall(r'src="data:image/svg\+xml;base64,([^"]*)"', html)]
+    return [" ".join(element.text or "" for element in picture.iter() if element.tag.endswith("text")) for picture in found]
+
+
+def test_compress_leaves_metrics_and_a_page(places, tiny_dir):
+    packed = places / "packed"
+    content = json.loads((packed / "metrics.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    found, reason = metrics.read(packed)
+    assert content.keys() == found.keys() == metrics._SHAPE.keys() and reason == ""
+    assert found["model"] == tiny_dir.name and found["lost_runs"] == 0
+    assert {"clustered training", "writing"} < {phase["name"] for phase in found["phases"]}
+    assert all(phase["seconds"] > 0 and phase["peak_mib"] > 50 for phase in found["phases"])
+    plain, clustered = found["losses"]
+    assert plain["first_step"] == 0 and clustered["first_step"] == plain["points"][-1][0] > 0
+    assert clustered["first_step"] + clustered["points"][-1][0] == 8
+    assert [(s["model"], s["text"]) for s in found["perplexities"]] == [("original", "held <out>.txt"), ("packed", "held <out>.txt")]
+    assert found["sizes"] == {key: summary(packed)[key] for key in metrics._SIZES}
+    assert (packed / "report.html").read_text() == page(packed)
+    assert not (packed / "training").exists()
+
+
+def test_perplexities_are_those_of_eval(places, tiny_dir, capsys):
+    for score, model in zip(metrics.read(places / "packed")[0]["perplexities"], (tiny_dir, places / "packed"), strict=True):
+        capsys.readouterr()
+        assert main(["eval", str(model), "--text", str(places / "held <out>.txt"), "--window", "64", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(score["perplexity"], rel=1e-6)
+
+
+def test_histograms_are_of_the_weights_before_and_after(places, tiny_dir):
+    from edkm.models import load_model
+
+    original = dict(load_model(tiny_dir)[0].named_parameters())
+    packed = read_packed(places / "packed").frozen
+    histograms = metrics.read(places / "packed")[0]["histograms"]
+    assert len(histograms) == 4 and len({h["name"].split(".", 3)[3] for h in histograms}) == 4
+    for h in histograms:
+        assert [panel["when"] for panel in h["panels"]] == ["original", "fitted", "trained"]
+        lut = packed[h["name"]].lut
+        assert h["tables"] == len(lut)
+        before, fitted, trained = h["panels"]
+        assert before["centroids"] == [] and before["counts"] == describe(original[h["name"]].bfloat16(), len(lut))["counts"]
+        for panel in (before, fitted, trained):
+            assert sum(panel["counts"]) + panel["outside"] == math.prod(packed[h["name"]].shape)
+        assert fitted["counts"] != before["counts"] and trained["counts"] != fitted["counts"]
+        assert len(fitted["centroids"]) == len(trained["centroids"]) == lut.shape[1]
+
+
+def test_a_histogram_is_in_units_of_each_table():
+    weight = torch.cat([torch.tensor([[1.0, -1.0, 1.0, -1.0]]), torch.tensor([[100.0, -100.0, 100.0, -100.0]])])
+    lut = torch.tensor([[[-1.0], [1.0]], [[-100.0], [50.0]]]).half()
+    found = describe(weight, 2, lut)
+    bins = {i: count for i, count in enumerate(found["counts"]) if count}
+    assert sum(bins.values()) == 8 and len(bins) == 2 and found["outside"] == 0
+    assert sorted(round(-REACH + (i + 0.5) * 2 * REACH / BINS) for i in bins) == [-1, 1]
+    assert found["centroids"] == [[-1.0, -1.0, -1.0], [0.625, 0.75, 0.875]]
+    assert describe(weight, 1, torch.zeros(1, 4, 2))["centroids"] == []  # vectors
+    wide = torch.zeros(1, 1000)
+    wide[0, :2] = torch.tensor([30.0, -30.0])
+    assert describe(wide, 1)["outside"] == 2
+
+
+def test_drawn_weights_are_of_several_kinds_and_depths():
+    names = [f"model.layers.{i}.{kind}.weight" for i in range(30) for kind in ("q", "k", "v", "o", "gate", "up", "down")]
+    expected = ["0.q", "10.v", "19.gate", "29.down"]
+    assert chosen(names) == [f"model.layers.{name}.weight" for name in expected]
+    assert chosen(["0.weight", "2.weight"]) == ["0.weight", "2.weight"] and chosen(["fc.weight"]) == ["fc.weight"] and chosen([]) == []
+
+
+def test_every_weight_has_one_place():
+    names = [
+        "model.visual.blocks.3.mlp.gate_proj.weight",
+        "model.language_model.layers.3.mlp.gate_proj.weight",
+        "encoder.block.3.layer.0.SelfAttention.q.weight",
+        "decoder.block.3.layer.0.SelfAttention.q.weight",
+        "h.3.mlp.0.weight",
+        "h.3.mlp.2.weight",
+    ]
+    assert len({place_of(name) for name in names}) == len(names)
+    assert place_of("model.layers.3.mlp.experts.7.up_proj.weight") == (3, "model.layers.mlp.experts.up_proj")
+    assert place_of("3.weight") == (3, "weight") and place_of("lm_head.weight") is None
+
+
+def test_a_resumed_run_has_one_record(tmp_path):
+    path = tmp_path / "metrics.json"
+    first = Recorder(path, {"model": "some/model", "lr": 1.0})
+    first.phase("fine-tuning", 2.0)
+    first.losses("fine-tuning", 0, [(1, 3.0)], interrupted=True)
+    second = Recorder(path, {"model": "some/model", "lr": 1.0})
+    second.measure("original", {"text": "a.txt", "perplexity": math.inf})
+    second.phase("fine-tuning", 1.0)
+    second.losses("fine-tuning", 0, [(1, 3.0), (2, math.nan)], interrupted=False)
+    third = Recorder(path, {"model": "some/model", "lr": 1.0})  # the second ended without saying that it was interrupted
+    assert second.content["lost_runs"] == 0 and third.content["lost_runs"] == 1 and third.measured("original")
+    assert third.content["model"] == "model" and not third.measured("packed")
+    assert third.content["phases"][0]["seconds"] == 3.0 and len(third.content["losses"]) == 1
+    assert json.loads(path.read_text())["losses"][0]["points"] == [[1, 3.0], [2, "nan"]]
+    assert not Recorder(tmp_path / "none" / "metrics.json", {"model": "m"}).path.exists()
+
+
+def test_a_training_that_diverged_is_an_error(places, tiny_dir, tmp_path, monkeypatch, capsys):
+    from transformers import LlamaForCausalLM
+
+    forward, steps = LlamaForCausalLM.forward, []
+
+    def spoilt(self, *args, **options):
+        found = forward(self, *args, **options)
+        if self.training:
+            steps.append(1)
+        if self.training and len(steps) > 2 and found.loss is not None:
+            found.loss = found.loss * math.nan
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", spoilt)
+    assert main(arguments(tiny_dir, places, tmp_path / "out", "--steps", "4")) == 1
+    assert "the training diverged, its last loss is nan" in capsys.readouterr().err
+    losses = json.loads((tmp_path / "out" / "training" / "metrics.json").read_text())["losses"]
+    assert losses[0]["points"][-1][1] == "nan"
+
+
+def test_metrics_go_when_their_weights_are_replaced(copy, tiny_model):
+    edkm.prepare(tiny_model, edkm.ClusterConfig())
+    edkm.save(tiny_model, copy)
+    assert metrics.read(copy) == (None, "no metrics.json here; edkm compress writes one") and not (copy / metrics.PAGE).exists()
+
+
+def test_other_readers_ignore_metrics(places, tmp_path):
+    pretrained.load(places / "packed")
+    pretrained.unpack(places / "packed", tmp_path / "dense")
+    left = {path.name for path in (tmp_path / "dense").iterdir()}
+    assert "tokenizer.json" in left and not left & {"metrics.json", "report.html"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda c: c.pop("phases"), "phases is missing"),
+        (lambda c: c.update(extra=1), "extra is unknown"),
+        (lambda c: c.update(metrics_version=2), "is of version 2, this edkm reads 1"),
+        (lambda c: c["phases"][1].update(seconds="long"), "phases: 1: seconds: expected float, got 'long'"),
+        (lambda c: c["histograms"][0]["panels"][0]["counts"].append(-1), "expected int, got -1"),
+        (lambda c: c.update(histograms={}), "histograms: expected a list, got {}"),
+        (lambda c: c["phases"][0].update(seconds=10**400), "phases: 0: seconds: expected float, got 1000"),
+        (lambda c: c["perplexities"].append({"model": "packed"}), "perplexities: 2: nll is missing"),
+        (lambda c: c["settings"].update(a=[1]), "settings: a: expected str, int, float, bool, None, got [1]"),
+        (lambda c: c.update(weights="0" * 64), "belongs to other weights"),
+        (lambda c: c.update({"\x1b[2J": 1}), "\\x1b[2J is unknown"),
+    ],
+)
+def test_metrics_that_cannot_be_read_are_explained(copy, spoil, reason, capsys):
+    change(copy, "metrics.json", spoil)
+    assert reason in metrics.read(copy)[1].replace("\x1b", "\\x1b")
+    assert main(["inspect", str(copy)]) == 0
+    printed = capsys.readouterr().out
+    assert "run        not shown: metrics.json" in printed and reason in printed and printed.replace("\n", "").isprintable()
+    assert "were not recorded: metrics.json" in page(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"metrics_version": 1, "x": NaN}', "[" * 100_000])
+def test_metrics_that_are_no_json_are_explained(copy, text, capsys):
+    (copy / "metrics.json").write_text(text)
+    assert main(["inspect", str(copy)]) == 0
+    assert re.search(r"not shown: .*metrics\.json: ", capsys.readouterr().out)
+    pretrained.load(copy)
+
+
+def test_odd_numbers_do_not_break_the_page(copy):
+    def spoil(content):
+        content["phases"][0].update(seconds="inf", peak_mib="nan", peak_gpu_mib=-1)
+        content["losses"][0].update(points=[[1, 1.7e308], [2, -1.7e308], ["inf", 2.0], [3, "nan"], [4, 2.0], [5]])
+        content["histograms"][0]["panels"][0].update(counts=[])
+        content["histograms"][0]["panels"][1].update(centroids=[[1.0], [], [2, 3, 4, 1e300]])
+        content["perplexities"][0].update(perplexity="inf", tokens=2**60)
+        content["settings"] = {}
+
+    change(copy, "metrics.json", spoil)
+    html = page(copy)
+    assert "4 of the losses are not finite" in html and "\ninf\n" in words_of(html)
+    assert all("nan" not in picture for picture in pictures_of(html))
+    assert duration(math.inf) == memory(math.nan) == number(math.nan) == number(None) == "—"
+    assert charts.losses([]) == charts.heat([], "bits") == charts.heat([("a", {})], "bits") == charts.histogram({}) == ""
+
+
+def test_figures_are_those_of_the_files(places):
+    packed = places / "packed"
+    totals, html = summary(packed), page(packed)
+    words = words_of(html)
+    assert f"\n{totals['file_bytes'] / 1e6:,.1f} MB\n" in words and f"{totals['bytes_in_16_bits'] / 1e6:,.1f} MB in 16 bits" in words
+    assert f"{totals['bytes_in_16_bits'] / totals['file_bytes']:.2f} times smaller" in words
+    assert f"\n{totals['bits_per_weight']:.2f}\n{totals['clustered_bits_per_weight']:.2f} in linear\nlayers" in words
+    for tensor in totals["tensors"]:
+        at = words.index(f"\n{tensor['name']}\n")
+        row = words[at : at + 300].split("\n")
+        assert f"{tensor['stored_bytes']:,}" in row and f"{tensor['error']:.2e}" in row
+    found = metrics.read(packed)[0]
+    for score in found["perplexities"]:
+        assert f"\n{score['perplexity']:,.3f}\n" in words and f"{score['perplexity']:,.2f}" in words
+    for phase in found["phases"]:
+        assert f"\n{phase['name']}\n{duration(phase['seconds'])}\n" in words
+    losses, bits, errors, *histograms = pictures_of(html)
+    assert all(series["name"] in losses for series in found["losses"]) and "bits per weight" in bits and "error" in errors
+    assert len(histograms) == 4 and all("after training: packed tables" in picture for picture in histograms)
+
+
+def test_the_page_reports_numbers_that_were_not_recorded(packed_dir):
+    words = words_of(page(packed_dir))
+    assert "Losses, time and memory were not recorded: no metrics.json here" in words and "not measured" in words
+    assert "The weights before packing were not recorded" in words and "Perplexity was not measured. To add it: edkm eval" in words
+    assert "packed values and tables" in pictures_of(page(packed_dir))[-1]
+
+
+def test_without_training_the_page_says_so(places, tiny_dir, tmp_path):
+    assert main(arguments(tiny_dir, places, tmp_path / "out", "--steps", "0")) == 0
+    assert "There was no training" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_nothing_in_a_file_becomes_markup(copy):
+    def spoil(content):
+        content |= {"model": EVIL, "settings": {EVIL: EVIL}}
+        content["phases"][0]["name"] = content["losses"][0]["name"] = content["histograms"][0]["name"] = EVIL
+        content["perplexities"][0] |= {"text": EVIL, "model": EVIL}
+
+    def spoil_config(config):
+        config |= {"architectures": [EVIL], "hidden_size": EVIL}
+        config["quantization_config"]["settings"] = {EVIL: EVIL}
+
+    change(copy, "metrics.json", spoil)
+    change(copy, "config.json", spoil_config)
+    html = page(copy)
+    assert "<script" not in html and "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&amp;&#34;" in html
+    assert EVIL in pictures_of(html)[0]  # whole, and no formula
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "shown"),
+    [
+        ({"architectures": [1]}, {}, "\n1, "),
+        ({"architectures": None, "model_type": None}, {}, "\nunknown architecture, "),
+        ({"text_config": "x"}, {}, "\nhidden size\n64\n"),
+        ({"hidden_size": {"a": 10**400}}, {}, "\nhidden size\n{&#39;a&#39;: 1000"),
+        ({}, {"overrides": 5, "skip": {"a": 1}}, "\nskip\n{&#39;a&#39;: 1}"),
+        ({"architectures": ["half of \ud800"]}, {"half of \udfff": 1}, "\nhalf of \\ud800, "),
+    ],
+)
+def test_a_config_may_have_any_values(copy, config, settings, shown):
+    content = json.loads((copy / "config.json").read_text()) | config
+    content["quantization_config"]["settings"] |= settings
+    (copy / "config.json").write_text(json.dumps(content))
+    assert main(["report", str(copy), "--out", str(copy / "page.html")]) == 0
+    assert shown in words_of((copy / "page.html").read_text())
+
+
+def test_the_page_needs_nothing_else(places):
+    html = page(places / "packed")
+    addresses = re.findall(r"""(?:src|href|action|srcset|data)\s*=\s*["']?([^"'\s>]*)""", html)
+    assert len(addresses) == 8 and all(address.startswith("data:") for address in addresses)
+    assert not re.search(r"url\(|@import|<script|<iframe|<object|\son\w+=|https?://", html) and "default-src 'none'" in html
+
+
+def test_two_models_are_compared(places, tiny_dir, packed_dir, tmp_path, capsys):
+    packed = places / "packed"
+    assert main(["report", str(packed), "--against", str(packed_dir), "--out", str(tmp_path / "page.html")]) == 0
+    words = words_of((tmp_path / "page.html").read_text())
+    totals = [summary(packed), summary(packed_dir)]
+    for row, field in (("Bits per weight, over all", "bits_per_weight"), ("Bits per weight, linear layers", "clustered_bits_per_weight")):
+        assert f"\n{row}\n{totals[0][field]:.3f}\n{totals[1][field]:.3f}\n" in words
+    assert f"{packed_dir.name}: nothing recorded: no metrics.json here" in words
+    dense = words_of(page(packed, tiny_dir))
+    assert f"{sum(path.stat().st_size for path in tiny_dir.glob('*.safetensors')) / 1e6:.1f} MB" in dense
+    both = page(packed, packed)
+    assert f"{tiny_dir.name} ({packed})" in both and words_of(both).count("\noriginal\n") == 1
+    assert pictures_of(both)[0].count("clustered training") == 2
+
+
+def test_results_of_eval_are_added(places, tiny_dir, tmp_path, capsys):
+    score = {"text": "a.txt", "perplexity": 12.5, "nll": 2.5, "tokens": 100, "windows": 2, "window": 51, "stride": 51}
+    task = {"items": 100, "accuracy": 0.5, "accuracy_stderr": 0.05, "normalised_accuracy": "nan", "normalised_accuracy_stderr": "nan"}
+    means = {"accuracy": 0.5, "normalised_accuracy": "nan"}
+    packed = str(places / "packed")
+    contents = [{"model": packed, **score, "perplexity": 14.25}, {"model": "org/control", **score, "perplexity": 11.75}]
+    contents.append({"model": packed, "limit": 100, "tasks": {"arc_easy": {**task, "other": {}}}, "mean": means})
+    files = [tmp_path / f"{i}.json" for i in range(len(contents))]
+    for file, content in zip(files, contents):
+        file.write_text(json.dumps(content))
+    words = words_of(page(places / "packed", scores=files))
+    assert "\n14.250\n" in words and "\ncontrol\n" in words and "\n11.750\n" in words and "0.5000 ± 0.0500" in words
+    files[0].write_text('{"model": 3}')
+    assert main(["report", packed, "--eval", str(files[0]), "--out", str(tmp_path / "page.html")]) == 1
+    assert "0.json: is not a file of edkm eval --json (nll is missing)" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_not_packed_is_refused(tiny_dir, places, tmp_path, capsys):
+    for given, more, message in (
+        (tiny_dir, (), "is not packed by edkm"),
+        (tmp_path, (), "has no config.json"),
+        (places / "packed", ("--against", str(tmp_path)), "has no config.json"),
+        (places / "packed", ("--eval", str(tmp_path / "none.json")), "none.json"),
+        (places / "packed", ("--out", str(tmp_path / "no" / "page.html")), "name a file in a directory that exists"),
+    ):
+        assert main(["report", str(given), "--out", str(tmp_path / "page.html"), *more]) == 1
+        assert message in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    assert main(["report", str(places / "packed"), "--against", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 1
+    assert "is quantized by 'gptq'" in capsys.readouterr().err
+
+
+def test_inspect_summarizes_the_run(copy, packed_dir, capsys):
+    change(copy, "metrics.json", lambda content: content["perplexities"][0].update(text="\x1b]0;title\x07.txt"))
+    assert main(["inspect", str(copy)]) == 0
+    found = metrics.read(copy)[0]
+    *_, made, _, clustered, before, after = capsys.readouterr().out.splitlines()
+    assert before == f"perplexity of \\x1b]0;title\\x07.txt, original: {found['perplexities'][0]['perplexity']:.2f}"
+    assert after == f"perplexity of held <out>.txt, packed: {found['perplexities'][1]['perplexity']:.2f}"
+    assert re.fullmatch(r"made in    \d+ s, at most \d+\.\d\d GiB; report.html shows more", made)
+    points = found["losses"][1]["points"]
+    assert clustered == f"{found['losses'][1]['name']}: loss {points[0][1]:.3f} to {points[-1][1]:.3f} by step 8"
+    assert main(["inspect", str(packed_dir)]) == 0
+    assert "total" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_without_the_extra_the_numbers_are_written(places, tiny_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("edkm.report.missing_package", lambda: "matplotlib")
+    assert main(arguments(tiny_dir, places, tmp_path / "out", "--steps", "0")) == 0
+    assert "report.html needs matplotlib: pip install 'edkm[report]', then edkm report" in capsys.readouterr().out
+    assert (tmp_path / "out" / "metrics.json").is_file() and not (tmp_path / "out" / "report.html").exists()
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.html")]) == 1
+    assert "matplotlib is needed for the report. Install it: pip install 'edkm[report]'." in capsys.readouterr().err
