@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import edkm
+from edkm import metrics
 from edkm.cli import main
 from edkm.compressed.checkpoint import read
-from edkm import metrics
 
 RECORDS = [{"instruction": f"question {i} fox", "output": f"the answer {i} is a quick dog over {i * i} lazy foxes"} for i in range(60)]
 # The 8-bit tables of a vocabulary this small have centroids next to nothing, where rounding errors are all that moves them.
