@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     notes = table.notes(settings, rows)
     write_whole(args.out / "table.json", table.as_json(rows, notes, settings))
     write_whole(args.out / "table.md", table.as_markdown(rows, notes))
-    write_whole(args.out / "plot.svg", plot(rows, next(iter(settings["texts"]))))
+    plot(args.out / "plot.svg", rows, next(iter(settings["texts"])))
     print(f"\n{table.as_text(rows, notes)}\n\nwrote {args.out}/table.md, table.json, plot.svg; METHOD/checkpoint there has each model")
     return 1 if failures else 0
 
