@@ -91,16 +91,6 @@ def test_the_plain_steps_are_plain(tiny_model, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(tiny_model.parameters(), other.parameters(), strict=True))
 
 
-def test_a_guided_start_takes_the_labels_of_the_data(tiny_model, tmp_path, monkeypatch):
-    seen = []
-    fit = edkm.fit
-    monkeypatch.setattr("edkm.train.fit.fit", lambda *args, sensitivity, **more: seen.append(sensitivity) or fit(*args, **more))
-    callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.5, start="guided", calibration_tokens=128)
-    trainer_of(tiny_model, tmp_path, callback=callback).train()
-    assert len(seen) == 1 and len(seen[0]) == 14
-    assert torch.equal(logits(pretrained.load(tmp_path / "packed")), logits(tiny_model))
-
-
 @pytest.mark.parametrize(("accumulate", "checkpointing", "stop"), [(1, False, 4), (2, True, 4), (1, False, 2)])
 def test_a_resumed_run_is_the_same_run(tiny_model, tmp_path, monkeypatch, accumulate, checkpointing, stop):
     def run(where, resume=None, **more):
@@ -242,7 +232,7 @@ def test_calibration_takes_whole_examples_until_there_are_enough(tiny_model):
 def test_what_would_go_wrong_later_is_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="plain_share: a number from 0 to 1"):
         edkm.Callback(tmp_path / "packed", plain_share=2)
-    with pytest.raises(ValueError, match="start: fit, guided or kmeans"):
+    with pytest.raises(ValueError, match="start: fit or kmeans"):
         edkm.Callback(tmp_path / "packed", start="checkpoint")
     with pytest.raises(ValueError, match="calibration_tokens: at least 1"):
         edkm.Callback(tmp_path / "packed", calibration_tokens=0)

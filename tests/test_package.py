@@ -60,7 +60,6 @@ def test_public_names():
         "offload",
         "prepare",
         "save",
-        "sensitivity",
         "soft_weights",
     ]
     for name in edkm.__all__:

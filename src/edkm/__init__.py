@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from edkm.train.callback import Callback
     from edkm.train.clustering import soft_weights
     from edkm.train.fit import fit
-    from edkm.train.gradients import sensitivity
     from edkm.train.prepare import freeze, prepare
     from edkm.train.sharding import distribute
     from edkm.train.stages import save
@@ -35,7 +34,6 @@ _HOME = {
     "initial_centroids": "edkm.core.kmeans",
     "prepare": "edkm.train.prepare",
     "save": "edkm.train.stages",
-    "sensitivity": "edkm.train.gradients",
     "soft_weights": "edkm.train.clustering",
 }
 
@@ -54,7 +52,6 @@ __all__ = [
     "offload",
     "prepare",
     "save",
-    "sensitivity",
     "soft_weights",
 ]
 

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 import edkm
 from edkm.models import load_model
 from edkm.train import allocate
-from edkm.train.allocate import Choice
+from edkm.train.allocate import Choice, squared_gradients
 from edkm.train.prepare import plan
+from edkm.train.targets import decide, linears_of
+
+CONFIG = edkm.ClusterConfig(bits=2, rows_per_lut=4)
+
+
+class Pair(torch.nn.Linear):
+    """Returns more than a product, as a router does."""
+
+    def forward(self, x):
+        return super().forward(x), x
 
 
 def batches(count=2):
@@ -75,27 +85,50 @@ def test_weights_that_no_batch_reached_keep_their_bits(tiny_dir):
     assert found.for_tensor("model.layers.0.mlp.up_proj.weight").bits == 4
 
 
-def test_a_batch_has_labels_of_its_own(tiny_dir):
-    """They say what the loss is; where none counts, the mean over which would be NaN, the next tokens do."""
+def squares(model, batches, loss=None):
+    return squared_gradients(model, linears_of(decide(model, CONFIG)), batches, loss)
 
-    def sensitivity(labels):
-        return edkm.sensitivity(model, edkm.ClusterConfig(), [{"input_ids": ids, **({} if labels is None else {"labels": labels})}])
 
-    model, (ids, *_) = load_model(tiny_dir)[0], batches()[0].values()
-    name, answer = "model.layers.1.mlp.down_proj.weight", ids.clone()
+def test_squared_gradients_are_those_of_the_loss_at_the_outputs(tiny_dir):
+    """By the labels of a batch; where none counts, the mean over which would be NaN, by the next tokens."""
+    model, (ids, *_) = load_model(tiny_dir)[0].train(), batches()[0].values()
+    answer, first = ids.clone(), torch.full_like(ids, -100)
     answer[:, :20] = -100
-    first = torch.full_like(ids, -100)
     first[:, 0] = ids[:, 0]
-    expected = sensitivity(None)[name]
-    for labels in (ids, first, torch.full_like(ids, -100)):
-        assert torch.equal(sensitivity(labels)[name], expected)
-    # Of the last layer only the tokens before an answer's matter.
-    tokens = sensitivity(answer)[name].view(2, 32, -1)
-    assert tokens[:, 19:31].min() > 0 and not tokens[:, :19].any()
-    labelled = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
-    importance = edkm.calibrate(model, labelled)
-    found = edkm.allocate(model, edkm.ClusterConfig(), labelled, 3.2, importance=importance)
-    assert found == allocated(model, edkm.ClusterConfig(), 3.2)
+    layers = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
+    for labels, counting in ((None, ids), (ids, ids), (answer, answer), (first, ids), (torch.full_like(ids, -100), ids)):
+        given = {"input_ids": ids, **({} if labels is None else {"labels": labels})}
+        found = squares(model, [given, given])
+        assert model.training and not any(p.grad is not None for p in model.parameters()) and all(p.requires_grad for p in model.parameters())
+        kept = {}
+        handles = [
+            layer.register_forward_hook(lambda module, args, out, name=name: kept.__setitem__(name, out) or out.retain_grad())
+            for name, layer in layers.items()
+        ]
+        model(input_ids=ids, labels=counting).loss.backward()
+        model.zero_grad()
+        assert found.keys() == {f"{name}.weight" for name in layers} and len(found) == 14
+        for name, out in kept.items():
+            handles.pop().remove()
+            torch.testing.assert_close(found[f"{name}.weight"], 2 * out.grad.flatten(0, -2).square().sum(0), rtol=1e-4, atol=1e-12)
+
+
+def test_weights_without_a_gradient_and_other_products_have_no_squares():
+    class Layers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.unused, self.pair = torch.nn.Linear(8, 12), torch.nn.Linear(8, 8), Pair(12, 8)
+
+        def forward(self, x):
+            return sum(map(torch.sum, self.pair(self.first(x).relu_())))
+
+    model = Layers()
+    found = squares(model, [torch.randn(10, 8)] * 2, model)
+    assert set(found) == {"first.weight"} and found["first.weight"].shape == (12,)
+    with pytest.raises(ValueError, match="^batches: gradients needs at least one batch"):
+        squares(model, [])
+    with pytest.raises(ValueError, match="^first.weight: the gradient at its output is NaN"):
+        squares(model, [torch.ones(2, 8)], loss=lambda x: model(x) * torch.nan)
 
 
 def test_no_choice_takes_what_the_dense_weight_takes(tiny_dir):

@@ -173,9 +173,8 @@ def test_no_float64_from_calibration_to_freezing(tiny_model, tiny_tokenizer, bac
     model, config = tiny_model.to(dtype), edkm.ClusterConfig(bits=2, rows_per_lut=16, embedding_bits=4, anneal_steps=3)
     with RefuseFloat64():
         importance = edkm.calibrate(model, [batch()])
-        tokens = edkm.sensitivity(model, config, [batch()])
         chosen = edkm.allocate(model, config, [batch()], 3.3, importance=importance)
-        centroids = edkm.fit(model, chosen, [batch()], importance=importance, sensitivity=tokens)
+        centroids = edkm.fit(model, chosen, [batch()], importance=importance)
         edkm.prepare(model, chosen, importance=importance, centroids=centroids, backend=backend)
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
         for _ in range(2):

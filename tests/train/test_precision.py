@@ -24,8 +24,10 @@ from edkm.core import gptq
 from edkm.core.assign import assign, lookup
 from edkm.evaluate import generate, perplexity
 from edkm.train import loop
+from edkm.train.allocate import squared_gradients
 from edkm.train.calibrate import end_autocast, evaluating
 from edkm.train.prepare import clusterings
+from edkm.train.targets import decide, linears_of
 
 TEXT = "the quick brown fox jumps over the lazy dog and the other dog " * 8
 CONFIG = edkm.ClusterConfig(bits=3, rows_per_lut=16)
@@ -92,13 +94,12 @@ def train(model, tmp_path, precision, callbacks=(), resume=None, **more):
 def findings(model, tokenizer):
     """What is computed with a model besides training it."""
     importance = edkm.calibrate(model, batches())
-    tokens = edkm.sensitivity(model, CONFIG, batches())
     config = edkm.allocate(model, CONFIG, batches(), 3.3, importance=importance)
     errors = {}
     moved = copy.deepcopy(model) if "forward" not in vars(model) else model
-    centroids = edkm.fit(moved, CONFIG, batches(), importance=importance, sensitivity=tokens, report=errors.__setitem__)
+    centroids = edkm.fit(moved, CONFIG, batches(), importance=importance, report=errors.__setitem__)
     score = perplexity(moved, tokenizer, TEXT, window=64).nll
-    return importance, tokens, config, centroids, errors, score, generate(moved, tokenizer, "the quick", max_new_tokens=5)
+    return importance, config, centroids, errors, score, generate(moved, tokenizer, "the quick", max_new_tokens=5)
 
 
 def same(a, b):
@@ -181,24 +182,27 @@ def test_the_callback_writes_the_model_that_it_leaves_and_resumes_to_it(precisio
     assert files[0] == files[1]
 
 
-def test_sensitivity_and_the_choice_of_bits(precision, tiny_model):
-    exact = edkm.sensitivity(tiny_model, CONFIG, batches())
+def squares(model, loss=None):
+    return squared_gradients(model, linears_of(decide(model, CONFIG)), batches(), loss)
+
+
+def test_squared_gradients_and_the_choice_of_bits(precision, tiny_model):
+    exact = squares(tiny_model)
     model = loaded(tiny_model, precision.dtype)
     with precision():
-        found = edkm.sensitivity(model, CONFIG, batches())
+        found = squares(model)
         config = edkm.allocate(model, CONFIG, batches(), 3.3, importance=edkm.calibrate(model, batches()))
     assert found.keys() == exact.keys() and len(config.overrides) == 14
-    for name, tokens in found.items():
-        # Of a token's four numbers, to the sum over all.
-        assert float((tokens - exact[name]).abs().sum() / exact[name].sum()) < 3 * precision.error
+    for name, square in found.items():
+        assert float((square - exact[name]).abs().sum() / exact[name].sum()) < 3 * precision.error
 
 
 def test_small_gradients_are_not_lost_in_float16(tiny_model):
     """A mean over 20,000 tokens makes gradients a hundred times smaller than these batches do."""
     model = loaded(tiny_model, torch.float16)
-    found, expected = (edkm.sensitivity(m, CONFIG, batches(), loss=lambda batch, m=m: m(**batch).loss / 100) for m in (model, tiny_model))
-    for name, tokens in expected.items():
-        assert float((found[name] - tokens).abs().sum() / tokens.sum()) < 0.03
+    found, expected = (squares(m, lambda batch, m=m: m(**batch).loss / 100) for m in (model, tiny_model))
+    for name, square in expected.items():
+        assert float((found[name] - square).abs().sum() / square.sum()) < 0.03
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

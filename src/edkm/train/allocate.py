@@ -1,13 +1,13 @@
-"""Bits where they matter: every linear weight gets its own bits and rows per table, within a budget for all of them.
+"""Allocate bits: choose bits and rows per table of every linear weight, within a budget for all of them.
 
 To second order a change of the outputs raises the loss by half its square, weighed by the squared gradient there (Fisher). Of a weight
 `w_ij` that goes to `q_ij`, with inputs and gradients taken to be independent, that is
 
     1/2 G_i X_j (w_ij - q_ij)^2       G: mean squared gradient at output i, X: mean squared input j (importance)
 
-The sum is found for every choice of bits and rows per table, on some of the tables. Of all ways to spend the budget the one with the
-least sum is near that which goes, time and again, to the weight where a bit takes off most (choices above the convex hull of a weight's
-(cost, sum) are left out, so gains only shrink).
+The sum is found for every choice of bits and rows per table, on some of the tables. The least sum within the budget is nearly reached
+by raising, again and again, the weight where a bit takes off most. Choices above the convex hull of a weight's (cost, sum) are left out,
+so that gains only shrink.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from edkm.config import ClusterConfig
 from edkm.core.assign import assign, lookup, round_lut
 from edkm.core.kmeans import initial_centroids
 from edkm.progress import progress
+from edkm.train.calibrate import evaluating, first_input, is_product, removing, run_batches, without_cache
 from edkm.train.distributed import broadcast_from_rank0
-from edkm.train.gradients import output_gradients
 from edkm.train.targets import Linears, decide, linears_of
 
 # 5 bits are left out: Core ML's tables have 2, 3, 4, 6 or 8.
@@ -34,10 +34,14 @@ ROWS_PER_LUT = (1, 2, 4, 8, 16)
 _LUT_BITS = _DENSE_BITS = 16
 # Rows whose error stands for that of all.
 _SAMPLE = 16
+# float16 has no gradients below 6e-8, and a mean over tokens makes small ones.
+_HALF_SCALE = 1024.0
+# A label that transformers and `F.cross_entropy` ignore.
+_IGNORED = -100
 
 
 class Choice(NamedTuple):
-    """One way to store a weight: `cost` in bits in all, `loss` the rise that it makes."""
+    """A way to store a weight: `cost` in bits altogether, `loss` the rise of the loss to expect."""
 
     cost: float
     loss: float
@@ -54,26 +58,28 @@ def allocate(
     importance: Mapping[str, Tensor],
     loss: Callable[[Any], Tensor] | None = None,
 ) -> ClusterConfig:
-    """Choose bits and rows per table of every linear weight.
+    """Choose bits and rows per table of every linear weight, within a budget for all of them.
 
     Args:
-        model: any module, as for `edkm.sensitivity`; not prepared yet.
-        config: as for `prepare`. Weights keep what it says if one of its `overrides` names them, if no batch reached them, or if they are
+        model: any module, not prepared yet; run in `eval()`, and left in the mode it was in. Its gradients are not touched.
+        config: as for `prepare`. Weights keep its settings if one of its `overrides` names them, if no batch reached them, or if they are
             so small that every choice takes 16 bits a weight and more.
         batches: as for `calibrate`.
-        target: bits a weight that the linear weights may take together, tables counted. Embeddings, weights tied to them and weights
-            stored as vectors (`dim > 1`) keep what the config says and do not count.
+        target: average bits per linear weight, tables included. Embeddings, weights tied to them and weights stored as vectors
+            (`dim > 1`) keep the config's bits and do not count.
         importance: from `calibrate`.
-        loss: as for `edkm.sensitivity`.
+        loss: of a batch, a scalar; None for the model's own of a batch's `labels`. Without labels, or if all of them are -100, a
+            language model predicts the next of `input_ids`.
 
     Returns:
-        The config with an override for every other weight.
+        The config with an override for every other weight; on all ranks the same.
 
     Raises:
         ValueError: a target that no choice meets; no batches; gradients that are not finite; an `importance` of another model.
 
     Cost:
-        A forward and a backward pass over the batches, and k-means of 16 rows of each weight for each of 20 choices.
+        A forward and a backward pass over the batches, without gradients of weights, and k-means of 16 rows of each weight for each of 20
+        choices.
     """
     return choose_bits(model, config, linears_of(decide(model, config)), batches, target, importance, loss)
 
@@ -87,29 +93,23 @@ def choose_bits(
     importance: Mapping[str, Tensor],
     loss: Callable[[Any], Tensor] | None = None,
 ) -> ClusterConfig:
-    """Do the work of `allocate` for linear layers that are known already, with the same result on all ranks."""
+    """Do the work of `allocate` for linear layers that are known already."""
     _check_target(linears, config, target)
-    squares: dict[str, Tensor] = {}
-
-    def collect(name: str, gradient: Tensor) -> None:
-        square = gradient.square().sum(0)
-        squares[name] = squares[name] + square if name in squares else square
-
-    output_gradients(model, linears, batches, collect, loss=loss)
+    squares = squared_gradients(model, linears, batches, loss)
     if not set(squares) & set(importance):
         raise ValueError("importance: has none of the weights that the batches reached. Calibrate the same model.")
     weights: dict[str, list[Choice]] = {}
-    kept, size = set(), 0
+    kept: set[str] = set()
     with progress("choice of bits", len(linears), "weights") as advance:
         for module, (name, settings) in linears.items():
             weight = module.weight.detach()
-            size += weight.numel()
             free = settings is config and name in importance and name in squares  # not the config itself: an override
             weights[name] = _choices(weight, importance[name].to(weight.device), squares[name].to(weight.device)) if free else []
             if not weights[name]:
                 kept.add(name)
                 weights[name] = [Choice(_cost(weight, settings.bits, settings.rows_per_lut), 0.0, settings.bits, settings.rows_per_lut)]
             advance()
+    size = sum(module.weight.numel() for module in linears)
     _check_least(sum(choices[0].cost for choices in weights.values()), target, size)
     found = {name: choice for name, choice in spend(weights, target * size).items() if name not in kept}
     choices = torch.tensor([[choice.bits, choice.rows_per_lut] for choice in found.values()], device=next(model.parameters()).device)
@@ -118,19 +118,63 @@ def choose_bits(
     return replace(config, overrides={**given, **config.overrides})
 
 
+def squared_gradients(
+    model: nn.Module, linears: Linears, batches: Iterable[Any], loss: Callable[[Any], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Sum the squared gradients of the loss at each output of linear layers over all tokens (the Fisher diagonal), `[rows]` float32.
+
+    Arguments and errors are those of `allocate`. Weights that no gradient reached are absent.
+    """
+    scale = _HALF_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., Any]:
+        def add(gradient: Tensor) -> None:
+            square = (gradient.flatten(0, -2).float() / scale).square().sum(0)
+            if not bool(square.isfinite().all()):
+                raise ValueError(f"{name}: the gradient at its output is NaN or infinite. Work in float32, or check the data.")
+            found[name] = found[name] + square if name in found else square
+
+        def hook(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
+            if not is_product(module, first_input(args, kwargs), out):
+                return out
+            # The first that are reached start the graph; later operations may write into them, which leaves do not allow.
+            out = out if out.requires_grad else out.detach().requires_grad_().clone()
+            out.register_hook(add)
+            return out
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for module, (name, _) in linears.items()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        with removing(hooks), evaluating(model), without_cache(model), torch.enable_grad():
+            run_batches("gradients", batches, lambda batch: (scale * (own_loss(model, batch) if loss is None else loss(batch))).backward())
+    finally:
+        for p in trained:
+            p.requires_grad_()
+    return found
+
+
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return a model's loss on a batch's `labels`; that of the next of `input_ids` where no label counts."""
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    # The first token is not predicted, and a mean over none is NaN.
+    nothing = labels is None or (ids is not None and labels.shape == ids.shape and not bool((labels[..., 1:] != _IGNORED).any()))
+    return model(**{**batch, "labels": ids if nothing else labels}).loss
+
+
 def bits_of(model: nn.Module, config: ClusterConfig) -> float:
-    """Bits a linear weight, tables counted, if all have what the config says: the `target` of a model of the same size."""
+    """Compute the average bits per linear weight of a config, tables included: the `target` that gives a model of the same size."""
     found = [(module.weight, settings) for module, (_, settings) in linears_of(decide(model, config)).items()]
     cost = sum(_cost(weight, settings.bits, settings.rows_per_lut) for weight, settings in found)
     return cost / max(1, sum(weight.numel() for weight, _ in found))
 
 
 def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None:
-    """Refuse a target that no choice meets.
-
-    Raises:
-        ValueError: with the least that is possible.
-    """
+    """Refuse a target that no choice meets; the error has the least that is possible."""
     _check_target(linears_of(decide(model, config)), config, target)
 
 
@@ -150,7 +194,7 @@ def _check_least(least: float, target: float, size: int) -> None:
 
 
 def spend(weights: Mapping[str, list[Choice]], budget: float) -> dict[str, Choice]:
-    """One choice for each weight, at most `budget` in all; `weights` as `_hull` returns them, and the cheapest of all within the budget."""
+    """Pick one choice per weight, at most `budget` bits altogether; `weights` as `_hull` returns them, their cheapest within the budget."""
     chosen = {name: choices[0] for name, choices in weights.items()}
     left = budget - sum(choice.cost for choice in chosen.values())
     steps = [(before, after, name) for name, choices in weights.items() for before, after in itertools.pairwise(choices)]
@@ -169,7 +213,7 @@ def _cost(weight: Tensor, bits: int, rows_per_lut: int) -> float:
 
 
 def _options(weight: Tensor) -> list[tuple[int, int]]:
-    """`(bits, rows per table)` that a weight's shape allows and that take less than the 16 bits it has."""
+    """List `(bits, rows per table)` that a weight's shape allows and that take less than 16 bits a weight."""
     found = [(bits, rows) for rows in ROWS_PER_LUT if len(weight) % rows == 0 for bits in BITS if 2**bits <= rows * weight.shape[1]]
     return [option for option in found if _cost(weight, *option) < _DENSE_BITS * weight.numel()]
 
@@ -190,7 +234,7 @@ def _choices(weight: Tensor, importance: Tensor, gradient: Tensor) -> list[Choic
 
 
 def _hull(choices: list[Choice]) -> list[Choice]:
-    """Those that are the best for some price of a bit: ascending cost, falling loss, each bit worth less than the one before."""
+    """Keep the choices that are best for some price of a bit: ascending cost, falling loss, each bit worth less than the one before."""
     kept: list[Choice] = []
     for choice in sorted(choices):
         if kept and choice.loss >= kept[-1].loss:

@@ -1,13 +1,13 @@
-"""Importance of weights from data: the mean squared input of every column.
+"""Calibrate: measure the importance of weights on data, the mean squared input of every column.
 
 Rounding a weight `w_ij` by `e` changes its output by `e x_j`; summed over data that is `e^2 E[x_j^2]`. Plain k-means sees only how
-dense the weights lie and throws away the rare large ones that matter (docs/log.md has the figures).
+dense the weights lie and gives up the rare large ones that matter (docs/log.md has the figures).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,10 +20,10 @@ from edkm.train.targets import CONVOLUTIONS, first_stack, row_axes, transposed_l
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Mean squared input of every column of every linear and convolution weight, in one forward pass over `batches`.
+    """Measure the mean squared input of every column of every linear and convolution weight, in one forward pass over `batches`.
 
-    Of stacked matrices (experts) the first of a module is multiplied with what the module is given, and is weighed by that, whatever
-    expert a token goes to; what the others are multiplied with is not seen.
+    A module's first stack of matrices (experts) is multiplied with the module's input, and gets that as its importance, whatever expert a
+    token goes to. The inputs of other stacks are not visible from outside.
 
     Args:
         model: any module; run in `eval()` without gradients, and left in the mode it was in.
@@ -42,9 +42,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     owners: dict[str, tuple[nn.Module, str]] = {}
-    hooks = []
 
-    def watch(name: str, key: str):
+    def watch(name: str, key: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_input(args, kwargs)
             if not (isinstance(x, Tensor) and x.is_floating_point()):
@@ -52,7 +51,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
             if row_axes(module, key) == 2 and _input_axis(module, key, x.shape[-1]) is None:
                 return
             owners[name] = module, key
-            square, count = _mean_square(module, x)
+            square, count = _sum_of_squares(module, x)
             if not bool(square.isfinite().all()):
                 raise ValueError(
                     f"{name}: its input is NaN or infinite. Calibrate in float32, or check the data and the weights of the layers before."
@@ -62,78 +61,89 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
 
         return hook
 
+    hooks = []
+    for name, module in model.named_modules():
+        known = isinstance(module, (nn.Linear, *CONVOLUTIONS, *transposed_linear()))
+        key = "weight" if known else first_stack(module)
+        if key is not None:
+            hooks.append(module.register_forward_pre_hook(watch(f"{name}.{key}".lstrip("."), key), with_kwargs=True))
+    with removing(hooks), evaluating(model):
+        run_batches("calibration", batches, lambda batch: call(model, batch))
+    return {name: _of_matrix(*owners[name], (totals[name] / counts[name]).float()).cpu() for name in totals}
+
+
+def run_batches(label: str, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:
+    """Call a function on each batch, with a progress bar.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    ran = False
+    with progress(label, len(batches) if isinstance(batches, Sized) else None, "batches") as advance:
+        for batch in batches:
+            run(batch)
+            ran = True
+            advance()
+    if not ran:
+        raise ValueError(f"batches: {label} needs at least one batch.")
+
+
+@contextmanager
+def removing(hooks: Iterable[Any]) -> Iterator[None]:
+    """Remove hooks when the block ends."""
     try:
-        for name, module in model.named_modules():
-            known = isinstance(module, (nn.Linear, *CONVOLUTIONS, *transposed_linear()))
-            key = "weight" if known else first_stack(module)
-            if key is not None:
-                hooks.append(module.register_forward_pre_hook(watch(f"{name}.{key}".lstrip("."), key), with_kwargs=True))
-        ran = 0
-        with evaluating(model), progress("calibration", length(batches), "batches") as advance:
-            for batch in batches:
-                call(model, batch)
-                ran += 1
-                advance()
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    if not ran:
-        raise ValueError("batches: calibration needs at least one batch.")
-    return {name: _of_matrix(*owners[name], (totals[name] / counts[name]).float()).cpu() for name in totals}
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode within the block, without gradients or autocast; the flag of each module is put back as it was."""
+    """Run a model in eval mode within the block, in its own precision, without gradients; the flag of each module is put back as it was."""
     found = [(module, module.training) for module in model.modules()]
+    devices = {tensor.device.type for tensor in itertools.chain(model.parameters(), model.buffers())}
+    wrapped = end_autocast(model)
     model.eval()
     try:
         # Not inference_mode: tensors made there could not be used for training later (a cached table, say).
-        with torch.no_grad(), without_autocast(model):
-            yield
-    finally:
-        for module, training in found:
-            module.training = training
-
-
-@contextmanager
-def without_autocast(model: nn.Module) -> Iterator[None]:
-    """A model in its own precision for the while: no autocast around the block, nor around `forward`, where Accelerate puts it for good."""
-    wrapped = {m: (vars(m)["forward"], own) for m in model.modules() if (own := _autocasted(vars(m).get("forward"))) is not None}
-    devices = {tensor.device.type for tensor in itertools.chain(model.parameters(), model.buffers())}
-    try:
-        with ExitStack() as stack:
+        with torch.no_grad(), ExitStack() as stack:
             for device in devices:
                 if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
-            for module, (forward, own) in wrapped.items():
-                # A bound method is wrapped as a function.
-                module.forward = own.__get__(module) if hasattr(forward, "__func__") else own
             yield
     finally:
-        for module, (forward, _) in wrapped.items():
-            module.forward = forward
+        for module, attributes in wrapped:
+            vars(module).update(attributes)
+        for module, training in found:
+            module.training = training
         # 16-bit copies of the weights, which may have been changed.
         torch.clear_autocast_cache()
 
 
-def end_autocast(model: Any) -> None:
-    """Take off for good what Accelerate puts around a model's `forward` to train it in mixed precision."""
+def end_autocast(model: Any) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Remove the autocast that Accelerate puts around a model's `forward`, for good.
+
+    Returns:
+        The modules that had it, with the attributes which put it back.
+    """
+    found = []
     for module in model.modules():
-        own = _autocasted(vars(module).get("forward"))
+        forward = vars(module).get("forward")
+        own = _without_autocast(forward)
         if own is None:
             continue
-        if own is type(module).forward:
-            del module.forward
-        else:
-            module.forward = own.__get__(module) if hasattr(module.forward, "__func__") else own
-        # By these Accelerate would take the model for wrapped, the next time it is trained.
-        for name in ("_original_forward", "_is_accelerate_prepared"):
-            vars(module).pop(name, None)
+        # Because of the marks Accelerate would take the model for wrapped, the next time it is trained.
+        marks = ("forward", "_original_forward", "_is_accelerate_prepared")
+        found.append((module, {name: vars(module).pop(name) for name in marks if name in vars(module)}))
+        if own is not type(module).forward:
+            # A bound method was wrapped as a function.
+            module.forward = own.__get__(module) if hasattr(forward, "__func__") else own
+    return found
 
 
-def _autocasted(forward: Any) -> Any:
-    """The function that Accelerate wrapped, perhaps more than once, in autocast and a conversion of outputs; None if it did not."""
+def _without_autocast(forward: Any) -> Any:
+    """Return the function that Accelerate wrapped, perhaps more than once, in autocast and a conversion of outputs; None if it did not."""
     function: Any = getattr(forward, "__func__", forward)
     found = None
     while type(getattr(function, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":
@@ -143,8 +153,9 @@ def _autocasted(forward: Any) -> Any:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Keys and values are not kept: layers are run more than once. Of a model within another, too, which has a config of its own."""
-    configs = {id(config): config for module in model.modules() if hasattr(config := getattr(module, "config", None), "use_cache")}
+    """Keep no keys and values within the block, where layers are run more than once; also in a model within the model."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
     before = {key: config.use_cache for key, config in configs.items()}
     try:
         for config in configs.values():
@@ -155,11 +166,8 @@ def without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = before[key]
 
 
-def length(batches: Iterable[Any]) -> int | None:
-    return len(batches) if isinstance(batches, Sized) else None
-
-
 def call(model: nn.Module, batch: Any) -> None:
+    """Call a model with a batch: a mapping (keyword arguments), a tuple or list (positional arguments), or one tensor."""
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)):
@@ -174,13 +182,13 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def is_product(module: nn.Linear, x: Any, out: Any) -> bool:
-    """Say whether a call gave what a product with the weight has the shape of: subclasses of `nn.Linear` may do something else."""
+    """Check that a call returned the shape of a product with the weight: subclasses of `nn.Linear` may do something else."""
     rows, cols = module.weight.shape
     return isinstance(x, Tensor) and isinstance(out, Tensor) and x.shape[-1:] == (cols,) and out.shape == (*x.shape[:-1], rows)
 
 
-def _mean_square(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """`(sum of squares of every input, or of every column of a convolution, number of inputs)`, in float32 at least."""
+def _sum_of_squares(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """Return `(sum of squares of every input, or of every column of a convolution; number of inputs)`, in float32 at least."""
     x = x.detach().to(compute_dtype(x.dtype))
     if not isinstance(module, CONVOLUTIONS):
         rows = x.reshape(-1, x.shape[-1])
@@ -196,7 +204,7 @@ def _mean_square(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
 
 
 def _input_axis(module: nn.Module, key: str, length: int) -> int | None:
-    """Which axis of a weight's matrix, or of each matrix of a stack, is `length` inputs: 0 rows, 1 columns, None neither."""
+    """Find the axis of a weight's matrix (or of each matrix of a stack) that is `length` inputs: 0 rows, 1 columns, None neither."""
     if row_axes(module, key) == 1:
         return 0 if isinstance(module, transposed_linear()) else 1
     _, rows, cols = getattr(module, key).shape
@@ -207,7 +215,7 @@ def _input_axis(module: nn.Module, key: str, length: int) -> int | None:
 
 
 def _of_matrix(module: nn.Module, key: str, mean: Tensor) -> Tensor:
-    """The importance of inputs as one that broadcasts to the weight's matrix."""
+    """Shape the importance of inputs so that it broadcasts to the weight's matrix."""
     if _input_axis(module, key, len(mean)) == 1:
         return mean.unsqueeze(0)
     weight = getattr(module, key)

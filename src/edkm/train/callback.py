@@ -29,7 +29,6 @@ from edkm.progress import shown
 from edkm.train import distributed
 from edkm.train.calibrate import call, end_autocast, evaluating
 from edkm.train.checks import check_no_adapters
-from edkm.train.gradients import own_loss
 from edkm.train.layers import state_name
 from edkm.train.prepare import check, clusterings, plan, prepare
 from edkm.train.presets import DEFAULT, PRESETS
@@ -56,7 +55,7 @@ class Callback(TrainerCallback):
         config: what to do; None: as `edkm compress` does, 3 bits and a table per row. With `anneal_steps` 0, annealed over the
             clustered steps.
         plain_share: of all steps, those that train the model as it is; 0 for a model that is fine-tuned already, 1 to cluster at the end.
-        start: `fit`, `guided` or `kmeans`, as for `edkm compress`.
+        start: `fit` or `kmeans`, as for `edkm compress`.
         calibration_tokens: of the training data, to calibrate and fit on. Examples without `input_ids` count for 512.
         backend: for `edkm.cluster`.
 
@@ -81,8 +80,8 @@ class Callback(TrainerCallback):
     ) -> None:
         if not 0 <= plain_share <= 1:
             raise ValueError(f"plain_share: a number from 0 to 1, got {plain_share!r}.")
-        if start not in ("fit", "guided", "kmeans"):
-            raise ValueError(f"start: fit, guided or kmeans, got {start!r}.")
+        if start not in ("fit", "kmeans"):
+            raise ValueError(f"start: fit or kmeans, got {start!r}.")
         if calibration_tokens < 1:
             raise ValueError(f"calibration_tokens: at least 1, got {calibration_tokens!r}.")
         if backend not in (*BACKENDS, "auto"):
@@ -159,7 +158,7 @@ class Callback(TrainerCallback):
         states = random.getstate(), numpy.random.get_state()
         with torch.random.fork_rng(devices=[]), evaluating(model):
             for batch in _batches(model, loader, 1):
-                (own_loss if self.start == "guided" else call)(model, batch)
+                call(model, batch)
         random.setstate(states[0])
         numpy.random.set_state(states[1])
 

@@ -32,7 +32,7 @@ def naming(name: str) -> Iterator[None]:
     """Begin errors that speak of a weight with its name."""
     try:
         yield
-    except (ValueError, torch.linalg.LinAlgError) as error:
+    except (ValueError, torch._C._LinAlgError) as error:
         raise ValueError(f"{name}: {str(error).removeprefix('weight: ')}") from None
 
 

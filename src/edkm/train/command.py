@@ -91,8 +91,8 @@ def add_compress(
     what.add_argument(
         "--start",
         default="fit",
-        choices=("fit", "guided", "kmeans"),
-        help="fit weights and tables to the layers' inputs; guided: to the tokens that matter; k-means only is much worse (fit)",
+        choices=("fit", "kmeans"),
+        help="fit weights and tables to the layers' inputs; k-means only is much worse (fit)",
     )
     what.add_argument("--backend", default="auto", choices=("auto", "histogram", "blocks", "native"), help="how to compute it (auto)")
     how = parser.add_argument_group("training")

@@ -20,7 +20,7 @@ def prepare_on(
 
     Args:
         target_bpw: bits a weight for `edkm.allocate`; None for the bits of the config.
-        start: `fit`, `guided` (a fit that knows how much every token matters), `kmeans` (no fit), or `checkpoint`: weights and tables
+        start: `fit`, `kmeans` (no fit), or `checkpoint`: weights and tables
             will be read from there, and no time is spent on finding others.
 
     Returns:
@@ -37,9 +37,6 @@ def prepare_from(
     model: Any, config: Any, batches: list[dict[str, Any]], *, target_bpw: float | None = None, start: str = "fit", backend: str = "auto"
 ) -> tuple[Any, Any]:
     """`prepare_on`, given the batches."""
-    from .calibrate import calibrate
-    from .fit import fit
-    from .gradients import sensitivity
     from .prepare import prepare
 
     given: dict[str, Any] = {}
@@ -47,10 +44,6 @@ def prepare_from(
         given["centroids"] = _placeholders(model, config)
     elif start == "kmeans":
         given["centroids"] = {}
-    elif start == "guided":
-        given["importance"] = calibrate(model, batches)
-        tokens = sensitivity(model, config, batches)
-        given["centroids"] = fit(model, config, batches, importance=given["importance"], sensitivity=tokens)
     report = prepare(model, config, batches, target_bpw=target_bpw, backend=backend, **given)
     if target_bpw is not None:
         counts = Counter(entry.bits for entry in report.clustered if entry.name in report.config.overrides)

@@ -157,17 +157,18 @@ def _settings(config: ClusterConfig, parameter: Tensor, target: Target | None) -
     return settings, "matches skip" if settings is None else ""
 
 
-Linears = dict[nn.Module, tuple[str, ClusterConfig]]
+Linears = dict[nn.Linear, tuple[str, ClusterConfig]]
 
 
 def linears_of(decisions: Iterable[Decision]) -> Linears:
     """Select the linear layers (also of subclasses) whose weights are clustered one by one, with the weights' names and settings."""
-    return {
-        one.target.modules[0]: (one.name, one.settings)
-        for one in decisions
-        if one.target is not None and one.settings is not None and one.settings.dim == 1
-        if len(one.target.modules) == 1 and isinstance(one.target.modules[0], nn.Linear)
-    }
+    found: Linears = {}
+    for name, _, target, settings, _ in decisions:
+        if target is not None and settings is not None and settings.dim == 1 and len(target.modules) == 1:
+            (module,) = target.modules
+            if isinstance(module, nn.Linear):
+                found[module] = name, settings
+    return found
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
