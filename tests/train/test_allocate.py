@@ -1,5 +1,6 @@
 """`edkm.allocate`: bits and rows per table for every weight, within a budget."""
 
+import functools
 import itertools
 
 import pytest
@@ -89,6 +90,11 @@ def squares(model, batches, loss=None):
     return squared_gradients(model, linears_of(decide(model, CONFIG)), batches, loss)
 
 
+def keep(kept, name, module, args, out):
+    kept[name] = out
+    out.retain_grad()
+
+
 def test_squared_gradients_are_those_of_the_loss_at_the_outputs(tiny_dir):
     """By the labels of a batch; where none counts, the mean over which would be NaN, by the next tokens."""
     model, (ids, *_) = load_model(tiny_dir)[0].train(), batches()[0].values()
@@ -99,17 +105,18 @@ def test_squared_gradients_are_those_of_the_loss_at_the_outputs(tiny_dir):
     for labels, counting in ((None, ids), (ids, ids), (answer, answer), (first, ids), (torch.full_like(ids, -100), ids)):
         given = {"input_ids": ids, **({} if labels is None else {"labels": labels})}
         found = squares(model, [given, given])
-        assert model.training and not any(p.grad is not None for p in model.parameters()) and all(p.requires_grad for p in model.parameters())
-        kept = {}
-        handles = [
-            layer.register_forward_hook(lambda module, args, out, name=name: kept.__setitem__(name, out) or out.retain_grad())
-            for name, layer in layers.items()
-        ]
+        assert (
+            model.training and not any(p.grad is not None for p in model.parameters()) and all(p.requires_grad for p in model.parameters())
+        )
+        kept, handles = {}, []
+        for name, layer in layers.items():
+            hook = functools.partial(keep, kept, name)
+            handles.append(layer.register_forward_hook(hook))
         model(input_ids=ids, labels=counting).loss.backward()
         model.zero_grad()
         assert found.keys() == {f"{name}.weight" for name in layers} and len(found) == 14
-        for name, out in kept.items():
-            handles.pop().remove()
+        for handle, (name, out) in zip(handles, kept.items(), strict=True):
+            handle.remove()
             torch.testing.assert_close(found[f"{name}.weight"], 2 * out.grad.flatten(0, -2).square().sum(0), rtol=1e-4, atol=1e-12)
 
 
@@ -125,9 +132,9 @@ def test_weights_without_a_gradient_and_other_products_have_no_squares():
     model = Layers()
     found = squares(model, [torch.randn(10, 8)] * 2, model)
     assert set(found) == {"first.weight"} and found["first.weight"].shape == (12,)
-    with pytest.raises(ValueError, match="^batches: gradients needs at least one batch"):
+    with pytest.raises(ValueError, match=r"^batches: gradients needs at least one batch"):
         squares(model, [])
-    with pytest.raises(ValueError, match="^first.weight: the gradient at its output is NaN"):
+    with pytest.raises(ValueError, match=r"^first\.weight: the gradient at its output is NaN"):
         squares(model, [torch.ones(2, 8)], loss=lambda x: model(x) * torch.nan)
 
 

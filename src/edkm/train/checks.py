@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from edkm.config import ClusterConfig, matches
@@ -32,7 +32,7 @@ def naming(name: str) -> Iterator[None]:
     """Begin errors that speak of a weight with its name."""
     try:
         yield
-    except (ValueError, torch._C._LinAlgError) as error:
+    except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise ValueError(f"{name}: {str(error).removeprefix('weight: ')}") from None
 
 
@@ -62,7 +62,7 @@ def check_not_quantized(model: nn.Module) -> None:
 
 def check_kind(name: str, weight: Tensor) -> None:
     """Refuse a parameter that holds something other than the weights themselves."""
-    if isinstance(weight, UninitializedTensorMixin):
+    if is_lazy(weight):
         raise ValueError(f"{name}: has no shape yet (a lazy module). Run the model on a batch first.")
     if hasattr(weight, "full_tensor"):
         raise ValueError(f"{name}: is sharded already. Prepare the whole model first, then shard it and call edkm.distribute.")

@@ -220,7 +220,8 @@ def _clustering(decision: Decision, importance: Tensor | None, start: Tensor | N
     clustering.name = name
     chosen, why = (backend, "as asked")
     if backend == "auto":
-        chosen, why = choose_backend(clustering.matrix(target.weight), *clustering.centroids.shape, torch.bfloat16)
+        tables, k, dim = clustering.centroids.shape
+        chosen, why = choose_backend(clustering.matrix(target.weight), tables, k, dim, torch.bfloat16)
     remarks = [f"{chosen}: {why}", "" if importance is not None else "no importance", target.note]
     return clustering, "; ".join(remark for remark in remarks if remark)
 
@@ -267,14 +268,15 @@ def whole(weight: Tensor) -> Tensor:
 
 
 def clusterings(model: nn.Module) -> list[tuple[str, nn.Parameter, Clustering]]:
-    """`(name of the weight, the weight, its clustering)`, each once."""
-    return [
-        (f"{prefix}.{key}".lstrip("."), module._parameters[key], module._modules[state_name(key)])
-        for prefix, module in model.named_modules()
-        for key in clustered_keys(module)
-        # The first user of a tied weight has registered its clustering.
-        if state_name(key) in module._modules
-    ]
+    """List every clustered weight once: `(name, parameter, clustering)`."""
+    found = []
+    for prefix, module in model.named_modules():
+        for key in clustered_keys(module):
+            parameter, clustering = module._parameters[key], module._modules.get(state_name(key))
+            # Only the first user of a tied weight has registered its clustering.
+            if parameter is not None and isinstance(clustering, Clustering):
+                found.append((f"{prefix}.{key}".lstrip("."), parameter, clustering))
+    return found
 
 
 def unclustered(model: nn.Module) -> dict[str, Tensor]:
