@@ -1,5 +1,6 @@
 """Loading models from every place, and one line of explanation where it cannot be done."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -358,8 +359,6 @@ def test_hub_that_cannot_be_reached(monkeypatch):
 
 @pytest.mark.parametrize("package", ["transformers", "gguf"])
 def test_packages_that_are_not_installed(tmp_path, monkeypatch, package):
-    import importlib.util
-
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name))
     (tmp_path / "a.gguf").write_bytes(b"")

@@ -1,5 +1,6 @@
 """Find the files of a model, in a directory or on the hub, and refuse a directory that holds no whole one."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 from .compressed.companions import COMPANIONS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_LFS_POINTER = b"version https://git-lfs"
 EXPECTED = "expected a checkpoint directory, a .gguf file or a hub id"
 
 
@@ -17,12 +17,12 @@ class ModelError(ValueError):
 
 
 def model_files(source: str | Path) -> Path:
-    """The directory with the small files of a model (config, tokenizer, processor): `source`, or of a hub id its snapshot."""
+    """Find the directory with the small files of a model (config, tokenizer, processor): `source`, or of a hub id its snapshot."""
     return _directory(source, ["config.json", "adapter_config.json", *COMPANIONS])
 
 
 def packed_directory(source: str | Path) -> Path:
-    """The directory of a packed model: `source`, or of a hub id its snapshot, downloaded if need be."""
+    """Find the directory of a packed model: `source`, or of a hub id its snapshot, downloaded if need be."""
     path = Path(source).expanduser()
     # A name alone is more likely a misspelt directory.
     return _directory(source, None) if not path.exists() and _HUB_ID.fullmatch(str(source)) and "/" in str(source) else path
@@ -46,17 +46,17 @@ def _directory(source: str | Path, patterns: list[str] | None) -> Path:
 
 
 def read_config(source: str | Path, directory: Path) -> dict[str, Any]:
-    """`config.json` of a directory, known to be that of a whole model."""
-    adapter = directory / "adapter_config.json"
+    """Read `config.json` of a whole model; refuse adapters and directories of other kinds."""
+    adapter, path = directory / "adapter_config.json", directory / "config.json"
     if adapter.is_file():
         base = _json_object(adapter).get("base_model_name_or_path")
         raise ModelError(
             f"{source}: is an adapter{f' for {base}' if base else ''}, not a whole model. Merge it first: load it with PEFT on its model, "
             "call merge_and_unload(), save_pretrained, and name that directory."
         )
-    if not (directory / "config.json").is_file():
+    if not path.is_file():
         raise ModelError(f"{source}: has no config.json; {EXPECTED}. {_other_directory(directory)}.")
-    return _json_object(directory / "config.json")
+    return _json_object(path)
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _other_directory(directory: Path) -> str:
-    """Explain what a directory without `config.json` is, and what to do with it."""
+    """Explain a directory without `config.json`, and what to do with it."""
     if ggufs := sorted(path.name for path in directory.glob("*.gguf")):
         return f"Name the file: {directory / ggufs[0]}"
     if (directory / "model_index.json").is_file():
@@ -85,18 +85,19 @@ def _other_directory(directory: Path) -> str:
 
 
 def load_failure(source: str, error: Exception) -> str:
+    """Explain an error of transformers or of the hub in one line, with a remedy."""
     reason = first_line(error)
-    if Path(source).is_dir():
-        remedy = "Save model and tokenizer there again."
-        for path in [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]:
-            with path.open("rb") as file:
-                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                    remedy = f"{path.name} is a pointer of Git LFS, not the file: fetch it with git lfs pull."
-        return f"{source}: the checkpoint cannot be loaded: {reason} {remedy}"
-    return (
-        f"{source}: is no local path, and as a hub id it cannot be loaded: {reason} "
-        "Check the spelling and the connection, or give a local directory."
-    )
+    if not Path(source).is_dir():
+        return (
+            f"{source}: is no local path, and as a hub id it cannot be loaded: {reason} "
+            "Check the spelling and the connection, or give a local directory."
+        )
+    remedy = "Save model and tokenizer there again."
+    for path in [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]:
+        with path.open("rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                remedy = f"{path.name} is a pointer of Git LFS, not the file: fetch it with git lfs pull."
+    return f"{source}: the checkpoint cannot be loaded: {reason} {remedy}"
 
 
 def import_transformers() -> Any:
@@ -108,13 +109,11 @@ def import_transformers() -> Any:
 
 def require(package: str, purpose: str) -> None:
     """Refuse with the remedy, as ModelError, if a package of the extra `hf` is not installed."""
-    import importlib.util
-
     if importlib.util.find_spec(package) is None:
         raise ModelError(f"{package} is needed {purpose}. Install it: pip install 'edkm[hf]'.")
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message, as a sentence: transformers' run over several lines."""
+    """Take the first line of a message, as a sentence: those of transformers run over several lines."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
     return line if line.endswith((".", "!", "?")) else line + "."

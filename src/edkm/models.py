@@ -1,12 +1,9 @@
-"""Loading a causal language model and its tokenizer, wherever they lie.
+"""Load a causal language model and its tokenizer from a directory, a packed directory, a `.gguf` file or a hub id.
 
-One function, `load_model`, takes what a user has: a directory with an ordinary Hugging Face checkpoint, a
-directory that edkm packed, a `.gguf` file, or a hub id. What comes back is always an ordinary model with
-dense floating point weights that can be trained, evaluated and saved with `save_pretrained`.
-
-Refused in one line rather than papered over: a model that does not predict the next token; a checkpoint that lacks weights of its
-model (transformers would fill these with random numbers and log a line) or holds more for a layer than the layer reads; weights that are
-quantized in a way that transformers does not undo while loading; adapters, and directories of other kinds.
+transformers loads them; the result is an ordinary model with dense floating point weights that can be trained, evaluated and saved.
+Refused in one line: a model that does not predict the next token; a checkpoint that lacks weights of its model (transformers would fill
+these with random numbers) or holds more for a layer than the layer reads; weights that are quantized in a way that transformers does not
+undo while loading; adapters, and directories of other kinds.
 """
 
 import re
@@ -30,37 +27,38 @@ from .modelfiles import (
 )
 from .progress import without_bars
 
-# Weights of another shape are reported, not raised: `_check_loaded` refuses them by name.
-_LOADING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
-        source: a local directory (an ordinary checkpoint, or one packed by edkm), a `.gguf` file, or the hub
-            id of either kind of directory. A path that exists wins over a hub id of the same name.
-        dtype: floating point type of the loaded weights. GGUF files, and checkpoints in float8 or another format
-            that transformers dequantises while loading, are dequantised to it.
+        source: a local directory (an ordinary checkpoint, or one packed by edkm), a `.gguf` file, or the hub id of either kind of
+            directory. A path that exists wins over a hub id of the same name.
+        dtype: floating point type of the loaded weights. GGUF files, and checkpoints in float8 or another format that transformers
+            dequantises while loading, are dequantised to it.
 
     Returns:
-        (model, tokenizer): a `PreTrainedModel` in eval mode with dense weights, and its tokenizer with
-        the chat template it came with.
+        (model, tokenizer): a `PreTrainedModel` in eval mode with dense weights, and its tokenizer with the chat template it came with.
 
     Raises:
-        ModelError: the path is missing or holds no checkpoint, the model is not a causal language model, lacks
-            weights or is quantized, the hub cannot be reached, or transformers (or gguf) is not installed.
+        ModelError: the path is missing or holds no checkpoint, the model is not a causal language model, lacks weights or is quantized,
+            the hub cannot be reached, or transformers (or gguf) is not installed.
     """
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
         return _load_gguf(path, dtype)
     if _is_packed(source):
-        return _load_packed(source, packed_directory(source), dtype)
+        from .compressed.pretrained import load
+
+        directory = packed_directory(source)
+        model = load(directory, dtype)
+        _check_causal(str(source), model.config)
+        return model, _load_tokenizer(source, directory)
     return _load_checkpoint(str(path if path.is_dir() else source), dtype)
 
 
 def _is_packed(source: str | Path) -> bool:
-    """Say whether a model is packed; refuse one whose class is not of transformers."""
+    """Look for edkm's quantization in the config; refuse a model whose class is not of transformers."""
     config = read_config(source, model_files(source))
     transformers = import_transformers()
     named = [str(name) for name in config.get("architectures") or []]
@@ -83,21 +81,47 @@ def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             _check_causal(source, config)
             quantized = _dequantize_on_load(source, config)
-            options = {"config": config, "dtype": dtype, "trust_remote_code": False}
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **_LOADING)
+            model, info = _from_pretrained(source, dtype, config=config)
         except ModelError:
             raise
         # safetensors and tokenizers raise bare Exceptions for damaged files; the cause stays attached.
         except Exception as error:
             raise ModelError(load_failure(source, error)) from error
         tokenizer = _load_tokenizer(source, source)
-    _check_loaded(source, model, info)
+    _check_loaded(source, model, info, info["unexpected_keys"])
     if quantized:
         _forget_quantization(model)
-        model.to(dtype)  # what was not quantized has the dtype of the file
+        model.to(dtype)  # the weights that were not quantized have the dtype of the file
     else:
         _check_numbers(source)
     return model.eval(), tokenizer
+
+
+def _from_pretrained(place: str | Path, dtype: torch.dtype, **options: Any) -> tuple[Any, dict[str, Any]]:
+    # Weights of another shape are reported, not raised: `_check_loaded` refuses them by name.
+    options |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    return import_transformers().AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+
+
+def _load_tokenizer(source: str | Path, path: str | Path) -> Any:
+    try:
+        return import_transformers().AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{source}: its tokenizer cannot be loaded: {first_line(error)} Save the tokenizer there.") from error
+
+
+def _check_causal(source: str, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    causal = {names} if isinstance(names, str) else set(names)
+    # BERT and its like have a causal class that loads from a masked model, and predicts nothing sensible.
+    declared = set(config.architectures or causal)
+    if not causal & declared:
+        raise ModelError(
+            f"{source}: {', '.join(sorted(declared)) or config.model_type} is not a causal language model; expected one that predicts "
+            "the next token (a ...ForCausalLM class). Give another model."
+        )
 
 
 def _dequantize_on_load(source: str, config: Any) -> bool:
@@ -123,38 +147,44 @@ def _dequantize_on_load(source: str, config: Any) -> bool:
     return False
 
 
-def _check_loaded(source: str | Path, model: Any, info: dict[str, Any]) -> None:
-    """Refuse a model whose weights are not exactly those of the checkpoint."""
-    kind = type(model).__name__
-    missing = sorted(info["missing_keys"])
-    if missing:
+def _forget_quantization(model: Any) -> None:
+    """Make a dequantised model an ordinary one, in place: else save_pretrained quantises it again, or it and .to(dtype) refuse."""
+    model._weight_conversions = None
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _check_loaded(source: str | Path, model: Any, info: dict[str, Any], unread: Any) -> None:
+    """Refuse a model whose weights are not exactly those of the checkpoint; warn of parts that its class leaves out."""
+    kind, remedy = type(model).__name__, "Check that config.json belongs to these weights, and that they are"
+    if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{source}: {len(missing)} weights of {kind} are not in the checkpoint, first {missing[0]}; they would be random. "
             "Give a checkpoint of the whole causal language model."
         )
     for name, stored, shape in sorted(info["mismatched_keys"]):
+        raise ModelError(f"{source}: {name}: {kind} has shape {list(shape)}, the checkpoint {list(stored)}. {remedy} not quantized.")
+    prefix, unread = f"{model.base_model_prefix}.", sorted(unread)
+    if lost := next((name for name in unread if _belongs_to_a_layer(name, model) or _belongs_to_a_layer(prefix + name, model)), None):
         raise ModelError(
-            f"{source}: {name}: {kind} has shape {list(shape)}, the checkpoint {list(stored)}. Check that config.json belongs to these "
-            "weights, and that they are not quantized."
-        )
-    unread = sorted(info["unexpected_keys"])
-    modules, more = dict(model.named_modules()), getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
-    prefix = f"{model.base_model_prefix}."
-    if lost := next((name for name in unread if any(_within_a_layer(full, modules, more) for full in (name, prefix + name))), None):
-        raise ModelError(
-            f"{source}: {lost} is in the checkpoint and {kind} does not read it, so the model would not be what was saved. Check that "
-            "config.json belongs to these weights, and that they are neither quantized nor of another class."
+            f"{source}: {lost} is in the checkpoint and {kind} does not read it, so the model would not be what was saved. {remedy} "
+            "neither quantized nor of another class."
         )
     if unread:
         warnings.warn(f"{source}: {kind} leaves out {len(unread)} tensors of the checkpoint, first {unread[0]}.", stacklevel=3)
 
 
-def _within_a_layer(name: str, modules: dict[str, Any], more: int) -> bool:
-    """Say whether a tensor that a model does not read belongs to one of its layers, or is a layer that it does not have.
+def _belongs_to_a_layer(name: str, model: Any) -> bool:
+    """Tell whether a tensor that a model does not read belongs to one of its layers, or is a layer that it does not have.
 
-    Others belong to parts that the class leaves out (a vision tower, `more` layers at the end that predict further tokens), or are masks
-    and frequencies that are made anew.
+    Others belong to parts that the class leaves out (a vision tower, layers at the end that predict further tokens), or are masks and
+    frequencies that are made anew.
     """
+    modules, more = dict(model.named_modules()), getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     path = name.rpartition(".")[0]
     while path not in modules:
         path = path.rpartition(".")[0]
@@ -182,35 +212,20 @@ def _check_numbers(source: str) -> None:
                     )
 
 
-def _load_packed(source: str | Path, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    require("transformers", "to load models")
-    from .compressed import pretrained
-
-    model = pretrained.load(path, dtype)
-    _check_causal(str(source), model.config)
-    return model, _load_tokenizer(source, path)
-
-
-def _load_tokenizer(source: str | Path, path: str | Path) -> Any:
-    transformers = import_transformers()
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{source}: its tokenizer cannot be loaded: {first_line(error)} Save the tokenizer there.") from error
-
-
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if not path.is_file():
         raise ModelError(f"{path}: no such file; {EXPECTED}. Check the path.")
     transformers = import_transformers()
     require("gguf", "to read .gguf files")
-    options: dict[str, Any] = {"gguf_file": path.name}
-    if hasattr(transformers, "GgufConfig"):  # which may keep the blocks, where there is a kernel for them
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with without_bars(), _no_gguf_bar():
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    # The newer of these may keep the blocks, where there is a kernel for them.
+    options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    # The reader has a bar of its own, which transformers' switch does not reach.
+    with without_bars(), patch.object(reader, "tqdm", lambda tensors, **options: tensors, create=True):
         try:
             stored = _gguf_tensors(path)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options, **_LOADING)
+            model, info = _from_pretrained(path.parent, dtype, gguf_file=path.name, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except ModelError:
             raise
@@ -219,21 +234,20 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
                 f"{path}: cannot be read as a GGUF causal language model: {first_line(error)} "
                 "Give a complete file of an architecture that transformers supports."
             ) from error
-    _check_loaded(path, model, info | {"unexpected_keys": _unread(stored, model)})
+    _check_loaded(path, model, info, _unread(stored, model))
     _forget_quantization(model)
     return model.eval(), tokenizer
 
 
 def _gguf_tensors(path: Path) -> list[str]:
-    """The names of the tensors in a GGUF file; refuse one that is not a whole model, which transformers would fill up by its defaults."""
+    """List the tensors of a GGUF file; refuse one that is not a whole model, which transformers would fill up by its defaults."""
     import gguf
 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError("it does not begin as a GGUF file does")
     reader = gguf.GGUFReader(path)
-    fields = {name: reader.fields[name] for name in ("split.count", "split.no", "general.type") if name in reader.fields}
-    values = {name: field.parts[field.data[0]] for name, field in fields.items()}
+    values = {name: field.parts[field.data[0]] for name, field in reader.fields.items() if name in ("split.count", "general.type")}
     if "split.count" in values and (parts := int(values["split.count"][0])) > 1:
         raise ModelError(
             f"{path}: is one of {parts} parts of a GGUF model. Join them first (llama-gguf-split --merge FIRST_PART MODEL.gguf), and name "
@@ -241,17 +255,16 @@ def _gguf_tensors(path: Path) -> list[str]:
         )
     kind = bytes(values["general.type"]).decode() if "general.type" in values else "model"
     if kind != "model" or not reader.tensors:
-        what = "weights" if kind == "model" else f"model ({kind})"
-        raise ModelError(f"{path}: holds no {what}. Name the file of the whole model.")
+        found = "weights" if kind == "model" else f"model ({kind})"
+        raise ModelError(f"{path}: holds no {found}. Name the file of the whole model.")
     return [tensor.name for tensor in reader.tensors]
 
 
 def _unread(stored: list[str], model: Any) -> list[str]:
-    """List the tensors of a GGUF file that transformers leaves out without a word, by the names that they would have in the model."""
+    """List the tensors of a GGUF file that transformers leaves out silently, by the names that they would have in the model."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    kind = model.config.model_type
-    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(kind, TensorProcessor)(config={}))
+    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(model.config.model_type, TensorProcessor)(config={}))
     layers = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
     found = []
     for name in stored:
@@ -264,37 +277,3 @@ def _unread(stored: list[str], model: Any) -> list[str]:
         elif name == "rope_freqs.weight":
             found.append(name)
     return found
-
-
-def _forget_quantization(model: Any) -> None:
-    """Make a dequantised model an ordinary one, in place: else save_pretrained quantises it again, or it and .to(dtype) refuse."""
-    model._weight_conversions = None
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-
-
-def _check_causal(source: str, config: Any) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
-    causal = {names} if isinstance(names, str) else set(names)
-    # BERT and its like have a causal class that loads from a masked model, and predicts nothing sensible.
-    declared = set(config.architectures or causal)
-    if causal & declared:
-        return
-    what = ", ".join(sorted(declared)) or config.model_type
-    raise ModelError(
-        f"{source}: {what} is not a causal language model; expected one that predicts the next token "
-        "(a ...ForCausalLM class). Give another model."
-    )
-
-
-def _no_gguf_bar() -> Any:
-    """The reader of GGUF files has a bar of its own, which transformers' switch does not reach."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    return patch.object(reader, "tqdm", lambda tensors, **options: tensors, create=True)

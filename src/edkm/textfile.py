@@ -1,4 +1,4 @@
-"""Reading a text file that a user names: the one way for training data, held-out texts and texts to score."""
+"""Read a text file that a user names: training data, held-out texts and texts to score."""
 
 import codecs
 from pathlib import Path
@@ -11,11 +11,7 @@ class TextFileError(ValueError):
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file, with or without a byte order mark, with any kind of line end.
-
-    Raises:
-        TextFileError: the file is missing, a directory or not readable, is in another encoding, holds null bytes, or has no text.
-    """
+    """Read a UTF-8 file, with or without a byte order mark, with any kind of line end; refuse another encoding, null bytes, no text."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -94,7 +94,7 @@ def write(
     pending = {key: part for name, entry in entries.items() for key, part in _pending(name, frozen[name], entry).items()}
     memory: dict[tuple[int, ...], str] = {}
     for name, tensor in dense.items():
-        pending[name] = Pending(tensor.dtype, tuple(tensor.shape), partial(_same, tensor))
+        pending[name] = Pending(tensor.dtype, tuple(tensor.shape), partial(torch.Tensor.detach, tensor))
         if tensor.numel() and (other := memory.setdefault((tensor.data_ptr(), *tensor.shape), name)) != name:
             raise FormatError(f"{name}: is the same memory as {other}. Leave one of them out.")
     write_files(Path(directory), pending)
@@ -132,9 +132,6 @@ def read(directory: str | Path) -> Packed:
 def open_items(directory: str | Path) -> Iterator[dict[str, Item]]:
     """Open a checkpoint, check everything that needs no tensor's data, and yield its tensors by name, in the order of names.
 
-    Args:
-        directory: holds `config.json` and the weights.
-
     Raises:
         FormatError: `config.json` is missing, is not ours or has something unknown; files or tensors are missing, damaged or of
             another size than announced; later, from `load` and `check`: a wrong checksum, non-zero padding, an index beyond its table,
@@ -164,18 +161,7 @@ def open_items(directory: str | Path) -> Iterator[dict[str, Item]]:
 
 
 def dequantize(frozen: Frozen, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Look up the weight that a clustered tensor stands for.
-
-    Args:
-        frozen: indices and tables.
-        dtype: of the result. float32 and float16 hold the tables exactly, bfloat16 rounds them.
-
-    Returns:
-        `frozen.shape` in `dtype`.
-
-    Cost:
-        That of `edkm.core.assign.lookup`.
-    """
+    """Look up the weight that a clustered tensor stands for. float32 and float16 hold its tables exactly, bfloat16 rounds them."""
     return lookup(frozen.indices, frozen.lut, dtype).view(frozen.shape)
 
 
@@ -189,11 +175,8 @@ def summary(directory: str | Path) -> dict[str, Any]:
         `clustered_bits_per_weight`: over clustered tensors that are not embeddings, None if there are none. `bytes_in_16_bits`: the
         same model with 2 bytes a weight. A tensor counts as an embedding if its module's name has "embed" in it or is "wte" or "wpe".
 
-    Raises:
-        FormatError: see `open_items`.
-
     Cost:
-        Headers only.
+        Headers only, with the checks of `open_items`.
     """
     directory = Path(directory)
     rows, dense = [], []
@@ -240,12 +223,8 @@ def _pending(name: str, frozen: Frozen | Later, entry: Entry) -> dict[str, Pendi
 
     return {
         name: Pending(torch.uint8, (entry.packed_bytes,), pack, entry.about()),
-        name + LUT_SUFFIX: Pending(LUT_DTYPE, tuple(frozen.lut.shape), partial(_same, frozen.lut)),
+        name + LUT_SUFFIX: Pending(LUT_DTYPE, tuple(frozen.lut.shape), lambda: frozen.lut),
     }
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _load(where: str, entry: Entry, packed: Stored, lut: Stored) -> Frozen:

@@ -32,14 +32,7 @@ def stored_bytes(weights: int, bits: int, luts: int, dim: int = 1, k: int | None
 
 
 def pack_indices(indices: Tensor, bits: int) -> Tensor:
-    """Pack indices, in row-major order, into a stream of bits.
-
-    Args:
-        indices: uint8, any shape, every value below `2**bits`.
-        bits: width of one index, 1 to 8.
-
-    Returns:
-        uint8 `[ceil(n * bits / 8)]` on the device of `indices`, n being the number of indices.
+    """Pack uint8 indices of any shape, in row-major order, into a stream of bits: uint8 `[ceil(n * bits / 8)]` on their device.
 
     Raises:
         ValueError: `bits` is not 1 to 8, the dtype is not uint8, or an index needs more than `bits` bits.
@@ -72,15 +65,7 @@ def pack_indices(indices: Tensor, bits: int) -> Tensor:
 
 
 def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Read `count` indices back from the stream that `pack_indices` wrote.
-
-    Args:
-        packed: uint8 `[ceil(count * bits / 8)]`.
-        bits: width of one index, 1 to 8.
-        count: number of indices in the stream.
-
-    Returns:
-        uint8 `[count]` on the device of `packed`.
+    """Read `count` indices, uint8 `[count]`, back from the stream that `pack_indices` wrote.
 
     Raises:
         ValueError: `bits` is not 1 to 8, or dtype or length do not match.
@@ -99,20 +84,15 @@ def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, shape: tuple[int, int], start: int, stop: int, in_blocks: bool = True) -> Tensor:
-    """Read some rows of a grid of indices from the stream of all. Looks at no value of the stream: it can be traced.
+    """Read some rows of a grid of indices, uint8 `[stop - start, cols]`, from the stream of all.
+
+    It looks at no value of the stream: it can be traced.
 
     Args:
-        packed: the stream of all rows.
-        bits: width of one index, 1 to 8.
+        packed, bits: the stream of all rows, and the width of an index in it.
         shape: of the grid, rows and columns.
         start, stop: the rows; `start` is a multiple of 8, where the stream is at the start of a byte.
-        in_blocks: bounds the memory; without, there are fewer operations.
-
-    Returns:
-        uint8 `[stop - start, cols]` on the device of `packed`.
-
-    Cost:
-        One pass over these rows of the stream. Besides input and output at most 3 MiB live, or without blocks twice the output.
+        in_blocks: at most 3 MiB live besides input and output; without, there are fewer operations and twice the output lives.
     """
     rows, cols = shape
     # 8 rows end on a whole byte: no bits of the next rows stand in the place of padding.

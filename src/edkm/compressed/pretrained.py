@@ -83,9 +83,6 @@ def save_pretrained(
 def check_savable(model: nn.Module) -> None:
     """Refuse a model that `edkm.save` would refuse, or that could not be loaded from the directory that it writes.
 
-    Args:
-        model: before it is prepared.
-
     Raises:
         ValueError: a tensor whose name or dtype cannot be stored; a transformers model whose tensors are not those of its class and config.
 
@@ -118,10 +115,6 @@ def is_transformers(model: Any) -> bool:
 
 def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a packed model by `from_pretrained` of its class and dequantize it: an ordinary model, on the CPU and in eval mode.
-
-    Args:
-        directory: a directory that `save_pretrained` wrote.
-        dtype: of the model. float32 holds every clustered value exactly, bfloat16 rounds them.
 
     Raises:
         FormatError: the model of this config has other parameters or shapes than the checkpoint, and all that `checkpoint.open_items`
@@ -164,13 +157,7 @@ def unpack(directory: str | Path, out: str | Path) -> None:
     float16, else float32 (bfloat16 has more range and fewer digits than float16: neither holds the other). So the dense model computes with
     exactly the packed model's weights. `config.json` names that dtype.
 
-    Args:
-        directory: a packed directory.
-        out: another directory; a checkpoint in it is replaced. Tokenizer and generation settings are copied.
-
-    Raises:
-        FormatError: all that `checkpoint.open_items` refuses.
-        ValueError: `out` is `directory`.
+    A checkpoint in `out` is replaced; tokenizer and generation settings are copied. All that `checkpoint.open_items` refuses is refused.
 
     Cost:
         One pass over the files; memory of one tensor. Up to 4 bytes a weight on disk.
