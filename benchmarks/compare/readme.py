@@ -58,7 +58,7 @@ def make_data(folder: Path) -> dict[str, Path]:
 
 def _lambada() -> str:
     """Return the first passages, one paragraph each."""
-    from edkm.tasks import fetch_items
+    from benchmarks.tasks import fetch_items
 
     with zipfile.ZipFile(fetch_items()) as archive, archive.open(_LAMBADA) as packed, gzip.open(packed, "rt", encoding="utf-8") as lines:
         requests = [json.loads(line)["request"] for line in itertools.islice(lines, _PASSAGES)]

