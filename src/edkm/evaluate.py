@@ -1,17 +1,16 @@
-"""Perplexity of a text, and generation: what a model is worth after compression.
+"""Evaluate a model after compression: perplexity of a text, and generation.
 
 Convention of `perplexity`, since numbers of different conventions cannot be compared:
 
 - The text is tokenised once, as a whole. Where the tokenizer puts a token before every text (the beginning of sequence of Llama and Gemma,
-  found by tokenising, not by a flag), the text begins with it, and so does every window: it takes the place of the window's first token.
-  That is llama.cpp's convention; lm-eval's rolling windows have the token in the first window only. No other special token is added.
-- Windows of `window` tokens start at token 0, `stride`, 2 `stride`, ...; only whole windows count, so up to
-  `stride` - 1 tokens at the end are not used. A text shorter than one window is one shorter window.
-- A token is scored in the first window that has it, given the tokens before it in that window, and never
-  again. The first token of the text is not scored; with `stride == window`, nor is the first token of any
-  window: it has no context there. A beginning of sequence is never scored.
-- The result is exp(mean negative log-likelihood of the scored tokens). The model runs in its own dtype,
-  without autocast; the log-likelihood is computed from its logits in float32 and summed exactly.
+  found by tokenising, not by a flag), the text begins with it, and so does every window: it takes the place of the window's first token,
+  as in llama.cpp. lm-eval's rolling windows have the token in the first window only. No other special token is added.
+- Windows of `window` tokens start at token 0, `stride`, 2 `stride`, ...; only whole windows count, so up to `stride` - 1 tokens at the end
+  are not used. A text shorter than one window is one shorter window.
+- A token is scored once, in the first window that has it, given the tokens before it in that window. The first token of the text is not
+  scored; with `stride == window`, nor is the first token of any window: it has no context there. A beginning of sequence is never scored.
+- The result is exp(mean negative log-likelihood of the scored tokens). The model runs in its own dtype, without autocast; the
+  log-likelihood is computed from its logits in float32 and summed exactly.
 """
 
 import itertools
@@ -23,19 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .progress import progress
-from .train.calibrate import evaluating
-from .train.chat import ChatError, beginning, begun, encode, has_template, render
-from .train.limits import check_tokens, end_tokens, longest_context, tokens_to_score
+from edkm.progress import progress
+from edkm.train.calibrate import evaluating
+from edkm.train.chat import ChatError, beginning, begun, encode, has_template, render
+from edkm.train.limits import check_tokens, end_tokens, longest_context, tokens_to_score
 
 
 class EvaluationError(ValueError):
-    """An evaluation that cannot be done as asked; the message names the rule and the remedy."""
+    """A request for an evaluation that is out of range; the message names the rule and the remedy."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The perplexity of a text; `inf` or `nan` if that is what the model gave.
+    """Perplexity of a text; not finite where the model's output is not.
 
     Attributes:
         perplexity: exp(nll); inf if that is beyond a float.
@@ -65,14 +64,14 @@ def perplexity(
     batch_size: int = 1,
     source: str = "the text",
 ) -> Perplexity:
-    """Perplexity of `text` under a causal language model, by the convention at the top of this file.
+    """Compute the perplexity of `text` under a causal language model, by the convention at the top of this file.
 
     Every module's `training` flag is left as it was found; no gradient is kept.
 
     Args:
         model: a causal language model of transformers; it stays on its device.
         tokenizer: its tokenizer.
-        text: what to score.
+        text: to score.
         window: tokens per window, from 2 to the model's longest context.
         stride: tokens from one window to the next, 1 to `window`; None means `window`.
         max_windows: use the first so many windows; None means all.
@@ -100,7 +99,8 @@ def perplexity(
             logits = model(input_ids=batch, use_cache=False).logits  # [batch, window, vocabulary]
             for row, tokens in enumerate(batch):
                 new = max(1, begins, 0 if start + row == 0 else window - stride)
-                total += _negative_log_likelihood(logits[row, new - 1 : -1], tokens[new:])
+                losses = F.cross_entropy(logits[row, new - 1 : -1].float(), tokens[new:], reduction="none")  # [window - new], in nats
+                total += math.fsum(losses.tolist())
                 scored += window - new
             advance(len(batch))
     nll = total / scored
@@ -116,13 +116,13 @@ def generate(
     temperature: float = 0.0,
     chat: bool | None = None,
 ) -> str:
-    """Continue a prompt; the text returned is the continuation alone, without special tokens.
+    """Continue a prompt, and return the continuation alone, without special tokens.
 
     Args:
         model: a causal language model of transformers.
         tokenizer: its tokenizer.
         prompt: the text to continue, or, with `chat`, the user's message to answer.
-        max_new_tokens: at most so many tokens; fewer if the model ends its text, or if its context is full.
+        max_new_tokens: upper limit; the model may end its text earlier, or fill its context.
         temperature: 0 takes the likeliest token each time; above 0 samples, from torch's global generator.
         chat: whether to write the prompt with the chat template; None means if the tokenizer has one.
 
@@ -143,7 +143,7 @@ def generate(
     from transformers import GenerationConfig
 
     ends = end_tokens(model, tokenizer)
-    # A configuration of our own: the model's may ask for sampling, or for a length of its own.
+    # Not the model's configuration, which may ask for sampling or set another length.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
@@ -174,7 +174,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None) -> Tensor:
 
 
 def check_generation(*, max_new_tokens: int, temperature: float) -> None:
-    """Refuse numbers that `generate` cannot take; needs no model."""
+    """Refuse numbers that `generate` cannot take, before a model is loaded."""
     if max_new_tokens < 1:
         raise EvaluationError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
     if not (temperature >= 0 and math.isfinite(temperature)):
@@ -182,7 +182,7 @@ def check_generation(*, max_new_tokens: int, temperature: float) -> None:
 
 
 def check_windows(*, window: int, stride: int, max_windows: int | None, batch_size: int = 1) -> None:
-    """Refuse numbers that `perplexity` cannot take; needs no model."""
+    """Refuse numbers that `perplexity` cannot take, before a model is loaded."""
     if window < 2:
         raise EvaluationError(f"window={window}: must be at least 2, one token to predict another.")
     if not 1 <= stride <= window:
@@ -191,12 +191,6 @@ def check_windows(*, window: int, stride: int, max_windows: int | None, batch_si
         raise EvaluationError(f"max_windows={max_windows}: must be at least 1, or left out to use all.")
     if batch_size < 1:
         raise EvaluationError(f"batch_size={batch_size}: must be at least 1.")
-
-
-def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
-    """Sum over tokens, in nats; logits [tokens, vocabulary] of any float dtype, targets int64 [tokens]."""
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")  # float32 [tokens]
-    return math.fsum(losses.tolist())
 
 
 def _exp(nll: float) -> float:

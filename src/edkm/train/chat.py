@@ -1,13 +1,12 @@
-"""Conversations as the tokenizer's chat template writes them, and which of their tokens the assistant wrote.
+"""Write conversations by the tokenizer's chat template, and find which tokens the assistant wrote.
 
-The tokens are those of `tokenizer.apply_chat_template(messages)`: nothing is added to the template's text and nothing left out. The
-assistant's are found in one of two ways:
+The tokens are those of `tokenizer.apply_chat_template(messages)`. The assistant's are found in one of two ways:
 
-- a template with `{% generation %}` says itself which they are;
+- a template with `{% generation %}` marks them itself;
 - else renderings are compared. An answer begins where the prompt for it ends (the messages before it, with `add_generation_prompt`), and
   ends where the conversation up to it ends, end of turn included. Where the template writes a shortened conversation otherwise (Qwen3
-  keeps thoughts for the last answers only, gpt-oss ends the last answer otherwise), the answer is found by writing another in its
-  place: what stays the same around it is not the answer. The end of a turn is then the assistant's if a last answer ends so, too.
+  keeps thoughts for the last answers only, gpt-oss ends the last answer otherwise), another answer is written in its place: text that
+  stays the same around it is not the answer. The end of a turn is then the assistant's if a last answer ends so, too.
 
 A token that holds the end of a prompt and the beginning of an answer counts as the answer's.
 """
@@ -28,7 +27,7 @@ class ChatError(ValueError):
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Say whether a tokenizer knows how conversations are written."""
+    """Tell whether a tokenizer knows how conversations are written."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -42,15 +41,14 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
     # A template is somebody's program: it raises errors of jinja2, and any of Python's own.
     except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
         raise ChatError(
-            f"{_template_of(tokenizer)} cannot write this conversation ({type(error).__name__}: {reason}). "
+            f"{_template_of(tokenizer)} cannot write this conversation ({_reason(error)}). "
             "Give it the roles and the order that it asks for, or correct the template."
         ) from error
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> Any:
-    """Tokens of a text as it stands, without those that the tokenizer would add around it.
+    """Tokenise a text as it stands, without the tokens that the tokenizer would add around it.
 
     Raises:
         ChatError: the text holds half of a surrogate pair, or the tokenizer cannot encode it.
@@ -65,14 +63,12 @@ def encode(tokenizer: Any, text: str, **options: Any) -> Any:
         # verbose=False: the remark that a text is longer than the model's window is meant for those who feed it whole.
         return tokenizer(text, add_special_tokens=False, verbose=False, **options)
     except Exception as error:
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise ChatError(f"the tokenizer of {_name(tokenizer)} cannot encode the text ({type(error).__name__}: {reason}).") from error
+        raise ChatError(f"the tokenizer of {_name(tokenizer)} cannot encode the text ({_reason(error)}).") from error
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before every text, found by tokenising one: one for Llama and Gemma, none for GPT-2 and Qwen."""
-    bare = encode(tokenizer, "a").input_ids
-    whole = tokenizer("a").input_ids
+    """Find the tokens that a tokenizer puts before every text, by tokenising one: one for Llama and Gemma, none for GPT-2 and Qwen."""
+    bare, whole = encode(tokenizer, "a").input_ids, tokenizer("a").input_ids
     starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
     return whole[: next(starts, 0)]
 
@@ -83,7 +79,7 @@ def begun(ids: list[int], first: list[int]) -> list[int]:
 
 
 def encode_conversation(tokenizer: Any, messages: Sequence[Message], answers: Sequence[int] | None = None) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and which of them the assistant wrote.
+    """Return the token ids of a conversation, and for each whether the assistant wrote it.
 
     Args:
         tokenizer: a fast tokenizer of transformers, with a chat template.
@@ -112,7 +108,7 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message], answers: Se
         for start, end in (turns.span(index) for index in answers):
             own[start:end] = b"\1" * (end - start)
         # Some tokenizers give a token no length.
-        mask = [one and 1 in own[begin : max(end, begin + 1)] for one, (begin, end) in zip(mask, offsets)]
+        mask = [marks and 1 in own[begin : max(end, begin + 1)] for marks, (begin, end) in zip(mask, offsets)]
     if not any(mask):
         raise ChatError(f"{_template_of(tokenizer)} marks no token as the assistant's, so there is nothing to train on. Correct it.")
     return found["input_ids"], mask
@@ -175,11 +171,11 @@ class _Turns:
         return start, end
 
     def _with(self, index: int, other: Message) -> list[Message]:
-        """The conversation with another message in the place of one."""
+        """Return the conversation with one message replaced."""
         return [*self.messages[:index], other, *self.messages[index + 1 :]]
 
     def _written(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str | None:
-        """A rendering, or None where the template takes no such conversation."""
+        """Render a conversation; None where the template refuses it."""
         try:
             return render(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
         except ChatError:
@@ -195,14 +191,14 @@ def _own_mask(tokenizer: Any, messages: Sequence[Message]) -> list[bool]:
 
 
 def unused_fields(tokenizer: Any, messages: Sequence[Message]) -> list[str]:
-    """Fields of messages besides role and content that the template does not write."""
+    """List the fields of messages, other than role and content, that the template does not write."""
     names = sorted({name for message in messages for name in message} - {"role", "content"})
     rest = {name: [{key: value for key, value in message.items() if key != name} for message in messages] for name in names}
     return [name for name in names if render(tokenizer, rest[name]) == render(tokenizer, messages)]
 
 
 def _shared(a: str, b: str) -> int:
-    """Characters at the beginning that two texts have in common."""
+    """Count the characters at the beginning that two texts have in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
@@ -212,3 +208,7 @@ def _name(tokenizer: Any) -> str:
 
 def _template_of(tokenizer: Any) -> str:
     return f"the chat template of {_name(tokenizer)}"
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.') or 'no reason given'}"

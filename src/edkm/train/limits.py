@@ -1,4 +1,4 @@
-"""Limits of a model, checked before any work: token ids with a row in its embedding, its longest context, the tokens that it stops at."""
+"""Check tokens against a model before any work: rows of its embedding, its longest context, the tokens that it stops at."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chat import beginning, begun, encode
+from edkm.train.chat import beginning, begun, encode
 
 # Names that configs of transformers have for the longest context; most map their own to the first.
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
@@ -17,49 +17,43 @@ class LimitError(ValueError):
 
 
 def longest_context(model: Any) -> int | None:
-    """Tokens of a model's longest context, by its config; None where that names none (Mamba, BLOOM)."""
+    """Find the tokens of a model's longest context by its config; None where that names none (Mamba, BLOOM)."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     found = [getattr(text, name, None) for name in _CONTEXT]
     return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 
 
-def check_length(model: Any, length: int, what: str) -> None:
-    """Refuse more tokens than the model's longest context.
-
-    Args:
-        what: the option that asks for this length, for the message.
-
-    Raises:
-        LimitError: `length` is above the limit.
-    """
+def check_length(model: Any, length: int, option: str) -> None:
+    """Refuse, with a LimitError, an `option` that asks for more tokens than the model's longest context."""
     longest = longest_context(model)
     if longest is not None and length > longest:
-        raise LimitError(f"{what}={length}: the model's context is {longest} tokens. Use {longest} or fewer.")
+        raise LimitError(f"{option}={length}: the model's context is {longest} tokens. Use {longest} or fewer.")
 
 
-def check_tokens(model: Any, tokenizer: Any, ids: Tensor | Sequence[int], what: str) -> None:
-    """Refuse token ids that have no row in the model's embedding.
-
-    Args:
-        ids: of any shape, not empty.
-        what: the text that they are of, for the message.
-
-    Raises:
-        LimitError: an id is not in the embedding.
-    """
+def check_tokens(model: Any, tokenizer: Any, ids: Tensor | Sequence[int], source: str) -> None:
+    """Refuse, with a LimitError, token ids of the text `source` that have no row in the model's embedding."""
     rows = _embedding_rows(model)
-    largest = int(ids.max()) if isinstance(ids, Tensor) else max(ids)
+    largest = int(torch.as_tensor(ids).max())
     if rows is not None and largest >= rows:
         raise LimitError(
-            f"{what}: holds the token {tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), and the model's embedding has {rows} rows, "
-            f"for 0 to {rows - 1}. Resize the model (resize_token_embeddings({len(tokenizer)})) and save it with its tokenizer, or take "
-            "the model's own tokenizer."
+            f"{source}: holds the token {tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), and the model's embedding has {rows} "
+            f"rows, for 0 to {rows - 1}. Resize the model (resize_token_embeddings({len(tokenizer)})) and save it with its tokenizer, or "
+            "take the model's own tokenizer."
         )
 
 
+def _embedding_rows(model: Any) -> int | None:
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    rows = getattr(embedding, "num_embeddings", None)
+    return getattr(getattr(embedding, "weight", None), "shape", [None])[0] if rows is None else rows
+
+
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens at which generation stops: those of the model's generation settings, or the tokenizer's end of sequence."""
+    """List the tokens at which generation stops: those of the model's generation settings, or the tokenizer's end of sequence."""
     stored = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = tokenizer.eos_token_id if stored is None else stored
     return found if isinstance(found, list) else [] if found is None else [found]
@@ -85,14 +79,3 @@ def tokens_to_score(model: Any, tokenizer: Any, text: str, *, window: int, sourc
         )
     check_tokens(model, tokenizer, ids, source)
     return ids, len(first)
-
-
-def _embedding_rows(model: Any) -> int | None:
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    found = getattr(embedding, "num_embeddings", None)
-    if found is None:
-        found = getattr(getattr(embedding, "weight", None), "shape", [None])[0]
-    return found
