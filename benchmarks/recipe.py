@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from benchmarks.compare.readme import WINDOW, make_data
 from benchmarks.measure import machine, write
 from edkm.core.op import BACKENDS
-from edkm.train.presets import PRESETS, plain_steps_of
+from edkm.recipe import PRESETS
 from examples.demo.data import save_smollm2
 
 BITS, LR = 3, 2e-4
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
     title: str
     backend: str = "auto"
-    start: str = "kmeans"
+    fitted: bool = False
     rows_per_lut: int = 0
     importance: bool = True
     absolute: bool = False  # temperature 1e-4 and three iterations a step, as coremltools has them
@@ -53,9 +53,9 @@ RECIPE = {
     "relative": Row("temperature from the error, annealed", importance=False),
     "importance": Row("+ importance"),
     "rows": Row("+ a table per row", rows_per_lut=1),
-    "fit": Row("+ fitted start", rows_per_lut=1, start="fit"),
-    "balanced": Row("+ plain steps first (balanced)", rows_per_lut=1, start="fit", preset="balanced"),
-    "best": Row("+ bits where they matter (best)", rows_per_lut=1, start="fit", preset="best"),
+    "fit": Row("+ fitted start", rows_per_lut=1, fitted=True),
+    "balanced": Row("+ plain steps first (balanced)", rows_per_lut=1, fitted=True, preset="balanced"),
+    "best": Row("+ bits where they matter (best)", rows_per_lut=1, fitted=True, preset="best"),
 }
 
 
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
     row, steps = (IDENTITY[key], args.identity_steps) if table == "identity" else (RECIPE[key], args.steps)
     model, tokenizer = load_model(args.out / "model")
     blocks = load_blocks(args.out / "data" / "train.json", tokenizer, block_tokens=WINDOW)
-    plain = plain_steps_of(steps, row.preset) if row.preset else 0
+    plain = int(steps * PRESETS[row.preset].finetune_share) if row.preset else 0
     if plain:
         _train(model, blocks, plain, 0, args.out / f"{name}-training")
     config = edkm.ClusterConfig(
@@ -163,16 +163,18 @@ def _prepare(model: Any, blocks: Any, config: Any, row: Row) -> Any:
     import edkm
     from benchmarks.compare.dkm import config as dkm_config
     from benchmarks.compare.dkm import prepare_dkm
+    from edkm.run import calibration_batches
     from edkm.train.allocate import bits_of
-    from edkm.train.stages import prepare_on
 
     if row.absolute:
         config = dkm_config(model, BITS)
         prepare_dkm(model, config)
     elif row.importance:
-        target = bits_of(model, config) if row.preset and PRESETS[row.preset].chosen_bits else None
+        target = bits_of(model, config) if row.preset and PRESETS[row.preset].choose_bits else None
         backend = "auto" if row.backend == "reference" else row.backend  # which takes its place afterwards
-        _, config = prepare_on(model, config, blocks, target_bpw=target, start=row.start, backend=backend)
+        more = {} if row.fitted else {"centroids": {}}
+        batches = calibration_batches(blocks, model)
+        config = edkm.prepare(model, config, batches, target_bpw=target, backend=backend, **more).config
     else:
         edkm.prepare(model, config)
     return config

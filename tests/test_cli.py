@@ -124,7 +124,7 @@ def test_generate_prints_the_answer(tiny_dir, capsys):
         (["eval", "--tasks", "piqa", "--limit", "0"], "limit=0: must be at least 1"),
         (["eval", "--tasks", "piqa", "--batch", "0"], "batch_size=0: must be at least 1"),
         (["compress", "--data", "TEXT", "--out", "OUT", "--bits", "9"], "bits: an integer from 1 to 8, got 9"),
-        (["compress", "--data", "TEXT", "--out", "OUT", "--softness", "nan"], "softness: a number from"),
+        (["compress", "--data", "TEXT", "--out", "OUT", "--lr", "nan"], "lr: a positive number"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_a_model_is_loaded(text_file, tmp_path, capsys, command, said):

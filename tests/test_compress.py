@@ -13,7 +13,9 @@ from edkm.cli import main
 from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import read, summary
 from edkm.models import load_model
-from edkm.train import loop, stages
+from edkm.recipe import Recipe
+from edkm.run import calibration_batches
+from edkm.train import loop
 from edkm.train.checkpoints import last_checkpoint
 from edkm.train.data import load_blocks
 from edkm.train.prepare import plan, unclustered
@@ -40,8 +42,6 @@ def arguments(tiny_dir, data, out, *more):
         "64",
         "--rows-per-lut",
         "16",
-        "--precision",
-        "fp32",
         *more,
     ]
 
@@ -56,9 +56,9 @@ def test_compress_writes_a_directory_that_loads(tiny_dir, data, tmp_path, capsys
     out = tmp_path / "packed"
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 0
     printed, shown = capsys.readouterr()
-    assert "training: 4 steps of 2 blocks, 3 of them plain; lr 0.0002, float32\n" in printed and "bits per weight" in printed
+    assert "training: 4 steps of 2 blocks, 3 of them fine-tuning; lr 0.0002, " in printed and "bits per weight" in printed
     assert f"edkm generate {out} " in printed and f"edkm eval {out} --text TEXT_FILE" in printed and f'from_pretrained("{out}")' in printed
-    phases = ["loading", "tokenizing: ", "plain fine-tuning: 3 steps", "calibration", "fit", "clustered training: 1 steps", "writing"]
+    phases = ["loading", "tokenizing: ", "fine-tuning: 3 steps", "calibration", "fit", "clustered training: 1 steps", "writing"]
     found = [next(i for i, line in enumerate(shown.splitlines()) if line.startswith(phase)) for phase in phases]
     assert found == sorted(found)
     assert "loss" in next(line for line in shown.splitlines() if line.startswith("clustered training: 1 steps in "))
@@ -79,7 +79,7 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
     model, tokenizer = load_model(tiny_dir)
     blocks = load_blocks(data, tokenizer, block_tokens=64)
     config = edkm.ClusterConfig(rows_per_lut=16, anneal_steps=3)
-    stages.prepare_on(model, config, blocks)
+    edkm.prepare(model, config, calibration_batches(blocks, model))
     loop.train(model, blocks, loop.TrainSettings(steps=3, lr=1e-3, precision="fp32"), tmp_path / "work")
     model.eval()
     ids = blocks[0]["input_ids"].unsqueeze(0)
@@ -105,7 +105,7 @@ def test_an_interruption_between_the_steps_says_how_to_go_on(tiny_dir, data, tmp
 
 @pytest.mark.parametrize(("accumulate", "plain", "after"), [(1, 0, 3), (2, 0, 3), (1, 4, 3), (1, 3, 5), (1, 6, 2)])
 def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, monkeypatch, accumulate, plain, after):
-    more = ("--steps", "6", "--lr", "1e-3", "--accumulate", str(accumulate), "--plain-steps", str(plain))
+    more = ("--steps", "6", "--lr", "1e-3", "--grad-accumulation", str(accumulate), "--finetune-steps", str(plain))
     more += ("--distill", "0.5") if plain < 6 else ()
     assert main(arguments(tiny_dir, data, tmp_path / "whole", *more)) == 0
     taken = []
@@ -119,7 +119,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 130
     order = [*range(plain), *range(6 - plain)]
     assert taken == order[:after] and (tmp_path / "parts" / "training" / "run.json").is_file()
-    monkeypatch.setattr("edkm.train.data.make_blocks", None)  # the tokens are those that it began with, whatever day it is
+    monkeypatch.setattr("edkm.run.make_blocks", None)  # the tokens are those that it began with, whatever day it is
     if after > plain:  # in the clustered phase: tables come from the checkpoint, none are looked for
         monkeypatch.setattr("edkm.train.clustering.initial_centroids", None)
         monkeypatch.setattr("edkm.train.prepare.fit_linears", None)
@@ -131,7 +131,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
 
 def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp_path, monkeypatch, capsys):
     def arguments_of(out):
-        return for_a_budget(arguments(tiny_dir, data, out, "--steps", "4", "--plain-steps", "1"))
+        return for_a_budget(arguments(tiny_dir, data, out, "--steps", "4", "--finetune-steps", "1"))
 
     assert main(arguments_of(tmp_path / "whole")) == 0
     assert "bits: " in capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_a_dry_run_says_that_bits_are_not_chosen_yet(tiny_dir, data, tmp_path, c
     ("target", "more", "said"),
     [
         ("3.2", ("--rows-per-lut", "16"), "--target-bpw: chooses rows per table too"),
-        ("nan", (), "--target-bpw: a positive number"),
+        ("nan", (), "target_bpw: a positive number"),
         ("1.5", (), "target: 1.5 bits a weight are too few"),
     ],
 )
@@ -176,19 +176,20 @@ def test_a_preset_is_what_its_options_are(tiny_dir, data, tmp_path, preset, plai
 
     named = compressed("named", "--preset", preset)
     printed, shown = capsys.readouterr()
-    assert f"plain fine-tuning: {plain} steps" in shown and ("clustered training: 1 steps" in shown) == (plain == 3)
+    assert f"fine-tuning: {plain} steps" in shown and ("clustered training: 1 steps" in shown) == (plain == 3)
     assert ("bits: " in printed) == (preset == "best")
-    by_option = compressed("by option", "--plain-steps", str(plain))
+    by_option = compressed("by option", "--finetune-steps", str(plain))
     assert (named == by_option) == (preset != "best")
     bits = {name: summary(tmp_path / name)["clustered_bits_per_weight"] for name in ("named", "by option")}
     assert bits["by option"] - 0.1 < bits["named"] <= bits["by option"] + 1e-9  # the same size, spent elsewhere
-    assert compressed("other", "--preset", preset, "--plain-steps", "0") != named  # what is given goes first
-    assert "plain fine-tuning" not in capsys.readouterr().err.rpartition("loading")[2]
+    assert compressed("other", "--preset", preset, "--finetune-steps", "0") != named  # what is given goes first
+    assert "fine-tuning" not in capsys.readouterr().err.rpartition("loading")[2]
 
 
-def test_a_preset_that_chooses_bits_takes_no_vectors(tiny_dir, data, tmp_path, capsys):
-    assert main(arguments(tiny_dir, data, tmp_path / "out", "--preset", "best", "--dim", "2")) == 1
-    assert "--preset best: chooses the bits of single weights" in capsys.readouterr().err
+def test_bits_are_not_chosen_for_vectors():
+    for more in ({"preset": "best"}, {"target_bpw": 3.0}):
+        with pytest.raises(ValueError, match="dim: bits are chosen for single weights"):
+            Recipe(edkm.ClusterConfig(dim=2), **more)
 
 
 def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsys):
@@ -247,10 +248,10 @@ def test_steps_zero_clusters_without_training(tiny_dir, data, tmp_path, capsys):
     [
         (("--bits", "9"), "bits: an integer from 1 to 8, got 9"),
         (("--rows-per-lut", "7"), "model.layers.0.self_attn.q_proj.weight: 64 rows do not divide into tables of 7 rows"),
-        (("--steps", "-1"), "--steps: at least 0"),
-        (("--steps", "2", "--plain-steps", "3"), "--plain-steps: at most the 2 steps there are, got 3"),
-        (("--lr", "0"), "--lr: a positive number"),
-        (("--steps", "2", "--plain-steps", "2", "--distill", "0.5"), "--distill: is for clustered steps, and there are none"),
+        (("--steps", "-1"), "steps: at least 0"),
+        (("--steps", "2", "--finetune-steps", "3"), "finetune_steps: at most the 2 steps there are, got 3"),
+        (("--lr", "0"), "lr: a positive number"),
+        (("--steps", "2", "--finetune-steps", "2", "--distill", "0.5"), "distill: is for clustered steps, and there are none"),
         (("--skip", "*"), "no weight is clustered"),
     ],
 )
@@ -264,7 +265,7 @@ def test_options_and_output_are_looked_at_before_the_model_is_loaded(tiny_dir, d
     (tmp_path / "file").write_text("")
     for out, more, said in (
         (tmp_path / "out", ("--fsdp",), "--fsdp: there is one process"),
-        (tmp_path / "out", ("--seed", "-1"), "--seed: at least 0"),
+        (tmp_path / "out", ("--seed", "-1"), "seed: at least 0"),
         (tmp_path / "file" / "out", (), f"cannot be written: {tmp_path / 'file'} is no directory"),
     ):
         assert main(arguments(tiny_dir, data, out, *more)) == 1
@@ -351,15 +352,10 @@ def test_distillation_keeps_to_the_teacher_however_a_step_is_cut(tiny_dir, data,
         loop.train(original, blocks, loop.TrainSettings(steps=1, lr=1e-3, distill=0.5), tmp_path / "work")
 
 
-def test_the_start_is_chosen_and_distillation_is_an_option(tiny_dir, data, tmp_path, capsys):
-    errors = {}
-    for start in ("fit", "kmeans"):
-        assert main(arguments(tiny_dir, data, tmp_path / start, "--steps", "0", "--bits", "2", "--start", start)) == 0
-        errors[start] = "relative output error" in capsys.readouterr().out
-    assert errors == {"fit": True, "kmeans": False}
+def test_a_share_of_the_loss_is_distillation(tiny_dir, data, tmp_path, capsys):
     assert main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "2", "--distill", "0.5")) == 0
     assert main(arguments(tiny_dir, data, tmp_path / "none", "--distill", "2")) == 1
-    assert "--distill: from 0 to 1" in capsys.readouterr().err
+    assert "distill: from 0 to 1" in capsys.readouterr().err
 
 
 def test_every_step_of_a_short_run_counts():
@@ -373,7 +369,7 @@ def test_clustered_steps_go_on_in_the_data_where_plain_ones_stopped(tiny_dir, da
     seen = []
     monkeypatch.setattr(loop._Order, "__getitem__", lambda self, i: seen.append(int(self.order[i])) or self.blocks[seen[-1]])
     orders = []
-    for more in (["--plain-steps", "0"], ["--plain-steps", "2"]):
+    for more in (["--finetune-steps", "0"], ["--finetune-steps", "2"]):
         seen.clear()
         assert main(arguments(tiny_dir, data, tmp_path / more[1], "--steps", "5", "--batch", "1", *more)) == 0
         orders.append(list(seen))

@@ -9,31 +9,44 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 import edkm
-from edkm import metrics
+from edkm import metrics, recipe
 from edkm.cli import main
 from edkm.compressed.checkpoint import read
 
 RECORDS = [{"instruction": f"question {i} fox", "output": f"the answer {i} is a quick dog over {i * i} lazy foxes"} for i in range(60)]
 # The 8-bit tables of a vocabulary this small have centroids next to nothing, where rounding errors are all that moves them.
-SETTINGS = ["--lr", "1e-3", "--block-tokens", "64", "--seed", "3", "--precision", "fp32", "--anneal", "1", "--embedding-bits", "0"]
+SETTINGS = ["--lr", "1e-3", "--block-tokens", "64", "--seed", "3", "--embedding-bits", "0"]
 # A fit is made of decisions: it turns rounding errors of the steps before into other indices.
-SETTINGS += ["--plain-steps", "0", "--rows-per-lut", "16"]
+SETTINGS += ["--finetune-steps", "0", "--rows-per-lut", "16"]
 
 
 # Ranks are forked from a process that has imported what they need: that takes longer than their work.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["edkm.train.command", "edkm.train.loop", "edkm.train.sharding", "edkm.train.callback", "transformers.models.llama.modeling_llama"]
+    ["edkm.recipe", "edkm.train.loop", "edkm.train.sharding", "edkm.train.callback", "transformers.models.llama.modeling_llama"]
 )
+
+
+@dataclass(frozen=True)
+class Exact(recipe.Recipe):
+    """Settings that the command line leaves to the library: float32, and no annealing."""
+
+    precision: str = "fp32"
+
+    def __post_init__(self):
+        object.__setattr__(self, "config", replace(self.config, anneal=1.0))
+        object.__setattr__(self, "backend", os.environ["BACKEND"])
 
 
 def be_a_rank(argv, log, place):
     """The command, in a process of its own."""
+    recipe.Recipe = Exact
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -94,7 +107,7 @@ def losses_in(out):
 class Run:
     """`edkm compress` as `ranks` processes, each with its output in a file."""
 
-    def __init__(self, tiny_dir, folder, out, ranks, *options, steps=6, target=be_a_rank):
+    def __init__(self, tiny_dir, folder, out, ranks, *options, steps=6, target=be_a_rank, backend="auto"):
         argv = arguments(tiny_dir, folder, out, ranks, *options, steps=steps)
         name, port = f"{out.name}-{time.monotonic_ns()}", free_port()
         self.out = out
@@ -102,7 +115,7 @@ class Run:
         self.processes = []
         for rank, log in enumerate(self.logs):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "BACKEND": backend}
             self.processes.append(FORKS.Process(target=target, args=(argv, log, place)))
             self.processes[-1].start()
 
@@ -143,9 +156,9 @@ def alone(tiny_dir, tmp_path_factory):
     return Run(tiny_dir, folder, folder / "out", 1).finish(), folder / "out"
 
 
-@pytest.mark.parametrize(("ranks", "options"), [(2, ["--fsdp"]), (4, ["--fsdp", "--backend", "blocks"])])
-def test_ranks_make_the_model_of_one_process(alone, tiny_dir, tmp_path, ranks, options):
-    run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options).finish()
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "auto"), (4, "blocks")])
+def test_ranks_make_the_model_of_one_process(alone, tiny_dir, tmp_path, ranks, backend):
+    run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, "--fsdp", backend=backend).finish()
     assert len(run.losses()) == 6
     assert run.losses() == pytest.approx(alone[0].losses(), abs=2e-3)
     assert_same_model(alone[1], tmp_path / "out")
@@ -176,7 +189,7 @@ def test_the_callback_on_two_ranks_makes_the_model_of_one(tiny_dir, tmp_path):
 
 
 def test_plain_steps_of_sharded_ranks_are_those_of_one_process(tiny_dir, tmp_path):
-    plain = ("--plain-steps", "3")
+    plain = ("--finetune-steps", "3")
     alone = Run(tiny_dir, tmp_path, tmp_path / "alone", 1, *plain).finish()
     sharded = Run(tiny_dir, tmp_path, tmp_path / "sharded", 2, "--fsdp", *plain).finish()
     assert len(sharded.losses()) == 6 and sharded.losses()[:3] == pytest.approx(alone.losses()[:3], abs=2e-3)
@@ -192,12 +205,11 @@ def torchrun(*argv):
     return subprocess.run([*command, *argv], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def test_torchrun_starts_the_command_on_every_rank(alone, tiny_dir, tmp_path):
+def test_torchrun_starts_the_command_on_every_rank(tiny_dir, tmp_path):
     done = torchrun(*arguments(tiny_dir, tmp_path, tmp_path / "out", 2))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("clustered training: 6 steps in ") == 1  # one rank speaks for all
-    assert losses_in(tmp_path / "out") == pytest.approx(alone[0].losses(), abs=2e-3)
-    assert_same_model(alone[1], tmp_path / "out")
+    assert done.stderr.count("clustered training: 6 steps in ") == done.stdout.count("wrote ") == 1  # one rank speaks for all
+    assert metrics.read(tmp_path / "out")[0]["settings"]["processes"] == 2 and len(losses_in(tmp_path / "out")) == 6
 
 
 def wait_for(path, run):

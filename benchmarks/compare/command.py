@@ -20,10 +20,10 @@ from benchmarks.compare.methods import METHODS, chosen
 from benchmarks.compare.plot import plot
 from benchmarks.compare.stage import SETTINGS, path_of, write_whole
 from edkm.compressed.jsonfile import printable
+from edkm.output import check_output
 from edkm.progress import progress, shown
 from edkm.textfile import read_text
 from edkm.train.records import fields, read_records
-from edkm.train.stages import check_directory
 
 TEXT = """Compare edkm with other methods on one model: bits, size, perplexity, tasks, cost.
 
@@ -195,7 +195,7 @@ def _check(args: argparse.Namespace, methods: Sequence[str], tasks: Sequence[str
 
 def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
     """Make the directory ready for this comparison, or go on with the one that is there."""
-    check_directory(out)
+    check_output(out, overwrite=True)
     path = out / SETTINGS
     if path.is_file():
         before = json.loads(path.read_text())

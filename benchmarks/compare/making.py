@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -169,7 +168,7 @@ def _make_llm_qat(job: Job) -> dict[str, Any]:
 def _make_dkm(job: Job) -> dict[str, Any]:
     from benchmarks.compare.dkm import config, prepare_dkm
     from edkm.train import loop  # noqa: F401  # now, so that its import is not measured
-    from edkm.train.stages import write
+    from edkm.train.save import write
 
     model, tokenizer = _load(job)
     blocks = _blocks(job, model, tokenizer)
@@ -178,27 +177,22 @@ def _make_dkm(job: Job) -> dict[str, Any]:
     prepare_dkm(model, settings)
     _train(job, model, blocks)
     seconds = time.perf_counter() - began
-    write(job.directory / CHECKPOINT, model.cpu(), tokenizer, settings)
+    write(job.directory / CHECKPOINT, model.cpu(), tokenizer)
     return {"seconds": seconds, **_packed(job)}
 
 
 def _make_edkm(job: Job) -> dict[str, Any]:
     """`edkm compress` with its own defaults, for no more bits than the methods with groups take."""
-    from edkm.train import loop  # noqa: F401  # now, so that its import is not measured
-    from edkm.train.command import add_compress, run
+    from edkm.config import ClusterConfig
+    from edkm.recipe import Recipe, compress
 
     original, settings = job.original(), job.settings
     target = budget(job.bits, original["group"])
-    parser = argparse.ArgumentParser()
-    add_compress(parser.add_subparsers(), lambda commands, name, run, **text: commands.add_parser(name))
-    command = ["compress", job.start, "--data", settings["data"], "--out", job.directory / CHECKPOINT, "--target-bpw", target]
-    command += ["--steps", settings["steps"], "--block-tokens", settings["block_tokens"]]
-    command += ["--batch", settings["batch"], "--seed", settings["seed"], "--precision", settings["precision"]]
-    command += [] if job.lr is None else ["--lr", job.lr]
-    command += [word for name in original["untied_head"] for word in ("--skip", name)]
+    chosen = {name: settings[name] for name in ("steps", "block_tokens", "batch", "seed", "precision")}
+    chosen |= {} if job.lr is None else {"lr": job.lr}
+    config = ClusterConfig(rows_per_lut=1, skip=tuple(original["untied_head"]))
     began = time.perf_counter()
-    if run(parser.parse_args([str(word) for word in command])):
-        raise KeyboardInterrupt
+    compress(job.start, Recipe(config, target_bpw=target, **chosen), job.directory / CHECKPOINT, data=settings["data"])
     return {"seconds": time.perf_counter() - began, "target_bpw": target, **_packed(job)}
 
 

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edkm.cli import next_commands
 from edkm.memory import peak_mib
 from edkm.progress import progress, say, shown
-from edkm.train.command import what_next
 from examples.demo.data import pydoc_data, save_smollm2
 
 # Chosen by experiment: docs/log.md, 2026-11-21.
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     print(_table(figures, args, time.perf_counter() - began))
     packed, data = args.out / "packed", args.out / "data"
     again = ["compress", "MODEL", "--data", data / "train.json", "--eval-text", data / "heldout.txt", "--out", "packed"]
-    print(f"\n{what_next(['generate', packed, PROMPT], ['inspect', packed], again)}")
+    print(f"\n{next_commands(['generate', packed, PROMPT], ['inspect', packed], again)}")
     return 0 if _is_trained_model(figures) else 1
 
 
@@ -131,29 +131,30 @@ def _control(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
-    """What `edkm compress` does: most of the steps on the model as it is, the rest clustered."""
+    """Run the stages of `edkm compress`, and measure the model between them."""
     import edkm
+    from edkm import recipe
     from edkm.train.loop import named_precision
-    from edkm.train.presets import plain_steps_of
-    from edkm.train.stages import prepare_on, write
 
-    model, tokenizer, blocks = _load(args)
-    plain = plain_steps_of(args.steps)
-    figures: dict[str, Any] = {"plain_steps": plain, "plain_seconds": _train(model, blocks, args, plain)}
-    figures["trained_in"] = named_precision("auto")
-    began = time.perf_counter()
-    config = edkm.ClusterConfig(anneal_steps=args.steps - plain)
-    report, config = prepare_on(model, config, blocks, target_bpw=TARGET_BPW)
-    figures["prepare_seconds"] = time.perf_counter() - began
-    print(f"clustered {len(report.clustered)} tensors ({figures['prepare_seconds']:.0f} s)", flush=True)
-    figures["start"] = _measure(model, tokenizer, args)["perplexity"]
-    figures["clustered_seconds"] = _train(model, blocks, args, args.steps - plain, plain)
-    figures["seconds"] = sum(figures[f"{part}_seconds"] for part in ("plain", "prepare", "clustered"))
-    with edkm.soft_weights(model):
-        figures["soft"] = _measure(model, tokenizer, args)["perplexity"]
-    hard = _measure(model, tokenizer, args)
-    figures |= {"hard": hard["perplexity"], "measured_in": hard["measured_in"]}
-    write(args.out / "packed", model, tokenizer, config)
+    figures: dict[str, Any] = {"trained_in": named_precision("auto")}
+
+    def measure_fitted(run: Any) -> None:
+        figures["start"] = _measure(run.model, run.tokenizer, args)["perplexity"]
+
+    def measure_trained(run: Any) -> None:
+        with edkm.soft_weights(run.model):
+            figures["soft"] = _measure(run.model, run.tokenizer, args)["perplexity"]
+        hard = _measure(run.model, run.tokenizer, args)
+        figures.update(hard=hard["perplexity"], measured_in=hard["measured_in"], plain_steps=run.recipe.finetune_steps)
+        seconds = [phase["seconds"] for phase in run.recorder.content["phases"]]
+        figures.update(zip(("plain_seconds", "prepare_seconds", "clustered_seconds"), seconds, strict=True), seconds=sum(seconds))
+
+    stages = list(recipe.STAGES)
+    stages.insert(stages.index(recipe.train_clustered), measure_fitted)
+    stages.insert(stages.index(recipe.write), measure_trained)
+    settings = recipe.Recipe(target_bpw=TARGET_BPW, steps=args.steps, lr=LR, block_tokens=WINDOW)
+    data = args.out / "data" / "train.json"
+    recipe.compress(args.out / "model", settings, args.out / "packed", data=data, overwrite=True, stages=stages)
     return figures
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from edkm.train.clustering import soft_weights
     from edkm.train.fit import fit
     from edkm.train.prepare import freeze, prepare
+    from edkm.train.save import save
     from edkm.train.sharding import distribute
-    from edkm.train.stages import save
 
 # Imported when first used, so that `edkm --help` does not wait for torch.
 _HOME = {
@@ -33,7 +33,7 @@ _HOME = {
     "freeze": "edkm.train.prepare",
     "initial_centroids": "edkm.core.kmeans",
     "prepare": "edkm.train.prepare",
-    "save": "edkm.train.stages",
+    "save": "edkm.train.save",
     "soft_weights": "edkm.train.clustering",
 }
 

@@ -13,13 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 import edkm
 from benchmarks.reads import CountReads
 from edkm.core import histogram, native
 from edkm.core.op import find
 from edkm.evaluate import perplexity
-from edkm.train import command, loop
+from edkm.recipe import Recipe, compress
+from edkm.train import loop
 from edkm.train.prepare import clusterings
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 6
@@ -251,14 +253,10 @@ def test_the_device_that_is_taken(monkeypatch, cuda, mps, world, device):
     assert device != "mps" or loop.resolve_precision("auto") == "fp32"
 
 
-def test_compress_moves_the_model_to_the_device_and_says_which(tiny_dir, tmp_path, monkeypatch, capsys):
-    from edkm.cli import main
-
+def test_a_run_moves_the_model_to_the_device_and_names_it(tiny_dir, tmp_path, monkeypatch, capsys):
     moved = []
-    monkeypatch.setattr(command, "_to_device", lambda model, args: moved.append(type(model).__name__) or "cpu")
-    data = tmp_path / "train.txt"
-    data.write_text(TEXT * 40)
-    more = ["--steps", "2", "--plain-steps", "1", "--block-tokens", "64", "--rows-per-lut", "16", "--precision", "fp32"]
-    assert main(["compress", str(tiny_dir), "--data", str(data), "--out", str(tmp_path / "out"), *more]) == 0
-    assert "device: cpu\n" in capsys.readouterr().out
-    assert len(moved) == 2  # before the plain steps, and the model that is read again after them
+    monkeypatch.setattr(PreTrainedModel, "to", lambda model, device: moved.append(device) or model)
+    (tmp_path / "train.txt").write_text(TEXT * 40)
+    recipe = Recipe(steps=2, finetune_steps=1, block_tokens=64, precision="fp32")
+    compress(tiny_dir, recipe, tmp_path / "out", data=tmp_path / "train.txt")
+    assert "device: cpu\n" in capsys.readouterr().out and moved[0] == "cpu"

@@ -18,11 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import edkm
-from edkm.cli import main
 from edkm.compressed import pretrained
 from edkm.core import gptq
 from edkm.core.assign import assign, lookup
 from edkm.evaluate import generate, perplexity
+from edkm.recipe import Recipe, compress
 from edkm.train import loop
 from edkm.train.allocate import squared_gradients
 from edkm.train.calibrate import end_autocast, evaluating
@@ -320,10 +320,8 @@ def test_the_compressed_model_in_a_fresh_process(tiny_dir, tmp_path, autocast):
         json.dumps([{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)])
     )
     text.write_text(TEXT)
-    more = ["--steps", "4", "--lr", "1e-3", "--rows-per-lut", "16", "--block-tokens", "64", "--eval-text", str(text)]
-    assert (
-        main(["compress", str(tiny_dir), "--data", str(data), "--out", str(out), "--precision", "bf16" if autocast else "fp32", *more]) == 0
-    )
+    settings = Recipe(edkm.ClusterConfig(rows_per_lut=16), steps=4, lr=1e-3, block_tokens=64, precision="bf16" if autocast else "fp32")
+    compress(tiny_dir, settings, out, data=data, eval_text=text)
     trained = next(s for s in json.loads((out / "metrics.json").read_text())["perplexities"] if s["model"] == "packed")
     script = (
         "import sys, edkm.evaluate, edkm.models\n"

@@ -25,14 +25,14 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from edkm.config import ClusterConfig
 from edkm.core.op import BACKENDS
+from edkm.output import check_output
 from edkm.progress import shown
 from edkm.train import distributed
 from edkm.train.calibrate import call, end_autocast, evaluating
 from edkm.train.checks import check_no_adapters
 from edkm.train.layers import state_name
 from edkm.train.prepare import check, clusterings, plan, prepare
-from edkm.train.presets import DEFAULT, PRESETS
-from edkm.train.stages import CALIBRATION_BLOCKS, check_replaceable, prepare_from, save
+from edkm.train.save import save
 
 # What one of `edkm compress`'s calibration blocks has.
 _EXAMPLE_TOKENS = 512
@@ -55,7 +55,6 @@ class Callback(TrainerCallback):
         config: what to do; None: as `edkm compress` does, 3 bits and a table per row. With `anneal_steps` 0, annealed over the
             clustered steps.
         plain_share: of all steps, those that train the model as it is; 0 for a model that is fine-tuned already, 1 to cluster at the end.
-        start: `fit` or `kmeans`, as for `edkm compress`.
         calibration_tokens: of the training data, to calibrate and fit on. Examples without `input_ids` count for 512.
         backend: for `edkm.cluster`.
 
@@ -65,7 +64,7 @@ class Callback(TrainerCallback):
             refuses. The model is also run on one example then, to find what calibration would fail on.
 
     Cost:
-        Once, that of `edkm.calibrate` and `edkm.fit` (with `kmeans` of the former); then per step as stated at `edkm.cluster`.
+        Once, that of `edkm.calibrate` and `edkm.fit`; then per step as stated at `edkm.cluster`.
     """
 
     def __init__(
@@ -73,23 +72,20 @@ class Callback(TrainerCallback):
         out: str | Path,
         config: ClusterConfig | None = None,
         *,
-        plain_share: float = PRESETS[DEFAULT].plain_share,
-        start: str = "fit",
-        calibration_tokens: int = CALIBRATION_BLOCKS * _EXAMPLE_TOKENS,
+        plain_share: float = 0.75,
+        calibration_tokens: int = 32 * _EXAMPLE_TOKENS,
         backend: str = "auto",
     ) -> None:
         if not 0 <= plain_share <= 1:
             raise ValueError(f"plain_share: a number from 0 to 1, got {plain_share!r}.")
-        if start not in ("fit", "kmeans"):
-            raise ValueError(f"start: fit or kmeans, got {start!r}.")
         if calibration_tokens < 1:
             raise ValueError(f"calibration_tokens: at least 1, got {calibration_tokens!r}.")
         if backend not in (*BACKENDS, "auto"):
             raise ValueError(f"backend: {', '.join(BACKENDS)} or auto, got {backend!r}.")
         self.out = Path(out)
-        check_replaceable(self.out)
+        check_output(self.out, over_packed=True)
         self.config = ClusterConfig(rows_per_lut=1) if config is None else config
-        self.plain_share, self.start, self.backend = plain_share, start, backend
+        self.plain_share, self.backend = plain_share, backend
         self.calibration_tokens = calibration_tokens
         self.report: Any = None  # of `prepare`
         self._model: nn.Module | None = None
@@ -164,7 +160,7 @@ class Callback(TrainerCallback):
 
     def _cluster(self, model: nn.Module, state: Any, loader: Any) -> None:
         batches = _batches(model, loader, self.calibration_tokens)
-        self.report, _ = prepare_from(model, self.config, batches, start=self.start, backend=self.backend)
+        self.report = prepare(model, self.config, batches, backend=self.backend)
         # The best so far had 16 bits.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._begin(model, state)

@@ -1,42 +1,83 @@
-"""The directory that a run keeps its checkpoints in: which of them is whole, and what run they belong to."""
+"""Keep the state of a run in its work directory: its identity, its tokens, and its weights after fine-tuning."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from edkm.compressed.jsonfile import write_json
+from edkm.train import distributed
 
 
 def last_checkpoint(work: Path) -> str | None:
-    """The last that is whole: the trainer's state is written last, and may itself be cut off."""
+    """Find the last complete checkpoint: the trainer's state is written last, and may itself be cut off."""
     whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
 
 
-def remember_run(work: Path, run: dict[str, Any]) -> None:
-    """Note beside the checkpoints what run they belong to."""
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(work / "run.json", run)
+def begin_run(work: Path, identity: dict[str, Any], blocks: Any) -> None:
+    """Write the identity and the tokens of a run."""
+    work.mkdir(parents=True)
+    blocks.save(work / "blocks.pt")
+    write_json(work / "run.json", identity)
 
 
-def check_same_run(work: Path, run: dict[str, Any]) -> None:
-    """Refuse to resume a different run: the result would be neither the one nor the other.
+def check_same_run(work: Path, identity: dict[str, Any]) -> None:
+    """Refuse to resume a run with other settings.
 
     Raises:
-        ValueError: no run to resume, or a setting that differs (named).
+        ValueError: with the name of a setting that differs.
     """
-    path = work / "run.json"
-    if not path.is_file():
-        raise ValueError(f"{work}: there is no interrupted run to resume. Start without --resume.")
-    before = json.loads(path.read_text())
-    for key in sorted(set(before) | set(run)):
-        if before.get(key) != run.get(key):
+    before = json.loads((work / "run.json").read_text())
+    now = json.loads(json.dumps(identity))
+    for key in sorted(set(before) | set(now)):
+        if before.get(key) != now.get(key):
             raise ValueError(
-                f"{key}: the interrupted run had {before.get(key)!r}, this one has {run.get(key)!r}. Resume with the same settings, "
+                f"{key}: the interrupted run had {before.get(key)!r}, this one has {now.get(key)!r}. Resume with the same settings, "
                 "or start again with --overwrite."
             )
+
+
+def end_run(work: Path) -> None:
+    """Remove the work directory, first the identity: a rest of it cannot be resumed."""
+    (work / "run.json").unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write the state of a model, all of it or nothing; the weights of a sharded model are gathered on rank 0."""
+    state = model.state_dict()
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def save() -> None:
+        part = path.with_name(path.name + ".part")
+        torch.save(state, part)
+        part.replace(path)
+
+    distributed.run_on_rank0(save)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Read the state that `save_weights` wrote into the same model, loaded afresh."""
+    model.load_state_dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash names, shapes and some evenly spread values of the weights of a model."""
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        values = p.detach().flatten()[:: max(1, p.numel() // 1024)].cpu().double()
+        found.update(f"{name} {tuple(p.shape)}".encode() + values.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _is_json(path: Path) -> bool:

@@ -1,0 +1,31 @@
+"""Check that a command may write into a directory, before it does any work."""
+
+import os
+from pathlib import Path
+
+
+def check_output(directory: Path, *, overwrite: bool = False, over_packed: bool = False) -> None:
+    """Refuse a directory that cannot be written, or one whose files would be lost.
+
+    Args:
+        overwrite: accept a directory that holds other files.
+        over_packed: accept one that holds a packed model.
+
+    Raises:
+        ValueError: it is a file, lies below one, may not be written to, or is not empty.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: is a file, expected a directory to write. Name another.")
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{directory}: cannot be written: {place} is no directory, or you may not write there. Name another.")
+    if overwrite or not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not over_packed:
+        raise ValueError(f"{directory}: is not empty; name another directory or add --overwrite")
+    from edkm.compressed.entries import quantization_config
+
+    try:
+        quantization_config(directory)
+    except (ValueError, OSError):
+        raise ValueError(f"{directory}: holds something other than a packed model. Name another directory.") from None

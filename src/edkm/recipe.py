@@ -1,0 +1,252 @@
+"""Compress a model while it is fine-tuned: the main path of edkm on one page.
+
+`compress` passes one `Run` through a list of stages, each a plain function. A stage that takes long leaves its result in the work
+directory (`OUT/training`), so a run that is interrupted or killed goes on to the same result:
+
+    check_out, load, begin   files, numbers and the model are checked before anything expensive is done
+    fine_tune                the model as it is; its weights stay in `finetuned.pt`
+    cluster                  `edkm.prepare`: calibrate, choose bits, fit, cluster; the config that it used stays in `config.json`
+    train_clustered          the rest of the optimizer steps
+    write, report            the packed directory, its record and page; then the work directory is removed
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edkm.compressed.companions import copy_companions
+from edkm.compressed.jsonfile import write_json
+from edkm.config import ClusterConfig
+from edkm.modelfiles import model_files
+from edkm.models import load_model
+from edkm.progress import say
+from edkm.run import Run, begin, calibration_batches, check_out, load, print_report, show_plan
+from edkm.train import checkpoints, distributed, loop
+from edkm.train.prepare import plan, prepare
+from edkm.train.save import write as write_packed
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`finetune_share` of the optimizer steps come before clustering; `choose_bits` spends the bits of the config where they matter."""
+
+    finetune_share: float
+    choose_bits: bool = False
+
+
+DEFAULT = "balanced"
+PRESETS = {"fast": Preset(1.0), DEFAULT: Preset(0.75), "best": Preset(0.75, choose_bits=True)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a run of `compress`.
+
+    Attributes:
+        config: for `edkm.prepare`; the clustered steps are its `anneal_steps`.
+        preset: a name in `PRESETS`, for `finetune_steps` and `target_bpw` where they are None.
+        target_bpw: average bits per linear weight, tables included; None keeps the bits of the config.
+        steps: optimizer steps; None for as many as `epochs` passes over the data take.
+        finetune_steps: the first of these steps, which train the model as it is.
+        lr, distill, precision, fsdp, save_every, report_to: as in `loop.TrainSettings`.
+        block_tokens: tokens of a training block; `batch` blocks make a micro-batch, `grad_accumulation` micro-batches a rank's step.
+        timeout_s: seconds that ranks wait for each other.
+        backend: as in `edkm.prepare`.
+
+    Raises:
+        ValueError: a number out of range, an unknown preset, `target_bpw` for vectors.
+    """
+
+    config: ClusterConfig = field(default_factory=lambda: ClusterConfig(rows_per_lut=1))
+    preset: str = DEFAULT
+    target_bpw: float | None = None
+    steps: int | None = None
+    epochs: float = 1.0
+    finetune_steps: int | None = None
+    lr: float = 2e-4
+    distill: float = 0.0
+    block_tokens: int = 512
+    batch: int = 2
+    grad_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    precision: str = "auto"
+    fsdp: bool = False
+    timeout_s: float = 1800.0
+    seed: int = 0
+    save_every: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        at_least = {"steps": 0, "finetune_steps": 0, "save_every": 0, "block_tokens": 2, "batch": 1, "grad_accumulation": 1, "seed": 0}
+        for name, low in at_least.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"{name}: at least {low}, got {value}.")
+        for name in ("lr", "epochs", "timeout_s", "target_bpw"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: a positive number, got {value}.")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill: from 0 to 1, got {self.distill}.")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: {', '.join(PRESETS)}, got {self.preset!r}.")
+        if self.config.dim != 1 and self.chooses_bits:
+            raise ValueError("dim: bits are chosen for single weights. Use dim 1, or neither target_bpw nor the preset best.")
+
+    @property
+    def chooses_bits(self) -> bool:
+        return self.target_bpw is not None or PRESETS[self.preset].choose_bits
+
+    def training(self, steps: int, **more: Any) -> loop.TrainSettings:
+        """Return the settings of the training loop for so many steps."""
+        more |= {"accumulate": self.grad_accumulation, "checkpointing": self.gradient_checkpointing}
+        same = {name: getattr(self, name) for name in ("lr", "batch", "precision", "seed", "save_every", "fsdp")}
+        return loop.TrainSettings(steps=steps, **same, **more)
+
+    def settled(self, blocks: int) -> Recipe:
+        """Return the recipe for a number of training blocks, with its steps, fine-tuning steps and annealing as numbers."""
+        per_step = self.training(1).blocks_per_step
+        steps = max(1, math.ceil(blocks / per_step * self.epochs)) if self.steps is None else self.steps
+        first = int(steps * PRESETS[self.preset].finetune_share) if self.finetune_steps is None else self.finetune_steps
+        if first > steps:
+            raise ValueError(f"finetune_steps: at most the {steps} steps there are, got {first}.")
+        if self.distill and first == steps:
+            raise ValueError("distill: is for clustered steps, and there are none. Leave it out, or give fewer finetune_steps.")
+        return replace(self, config=replace(self.config, anneal_steps=steps - first), steps=steps, finetune_steps=first)
+
+
+def fine_tune(run: Run) -> None:
+    """Train the model as it is for the first steps; the memory of the optimizer is free afterwards."""
+    steps, kept = run.recipe.finetune_steps, run.work / "finetuned.pt"
+    if not steps:
+        return
+    if not kept.is_file():
+        _train(run, run.recipe.training(steps), "fine-tuning", run.work / "fine-tuning")
+        checkpoints.save_weights(kept, run.model)
+        distributed.run_on_rank0(lambda: shutil.rmtree(run.work / "fine-tuning"))
+        run.model.eval().zero_grad(set_to_none=True)
+        gc.collect()
+        if not run.recipe.fsdp:
+            return
+        run.model = None  # the fit needs whole tensors
+        run.model = load_model(run.source)[0]
+    checkpoints.load_weights(kept, run.model)
+    run.to_device()
+
+
+def cluster(run: Run) -> None:
+    """Calibrate, choose bits, fit and cluster, unless clustered training has begun: then its checkpoint has weights and tables."""
+    recipe, began, chosen = run.recipe, time.perf_counter(), run.work / "config.json"
+    run.teacher = copy.deepcopy(run.model) if recipe.distill else None
+    batches = calibration_batches(run.blocks, run.model)
+    if checkpoints.last_checkpoint(run.work / "clustered") is not None:
+        config = ClusterConfig.from_json(json.loads(chosen.read_text()))
+        report = prepare(run.model, config, batches, centroids=_placeholders(run.model, config), backend=recipe.backend)
+    else:
+        report = prepare(run.model, recipe.config, batches, target_bpw=recipe.target_bpw, backend=recipe.backend)
+        run.recorder.weights(run.model, "fitted")
+        run.recorder.phase("calibration and fit", time.perf_counter() - began)
+        if recipe.steps:
+            distributed.run_on_rank0(lambda: write_json(chosen, report.config.to_json()))
+    print_report(report, time.perf_counter() - began)
+
+
+def train_clustered(run: Run) -> None:
+    """Train the clustered weights for the steps that are left."""
+    first, steps = run.recipe.finetune_steps, run.recipe.steps
+    if steps > first:
+        settings = run.recipe.training(steps - first, first_step=first, distill=run.recipe.distill)
+        _train(run, settings, "clustered training", run.work / "clustered")
+        run.recorder.weights(run.model, "trained")
+
+
+def write(run: Run) -> None:
+    """Write the packed directory, with the other files of the source."""
+    began = time.perf_counter()
+    if Path(run.source).suffix.lower() != ".gguf":
+        # First: files that both have are the model's.
+        distributed.run_on_rank0(lambda: copy_companions(model_files(run.source), run.out))
+    write_packed(run.out, run.model, run.tokenizer)
+    run.recorder.phase("writing", time.perf_counter() - began)
+
+
+def report(run: Run) -> None:
+    """Measure the packed model, write the report, and remove the work directory."""
+    run.measure("packed")
+    distributed.run_on_rank0(lambda: run.recorder.finish(run.out))
+    distributed.run_on_rank0(lambda: checkpoints.end_run(run.work))
+
+
+Stage = Callable[[Run], None]
+STAGES: tuple[Stage, ...] = (check_out, load, begin, fine_tune, cluster, train_clustered, write, report)
+DRY_RUN: tuple[Stage, ...] = (load, show_plan)
+
+
+def compress(
+    source: str | Path,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data: str | Path,
+    eval_text: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    stages: Sequence[Stage] = STAGES,
+) -> None:
+    """Fine-tune a model while its weights are clustered, and write the packed directory. Under torchrun call it on all ranks.
+
+    Args:
+        source: as for `edkm.models.load_model`.
+        out: directory of the packed model.
+        data: file of training data, as for `edkm.train.data.load_blocks`.
+        eval_text: file of held-out text, whose perplexity before and after is measured.
+        resume: go on where an interrupted run stopped.
+        overwrite: write into `out` even if it is not empty.
+        stages: functions to run in order; `DRY_RUN` prints a plan and writes nothing.
+
+    Raises:
+        ValueError: files, numbers or a model that do not fit, training that diverged, other settings than those of the resumed run.
+        KeyboardInterrupt: Ctrl-C; during training after the step at hand, when it is saved.
+    """
+    run = Run(str(source), recipe, Path(out), Path(data), None if eval_text is None else Path(eval_text), resume, overwrite)
+    with distributed.session(recipe.timeout_s), distributed.report_failed_rank("Start again."):
+        for stage in stages:
+            stage(run)
+
+
+def _train(run: Run, settings: loop.TrainSettings, phase: str, work: Path) -> None:
+    """Train from the last checkpoint in `work`, if there is one.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C ended it, and its state is saved; ValueError: it diverged.
+    """
+    resume = checkpoints.last_checkpoint(work) is not None
+    result = loop.train(run.model, run.blocks, settings, work, resume=resume, teacher=run.teacher, name=phase)
+    run.recorder.phase(phase, result.seconds)
+    run.recorder.losses(phase, settings.first_step, result.losses, interrupted=result.interrupted)
+    if result.interrupted:
+        say(f"edkm: interrupted after step {result.steps} of {phase}, saved")
+        distributed.barrier()
+        raise KeyboardInterrupt
+    first, last = result.losses[0][1], result.losses[-1][1]
+    if not math.isfinite(last):
+        raise ValueError(
+            f"{phase}: the training diverged, its last loss is {last}. Start again with --overwrite and a lower --lr; if the first loss "
+            f"({first:g}) is no better, the model or the data is damaged."
+        )
+
+
+def _placeholders(model: Any, config: ClusterConfig) -> dict[str, Tensor]:
+    """Make tables of the right shapes for all clustered weights, to be read from a checkpoint."""
+    clustered = plan(model, config).clustered
+    return {e.name: torch.linspace(-1, 1, 2**e.bits).view(1, -1, 1).repeat(e.tables, 1, e.dim) for e in clustered}

@@ -1,0 +1,208 @@
+"""Load the files of a run and check everything before anything expensive is done; measure, and plan a dry run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edkm.compressed.jsonfile import printable
+from edkm.evaluate import perplexity
+from edkm.metrics import Recorder
+from edkm.models import load_model
+from edkm.output import check_output
+from edkm.progress import progress, shown
+from edkm.textfile import read_text
+from edkm.train import distributed, loop
+from edkm.train.allocate import bits_of, check_target
+from edkm.train.calibrate import calibrate
+from edkm.train.checkpoints import begin_run, check_same_run, fingerprint
+from edkm.train.data import Blocks, make_blocks
+from edkm.train.limits import tokens_to_score
+from edkm.train.memory import plan_memory
+from edkm.train.prepare import Report, check, plan
+from edkm.train.records import read_records
+
+if TYPE_CHECKING:
+    from edkm.recipe import Recipe
+
+# Settings that may change when a run is resumed: how a step is shared out, and what is shown or saved meanwhile.
+_FREE = ("preset", "epochs", "batch", "grad_accumulation", "fsdp", "timeout_s", "save_every")
+
+
+@dataclass
+class Run:
+    """State that the stages of a run share; from `load` on, its recipe has every number that depends on the model and the data."""
+
+    source: str
+    recipe: Recipe
+    out: Path
+    data: Path
+    eval_text: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    text: str | None = None
+    model: Any = None
+    tokenizer: Any = None
+    blocks: Any = None
+    recorder: Any = None
+    teacher: Any = None
+
+    @property
+    def work(self) -> Path:
+        return self.out / "training"
+
+    def to_device(self) -> str:
+        """Move the model to the device it trains on and name that; a model that is to be sharded may be too large for one."""
+        device = loop.pick_device()
+        if not self.recipe.fsdp:
+            self.model.to(device)
+        return device
+
+    def measure(self, name: str) -> None:
+        """Record the perplexity of the held-out text, unless there is none or an earlier part of the run did."""
+        if self.text is None or self.eval_text is None or self.recorder.measured(name):
+            return
+        found = perplexity(self.model, self.tokenizer, self.text, window=self.recipe.block_tokens)
+        self.recorder.measure(name, {"text": self.eval_text.name, **vars(found)})
+        print(f"perplexity of {self.eval_text.name}, {name}: {found.perplexity:.2f}", flush=True)
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that the result of the run depends on."""
+        template = json.dumps(getattr(self.tokenizer, "chat_template", None))
+        return {
+            **{name: value for name, value in asdict(self.recipe).items() if name not in _FREE},
+            "config": self.recipe.config.to_json(),
+            "blocks_per_step": self.recipe.training(1).blocks_per_step,
+            "model": fingerprint(self.model),
+            "data": hashlib.sha256(self.data.read_bytes()).hexdigest(),
+            "chat template": hashlib.sha256(template.encode()).hexdigest(),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that the report shows, by name."""
+        shown = {name.replace("_", " "): value for name, value in asdict(self.recipe).items() if not isinstance(value, Mapping | tuple)}
+        return shown | {
+            "model": self.source,
+            "precision": loop.resolve_precision(self.recipe.precision),
+            "processes": distributed.world_size(),
+            "data": self.data.name,
+            "examples": self.blocks.examples,
+            "tokens trained on": self.blocks.trained_tokens,
+        }
+
+
+def check_out(run: Run) -> None:
+    """Refuse an output directory that would lose files, and a run that cannot be resumed."""
+
+    def check() -> None:
+        interrupted = (run.work / "run.json").is_file()
+        if run.resume and not interrupted:
+            raise ValueError(f"{run.out}: there is no interrupted run to resume. Start without --resume.")
+        if interrupted and not run.resume and not run.overwrite:
+            raise ValueError(f"{run.out}: holds an interrupted run. Go on with --resume, or start again with --overwrite.")
+        check_output(run.out, overwrite=run.overwrite or run.resume)
+
+    distributed.run_on_rank0(check)
+    if run.recipe.fsdp:
+        distributed.check_several_ranks()
+
+
+def load(run: Run) -> None:
+    """Read the data and the model, and settle the numbers that depend on them."""
+    # Files first: a misspelt name should not cost the minutes of loading a model.
+    records = read_records(run.data)
+    run.text = None if run.eval_text is None else read_text(run.eval_text)
+    with progress(f"loading {run.source}"):
+        run.model, run.tokenizer = load_model(run.source)
+    tokens, kept = run.recipe.block_tokens, run.work / "blocks.pt"
+    if run.resume and kept.is_file():  # some chat templates write today's date
+        run.blocks = Blocks.read(kept)
+    else:
+        run.blocks = make_blocks(records, run.tokenizer, block_tokens=tokens, source=str(run.data), model=run.model)
+    if run.text is not None:
+        tokens_to_score(run.model, run.tokenizer, run.text, window=tokens, source=str(run.eval_text))
+    recipe = run.recipe.settled(len(run.blocks))
+    check(run.model, recipe.config, recipe.backend)
+    if recipe.chooses_bits:
+        target = bits_of(run.model, recipe.config) if recipe.target_bpw is None else recipe.target_bpw
+        check_target(run.model, recipe.config, target)
+        recipe = replace(recipe, target_bpw=target)
+    run.recipe = recipe
+    _print_counts(run)
+
+
+def begin(run: Run) -> None:
+    """Open the work directory, move the model to its device, and measure it as it is."""
+    identity = run.identity()
+    if run.resume:
+        check_same_run(run.work, identity)
+    else:
+        distributed.run_on_rank0(lambda: shutil.rmtree(run.work) if run.work.exists() else None)
+        if run.recipe.steps:
+            distributed.run_on_rank0(lambda: begin_run(run.work, identity, run.blocks))
+    print(f"device: {run.to_device()}", flush=True)
+    if run.recipe.finetune_steps and not run.resume:
+        # Values that are not finite before any training are no matter of the learning rate.
+        with shown(False):
+            calibrate(run.model, calibration_batches(run.blocks, run.model, 1))
+    run.recorder = Recorder(run.work / "metrics.json", run.settings())
+    run.recorder.keep(run.model, run.recipe.config)
+    run.measure("original")
+
+
+def calibration_batches(blocks: Any, model: Any, count: int = 32) -> list[dict[str, Any]]:
+    """Return `count` blocks spread over the training data, on the device of the model."""
+    device = next(model.parameters()).device
+    chosen = range(0, len(blocks), max(1, len(blocks) // count))[:count]
+    return [{"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen]
+
+
+def show_plan(run: Run) -> None:
+    """Print what will be clustered, the size to expect and the memory that training needs."""
+    recipe, found = run.recipe, plan(run.model, run.recipe.config)
+    print(found)
+    if recipe.target_bpw is not None:
+        print(f"bits are chosen in the run; this plan, its size and memory have {recipe.config.bits} in every linear weight")
+    weights = sum(p.numel() for p in run.model.parameters())
+    print(f"packed weights: {found.packed_bytes / 1e6:.1f} MB to expect (16-bit model: {weights * 2 / 1e6:.1f} MB)")
+    ranks, device = distributed.world_size(), loop.pick_device()
+    print(f"training on {device}{'' if ranks == 1 else f', {ranks} ranks, ' + ('FSDP' if recipe.fsdp else 'DDP')}:")
+    settings = recipe.training(1, distill=recipe.distill)
+    device_type = "cuda" if device == "cuda" else "cpu"  # a Mac's memory is one
+    lengths = {"block_tokens": run.blocks.block_tokens, "learners": ranks}
+    print(plan_memory(run.model, recipe.config, settings, **lengths, device_type=device_type, backend=recipe.backend))
+
+
+def print_report(report: Report, seconds: float) -> None:
+    """Print how many tensors were clustered, with what bits and error, and the matrices that were not."""
+    if report.config.overrides:
+        counts = Counter(entry.bits for entry in report.clustered if entry.name in report.config.overrides)
+        print("bits: " + ", ".join(f"{bits} in {count} tensors" for bits, count in sorted(counts.items())))
+    errors = [entry.error for entry in report.clustered if entry.error is not None]
+    if errors:
+        mean = sum(errors) / len(errors)
+        print(f"fitted {len(errors)} tensors; relative output error {mean:.4f} on average, {max(errors):.4f} at most")
+    print(f"clustered {len(report.clustered)} tensors, left {len(report.skipped)} alone ({seconds:.0f} s)", flush=True)
+    for entry in report.skipped:
+        if len(entry.shape) > 1:
+            print(f"  {entry.name}: left alone, {entry.note}")
+
+
+def _print_counts(run: Run) -> None:
+    """Print the counts of the data and the steps of training."""
+    recipe, blocks = run.recipe, run.blocks
+    counts = f"{blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on)"
+    print(f"data: {counts}, {len(blocks):,} blocks of {blocks.block_tokens}")
+    for note in blocks.notes:
+        print(f"data: {printable(note)}")
+    if recipe.steps:
+        steps = f"{recipe.steps:,} steps of {recipe.training(1).blocks_per_step} blocks, {recipe.finetune_steps:,} of them fine-tuning"
+        print(f"training: {steps}; lr {recipe.lr:g}, {loop.named_precision(recipe.precision)}")
+    if recipe.target_bpw is not None:
+        print(f"bits: {recipe.target_bpw:.3f} per linear weight on average, tables included", flush=True)
