@@ -265,3 +265,19 @@ def test_prepare_takes_what_it_is_given_instead_of_making_it(tiny_dir):
 def test_a_target_needs_batches(tiny_dir):
     with pytest.raises(ValueError, match=r"^target_bpw: bits are chosen on data\. Give batches"):
         edkm.prepare(load_model(tiny_dir)[0], CONFIG, target_bpw=3.2)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    def prepared(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(256, 64), torch.nn.Tanh(), torch.nn.Linear(64, 16))
+            edkm.prepare(model, edkm.ClusterConfig(rows_per_lut=4), [torch.randn(300, 256)])
+            return model.state_dict()
+        finally:
+            torch.set_num_threads(before)
+
+    one, two = prepared(1), prepared(2)
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())

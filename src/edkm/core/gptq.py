@@ -92,7 +92,7 @@ def fit(
     w = given[:, order].T.contiguous()  # [cols, rows]
     scale = ((h @ w) * w).sum().clamp_min(torch.finfo(dtype).tiny)
     # What columns leave of each other: [j, j] is the deviation of input j given those after it, the rest their shares in it.
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    upper = _inverse_root(h)
     variance, upper = upper.diagonal().pow(-2), upper / upper.diagonal().unsqueeze(1)
     start = initial_centroids(w.T, bits, rows_per_lut=rows_per_lut, importance=variance.unsqueeze(0), quick=True)
     tables = _Tables(start, w.shape[1])
@@ -133,6 +133,21 @@ def _shrunk(moment: Tensor, shrinkage: float) -> Tensor:
     h = (moment + moment.T) * ((1 - shrinkage) / 2)
     h.diagonal().copy_(mass.clamp_min(1e-4 * mass.mean() + torch.finfo(h.dtype).tiny))
     return h
+
+
+def _inverse_root(h: Tensor) -> Tensor:
+    """Factor `inv(h) = U^T U`, with `U` upper triangular.
+
+    With `h = R R^T` and `R` upper triangular, `U` is the inverse of `R`. The factorization runs in one thread: its last bits depend on
+    the number of threads (the products and the solver do not), and indices are decisions, which would turn them into another model.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        root = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    finally:
+        torch.set_num_threads(threads)
+    return torch.linalg.solve_triangular(root, torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True)
 
 
 class _Tables:
