@@ -411,7 +411,8 @@ _EXPORT = """Write a packed model for another runtime, with its indices and tabl
 --to coreml: a package for iOS 18 and macOS 15, made on Linux or macOS. Inputs inputIds and, with
 --kv-cache, fullAttentionMask; output logits; states keyCache and valueCache. The tables and indices on the
 disk must equal the packed ones, and the program must give the packed model's logits; else nothing is
-written. LLaMA (SmolLM2), Mistral, Qwen2 and Qwen3. Needs pip install 'edkm[coreml]'."""
+written. Any causal language model that torch traces (LLaMA, Mistral, Qwen, Gemma, Phi and others).
+Needs pip install 'edkm[coreml]'."""
 
 
 def _add_export(subparsers: Any) -> None:
@@ -425,7 +426,6 @@ def _add_export(subparsers: Any) -> None:
     add("--kv-cache", action="store_true", help="keep keys and values in a state, to continue a text token by token")
     add("--context", type=int, metavar="N", help="longest text in tokens (2048, or what the model was made for)")
     add("--fixed", action="store_true", help="take exactly N tokens, not 1 to N; not with --kv-cache")
-    add("--widen", action="store_true", help="store 5- and 7-bit indices, which Core ML lacks, with 6 and 8 bits")
     add("--overwrite", action="store_true", help="replace the package if there is one")
 
 
@@ -433,7 +433,7 @@ def _run_export(args: argparse.Namespace) -> int:
     from edkm.compressed.coreml.export import export
     from edkm.modelfiles import packed_directory
 
-    names = ("precision", "kv_cache", "context", "fixed", "widen", "overwrite")
+    names = ("precision", "kv_cache", "context", "fixed", "overwrite")
     done = export(packed_directory(args.directory), args.out, **{name: getattr(args, name) for name in names})
     print(f"wrote {args.out}: {done.package_bytes:,} bytes, {done.clustered} clustered tensors, indices and tables on the disk equal")
     for name, bits in done.widened.items():

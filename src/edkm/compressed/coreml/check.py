@@ -1,16 +1,16 @@
-"""Is the package on disk the packed model? Everything here looks at what was read back from the file.
+"""Compare a package on the disk with the packed model. Everything here looks at the file as coremltools reads it back.
 
-1. The stored bytes of all indices are our packed bytes, the tables equal ours, and so does every other tensor and every position's
-   cosines and sines in the program's precision.
-2. The program, read by coremltools and run by `arithmetic.py`, gives the packed model's logits.
+1. Indices and tables of every clustered tensor are those of the packed file; so is every other constant that kept its name (the
+   embedding, the tables of positions) in the program's precision. Vectors that conversion merged into others are used by every token.
+2. The program, run by `interpreter.py`, gives the packed model's logits for other tokens, and more of them, than it was traced with.
 3. On macOS also Core ML's own prediction.
 """
 
 from __future__ import annotations
 
-import math
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edkm.compressed.coreml import arithmetic
-from edkm.compressed.coreml.architecture import Architecture
-from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, TOKENS, VALUES
+from edkm.compressed.coreml.interpreter import run_program
+from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, PRECISIONS, TOKENS, VALUES, stored_bits, tensor_name
 from edkm.compressed.coreml.quiet import quiet
-from edkm.compressed.coreml.stored import Constant, read_constants
-from edkm.compressed.coreml.weights import PRECISIONS, dense, width
-from edkm.compressed.entries import LUT_SUFFIX, Entry, read_entries
-from edkm.compressed.packing import pack_indices, unpack_indices
-from edkm.compressed.weightfiles import open_files
+from edkm.core.assign import Frozen
 
 LEAST_COSINE = 0.9999
 # A device rounds in its own way: what is wrong is far below this, what is rounded above.
@@ -43,12 +38,7 @@ class Difference(NamedTuple):
     largest: float
 
 
-def tensor_name(name: str) -> str:
-    """The name of a tensor in the program."""
-    return name.replace(".", "_")
-
-
-def read(package: Path) -> Any:
+def read_program(package: Path) -> Any:
     """The main function of a package, as coremltools reads it from the disk."""
     import coremltools as ct
     from coremltools.converters.mil.frontend.milproto.load import load
@@ -59,70 +49,56 @@ def read(package: Path) -> Any:
         return load(spec, spec.specificationVersion, file_weights_dir=str(model.weights_dir)).functions["main"]
 
 
-def check_tensors(package: Path, directory: Path, rope: dict[str, Tensor], precision: str) -> int:
-    """Compares every tensor in the package with the packed one, and the tables of positions with the model's (`rope`).
+def check_tensors(function: Any, frozen: Mapping[str, Frozen], dense: Mapping[str, Tensor], precision: str) -> None:
+    """Compare the constants of a program with the packed ones.
 
-    Returns:
-        How many clustered tensors there are.
+    Args:
+        function: as `read_program` returned it.
+        frozen: clustered tensors by name; all must be there.
+        dense: other tensors by their name in the traced module; those must be equal that are there.
+        precision: of the program.
 
     Raises:
         ValueError: one is missing or differs.
 
     Cost:
-        The bytes of the package in memory, and one pass over the packed files. Indices stay packed, unless they were widened.
+        The bytes of the package in memory.
     """
-    constants = read_constants(package)
-    entries = read_entries(directory)
-    with open_files(directory) as stored:
-        names = [name for name in stored if name.removesuffix(LUT_SUFFIX) not in entries or name in entries]
-        for name in names:
-            found = constants.get(tensor_name(name), {})
-            if name in entries:
-                equal = _equal_table(found, entries[name], stored[name].load(), stored[name + LUT_SUFFIX].load(), precision)
-            else:
-                equal = _equal_dense(found, dense(name, stored[name].load(), precision))
-            _refuse_unequal(name, found, equal)
-    for name, table in rope.items():
-        found = constants.get(name, {})
-        _refuse_unequal(name, found, _equal_dense(found, table.numpy().astype(PRECISIONS[precision])))
-    return len(entries)
+    found = {op.outputs[0].name: op for op in function.operations if op.op_type in ("const", "constexpr_lut_to_dense")}
+    for name, tensor in frozen.items():
+        op = found.get(tensor_name(name))
+        if op is None or op.op_type == "const":
+            raise ValueError(f"{name}: is not in the package: conversion changed its weight. Leave it out (skip), or use edkm unpack.")
+        if not _is_table(op, tensor, precision):
+            _refuse(name)
+    for name, tensor in dense.items():
+        label = tensor_name(name)
+        op = found.get(label) or found.get(f"{label}_to_fp16")
+        if op is not None and op.op_type == "const" and not np.array_equal(op.outputs[0].val, tensor.numpy().astype(PRECISIONS[precision])):
+            _refuse(name)
 
 
-def _refuse_unequal(name: str, found: dict[str, Constant], equal: bool) -> None:
-    if not equal:
-        what = "differs in the package" if found else "is not in the package"
-        raise ValueError(f"{name}: {what}. This is a fault of edkm or of coremltools; edkm was tested with 9.0.")
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name}: differs in the package. This is a fault of edkm or of coremltools; edkm was tested with 9.0.")
 
 
-def _equal_dense(found: dict[str, Constant], expected: np.ndarray) -> bool:
-    return found == {"val": Constant(expected.dtype.name.upper(), expected.shape, expected.tobytes())}
+def _is_table(op: Any, tensor: Frozen, precision: str) -> bool:
+    """Say whether indices and tables are those of `tensor`. Padding of a table does not matter."""
+    lut, k = np.asarray(op.lut.val), tensor.lut.shape[1]
+    same_kind = lut.dtype == PRECISIONS[precision] and op.indices.dtype.get_bitwidth() == stored_bits(tensor.bits)
+    same_axis = (op.vector_axis is None) if tensor.lut.shape[2] == 1 else (op.vector_axis is not None and op.vector_axis.val == 0)
+    same_tables = lut.shape[0] == tensor.lut.shape[0] and np.array_equal(lut[:, 0, :k], tensor.lut.numpy())
+    return same_kind and same_axis and same_tables and np.array_equal(np.asarray(op.indices.val), tensor.indices.numpy())
 
 
-def _equal_table(found: dict[str, Constant], entry: Entry, packed: Tensor, lut: Tensor, precision: str) -> bool:
-    """Whether indices (the packed stream) and tables `[luts, k, dim]` are those found. What pads a table does not matter."""
-    if found.keys() != {"indices", "lut"} | ({"vector_axis"} if entry.dim > 1 else set()):
-        return False
-    bits = width(entry.bits)
-    if bits != entry.bits:
-        packed = pack_indices(unpack_indices(packed, entry.bits, math.prod(entry.grid)), bits)
-    shape, kind = (entry.luts, 1, 2**bits, entry.dim), np.dtype(PRECISIONS[precision])
-    if found["indices"] != Constant(f"UINT{bits}", entry.grid, packed.numpy().tobytes()):
-        return False
-    if found["lut"][:2] != (kind.name.upper(), shape):
-        return False
-    tables = np.frombuffer(found["lut"].data, kind).reshape(shape)[:, 0, : lut.shape[1]]
-    return np.array_equal(tables, lut.numpy()) and (entry.dim == 1 or found["vector_axis"].data == bytes(4))
-
-
-def program_logits(function: Any, arch: Architecture, tokens: Tensor, *, kv_cache: bool) -> Tensor:
+def program_logits(function: Any, tokens: Tensor, state_shape: tuple[int, ...] | None) -> Tensor:
     """Logits of `tokens` `[1, n]` from the program that was read back: `[n, vocabulary]` float32.
 
-    With a cache the tokens go in as a user would give them: the first at once, the last one by one.
+    With a cache (of `state_shape`) the tokens go in as a user would give them: the first at once, the last one by one.
     """
-    shape = (arch.layers, 1, arch.kv_heads, arch.context, arch.head_dim)
-    states = {name: torch.zeros(shape) for name in (KEYS, VALUES)} if kv_cache else {}
-    steps = _steps(tokens, kv_cache)
-    return torch.cat([arithmetic.run(function, inputs, states)[0][0] for inputs in steps])
+    states = {} if state_shape is None else {name: np.zeros(state_shape, np.float32) for name in (KEYS, VALUES)}
+    steps = _steps(tokens, state_shape is not None)
+    return torch.cat([torch.from_numpy(run_program(function, inputs, states)[0][0]) for inputs in steps])
 
 
 def device_logits(package: Path, tokens: Tensor, *, kv_cache: bool) -> Tensor | None:
@@ -135,13 +111,13 @@ def device_logits(package: Path, tokens: Tensor, *, kv_cache: bool) -> Tensor | 
     state = {"state": model.make_state()} if kv_cache else {}
     found = []
     for inputs in _steps(tokens, kv_cache):
-        given = {name: tensor.numpy().astype(np.float16 if name == MASK else np.int32) for name, tensor in inputs.items()}
+        given = {name: array.astype(np.float16 if name == MASK else np.int32) for name, array in inputs.items()}
         found.append(torch.from_numpy(np.asarray(model.predict(given, **state)[LOGITS], np.float32))[0])
     return torch.cat(found)
 
 
 def compare(found: Tensor, expected: Tensor, *, device: bool = False) -> Difference:
-    """Compares logits `[n, vocabulary]`.
+    """Compare logits `[n, vocabulary]`.
 
     Raises:
         ValueError: they are not those of the same model.
@@ -156,13 +132,14 @@ def compare(found: Tensor, expected: Tensor, *, device: bool = False) -> Differe
     return Difference(cosine, (found - expected).abs().max().item())
 
 
-def _steps(tokens: Tensor, kv_cache: bool) -> list[dict[str, Tensor]]:
+def _steps(tokens: Tensor, kv_cache: bool) -> list[dict[str, np.ndarray]]:
     if not kv_cache:
-        return [{TOKENS: tokens}]
+        return [{TOKENS: tokens.numpy()}]
     total = tokens.shape[1]
     first = max(1, total - _SINGLE)
     steps = []
     for past, end in [(0, first), *((i, i + 1) for i in range(first, total))]:
         later = torch.arange(end) > torch.arange(past, end).unsqueeze(1)
-        steps.append({TOKENS: tokens[:, past:end], MASK: later[None, None].float() * torch.finfo(torch.float16).min})
+        mask = later[None, None].float() * torch.finfo(torch.float16).min
+        steps.append({TOKENS: tokens[:, past:end].numpy(), MASK: mask.numpy()})
     return steps

@@ -1,20 +1,16 @@
-"""`export`: the command of this package in one function. Nothing is left on the disk unless every check passed."""
+"""Write a packed model as a Core ML package. Nothing is left on the disk unless every check passed."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from edkm.compressed import checkpoint, pretrained
-from edkm.compressed.checkpoint import Item
-from edkm.compressed.coreml import check, program, weights
-from edkm.compressed.coreml.architecture import Architecture, architecture, rotary
+from edkm.compressed.coreml import check, program
 from edkm.compressed.coreml.quiet import quiet
 from edkm.compressed.entries import read_entries
 from edkm.compressed.modelconfig import model_config
@@ -22,6 +18,10 @@ from edkm.progress import progress
 
 _SUFFIX = ".mlpackage"
 _CHECKED_TOKENS = 64
+# Longest text unless `context` says otherwise.
+_CONTEXT = 2048
+# Rotary positions whose angles depend on the length of the text: no table serves all lengths.
+_CHANGING_ROPE = ("dynamic", "longrope")
 
 
 class Exported(NamedTuple):
@@ -30,7 +30,7 @@ class Exported(NamedTuple):
     Attributes:
         package_bytes: size on disk.
         clustered: tensors stored as tables and indices, all read back equal.
-        widened: clustered tensors that are stored with more bits than packed, and how many.
+        widened: tensors with indices of 5 or 7 bits, which Core ML lacks, and how many bits they are stored with.
         program: logits of the program in the package against the packed model's.
         device: those of Core ML's own prediction; None where Core ML is not.
     """
@@ -50,10 +50,11 @@ def export(
     kv_cache: bool = False,
     context: int | None = None,
     fixed: bool = False,
-    widen: bool = False,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes a packed causal language model as a Core ML package for iOS 18 and macOS 15.
+    """Write a packed causal language model as a Core ML package for iOS 18 and macOS 15.
+
+    Indices of 5 and 7 bits, which Core ML lacks, are stored with 6 and 8: the same values.
 
     Args:
         directory: a packed checkpoint.
@@ -62,7 +63,6 @@ def export(
         kv_cache: keep keys and values in states, so that a text can be continued token by token.
         context: longest text in tokens; None for the smaller of 2048 and what the model was made for.
         fixed: take exactly `context` tokens, not 1 to `context`. Not with `kv_cache`.
-        widen: store 5- and 7-bit indices, which Core ML lacks, with 6 and 8 bits.
         overwrite: replace a package that is there.
 
     Returns:
@@ -70,38 +70,45 @@ def export(
 
     Raises:
         ValueError: the model, an option or a tensor does not fit Core ML, or a check failed.
-        FormatError: what `checkpoint.open_items` refuses.
+        FormatError: all that `checkpoint.read` refuses.
 
     Cost:
-        The dense model in float32 once, for the logits to compare with; then about 2 bytes a weight. Three passes over the files.
+        The dense model in float32 twice (torch's and the converter's), and the tokens of the check once through it.
     """
     directory, out = Path(directory), Path(out)
     _check_options(out, precision, kv_cache, fixed, overwrite)
-    with checkpoint.open_items(directory) as items, progress("export", 4, "parts") as advance:
-        # The model first: no remedy for a tensor helps where the architecture does not fit.
-        arch = architecture(directory, model_config(directory), set(items), context)
-        widened = weights.check_stored(read_entries(directory), items, widen=widen)
-        rope, tokens, expected = _reference(directory, arch, arch.context if fixed else min(arch.context, _CHECKED_TOKENS))
+    with progress("export", 4, "parts") as advance:
+        config = model_config(directory)
+        most = _longest(directory, config, context)
+        widened = _widened(read_entries(directory))
+        frozen, dense, _ = checkpoint.read(directory)
+        for name, tensor in dense.items():
+            check_dense(name, tensor, precision)
+        model: Any = pretrained.load(directory)
+        tokens, expected = _reference(model, most if fixed else min(most, _CHECKED_TOKENS))
         advance(note="writing")
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}") as folder:
             package = Path(folder) / out.name
-            _write(package, items, arch, rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
+            constants = program.write_package(
+                package, model, frozen, context=most, precision=precision, kv_cache=kv_cache, fixed=fixed
+            )
             advance(note="checking tensors")
-            clustered = check.check_tensors(package, directory, rope, precision)
+            function = check.read_program(package)
+            check.check_tensors(function, frozen, constants, precision)
             advance(note="checking logits")
-            found = check.program_logits(check.read(package), arch, tokens, kv_cache=kv_cache)
+            found = check.program_logits(function, tokens, program.state_shape(model.config, most) if kv_cache else None)
             on_program = check.compare(found, expected)
             predicted = check.device_logits(package, tokens, kv_cache=kv_cache)
             on_device = None if predicted is None else check.compare(predicted, expected, device=True)
             size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
             _put(package, out)
             advance(note="all checked")
-    return Exported(size, clustered, widened, on_program, on_device)
+    return Exported(size, len(frozen), widened, on_program, on_device)
 
 
 def _check_options(out: Path, precision: str, kv_cache: bool, fixed: bool, overwrite: bool) -> None:
-    if precision not in weights.PRECISIONS:
-        raise ValueError(f"precision: must be one of {', '.join(weights.PRECISIONS)}, got {precision!r}")
+    if precision not in program.PRECISIONS:
+        raise ValueError(f"precision: must be one of {', '.join(program.PRECISIONS)}, got {precision!r}")
     if kv_cache and fixed:
         raise ValueError("fixed: a model with a cache takes a prompt and then single tokens; leave out one of the two")
     if out.suffix != _SUFFIX:
@@ -122,7 +129,7 @@ def _check_options(out: Path, precision: str, kv_cache: bool, fixed: bool, overw
 
 
 def _put(package: Path, out: Path) -> None:
-    """Gives the package its name. The old one is only moved until then: whenever this ends, one of the two is whole on the disk."""
+    """Give the package its name. The old one is only moved until then: whenever this ends, one of the two is whole on the disk."""
     old = package.with_name("old")
     if out.exists():
         out.rename(old)
@@ -134,60 +141,58 @@ def _put(package: Path, out: Path) -> None:
         raise
 
 
-def _reference(directory: Path, arch: Architecture, count: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The packed model's rotary tables, `count` tokens `[1, count]` and its logits for them `[count, vocabulary]`."""
-    model: Any = pretrained.load(directory)
+def _reference(model: Any, count: int) -> tuple[Tensor, Tensor]:
+    """`count` tokens `[1, count]` and the packed model's logits for them `[count, vocabulary]`."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, count), generator=generator, dtype=torch.int32)
     with torch.no_grad():
-        logits = model(input_ids=tokens.long(), use_cache=False).logits[0]
-    return rotary(model, arch.context), tokens, logits
+        return tokens, model(input_ids=tokens.long(), use_cache=False).logits[0]
 
 
-def _write(
-    package: Path,
-    items: Mapping[str, Item],
-    arch: Architecture,
-    rope: dict[str, Tensor],
-    *,
-    precision: str,
-    kv_cache: bool,
-    fixed: bool,
-) -> None:
-    import coremltools as ct
+def _longest(directory: Path, config: Any, context: int | None) -> int:
+    """The longest text of the program in tokens, or refuse the model: before it is loaded."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    nothing: Any = ct.PassPipeline.EMPTY
-    with quiet():
-        prog, inputs = program.build(arch, _constants(items, precision), rope, precision=precision, kv_cache=kv_cache, fixed=fixed)
-        ct.convert(
-            prog,
-            inputs=inputs,
-            convert_to="mlprogram",
-            minimum_deployment_target=ct.target.iOS18,
-            # The program has its types already. coremltools' optimisations are left out: they rename tensors and merge equal
-            # ones, and there is little to gain in a program written for Core ML.
-            compute_precision=ct.precision.FLOAT32,
-            pass_pipeline=nothing,
-            skip_model_load=True,
-            package_dir=str(package),
-        )
+    kind = (config.architectures or [config.model_type])[0]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError(f"{directory}: {kind}: Core ML export takes causal language models. Use edkm unpack and another converter.")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):
+        if isinstance(part, dict) and part.get("rope_type") in _CHANGING_ROPE:
+            raise ValueError(
+                f"{directory}: rotary positions of type {part['rope_type']!r} depend on the length of the text. "
+                "Use edkm unpack and a converter that knows the model."
+            )
+    longest: int = config.max_position_embeddings
+    kinds = getattr(config, "layer_types", None)
+    # LLaMA has no sliding layers whatever its config holds.
+    slides = config.model_type != "llama" if kinds is None else "sliding_attention" in kinds
+    if slides and (window := getattr(config, "sliding_window", None)) is not None:
+        longest = min(longest, window)
+    tokens = min(_CONTEXT, longest) if context is None else context
+    if not 1 <= tokens <= longest:
+        raise ValueError(f"context: {directory} attends to 1 to {longest} tokens at a time, got {tokens}. Use at most {longest}.")
+    return tokens
 
 
-def _constants(items: Mapping[str, Item], precision: str) -> Callable[[str], Any]:
-    """A function that makes a tensor a constant of the program being written, or returns None."""
-    from coremltools.converters.mil.mil import Builder, types
+def _widened(entries: dict[str, Any]) -> dict[str, int]:
+    """Clustered tensors that Core ML stores with more bits, and how many."""
+    for name, entry in entries.items():
+        if len(entry.shape) != 2:
+            raise ValueError(
+                f"{name}: a clustered tensor of shape {list(entry.shape)}; Core ML export takes matrices. Leave it out (skip)."
+            )
+    return {name: program.stored_bits(e.bits) for name, e in entries.items() if e.bits not in program.WIDTHS}
 
-    mb: Any = Builder
-    kinds = {bits: types.string_to_nptype(f"uint{bits}") for bits in weights.WIDTHS}
 
-    def constant(name: str) -> Any:
-        if name not in items:
-            return None
-        tensor, label = items[name].load(), check.tensor_name(name)
-        if isinstance(tensor, Tensor):
-            return mb.const(val=weights.dense(name, tensor, precision), name=label)
-        found = weights.palette(tensor, precision)
-        axis = {"vector_axis": np.int32(0)} if tensor.lut.shape[2] > 1 else {}
-        return mb.constexpr_lut_to_dense(indices=found.indices.astype(kinds[found.bits]), lut=found.lut, name=label, **axis)
-
-    return constant
+def check_dense(name: str, tensor: Tensor, precision: str) -> None:
+    """Refuse a tensor that is not clustered and does not fit the precision of the program."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: has dtype {tensor.dtype}; Core ML export takes floating-point tensors")
+    values = tensor if tensor.dtype == torch.float64 else tensor.float()  # torch has no arithmetic in float8
+    if not values.isfinite().all():
+        raise ValueError(f"{name}: has values that are NaN or infinite. Repair the model and compress it again.")
+    largest = values.abs().max()
+    if largest > torch.finfo(getattr(torch, precision)).max:
+        remedy = "Use --precision float32." if precision == "float16" else "Repair the model and compress it again."
+        raise ValueError(f"{name}: {largest:.6g} is beyond the range of {precision}. {remedy}")

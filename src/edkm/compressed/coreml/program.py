@@ -1,10 +1,11 @@
-"""The model as a MIL program (Core ML's language), written with coremltools' builder.
+"""Convert a causal language model to a Core ML program: traced by torch, converted by coremltools, with our tables put in.
 
-Written by hand, not traced from PyTorch: the packed indices and tables go in as they are, no dense weight is ever made,
-and every operation in the file is one that `arithmetic.py` can run again for the check.
+Any architecture of transformers that torch traces. For export the model is changed in four places, none of which changes its results:
 
-Names of inputs, outputs and states are those of huggingface/swift-transformers, as of its open pull request 331. Its releases (1.3.3) do
-not know `fullAttentionMask`: with them, and with Core ML alone, the app makes the mask itself.
+- Attention repeats shared keys and values by a fixed number and calls torch's scaled_dot_product_attention, which Core ML has as well.
+- Rotary positions come from tables, computed in float32 beforehand: an angle of 2,000 radians has no cosine in float16.
+- Inputs of RMS norms are first divided by their largest value: language models have values whose square does not fit float16.
+- Masks, positions and the cache are the program's own.
 
 | | name | shape |
 |---|---|---|
@@ -13,198 +14,259 @@ not know `fullAttentionMask`: with them, and with Core ML alone, the app makes t
 | output | `logits` | `[1, s, vocabulary]` |
 | states | `keyCache`, `valueCache` | float16 `[layers, 1, kv_heads, context, head_dim]` |
 
-With a cache the new tokens have positions `end - s` to `end - 1`; what the cache holds before them is attended to.
+With a cache the new tokens have positions `end - s` to `end - 1`; earlier positions of the cache are attended to. Names are those of
+huggingface/swift-transformers, as of its open pull request 331. Its releases (1.3.3) do not know `fullAttentionMask`: with them, and with
+Core ML alone, the app makes the mask.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cache
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from edkm.compressed.coreml.architecture import Architecture
-from edkm.compressed.coreml.weights import PRECISIONS
+from edkm.compressed.coreml.quiet import quiet
+from edkm.core.assign import Frozen
 
 TOKENS, MASK, LOGITS, KEYS, VALUES = "inputIds", "fullAttentionMask", "logits", "keyCache", "valueCache"
+# Widths of indices that Core ML has.
+WIDTHS = (1, 2, 3, 4, 6, 8)
+PRECISIONS = {"float16": np.float16, "float32": np.float32}
 # Added to the scores of later tokens: far below every score, and the sum stays within float16.
 _NEVER = -3e4
-# Norms divide by the largest value first, at least this. Any divisor is right; this one keeps eps / divisor**2 in float16.
+# Norms divide by the largest value, at least this: eps / divisor**2 then stays within float16.
 _LEAST_SCALE = 1e-2
+_ATTENTION = "edkm_coreml"
+# Traced on a few tokens; the check takes others, and more of them.
+_TRACED_TOKENS = 5
 
-Var: TypeAlias = Any
-# A MIL constant, by the name of the tensor in the model; None if the model has no such tensor.
-Constant = Callable[[str], Var]
+
+class CausalProgram(nn.Module):
+    """A causal language model as the inputs, outputs and states of the package have it. Changes the model in place."""
+
+    def __init__(self, model: Any, context: int, kv_cache: bool) -> None:
+        super().__init__()
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_ATTENTION, _attention)
+        model.set_attn_implementation(_ATTENTION)
+        for module in list(model.modules()):
+            for name in ("variance_epsilon", "eps"):
+                if type(module).__name__.endswith("RMSNorm") and hasattr(module, name):
+                    module.register_forward_pre_hook(partial(_within_float16, name, math.sqrt(getattr(module, name))))
+            for name, child in module.named_children():
+                if type(child).__name__.endswith("RotaryEmbedding"):
+                    setattr(module, name, _RotaryTables(child, context))
+        self.model = model
+        if kv_cache:
+            for name in (KEYS, VALUES):
+                self.register_buffer(name, torch.zeros(state_shape(model.config, context)))
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens `[1, s]` to logits `[1, s, vocabulary]`; with a mask `[1, 1, s, end]`, after those in the cache."""
+        count = tokens.shape[1]
+        end = count if mask is None else mask.shape[3]
+        options: dict[str, Any] = {"position_ids": torch.arange(end - count, end).unsqueeze(0), "use_cache": False}
+        if mask is None:
+            mask = torch.full((count, count), _NEVER).triu(1)[None, None]
+        else:
+            options["past_key_values"] = _States(self, end - count, end)
+        return self.model(input_ids=tokens, attention_mask=mask, **options).logits
 
 
-def build(
-    arch: Architecture, constant: Constant, rope: dict[str, Tensor], *, precision: str, kv_cache: bool, fixed: bool
-) -> tuple[Any, list[Any]]:
-    """Writes the program.
+class _States:
+    """The cache that transformers' layers are given: two buffers of the program."""
+
+    def __init__(self, program: nn.Module, past: Any, end: Any) -> None:
+        self.keys, self.values = program.get_buffer(KEYS), program.get_buffer(VALUES)
+        self.past, self.end = past, end
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys[layer, :, :, self.past : self.end] = key
+        self.values[layer, :, :, self.past : self.end] = value
+        return self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
+
+    def get_seq_length(self, *_: Any) -> Any:
+        return self.past
+
+
+class _RotaryTables(nn.Module):
+    """A model's rotary positions, looked up. A table is made when the model first asks for it, which must be before it is traced."""
+
+    def __init__(self, rotary: nn.Module, context: int) -> None:
+        super().__init__()
+        self.rotary, self.context = rotary, context
+
+    def forward(self, x: Tensor, position_ids: Tensor, *kind: Any, **named: Any) -> tuple[Tensor, ...]:
+        label = "_".join(map(str, (*kind, *named.values())))
+        if f"cosines{label}" not in self._buffers:
+            cosines, sines = self.rotary(x.new_zeros(1), torch.arange(self.context).unsqueeze(0), *kind, **named)
+            self.register_buffer(f"cosines{label}", cosines[0])
+            self.register_buffer(f"sines{label}", sines[0])
+        return tuple(F.embedding(position_ids, self.get_buffer(part + label)) for part in ("cosines", "sines"))
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None, **options: Any) -> Any:
+    """Attention as transformers' layers call it: `[1, heads, s, head_dim]` to `[1, s, heads, head_dim]`."""
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise ValueError("its attention caps its scores or has sinks")
+    heads, key_heads, size = (int(n) for n in (query.shape[1], key.shape[1], query.shape[3]))  # constants of the program
+    if (times := heads // key_heads) > 1:
+        key, value = (t.unsqueeze(2).repeat(1, 1, times, 1, 1).flatten(1, 2) for t in (key, value))
+    usual = size**-0.5
+    if scaling is not None and not math.isclose(scaling, usual):
+        query = query * (scaling / usual)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).contiguous(), None
+
+
+def _within_float16(name: str, root: float, norm: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Divide the input of an RMS norm by its largest value, and eps (the attribute `name`) by that value squared."""
+    largest = inputs[0].abs().amax(-1, keepdim=True).clamp(min=_LEAST_SCALE)
+    # Not a number divided by a tensor: of that coremltools makes an inverse, which adds 1e-4 to the divisor.
+    setattr(norm, name, (torch.tensor(root) / largest).square())
+    return inputs[0] / largest
+
+
+def state_shape(config: Any, context: int) -> tuple[int, int, int, int, int]:
+    """Shape of the keys, and of the values, of all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_hidden_layers, 1, heads, context, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def write_package(
+    package: Path, model: Any, frozen: Mapping[str, Frozen], *, context: int, precision: str, kv_cache: bool, fixed: bool
+) -> dict[str, Tensor]:
+    """Trace and convert a model, and write the package.
 
     Args:
-        arch: sizes.
-        constant: makes a constant in the program that is being written.
-        rope: `cosines` and signed `sines`, `[context, head_dim]`.
-        precision: "float16" or "float32", of everything but the cache and the mask, which are float16.
+        package: where to.
+        model: dense, float32, its clustered weights decoded; changed in place.
+        frozen: clustered tensors by parameter name; each becomes a `constexpr_lut_to_dense`.
+        context: longest text in tokens.
+        precision: "float16" or "float32", of all but the cache and the mask, which are float16.
         kv_cache: keep keys and values in states.
-        fixed: `s` is `arch.context`, not 1 to `arch.context`.
+        fixed: take exactly `context` tokens, not 1 to `context`.
 
     Returns:
-        The program and the `inputs` argument for `coremltools.convert`.
+        What the traced module holds besides clustered weights, by name: dense parameters, buffers and tables of positions.
+
+    Raises:
+        ValueError: torch cannot trace the model, or coremltools cannot convert it.
     """
     import coremltools as ct
-    from coremltools.converters.mil.mil import Builder, get_new_symbol, types
 
-    mb: Any = Builder  # its operations are attributes made on import
-    most = arch.context
-    new = most if fixed else get_new_symbol()
-    specs = [mb.TensorSpec(shape=(1, new), dtype=types.int32)]
-    length = most if fixed else ct.RangeDim(1, most, default=1 if kv_cache else min(most, 128))
-    inputs = [ct.TensorType(name=TOKENS, shape=(1, length), dtype=np.int32)]
+    most = context if fixed else ct.RangeDim(1, context, default=1 if kv_cache else min(context, 128))
+    inputs = [ct.TensorType(name=TOKENS, shape=(1, most), dtype=np.int32)]
+    states: Any = None
+    count = context if fixed else min(context, _TRACED_TOKENS)
+    given = [torch.zeros(1, count, dtype=torch.int32)]
     if kv_cache:
-        state = (arch.layers, 1, arch.kv_heads, most, arch.head_dim)
-        specs += [mb.TensorSpec(shape=(1, 1, new, get_new_symbol()), dtype=types.fp16)]
-        specs += [mb.StateTensorSpec(shape=state, dtype=types.fp16) for _ in (KEYS, VALUES)]
-        shape = (1, 1, length, ct.RangeDim(1, most, default=1))
-        inputs.append(ct.TensorType(name=MASK, shape=shape, dtype=np.float16))
-
-    # The builder takes the names of inputs from the parameters.
-    def stateless(inputIds):
-        end = _length(mb, inputIds, 1)
-        where = _between(mb, rope, 0, end, precision)
-        mask = _causal(mb, end, PRECISIONS[precision])
-        return _decoder(mb, arch, constant, inputIds, where, mask, lambda layer, key, value: (key, value), precision)
-
-    def stateful(inputIds, fullAttentionMask, keyCache, valueCache):
-        end = _length(mb, fullAttentionMask, 3)
-        past = mb.sub(x=end, y=_length(mb, inputIds, 1))
-        where = _between(mb, rope, past, end, precision)
-        mask = mb.cast(x=fullAttentionMask, dtype="fp32") if precision == "float32" else fullAttentionMask
-        return _decoder(mb, arch, constant, inputIds, where, mask, _cached(mb, precision, keyCache, valueCache, past, end), precision)
-
-    return mb.program(input_specs=specs, opset_version=ct.target.iOS18)(stateful if kv_cache else stateless), inputs
-
-
-def _decoder(mb: Any, arch: Architecture, constant: Constant, tokens: Var, rope: Any, mask: Var, attend: Any, precision: str) -> Var:
-    """Tokens to logits."""
-
-    def linear(x: Var, module: str, **names: str) -> Var:
-        weight, bias = constant(f"{module}.weight"), constant(f"{module}.bias")
-        return mb.linear(x=x, weight=weight, bias=zeros(weight.shape[0]) if bias is None else bias, **names)
-
-    @cache
-    def zeros(size: int) -> Var:
-        """Without a bias the builder would make one of zeros for every layer."""
-        return mb.const(val=np.zeros(size, PRECISIONS[precision]))
-
-    def norm(x: Var, name: str) -> Var:
-        return _norm(mb, x, constant(f"{name}.weight"), arch.eps, PRECISIONS[precision])
-
-    def heads(x: Var, count: int, name: str | None = None) -> Var:
-        """`[1, s, count * head_dim]` to `[1, count, s, head_dim]`, with the norm and positions that queries and keys have."""
-        x = mb.reshape(x=x, shape=[1, -1, count, arch.head_dim])
-        if name is not None and (weight := constant(f"{name}.weight")) is not None:
-            x = _norm(mb, x, weight, arch.eps, PRECISIONS[precision])
-        x = mb.transpose(x=x, perm=[0, 2, 1, 3])
-        return x if name is None else _rotate(mb, x, rope)
-
-    embedding = constant(arch.embedding)
-    x = mb.gather(x=embedding, indices=tokens, axis=0)
-    for layer in range(arch.layers):
-        prefix = f"model.layers.{layer}"
-        part = f"{prefix}.self_attn"
-        y = norm(x, f"{prefix}.input_layernorm")
-        query = heads(linear(y, f"{part}.q_proj"), arch.heads, f"{part}.q_norm")
-        key = heads(linear(y, f"{part}.k_proj"), arch.kv_heads, f"{part}.k_norm")
-        value = heads(linear(y, f"{part}.v_proj"), arch.kv_heads)
-        key, value = (_repeat(mb, t, arch) for t in attend(layer, key, value))
-        y = mb.scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=mask)
-        y = mb.reshape(x=mb.transpose(x=y, perm=[0, 2, 1, 3]), shape=[1, -1, arch.heads * arch.head_dim])
-        x = mb.add(x=x, y=linear(y, f"{part}.o_proj"))
-        part = f"{prefix}.mlp"
-        y = norm(x, f"{prefix}.post_attention_layernorm")
-        y = mb.mul(x=mb.silu(x=linear(y, f"{part}.gate_proj")), y=linear(y, f"{part}.up_proj"))
-        x = mb.add(x=x, y=linear(y, f"{part}.down_proj"))
-    x = norm(x, "model.norm")
-    if arch.head == arch.embedding:
-        return mb.linear(x=x, weight=embedding, bias=zeros(embedding.shape[0]), name=LOGITS)
-    return linear(x, arch.head.removesuffix(".weight"), name=LOGITS)
+        given.append(torch.full((count, count), _NEVER).triu(1)[None, None])
+        inputs.append(ct.TensorType(name=MASK, shape=(1, 1, most, ct.RangeDim(1, context, default=1)), dtype=np.float16))
+        kind = ct.TensorType(shape=state_shape(model.config, context), dtype=np.float16)
+        states = [ct.StateType(wrapped_type=kind, name=name) for name in (KEYS, VALUES)]
+    reason = "torch cannot trace it"
+    try:
+        with quiet(), torch.no_grad():
+            program = CausalProgram(model, context, kv_cache).eval()
+            program(*given)
+            traced: Any = torch.jit.trace(program, tuple(given), check_trace=False)
+            reason = "coremltools cannot convert it"
+            _repair_coremltools()
+            ct.convert(
+                traced,
+                inputs=inputs,
+                outputs=[ct.TensorType(name=LOGITS, dtype=PRECISIONS[precision])],
+                states=states,
+                minimum_deployment_target=ct.target.iOS18,
+                compute_precision=getattr(ct.precision, precision.upper()),
+                pass_pipeline=_pipeline(_constants_of(model, frozen), PRECISIONS[precision]),
+                skip_model_load=True,
+                package_dir=str(package),
+            )
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{model.config.model_type}{' with --kv-cache' if kv_cache else ''}: {reason}: {lines[-1]}. "
+            "Use edkm unpack and a converter that knows the model."
+        ) from error
+    return {name: tensor for name, tensor in program.state_dict().items() if name.removeprefix("model.") not in frozen}
 
 
-def _norm(mb: Any, x: Var, weight: Var, eps: float, dtype: type) -> Var:
-    """Root-mean-square norm over the last axis. Language models have values whose square does not fit float16, so in float16 the
-    values are first divided by the largest of them, which changes nothing else."""
-    if dtype == np.float16:
-        largest = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
-        largest = mb.maximum(x=largest, y=dtype(_LEAST_SCALE))
-        x = mb.real_div(x=x, y=largest)
-        root = mb.real_div(x=dtype(math.sqrt(eps)), y=largest)
-        least = mb.mul(x=root, y=root)
-    else:
-        least = dtype(eps)
-    mean = mb.reduce_mean(x=mb.mul(x=x, y=x), axes=[-1], keep_dims=True)
-    x = mb.mul(x=x, y=mb.rsqrt(x=mb.add(x=mean, y=least), epsilon=dtype(0)))
-    return mb.mul(x=x, y=weight)
+def _constants_of(model: nn.Module, frozen: Mapping[str, Frozen]) -> dict[str, tuple[str, Frozen]]:
+    """Clustered tensors, with their names in the checkpoint, by the names of constants in the converted program."""
+    names = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}  # the first of tied ones
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {names[id(parameters[name])]: (name, tensor) for name, tensor in frozen.items()}
 
 
-def _rotate(mb: Any, x: Var, rope: tuple[Var, Var]) -> Var:
-    """Rotary positions of `[1, heads, s, head_dim]`: the halves of a head turn against each other; the sines carry the sign."""
-    first, second = mb.split(x=x, num_splits=2, axis=-1)
-    return mb.add(x=mb.mul(x=x, y=rope[0]), y=mb.mul(x=mb.concat(values=[second, first], axis=-1), y=rope[1]))
+def _pipeline(frozen: Mapping[str, tuple[str, Frozen]], dtype: type) -> Any:
+    """coremltools' passes, after one that puts tables and indices in the place of the dense weights."""
+    import coremltools as ct
+    from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
+    from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+
+    @register_pass(namespace="edkm", override=True)
+    class insert_tables(AbstractGraphPass):
+        def apply(self, prog: Any) -> None:
+            main = prog.functions["main"]
+            for op in [op for op in main.operations if op.op_type == "const" and op.name in frozen]:
+                _insert_table(main, op, *frozen[op.name], dtype)
+
+    pipeline = ct.PassPipeline.DEFAULT
+    pipeline.insert_pass(0, "edkm::insert_tables")
+    # Equal constants would lose their names; indices of 16 bits double the casts; no index here is negative.
+    pipeline.remove_passes({"common::const_deduplication", "common::add_int16_cast", "common::guard_negative_gather_indices"})
+    return pipeline
 
 
-def _repeat(mb: Any, x: Var, arch: Architecture) -> Var:
-    """Keys or values `[1, kv_heads, t, head_dim]`, each for all queries that share it: `[1, heads, t, head_dim]`."""
-    times = arch.heads // arch.kv_heads
-    if times == 1:
-        return x
-    x = mb.tile(x=mb.expand_dims(x=x, axes=[2]), reps=[1, 1, times, 1, 1])
-    return mb.reshape(x=x, shape=[1, arch.heads, -1, arch.head_dim])
+def _insert_table(main: Any, dense: Any, name: str, frozen: Frozen, dtype: type) -> None:
+    """Replace a constant. Tables are padded to a width that Core ML has; no index points into the padding."""
+    from coremltools.converters.mil.mil import Builder, types
+
+    mb: Any = Builder
+    bits = stored_bits(frozen.bits)
+    lut = frozen.lut.numpy().astype(dtype)  # [luts, k, dim]
+    lut = np.pad(lut, ((0, 0), (0, 2**bits - lut.shape[1]), (0, 0)), mode="edge")[:, None]  # [luts, 1, 2**bits, dim]
+    indices = frozen.indices.numpy().astype(types.string_to_nptype(f"uint{bits}"))
+    axis = {"vector_axis": np.int32(0)} if frozen.lut.shape[2] > 1 else {}
+    with main:
+        table = mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=tensor_name(name), before_op=dense, **axis)
+        # The program is in float32 here; the pass that makes it float16 takes this away.
+        weight = table if dtype is np.float32 else mb.cast(x=table, dtype="fp32", before_op=dense)
+    main.replace_uses_of_var_after_op(anchor_op=dense, old_var=dense.outputs[0], new_var=weight, no_check_var_types=True)
+    main.remove_ops([dense])
 
 
-def _cached(mb: Any, precision: str, keys: Var, values: Var, past: Var, end: Var) -> Any:
-    """A function that puts a layer's new keys and values into the states and returns all of them so far."""
-    # What a state holds after the last update. Reading the state anew for each layer would be the same, but coremltools takes
-    # such reads for one and the same value and drops the updates between them.
-    now = {True: mb.read_state(input=keys), False: mb.read_state(input=values)}
-    masks = [False, True, True, False, True]
-
-    def put(layer: int, new: Var, is_key: bool) -> Var:
-        new = mb.expand_dims(x=mb.cast(x=new, dtype="fp16") if precision == "float32" else new, axes=[0])
-        begin, until = _index(mb, [layer, 0, 0, past, 0]), _index(mb, [layer + 1, 0, 0, end, 0])
-        written = mb.slice_update(x=now[is_key], update=new, begin=begin, end=until, end_mask=masks)
-        now[is_key] = mb.coreml_update_state(state=keys if is_key else values, value=written)
-        first = [True, False, False, False, False]
-        found = mb.slice_by_index(x=now[is_key], begin=[layer, 0, 0, 0, 0], end=until, end_mask=masks, squeeze_mask=first)
-        return mb.cast(x=found, dtype="fp32") if precision == "float32" else found
-
-    return lambda layer, key, value: (put(layer, key, True), put(layer, value, False))
+def stored_bits(bits: int) -> int:
+    """The least width of an index that Core ML has and that holds `bits` bits (1 to 8)."""
+    return next(width for width in WIDTHS if width >= bits)
 
 
-def _index(mb: Any, parts: list[Any]) -> Var:
-    """An int32 vector of numbers and scalars that are computed."""
-    return mb.concat(values=[np.array([p], np.int32) if isinstance(p, int) else mb.expand_dims(x=p, axes=[0]) for p in parts], axis=0)
+def tensor_name(name: str) -> str:
+    """The name of a clustered tensor in the program."""
+    return name.replace(".", "_")
 
 
-def _length(mb: Any, x: Var, axis: int) -> Var:
-    return mb.gather(x=mb.shape(x=x), indices=np.int32(axis), axis=0)
+def _repair_coremltools() -> None:
+    """Let coremltools 9.0 read a whole number from a constant `[1]`, which numpy 2.4 refuses to convert."""
+    from coremltools.converters.mil import register_torch_op
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.mil import Builder
 
+    mb: Any = Builder
 
-def _between(mb: Any, rope: dict[str, Tensor], past: Var | int, end: Var, precision: str) -> tuple[Var, Var]:
-    """Cosines and signed sines of the positions `past` to `end - 1`: two `[s, head_dim]`."""
-    found = []
-    for name, table in rope.items():
-        whole = mb.const(val=table.numpy().astype(PRECISIONS[precision]), name=name)
-        found.append(mb.slice_by_index(x=whole, begin=_index(mb, [past, 0]), end=_index(mb, [end, 0]), end_mask=[False, True]))
-    return found[0], found[1]
-
-
-def _causal(mb: Any, end: Var, dtype: type) -> Var:
-    """`[s, s]`: 0 where a token (row) sees another (column), far below zero where that one comes later."""
-    at = mb.range_1d(start=0, end=end, step=1)
-    later = mb.greater(x=mb.expand_dims(x=at, axes=[0]), y=mb.expand_dims(x=at, axes=[1]))
-    return mb.mul(x=mb.cast(x=later, dtype="fp16" if dtype == np.float16 else "fp32"), y=dtype(_NEVER))
+    @register_torch_op(torch_alias=["int"], override=True)
+    def edkm_int(context: Any, node: Any) -> None:
+        x = context[node.inputs[0]]
+        if x.val is None or np.ndim(x.val) == 0:
+            ops._cast(context, node, int, "int32")
+        else:
+            context.add(mb.const(val=np.int32(np.asarray(x.val).item()), name=node.name), node.name)

@@ -1,0 +1,139 @@
+"""Run a Core ML program on this machine, without Core ML, with the arithmetic that coremltools defines for each operation.
+
+Every result is rounded to the type that the program gives it, so that float16 overflows here where it overflows there.
+Within an operation sums are in float32. Core ML may add in another order or precision: this shows that the file says
+what the model computes, not how a device rounds it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def run_program(function: Any, inputs: dict[str, np.ndarray], states: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Run a function of a MIL program once.
+
+    Args:
+        function: of the program that `coremltools` loaded from the package.
+        inputs: by name.
+        states: by name; changed in place.
+
+    Returns:
+        The outputs, in the order of the program. float16 values are held in float32.
+
+    Raises:
+        ValueError: an operation that has no arithmetic here.
+
+    Cost:
+        One forward pass. Results are dropped after their last use; tables are turned into a weight where it is used.
+    """
+    values: dict[Any, Any] = {function.inputs[name]: array for name, array in inputs.items()}
+    state_of = {function.inputs[name]: array for name, array in states.items()}
+
+    def value(var: Any) -> Any:
+        if isinstance(var, (list, tuple)):
+            return [value(v) for v in var]
+        if var in values:
+            return values[var]
+        return table_weight(var.op).numpy() if var.op.op_type == "constexpr_lut_to_dense" else _held(var.val)
+
+    last_use = _last_uses(function)
+    for op in function.operations:
+        if op.op_type == "read_state":
+            values[op.outputs[0]] = state_of[op.input].copy()
+        elif op.op_type == "coreml_update_state":
+            values[op.outputs[0]] = value(op.value)
+            state_of[op.state][...] = values[op.outputs[0]]
+        elif op.op_type not in ("const", "constexpr_lut_to_dense"):
+            found = _compute(op, {name: value(var) for name, var in op.inputs.items() if var is not None})
+            values |= {var: _round(result, var) for var, result in zip(op.outputs, found, strict=True)}
+        for var in last_use.get(op, ()):
+            values.pop(var, None)
+    return [values[var] for var in function.outputs]
+
+
+def table_weight(op: Any) -> Tensor:
+    """The weight that a `constexpr_lut_to_dense` stands for, `[rows, cols]` float32."""
+    indices, lut = torch.from_numpy(np.asarray(op.indices.val)), torch.from_numpy(np.asarray(op.lut.val)).float()
+    rows, cols = indices.shape
+    tables, _, k, dim = lut.shape
+    which = torch.arange(rows, dtype=torch.int32).div(rows // tables, rounding_mode="floor")  # table of each row
+    keys = indices.int() + k * which.unsqueeze(1)
+    found = lut.reshape(tables * k, dim).index_select(0, keys.flatten())  # [rows * cols, dim]
+    return found.view(rows, cols, dim).transpose(1, 2).reshape(rows * dim, cols)
+
+
+def _compute(op: Any, given: dict[str, Any]) -> list[Any]:
+    """The results of an operation on constants: ours where coremltools computes none or takes long, else coremltools' own."""
+    if op.op_type in _OPERATIONS:
+        given = {name: torch.from_numpy(np.asarray(v)) if isinstance(v, (np.ndarray, np.generic)) else v for name, v in given.items()}
+        return [_OPERATIONS[op.op_type](**given).numpy()]
+    import coremltools as ct
+    from coremltools.converters.mil.mil import Builder, Function
+
+    with Function({}, opset_version=ct.target.iOS18):
+        made = getattr(Builder, op.op_type)(**given)
+    found = [var.val for var in (made if isinstance(made, (list, tuple)) else [made])]
+    if any(result is None for result in found):
+        raise ValueError(f"{op.name}: the operation {op.op_type!r} has no arithmetic here, so the export cannot be checked. Use edkm unpack.")
+    return found
+
+
+def _last_uses(function: Any) -> dict[Any, list[Any]]:
+    """Map an operation to the values that no later one needs."""
+    last = {}
+    for op in function.operations:
+        for given in op.inputs.values():
+            for var in given if isinstance(given, (list, tuple)) else [given]:
+                last[var] = op
+    ends: dict[Any, list[Any]] = {}
+    for var, op in last.items():
+        if var is not None and var not in function.outputs:
+            ends.setdefault(op, []).append(var)
+    return ends
+
+
+def _held(val: Any) -> Any:
+    """A constant in float32 if it is float16; a scalar as numpy's own kind, which coremltools asks for."""
+    if isinstance(val, str):
+        return val
+    if isinstance(val, (bool, np.bool_)):
+        return bool(val)
+    array = np.asarray(val)
+    return (array.astype(np.float32) if array.dtype == np.float16 else array)[()]
+
+
+def _round(result: Any, var: Any) -> Any:
+    from coremltools.converters.mil.mil import types
+
+    return _held(np.asarray(result).astype(types.nptype_from_builtin(var.dtype)))
+
+
+def _slice_update(x: Tensor, update: Tensor, begin: Tensor, end: Tensor, **masks: Tensor) -> Tensor:
+    """A copy of `x` with a part replaced. A mask says that there is no begin or end, or that the axis is one index."""
+    parts: list[Any] = []
+    for axis, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
+        masked = {name: bool(mask[axis]) for name, mask in masks.items() if mask is not None}
+        part = slice(None if masked.get("begin_mask") else first, None if masked.get("end_mask") else last)
+        parts.append(first if masked.get("squeeze_mask") else part)
+    result = x.clone()
+    result[tuple(parts)] = update
+    return result
+
+
+def _matmul(x: Tensor, y: Tensor, transpose_x: Any = False, transpose_y: Any = False) -> Tensor:
+    return (x.mT if transpose_x else x) @ (y.mT if transpose_y else y)
+
+
+_OPERATIONS: dict[str, Any] = {
+    "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
+    "matmul": _matmul,
+    "scaled_dot_product_attention": lambda query, key, value, attn_mask=None: F.scaled_dot_product_attention(query, key, value, attn_mask),
+    "silu": lambda x: F.silu(x),
+    "slice_update": _slice_update,
+}
