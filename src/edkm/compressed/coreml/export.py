@@ -89,9 +89,7 @@ def export(
         advance(note="writing")
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}") as folder:
             package = Path(folder) / out.name
-            constants = program.write_package(
-                package, model, frozen, context=most, precision=precision, kv_cache=kv_cache, fixed=fixed
-            )
+            constants = program.write_package(package, model, frozen, context=most, precision=precision, kv_cache=kv_cache, fixed=fixed)
             advance(note="checking tensors")
             function = check.read_program(package)
             check.check_tensors(function, frozen, constants, precision)

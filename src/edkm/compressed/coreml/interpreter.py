@@ -80,7 +80,9 @@ def _compute(op: Any, given: dict[str, Any]) -> list[Any]:
         made = getattr(Builder, op.op_type)(**given)
     found = [var.val for var in (made if isinstance(made, (list, tuple)) else [made])]
     if any(result is None for result in found):
-        raise ValueError(f"{op.name}: the operation {op.op_type!r} has no arithmetic here, so the export cannot be checked. Use edkm unpack.")
+        raise ValueError(
+            f"{op.name}: the operation {op.op_type!r} has no arithmetic here, so the export cannot be checked. Use edkm unpack."
+        )
     return found
 
 

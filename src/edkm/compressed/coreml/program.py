@@ -137,7 +137,13 @@ def _within_float16(name: str, root: float, norm: nn.Module, inputs: tuple[Tenso
 def state_shape(config: Any, context: int) -> tuple[int, int, int, int, int]:
     """Shape of the keys, and of the values, of all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return config.num_hidden_layers, 1, heads, context, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (
+        config.num_hidden_layers,
+        1,
+        heads,
+        context,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
 
 
 def write_package(
@@ -170,7 +176,7 @@ def write_package(
     if kv_cache:
         given.append(torch.full((count, count), _NEVER).triu(1)[None, None])
         inputs.append(ct.TensorType(name=MASK, shape=(1, 1, most, ct.RangeDim(1, context, default=1)), dtype=np.float16))
-        kind = ct.TensorType(shape=state_shape(model.config, context), dtype=np.float16)
+        kind: Any = ct.TensorType(shape=state_shape(model.config, context), dtype=np.float16)
         states = [ct.StateType(wrapped_type=kind, name=name) for name in (KEYS, VALUES)]
     reason = "torch cannot trace it"
     try:
@@ -194,7 +200,7 @@ def write_package(
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{model.config.model_type}{' with --kv-cache' if kv_cache else ''}: {reason}: {lines[-1]}. "
+            f"{model.config.model_type}{' with --kv-cache' if kv_cache else ''}: {reason}: {lines[-1].rstrip('.')}. "
             "Use edkm unpack and a converter that knows the model."
         ) from error
     return {name: tensor for name, tensor in program.state_dict().items() if name.removeprefix("model.") not in frozen}
@@ -220,7 +226,7 @@ def _pipeline(frozen: Mapping[str, tuple[str, Frozen]], dtype: type) -> Any:
             for op in [op for op in main.operations if op.op_type == "const" and op.name in frozen]:
                 _insert_table(main, op, *frozen[op.name], dtype)
 
-    pipeline = ct.PassPipeline.DEFAULT
+    pipeline: Any = ct.PassPipeline.DEFAULT
     pipeline.insert_pass(0, "edkm::insert_tables")
     # Equal constants would lose their names; indices of 16 bits double the casts; no index here is negative.
     pipeline.remove_passes({"common::const_deduplication", "common::add_int16_cast", "common::guard_negative_gather_indices"})

@@ -1,4 +1,12 @@
-"""Core ML export: what is in the package, and that the check sees damage. Core ML itself runs on macOS only."""
+"""Core ML export. Core ML itself runs on macOS only; here the program of the written package is run by `interpreter`.
+
+1. Indices of every width and tables are in the package as they are packed, byte for byte; tied weights once.
+2. The program gives the packed model's logits for other tokens than it was traced and checked with: with and without a cache, of fixed
+   length, in float16 and float32, for several architectures, for values whose square is beyond float16.
+3. Inputs, outputs and states have the documented names and ranges.
+4. A package that differs from the packed model in a table, an index, the mask, a position or the cache is not left on the disk.
+5. The command prints results and nothing of coremltools; Core ML's own prediction is compared where there is one.
+"""
 
 import json
 import sys
@@ -10,7 +18,7 @@ import torch
 
 from edkm import cli
 from edkm.compressed import checkpoint, pretrained
-from edkm.compressed.coreml import arithmetic, check, export, program, stored, weights
+from edkm.compressed.coreml import check, export, interpreter, program
 from edkm.compressed.entries import read_entries
 from edkm.compressed.weightfiles import open_files
 from edkm.core.assign import Frozen
@@ -80,40 +88,28 @@ def package(packed, tmp_path_factory):
     return out
 
 
-def constants(function):
-    return [op for op in function.operations if op.op_type == "constexpr_lut_to_dense"]
+def tables(function):
+    return {op.outputs[0].name: op for op in function.operations if op.op_type == "constexpr_lut_to_dense"}
 
 
-def test_tables_and_indices_are_ours(packed, package):
-    with checkpoint.open_items(packed) as items:
-        ours = {name: item.load() for name, item in items.items()}
-    found = {op.outputs[0].name: op for op in constants(check.read(package))}
-    clustered = {name: tensor for name, tensor in ours.items() if isinstance(tensor, Frozen)}
-    assert {check.tensor_name(name) for name in clustered} == found.keys()
-    widths = set()
-    for name, tensor in clustered.items():
-        op = found[check.tensor_name(name)]
-        widths.add(op.indices.dtype.get_bitwidth())
+def test_tables_and_indices_are_the_packed_ones(packed, package):
+    found, blob = tables(check.read_program(package)), (package / "Data/com.apple.CoreML/weights/weight.bin").read_bytes()
+    frozen = checkpoint.read(packed).frozen
+    assert {program.tensor_name(name) for name in frozen} == found.keys()
+    assert {op.indices.dtype.get_bitwidth() for op in found.values()} == {1, 2, 3, 4, 6, 8}
+    for name, tensor in frozen.items():
+        op = found[program.tensor_name(name)]
         np.testing.assert_array_equal(np.asarray(op.indices.val), tensor.indices.numpy())
         np.testing.assert_array_equal(op.lut.val[:, 0, : tensor.lut.shape[1]], tensor.lut.numpy())
         # coremltools' own decompression and ours are the packed weight.
         np.testing.assert_array_equal(op.materialized_val_inference(), checkpoint.dequantize(tensor, torch.float16).numpy())
-        assert torch.equal(arithmetic.weight(op), checkpoint.dequantize(tensor))
-    assert widths == {1, 2, 3, 4, 6, 8}
-
-
-def test_the_stored_bytes_are_the_packed_stream(packed, package):
-    found = stored.read_constants(package)
-    blob = (package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin").read_bytes()
+        assert torch.equal(interpreter.table_weight(op), checkpoint.dequantize(tensor))
     with open_files(packed) as tensors:
-        for name in read_entries(packed):
-            stream = tensors[name].load().numpy().tobytes()
-            assert found[check.tensor_name(name)]["indices"].data == stream
-            assert stream in blob
+        assert all(tensors[name].load().numpy().tobytes() in blob for name in read_entries(packed))
 
 
 def test_tied_weights_are_stored_once(package, tmp_path):
-    tied = [op for op in constants(check.read(package)) if op.outputs[0].shape[0] == 70]
+    tied = [op for op in tables(check.read_program(package)).values() if op.outputs[0].shape[0] == 70]
     assert len(tied) == 1
     assert {op.op_type for op in tied[0].outputs[0].child_ops} == {"gather", "linear"}
     done = export.export(pack(tmp_path / "untied", tie_word_embeddings=False), tmp_path / "M.mlpackage")
@@ -135,21 +131,18 @@ def test_the_program_is_the_model(packed, tmp_path, options, cosine):
     assert done.clustered == 15 and done.program.cosine > cosine
     assert done.package_bytes == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     # Other tokens, and for a cache other steps, than those of the check.
-    tokens = torch.randint(70, (1, options.get("context", 9) if "fixed" in options else 9), dtype=torch.int32)
+    tokens = torch.randint(70, (1, options["context"] if "fixed" in options else 9), dtype=torch.int32)
     with torch.no_grad():
         expected = pretrained.load(packed)(input_ids=tokens.long()).logits[0]
-    function, states = check.read(out), {}
+    function, states, steps = check.read_program(out), {}, [{"inputIds": tokens.numpy()}]
     if "kv_cache" in options:
-        states = {name: torch.zeros(2, 1, 2, options.get("context", 64), 8) for name in ("keyCache", "valueCache")}
-        found = []
+        states = {name: np.zeros((2, 1, 2, options.get("context", 64), 8), np.float32) for name in ("keyCache", "valueCache")}
+        steps = []
         for past, end in ((0, 1), (1, 5), (5, 9)):
             mask = torch.full((end, end), -65504.0).triu(1)[past:][None, None]
-            given = {"inputIds": tokens[:, past:end], "fullAttentionMask": mask}
-            found.append(arithmetic.run(function, given, states)[0][0])
-        found = torch.cat(found)
-        assert all(state[:, :, :, :9].any(-1).all() and not state[:, :, :, 9:].any() for state in states.values())
-    else:
-        found = arithmetic.run(function, {"inputIds": tokens}, {})[0][0]
+            steps.append({"inputIds": tokens[:, past:end].numpy(), "fullAttentionMask": mask.numpy()})
+    found = torch.from_numpy(np.concatenate([interpreter.run_program(function, step, states)[0][0] for step in steps]))
+    assert all(state[:, :, :, :9].any(-1).all() and not state[:, :, :, 9:].any() for state in states.values())
     assert check.compare(found, expected).cosine > cosine
 
 
@@ -164,17 +157,20 @@ def test_the_interface(package):
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields"),
+    ("kind", "fields", "kv_cache"),
     [
-        ("Mistral", {"sliding_window": 64}),
-        ("Llama", {"hidden_act": "swish"}),
-        ("Qwen2", {}),
-        ("Qwen3", {}),
-        ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+        ("Mistral", {"sliding_window": 64}, False),
+        ("Qwen2", {}, True),
+        ("Qwen3", {}, False),
+        ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}, False),
+        # Scaled embeddings and norms with one added to their weight; layers that run side by side; weights joined in one.
+        ("Gemma", {"hidden_activation": "gelu_pytorch_tanh"}, True),
+        ("GPTNeoX", {"num_key_value_heads": 4}, False),
+        ("Phi3", {"pad_token_id": 0}, False),
     ],
 )
-def test_architectures(tmp_path, kind, fields):
-    done = export.export(pack(tmp_path / "packed", kind, **fields), tmp_path / "M.mlpackage")
+def test_architectures(tmp_path, kind, fields, kv_cache):
+    done = export.export(pack(tmp_path / "packed", kind, **fields), tmp_path / "M.mlpackage", kv_cache=kv_cache)
     assert done.program.cosine > 0.99995
 
 
@@ -185,155 +181,91 @@ def test_a_tied_weight_may_have_the_name_of_the_head(packed, tmp_path):
     assert export.export(tmp_path / "packed", tmp_path / "M.mlpackage").program.cosine > 0.99995
 
 
-def test_large_activations_fit_float16(tmp_path):
-    directory = pack(tmp_path / "packed")
-    frozen, dense, _ = checkpoint.read(directory)
+def test_large_activations_fit_float16(packed, tmp_path):
+    frozen, dense, _ = checkpoint.read(packed)
     name = "model.embed_tokens.weight"
     # Squares of these values are beyond float16; the norm brings them back.
     frozen[name] = frozen[name]._replace(lut=frozen[name].lut * 4000)
-    model = pretrained.load(directory)
-    pretrained.save_pretrained(tmp_path / "large", frozen, dense, {}, model)
-    with torch.no_grad():
-        assert pretrained.load(tmp_path / "large").model.embed_tokens.weight.abs().max() > 1000
     # The logits go through the same weights: keep them within float16 by what the last norm multiplies with.
     dense["model.norm.weight"] = dense["model.norm.weight"] * 1e-3
-    pretrained.save_pretrained(tmp_path / "large", frozen, dense, {}, model)
+    pretrained.save_pretrained(tmp_path / "large", frozen, dense, {}, pretrained.load(packed))
+    assert pretrained.load(tmp_path / "large").get_input_embeddings().weight.abs().max() > 1000
     assert export.export(tmp_path / "large", tmp_path / "M.mlpackage").program.cosine > 0.9999
 
 
-def test_arithmetic_agrees_with_coremltools():
-    """Each operation on constants, where coremltools computes it too."""
+def test_the_interpreters_own_operations():
+    """Those that coremltools computes too are the same; the others are torch's."""
     import coremltools as ct
     from coremltools.converters.mil.mil import Builder as mb
     from coremltools.converters.mil.mil import Function
 
     x = np.linspace(-2, 3, 24, dtype=np.float32).reshape(2, 3, 4)
-    y = (x[:, ::-1] + 0.3).copy()
-    masks = [False, True, False]
     given = {
-        "abs": {"x": x},
-        "add": {"x": x, "y": y},
-        "cast": {"x": x, "dtype": "int32"},
-        "concat": {"values": [x, y], "axis": -1},
-        "expand_dims": {"x": x, "axes": [0, 2]},
-        "gather": {"x": x, "indices": np.array([[1, 0], [0, 2]], np.int32), "axis": 1},
-        "greater": {"x": x, "y": y},
         "linear": {"x": x, "weight": np.ones((5, 4), np.float32) * 0.3, "bias": np.arange(5, dtype=np.float32)},
-        "maximum": {"x": x, "y": y},
-        "mul": {"x": x, "y": y},
-        "range_1d": {"start": 2, "end": 11, "step": 3},
-        "real_div": {"x": x, "y": y},
-        "reduce_max": {"x": x, "axes": [-1], "keep_dims": True},
-        "reduce_mean": {"x": x, "axes": [-1], "keep_dims": True},
-        "reshape": {"x": x, "shape": [4, -1]},
-        "rsqrt": {"x": np.abs(x) + 1, "epsilon": np.float32(0.5)},
-        "scaled_dot_product_attention": None,
-        "shape": {"x": x},
-        "silu": {"x": x},
-        "slice_by_index": {"x": x, "begin": [1, 0, 1], "end": [2, 0, 3], "end_mask": masks, "squeeze_mask": [True, False, False]},
-        "slice_update": None,
-        "split": {"x": x, "num_splits": 2, "axis": -1},
-        "sub": {"x": x, "y": y},
-        "tile": {"x": x, "reps": [1, 2, 3]},
-        "transpose": {"x": x, "perm": [2, 0, 1]},
-    }  # fmt: skip
-    assert given.keys() == arithmetic._OPERATIONS.keys()
-    compared = set()
+        "matmul": {"x": x, "y": x[:, ::-1].copy(), "transpose_x": False, "transpose_y": True},
+    }
+    assert interpreter._OPERATIONS.keys() - given.keys() == {"scaled_dot_product_attention", "slice_update", "silu"}
     with Function({}, opset_version=ct.target.iOS18):
         for kind, arguments in given.items():
-            if arguments is None:
-                continue
-            made = getattr(mb, kind)(**arguments)
-            made = made if isinstance(made, (list, tuple)) else [made]
-            if made[0].val is None:
-                continue
-            op = made[0].op
-            inputs = {
-                name: [arithmetic._tensor(v.val) for v in var] if isinstance(var, (list, tuple)) else arithmetic._tensor(var.val)
-                for name, var in op.inputs.items()
-                if var is not None
-            }
-            ours = arithmetic._OPERATIONS[kind](**inputs)
-            for var, result in zip(made, ours if isinstance(ours, tuple) else (ours,), strict=True):
-                np.testing.assert_allclose(np.asarray(result), var.val, rtol=1e-6, atol=1e-6)
-            compared.add(kind)
-    # coremltools has no arithmetic for these three.
-    assert given.keys() - compared == {"scaled_dot_product_attention", "slice_update", "silu"}
+            op = getattr(mb, kind)(**arguments).op
+            np.testing.assert_allclose(interpreter._compute(op, arguments)[0], op.outputs[0].val, rtol=1e-6, atol=1e-6)
+    masks = {"begin_mask": [False, False, True], "end_mask": [False, True, False], "squeeze_mask": [True, False, False]}
+    part = interpreter._slice_update(
+        torch.from_numpy(x),
+        torch.ones(2, 2),
+        torch.tensor([1, 1, 3]),
+        torch.tensor([2, 0, 2]),
+        **{k: torch.tensor(v) for k, v in masks.items()},
+    )
+    expected = x.copy()
+    expected[1, 1:, :2] = 1
+    np.testing.assert_array_equal(part, expected)
 
 
-def swapped(frozen, precision, real=weights.palette):
-    found = real(frozen, precision)
-    return found._replace(indices=found.indices[:, ::-1].copy())
+def swapped(main, dense, name, frozen, dtype, real=program._insert_table):
+    real(main, dense, name, frozen._replace(indices=frozen.indices.flip(1)), dtype)
 
 
-def nudged(frozen, precision, real=weights.palette):
-    found = real(frozen, precision)
-    lut = found.lut.copy()
-    lut[-1, 0, 0, 0] = np.nextafter(lut[-1, 0, 0, 0], np.float16(1))
-    return found._replace(lut=lut)
+def nudged(main, dense, name, frozen, dtype, real=program._insert_table):
+    lut = frozen.lut.clone()
+    lut[-1, 0, 0] = torch.nextafter(lut[-1, 0, 0], torch.tensor(1.0).half())
+    real(main, dense, name, frozen._replace(lut=lut), dtype)
+
+
+def forgetful(self, key, value, layer, *_, **__):
+    """Forgets what was there before."""
+    self.keys[layer], self.values[layer] = 0, 0
+    self.keys[layer, :, :, self.past : self.end] = key
+    self.values[layer, :, :, self.past : self.end] = value
+    return self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "value", "message"),
+    ("owner", "name", "value", "message"),
     [
-        (weights, "palette", swapped, "model.embed_tokens.weight: differs in the package"),
-        (weights, "palette", nudged, "model.embed_tokens.weight: differs in the package"),
-        (program, "_NEVER", 0, "the exported program differs from the packed model: cosine"),
-        (program, "_repeat", lambda mb, x, arch: mb.tile(x=x, reps=[1, 2, 1, 1]), "the exported program differs"),
+        (program, "_insert_table", swapped, "model.embed_tokens.weight: differs in the package"),
+        (program, "_insert_table", nudged, "model.embed_tokens.weight: differs in the package"),
+        (program, "_NEVER", 0.0, "the exported program differs from the packed model: cosine"),
+        (program._States, "update", forgetful, "the exported program differs"),
     ],
 )
-def test_a_wrong_package_is_not_left_there(packed, tmp_path, monkeypatch, module, name, value, message):
-    monkeypatch.setattr(module, name, value)
+def test_a_wrong_package_is_not_left_there(packed, tmp_path, monkeypatch, owner, name, value, message):
+    monkeypatch.setattr(owner, name, value)
     with pytest.raises(ValueError, match=message):
-        export.export(packed, tmp_path / "M.mlpackage")
+        export.export(packed, tmp_path / "M.mlpackage", kv_cache=owner is not program)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def long(tmp_path_factory):
-    """A model for texts that are longer than the one of the check."""
-    return pack(tmp_path_factory.mktemp("long"), max_position_embeddings=128)
-
-
-@pytest.mark.parametrize("name", ["cosines", "sines"])
-@pytest.mark.parametrize("kv_cache", [False, True])
-def test_a_position_that_no_text_of_the_check_reaches(long, tmp_path, monkeypatch, name, kv_cache):
-    real = program._between
-
-    def wrong(mb, rope, *rest):
-        table = rope[name].clone()
-        table[-1, 0] += 1e-2
-        return real(mb, rope | {name: table}, *rest)
-
-    monkeypatch.setattr(program, "_between", wrong)
-    with pytest.raises(ValueError, match=f"{name}: differs in the package"):
-        export.export(long, tmp_path / "M.mlpackage", kv_cache=kv_cache)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tables_of_positions_are_not_only_compared_with_themselves(long, tmp_path, monkeypatch):
-    real = export.rotary
-
-    def wrong(model, context):
-        return {name: torch.cat((table[:16], table[:1].expand(context - 16, -1))) for name, table in real(model, context).items()}
-
-    monkeypatch.setattr(export, "rotary", wrong)
-    with pytest.raises(ValueError, match="the exported program differs"):
-        export.export(long, tmp_path / "M.mlpackage")
-
-
-def test_a_cache_that_forgets_is_found(packed, tmp_path, monkeypatch):
-    """Both layers update the states as they were at the start, so that the second undoes the first: what coremltools' default passes
-    make of a program that reads a state before every update."""
-    real = program._cached
-
-    def forgetful(*arguments):
-        attend = [real(*arguments) for _ in range(2)]
-        return lambda layer, key, value: attend[layer](layer, key, value)
-
-    monkeypatch.setattr(program, "_cached", forgetful)
-    with pytest.raises(ValueError, match="the exported program differs"):
-        export.export(packed, tmp_path / "M.mlpackage", kv_cache=True)
+def test_positions_that_no_text_of_the_check_reaches_are_compared(packed, package):
+    model = pretrained.load(packed)
+    cosines, sines = model.model.rotary_emb(torch.zeros(1), torch.arange(64).unsqueeze(0))
+    tables = {"model.model.rotary_emb.cosines": cosines[0].clone(), "model.model.rotary_emb.sines": sines[0]}
+    function = check.read_program(package)
+    check.check_tensors(function, {}, tables, "float16")
+    cosines = tables["model.model.rotary_emb.cosines"]
+    cosines[-1, 0] += 1e-2
+    with pytest.raises(ValueError, match="cosines: differs in the package"):
+        check.check_tensors(function, {}, tables, "float16")
 
 
 def test_the_command(packed, tmp_path, capsys):
@@ -358,25 +290,25 @@ def test_coremltools_says_nothing(packed, tmp_path, caplog):
 
 @pytest.mark.parametrize("kv_cache", [False, True])
 def test_the_device_check_with_a_stand_in(packed, tmp_path, monkeypatch, kv_cache):
-    """What runs on macOS, with `arithmetic` in the place of Core ML."""
+    """Run what runs on macOS, with the interpreter in the place of Core ML."""
     import coremltools as ct
 
     out = tmp_path / "M.mlpackage"
     export.export(packed, out, kv_cache=kv_cache, context=12)
-    function = check.read(out)
+    function = check.read_program(out)
 
     class Model:
         def __init__(self, path):
             assert path == str(out)
 
         def make_state(self):
-            return {name: torch.zeros(2, 1, 2, 12, 8) for name in ("keyCache", "valueCache")}
+            return {name: np.zeros((2, 1, 2, 12, 8), np.float32) for name in ("keyCache", "valueCache")}
 
         def predict(self, given, state=None):
             assert (state is not None) == kv_cache
             assert given["inputIds"].dtype == np.int32 and (not kv_cache or given["fullAttentionMask"].dtype == np.float16)
-            inputs = {name: torch.from_numpy(value.astype(np.int32 if name == "inputIds" else np.float32)) for name, value in given.items()}
-            return {"logits": arithmetic.run(function, inputs, state or {})[0].numpy()}
+            inputs = {name: value.astype(np.int32 if name == "inputIds" else np.float32) for name, value in given.items()}
+            return {"logits": interpreter.run_program(function, inputs, state or {})[0]}
 
     assert check.device_logits(out, torch.zeros(1, 8, dtype=torch.int32), kv_cache=kv_cache) is None or sys.platform == "darwin"
     monkeypatch.setattr(check, "sys", types.SimpleNamespace(platform="darwin"))
