@@ -1,39 +1,26 @@
-"""`python -m benchmarks ablation`: what each technique of the eDKM paper saves, on one attention layer of the LLaMA-7B decoder stack.
+"""`python -m benchmarks ablation`: memory that each technique of the eDKM paper saves, on one attention layer of LLaMA-7B.
 
 Four 4096 x 4096 projections (q, k, v, o; `--scale` divides each side), 3 bits, one table per tensor, softness 0.5, dense DKM
-(`edkm.core.reference`, float32 maps of bfloat16-rounded weights) and causal attention over some tokens, without rotary positions.
-The weights are random normal with a standard deviation of 0.02. Rows, cumulative as in the paper (arXiv:2309.00964, ablation):
+(`edkm.core.reference`, float32 maps of bfloat16-rounded weights) and causal attention, without rotary positions. The weights are random.
+Rows, cumulative as in the paper (arXiv:2309.00964, ablation):
 
     base      every saved tensor is copied, as `torch.autograd.graph.save_on_cpu` does
     M         marshaling: one copy per storage
-    M+U       and maps whose rows are a function of a 16-bit weight become a table and an index
-    M+S       and M+U+S: what all learners hold alike is kept 1/learners on each
+    M+U       maps whose rows are a function of a 16-bit weight become a table and an index
+    M+S       and M+U+S: tensors that all learners share are kept 1/learners on each
     histogram `edkm.cluster(backend="histogram")`, which keeps centroids and needs none of the above
 
-Only the clustering (weight to soft weight) is inside the saved-tensors block, with `edkm.offload.function_of(weight)` around each of the
-four: that part alone is the same on all learners, whose activations differ. Activations and the soft weights that `F.linear` saves lie
-outside and are counted in no row. Blocks nest, so that a user may put another around the rest. The live weights are not counted either.
+Only the clustering (weight to soft weight) is inside the saved-tensors block; activations, live weights and the soft weights that
+`F.linear` saves are counted in no row. Learners are processes (gloo, one thread each) with the same weights and different data. On a
+CPU `save_on_cpu` copies nothing; there the base is `saved_tensors(marshal=False, uniquify=False)`, whose bytes are checked against a
+count of the bytes `save_on_cpu` is asked to save.
 
-Learners are processes (gloo) with the same weights and data of their own: data parallel. Their gradients are not averaged, which is the
-same in every row. Every process uses one thread, and a row's seconds compare with those of the base on as many learners: they share the
-processor. On a CPU nothing has to move, and `save_on_cpu` copies nothing; there the base is `saved_tensors(marshal=False,
-uniquify=False)`, which makes real copies, and its bytes are checked against a count of what `save_on_cpu` is asked to save.
+**Gradients first.** Gradients of the dense rows must equal, bit for bit on every learner, those of the same layer without any hook;
+those of `histogram` may err from a float64 run by at most twice the error of the dense float32 run. No table is printed otherwise.
 
-**Gradients first.** The dense rows are the same arithmetic: the gradients of all four weights must equal, bit for bit on every learner,
-those of the same layer without any hook. Those of `histogram` may err from a float64 run by at most twice what the dense float32 run errs.
-No table is printed otherwise.
-
-Where the ratios differ from the paper's (M 2.9, M+S 23.5, M+U 16.4, M+U+S 130, 8 learners), and why. With T iterations and k centroids
-the dense reference saves, per weight and iteration, the differences w - c, the assignment, its product with the importance (k float32
-each) and the vector and the importance (1 each), and the assignment once more at the end: 4 (T (3k + 2) + k) bytes per weight, 344 at 3
-bits and 3 iterations.
-- M is smaller than the paper's: the reference was written with few copies of one map, so little is saved twice (of 344 bytes the last
-  assignment, T - 1 vectors and T - 1 importances, 48). A ratio of 2.9 means that the paper's baseline kept each map about three times.
-- U is larger: there are 3 maps of float32 per iteration (the paper trains in 16 bits), and all maps of a weight share one index of 2
-  bytes. What is left is that index and the tables, u rows for u distinct values, which hardly grow with the layer: u / n is about
-  0.3 % at 1024 x 1024 and 0.03 % at 4096 x 4096, so the ratio at full scale is higher.
-- S divides by the learners what is kept, as in the paper (23.5 / 2.9 = 8.1), at the price of an all-gather in backward.
-- `histogram` keeps T + 1 sets of centroids: hundreds of bytes, whatever the size of the layer.
+The ratios differ from the paper's (M 2.9, M+S 23.5, M+U 16.4, M+U+S 130, 8 learners). With T iterations and k centroids the dense
+reference saves 4 (T (3k + 2) + k) bytes per weight, 344 at 3 bits and 3 iterations. M is smaller here: only 48 of these are saved
+twice. U is larger: all maps of a weight share one index of 2 bytes, and tables of u distinct values hardly grow with the layer.
 """
 
 from __future__ import annotations
@@ -52,20 +39,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import edkm
+from benchmarks.attention import DTYPES, PROJECTIONS, SIDE, Data, Layer, attention, make_data, make_layer, place, soft_weights, truth
 from benchmarks.measure import kept_bytes, machine, write
 from benchmarks.offload import requested_bytes
-from edkm.core import reference
-from edkm.core.kmeans import temperature_for
-from edkm.offload import function_of, saved_tensors
+from edkm.offload import saved_tensors
 
-SIDE, HEAD, PROJECTIONS = 4096, 128, ("q_proj", "k_proj", "v_proj", "o_proj")
-SOFTNESS = 0.5
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What a row asks of saved_tensors; "shard" is replaced by the process group.
 ROWS = {
     "base": {"marshal": False, "uniquify": False},
@@ -80,27 +61,11 @@ PAPER = {"base": 1.0, "M": 2.9, "M+S": 23.5, "M+U": 16.4, "M+U+S": 130.0}
 HISTOGRAM_ERROR = 2.0
 
 
-class Layer(NamedTuple):
-    """The clustering problem that all learners share. Lists over the four projections."""
-
-    weights: list[Tensor]  # [side, side]
-    centroids: list[Tensor]  # [1, k, 1]
-    temperatures: list[Tensor]  # [1]
-    iters: int
-
-
-class Data(NamedTuple):
-    """One learner's own."""
-
-    inputs: Tensor  # [tokens, side]
-    grad: Tensor  # [tokens, side], of the layer's output
-
-
 class Step(NamedTuple):
-    """One forward and backward."""
+    """Bytes kept at the end of a forward pass, the most at any time, and seconds of forward and backward."""
 
-    kept: int  # bytes at the end of the forward pass
-    peak: int  # bytes, the most at any time
+    kept: int
+    peak: int
     seconds: float
 
 
@@ -138,10 +103,10 @@ def run(args: argparse.Namespace) -> dict:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as every learner: sums are cut alike, so that gradients can be equal bit for bit
     try:
-        layer = _layer(args)
-        expected = _plain(layer, [_data(args, learner) for learner in range(max(args.learners))])
-        error = _histogram_error(layer, _data(args, 0))
-        counted = requested_bytes(lambda: _soft(layer))
+        layer = make_layer(args)
+        expected = _plain(layer, [make_data(args, learner) for learner in range(max(args.learners))])
+        error = _histogram_error(layer, make_data(args, 0))
+        counted = requested_bytes(lambda: soft_weights(layer))
         rows = []
         for learners in args.learners:
             rows += _measure(args, layer, learners, counted)
@@ -161,50 +126,6 @@ def run(args: argparse.Namespace) -> dict:
     return {"benchmark": "ablation", **layout, "machine": where, "base_bytes": counted, "gradients": gradients, "rows": rows}
 
 
-def _layer(args: argparse.Namespace) -> Layer:
-    torch.manual_seed(0)
-    side = SIDE // args.scale
-    weights = [(torch.randn(side, side) * 0.02).to(DTYPES[args.dtype]) for _ in PROJECTIONS]
-    centroids = [edkm.initial_centroids(weight, args.bits) for weight in weights]
-    temperatures = [temperature_for(w, c, None, SOFTNESS) for w, c in zip(weights, centroids, strict=True)]
-    return _place(Layer(weights, centroids, temperatures, args.iters), args.device)
-
-
-def _place(layer: Layer, device: str) -> Layer:
-    weights, centroids, temperatures = ([tensor.to(device) for tensor in tensors] for tensors in layer[:3])
-    return Layer([weight.requires_grad_() for weight in weights], centroids, temperatures, layer.iters)
-
-
-def _data(args: argparse.Namespace, learner: int) -> Data:
-    generator = torch.Generator().manual_seed(1 + learner)
-    shape = (2, args.tokens, SIDE // args.scale)
-    return Data(*torch.randn(shape, generator=generator).to(args.device, DTYPES[args.dtype]))
-
-
-def _attention(soft: list[Tensor], inputs: Tensor) -> Tensor:
-    """`[tokens, side]` to `[tokens, side]`: causal attention with the four soft weights."""
-    heads = max(1, inputs.shape[-1] // HEAD)
-    q, k, v = (F.linear(inputs, weight).unflatten(-1, (heads, -1)).transpose(0, 1) for weight in soft[:3])  # [heads, tokens, HEAD]
-    # The fused kernels may add in any order.
-    with sdpa_kernel(SDPBackend.MATH):
-        mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
-    return F.linear(mixed.transpose(0, 1).flatten(1), soft[3])
-
-
-def _dense(weight: Tensor, centroids: Tensor, temperature: Tensor, iters: int) -> Tensor:
-    rounding = torch.bfloat16 if weight.dtype == torch.float32 else None
-    return reference.cluster(weight, None, centroids, temperature, iters, rounding)[0]
-
-
-def _soft(layer: Layer) -> list[Tensor]:
-    """Dense soft weights; each weight is declared to whatever saves tensors around this."""
-    soft = []
-    for weight, centroids, temperature in zip(*layer[:3], strict=True):
-        with function_of(weight):
-            soft.append(_dense(weight, centroids, temperature, layer.iters))
-    return soft
-
-
 def _histogram(layer: Layer) -> list[Tensor]:
     tables = zip(*layer[:3], strict=True)
     return [edkm.cluster(w, c, temperature=t, max_iters=layer.iters, backend="histogram").weight for w, c, t in tables]
@@ -214,7 +135,7 @@ def _backward(layer: Layer, soft: list[Tensor], data: Data, again: bool = False)
     for weight in layer.weights:
         weight.grad = None
     # As within a decoder, where gradients go on to the layers below.
-    _attention(soft, data.inputs.detach().requires_grad_()).backward(data.grad, retain_graph=again)
+    attention(soft, data.inputs.detach().requires_grad_()).backward(data.grad, retain_graph=again)
 
 
 def _digests(layer: Layer) -> list[str]:
@@ -224,7 +145,7 @@ def _digests(layer: Layer) -> list[str]:
 
 def _plain(layer: Layer, data_of_learners: list[Data]) -> list[list[str]]:
     """Digests without any hook, per learner. The soft weights are alike, so one graph serves all."""
-    soft, digests = _soft(layer), []
+    soft, digests = soft_weights(layer), []
     for data in data_of_learners:
         _backward(layer, soft, data, again=True)
         digests.append(_digests(layer))
@@ -233,30 +154,17 @@ def _plain(layer: Layer, data_of_learners: list[Data]) -> list[list[str]]:
 
 def _histogram_error(layer: Layer, data: Data) -> dict[str, float]:
     """Largest relative errors of the four gradients against float64, of `histogram` and of the dense layer; raises if it is worse."""
-    truth = _truth(layer, data)
+    exact_gradients = truth(layer, data)
     errors = {}
-    for name, cluster in (("dense", _soft), ("histogram", _histogram)):
+    for name, cluster in (("dense", soft_weights), ("histogram", _histogram)):
         _backward(layer, cluster(layer), data)
-        pairs = zip(layer.weights, truth, strict=True)
+        pairs = zip(layer.weights, exact_gradients, strict=True)
         errors[name] = max(((weight.grad - exact).norm() / exact.norm()).item() for weight, exact in pairs)
     if not errors["histogram"] <= HISTOGRAM_ERROR * errors["dense"]:
         raise RuntimeError(
             f"histogram: relative error {errors['histogram']:.2e} of the gradients, dense DKM errs by {errors['dense']:.2e}."
         )
     return errors
-
-
-def _truth(layer: Layer, data: Data) -> list[Tensor]:
-    """Gradients in float64. One weight's maps at a time: the gradients of the soft weights come first."""
-    weights = [weight.detach().bfloat16().double().requires_grad_() for weight in layer.weights]
-    tables = [(c.double(), t.double(), layer.iters) for c, t in zip(layer.centroids, layer.temperatures, strict=True)]
-    with torch.no_grad():
-        soft = [_dense(weight, *table) for weight, table in zip(weights, tables, strict=True)]
-    soft = [tensor.requires_grad_() for tensor in soft]
-    _attention(soft, data.inputs.double()).backward(data.grad.double())
-    for weight, table, out in zip(weights, tables, soft, strict=True):
-        _dense(weight, *table).backward(out.grad)
-    return [weight.grad for weight in weights]
 
 
 def _measure(args: argparse.Namespace, layer: Layer, learners: int, counted: int) -> list[dict]:
@@ -295,14 +203,14 @@ def _learner(rank: int, args: argparse.Namespace, names: list[str], learners: in
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", learners)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=learners)
-    layer = _place(Layer(*torch.load(Path(folder) / "layer.pt")), args.device)
+    layer = place(Layer(*torch.load(Path(folder) / "layer.pt")), args.device)
     rows = _rows(args, layer, names, rank, dist.group.WORLD)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
 def _rows(args: argparse.Namespace, layer: Layer, names: list[str], rank: int, group: dist.ProcessGroup | None) -> list[dict]:
-    data = _data(args, rank)
+    data = make_data(args, rank)
     rows = []
     for name in names:
         steps, digests = [], []
@@ -332,7 +240,7 @@ def _step(name: str, layer: Layer, data: Data, group: dist.ProcessGroup | None) 
         block = saved_tensors(**options | ({"shard": group} if "shard" in options else {}))
     began = _now(cuda)
     with block as stats:
-        soft = _histogram(layer) if name == "histogram" else _soft(layer)
+        soft = _histogram(layer) if name == "histogram" else soft_weights(layer)
     # torch's own manager counts nothing, and `histogram` is counted apart.
     kept = stats.kept_bytes if stats is not None else 0
     _backward(layer, soft, data)

@@ -1,27 +1,22 @@
-"""The benchmarks of saved-tensor techniques, tiny: rows agree on gradients, and each technique saves what it should."""
+"""What is guaranteed of `python -m benchmarks ablation`, checked on tiny layers.
+
+1. Each technique keeps fewer bytes; sharding divides them by the learners; `histogram` keeps centroids alone.
+2. The base copies the bytes that `save_on_cpu` is asked to.
+3. No table is printed if gradients differ from those without hooks.
+"""
 
 import argparse
-import importlib
 import json
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = str(Path(__file__).parents[1])
+from benchmarks import ablation
 
 
 @pytest.fixture(scope="module")
-def ablation():
-    sys.path.insert(0, ROOT)
-    yield importlib.import_module("benchmarks.ablation")
-    sys.path.remove(ROOT)
-
-
-@pytest.fixture(scope="module")
-def rows(ablation, tmp_path_factory):
+def rows(tmp_path_factory):
     """One run through the front door on one and two learners, by name and learners."""
     file = tmp_path_factory.mktemp("ablation") / "result.json"
     argv = ["--scale", "64", "--learners", "1", "2", "--tokens", "8", "--repeats", "1", "--json", str(file)]
@@ -52,21 +47,21 @@ def test_histogram_keeps_only_centroids(rows):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_base_copies_what_save_on_cpu_is_asked_to(ablation, dtype):
+def test_the_base_copies_what_save_on_cpu_is_asked_to(dtype):
     args = argparse.Namespace(scale=64, bits=2, iters=2, tokens=8, dtype=dtype, device="cpu")
-    layer, sizes = ablation._layer(args), []
+    layer, sizes = ablation.make_layer(args), []
 
     def pack(tensor):
         sizes.append(tensor.numel() * tensor.element_size())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ablation._soft(layer)
-    step = ablation._step("base", layer, ablation._data(args, 0), None)
-    assert step.kept == step.peak == sum(sizes) == ablation.requested_bytes(lambda: ablation._soft(layer))
+        ablation.soft_weights(layer)
+    step = ablation._step("base", layer, ablation.make_data(args, 0), None)
+    assert step.kept == step.peak == sum(sizes) == ablation.requested_bytes(lambda: ablation.soft_weights(layer))
 
 
-def test_no_table_over_wrong_gradients(ablation, monkeypatch, capsys):
+def test_no_table_over_wrong_gradients(monkeypatch, capsys):
     def pack(tensor):
         return tensor.bfloat16().to(tensor.dtype) if tensor.is_floating_point() else tensor
 
@@ -76,8 +71,8 @@ def test_no_table_over_wrong_gradients(ablation, monkeypatch, capsys):
             yield argparse.Namespace(kept_bytes=asked, peak_kept_bytes=asked)
 
     argv = ["--scale", "64", "--learners", "1", "--tokens", "8", "--repeats", "1"]
-    layer = ablation._layer(ablation._parse(argv))
-    asked = ablation.requested_bytes(lambda: ablation._soft(layer))
+    layer = ablation.make_layer(ablation._parse(argv))
+    asked = ablation.requested_bytes(lambda: ablation.soft_weights(layer))
     monkeypatch.setattr(ablation, "saved_tensors", lossy)
     with pytest.raises(RuntimeError, match="base on 1 learners: gradients of q_proj"):
         ablation.main(argv)

