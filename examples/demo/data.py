@@ -89,7 +89,8 @@ def fetch_wheel(requirement: str, name: str, sha256: str, cache_dir: str | Path 
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", folder, "-r", str(wanted)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not (Path(folder) / name).is_file():
-            reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), f"exit code {done.returncode}")
+            errors = [line.rstrip(".") for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            reason = errors[0] if errors else f"exit code {done.returncode}"
             raise OSError(
                 f"pip download {requirement} failed: {reason.rstrip('.')}. Check the connection, or put {name} into {wheel.parent} yourself."
             )
