@@ -1,4 +1,11 @@
-"""Perplexity against a loop that scores one token at a time; generation against the model's own logits."""
+"""Guarantees of evaluation:
+
+1. Perplexity equals that of scoring one token at a time by the documented convention, in float32, for every window and stride.
+2. Greedy generation takes the likeliest token of the model's own logits; sampling follows torch's generator.
+3. Chat templates, beginnings and ends of sequence, and the longest context are respected.
+4. The model's training flags, gradients and an outer autocast are left alone.
+5. Numbers out of range, prompts and tokens that the model cannot take are refused in one line.
+"""
 
 import math
 import types
@@ -34,7 +41,7 @@ def scored_one_by_one(model, ids, bos=None, *, window, stride, max_windows=None)
     [(16, None, None, 1), (16, 16, 3, 2), (16, 5, 4, 3), (32, 1, 3, 1), (2, None, 6, 4), (2, 1, 6, 1)],
 )
 @pytest.mark.parametrize("tokenizer", ["tiny_tokenizer", "bos_tokenizer"])
-def test_perplexity_is_that_of_scoring_one_by_one(tiny_model, request, tokenizer, window, stride, max_windows, batch_size):
+def test_perplexity_equals_that_of_scoring_one_token_at_a_time(tiny_model, request, tokenizer, window, stride, max_windows, batch_size):
     tokenizer = request.getfixturevalue(tokenizer)
     ids = tokenizer(TEXT).input_ids
     expected = scored_one_by_one(tiny_model, ids, tokenizer.bos_token_id, window=window, stride=stride or window, max_windows=max_windows)
@@ -61,7 +68,7 @@ def test_a_text_shorter_than_a_window_is_one_shorter_window(tiny_model, tiny_tok
     assert result.nll == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_window_begins_with_the_token_that_the_tokenizer_puts_before_a_text(tiny_model, bos_tokenizer):
+def test_every_window_begins_with_the_beginning_of_sequence(tiny_model, bos_tokenizer):
     seen = []
     tiny_model.register_forward_pre_hook(lambda module, args, options: seen.append(options["input_ids"]), with_kwargs=True)
     result = perplexity(tiny_model, bos_tokenizer, TEXT, window=16, stride=8, batch_size=4)
@@ -84,7 +91,7 @@ def test_training_flags_and_gradients_are_left_alone(tiny_model, tiny_tokenizer)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in tiny_model.parameters())
 
 
-def test_flags_are_put_back_when_the_model_fails(tiny_model, tiny_tokenizer):
+def test_training_flags_are_restored_when_the_model_fails(tiny_model, tiny_tokenizer):
     tiny_model.train()
     tiny_model.lm_head.forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -92,7 +99,7 @@ def test_flags_are_put_back_when_the_model_fails(tiny_model, tiny_tokenizer):
     assert all(module.training for module in tiny_model.modules())
 
 
-def test_autocast_around_it_changes_nothing(tiny_model, tiny_tokenizer):
+def test_an_outer_autocast_changes_nothing(tiny_model, tiny_tokenizer):
     plain = perplexity(tiny_model, tiny_tokenizer, TEXT, window=16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = perplexity(tiny_model, tiny_tokenizer, TEXT, window=16)
@@ -110,7 +117,7 @@ def test_a_16_bit_model_is_scored_in_float32(tiny_model, tiny_tokenizer):
 
 
 @pytest.mark.parametrize(("scale", "shown"), [(float("nan"), math.isnan), (1e6, math.isinf)])
-def test_what_is_not_finite_is_not_hidden(tiny_model, tiny_tokenizer, scale, shown):
+def test_a_perplexity_that_is_not_finite_is_returned(tiny_model, tiny_tokenizer, scale, shown):
     norm = tiny_model.model.norm.weight
     norm.data.mul_(scale)
     assert shown(perplexity(tiny_model, tiny_tokenizer, TEXT, window=16).perplexity)
@@ -127,12 +134,12 @@ def test_what_is_not_finite_is_not_hidden(tiny_model, tiny_tokenizer, scale, sho
         ({"window": 16, "batch_size": 0}, "batch_size=0"),
     ],
 )
-def test_numbers_out_of_range(tiny_model, tiny_tokenizer, changed, message):
+def test_numbers_out_of_range_are_refused(tiny_model, tiny_tokenizer, changed, message):
     with pytest.raises(ValueError, match=message):
         perplexity(tiny_model, tiny_tokenizer, TEXT, **changed)
 
 
-def test_a_text_of_one_token(tiny_model, tiny_tokenizer):
+def test_a_text_of_one_token_is_refused(tiny_model, tiny_tokenizer):
     with pytest.raises(LimitError, match=r"the text: has 1 token\(s\)"):
         perplexity(tiny_model, tiny_tokenizer, "the", window=8)
 
@@ -168,7 +175,7 @@ def test_chat_template_is_used_when_there_is_one(tiny_model, chat_tokenizer, mon
     assert written == ["<|start|>user\nthe dog<|end|>\n<|start|>assistant\n", "the dog"]
 
 
-def test_a_raw_prompt_begins_as_texts_do_and_does_not_end_as_they_do(tiny_model, bos_tokenizer, monkeypatch):
+def test_a_raw_prompt_has_the_beginning_of_sequence_and_no_end(tiny_model, bos_tokenizer, monkeypatch):
     from tokenizers.processors import TemplateProcessing
 
     special = [(token, bos_tokenizer.convert_tokens_to_ids(token)) for token in ("<|start|>", "<|end|>")]
@@ -180,7 +187,7 @@ def test_a_raw_prompt_begins_as_texts_do_and_does_not_end_as_they_do(tiny_model,
     assert bos_tokenizer.decode(asked[0][0]) == "<|start|>the dog"
 
 
-def test_an_answer_ends_where_the_context_does(tiny_model, tiny_tokenizer, monkeypatch):
+def test_generation_ends_at_the_longest_context(tiny_model, tiny_tokenizer, monkeypatch):
     asked = []
     original = tiny_model.generate
     monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: asked.append(original(ids, **kw)) or asked[-1])
@@ -221,7 +228,7 @@ def test_the_longest_context_is_found_by_whatever_name_it_has(config, longest):
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[3].content }}", "{% if %}", "{{ 1 + 'a' }}"])
-def test_a_template_that_fails_is_one_line(tiny_model, tiny_tokenizer, template):
+def test_a_template_that_fails_is_a_one_line_error(tiny_model, tiny_tokenizer, template):
     tiny_tokenizer.chat_template = template
     with pytest.raises(EvaluationError, match=r"^the prompt: the chat template of .* cannot write this conversation .* --raw"):
         generate(tiny_model, tiny_tokenizer, "the")
@@ -248,6 +255,6 @@ def test_sampling_follows_torchs_generator(tiny_model, tiny_tokenizer):
         ("the", {"temperature": math.nan}, "temperature=nan"),
     ],
 )
-def test_generation_errors(tiny_model, tiny_tokenizer, prompt, changed, message):
+def test_generation_refuses_prompts_and_numbers_it_cannot_take(tiny_model, tiny_tokenizer, prompt, changed, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_model, tiny_tokenizer, prompt, **changed)

@@ -1,4 +1,9 @@
-"""Conversations: the tokens are the template's own, and those of the assistant are found, for templates of the kinds that models have."""
+"""Guarantees of writing conversations:
+
+1. The tokens are those of `apply_chat_template`, for templates of the kinds that well-known models have.
+2. The assistant's tokens are found: its answers with the end of their turns, and thoughts where the template keeps them.
+3. A template that leaves out a message, fails, or does not show the answers is refused by name; so is a text that no tokenizer takes.
+"""
 
 from itertools import groupby
 
@@ -98,7 +103,7 @@ def write(chat_tokenizer):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_tokens_are_the_templates_and_the_answers_are_found(write, name):
+def test_tokens_are_the_templates_and_answers_are_found(write, name):
     template, turn, expected = TEMPLATES[name]
     answers = expected or [turn.format(content) for role, content in TWO_TURNS if role == "assistant"]
     assert write(template, messages(*TWO_TURNS)) == answers
@@ -128,7 +133,7 @@ def test_thoughts_are_learnt_where_the_template_keeps_them(write, name, expected
     assert "the fox?" not in first and "No, the dog. " in first
 
 
-def test_a_thought_is_learnt_though_the_prompt_for_an_answer_asks_for_none(write):
+def test_a_thought_is_learnt_even_if_the_generation_prompt_skips_it(write):
     template = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}({{ m.thought }}) {% endif %}{{ m.content }}<|eot|>"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>() {% endif %}"
@@ -138,7 +143,7 @@ def test_a_thought_is_learnt_though_the_prompt_for_an_answer_asks_for_none(write
     assert write(template, messages(("user", "Who?"), ("assistant", "The fox."))) == ["The fox.<|eot|>"]
 
 
-def test_a_tokenizer_that_is_not_fast_is_refused_with_what_to_do(write, chat_tokenizer, monkeypatch):
+def test_a_slow_tokenizer_is_refused_with_a_remedy(write, chat_tokenizer, monkeypatch):
     monkeypatch.setattr(type(chat_tokenizer), "is_fast", property(lambda self: False))
     with pytest.raises(ChatError, match=r"is not a fast one.*convert_slow_tokenizer"):
         write(PHI4, messages(*TWO_TURNS))
@@ -148,7 +153,7 @@ def test_an_answer_without_text_is_its_end(write):
     assert write(PHI4, messages(("user", "Who?"), ("assistant", ""))) == ["<|im_end|>"]
 
 
-def test_a_token_of_the_prompt_and_the_answer_is_the_answers(write, chat_tokenizer):
+def test_a_token_shared_by_prompt_and_answer_counts_as_the_answers(write, chat_tokenizer):
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert len(chat_tokenizer("the").input_ids) == 1, "the example needs a tokenizer that merges these letters"
     assert write(template, messages(("user", "xt"), ("assistant", "he"))) == ["the"]
@@ -192,7 +197,7 @@ def test_fields_that_the_template_does_not_write_are_found(write, chat_tokenizer
     assert unused_fields(chat_tokenizer, conversation) == ["name"]
 
 
-def test_texts_that_no_tokenizer_takes_are_one_line(tiny_tokenizer):
+def test_a_text_that_the_tokenizer_cannot_encode_is_a_one_line_error(tiny_tokenizer):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -208,7 +213,7 @@ def test_texts_that_no_tokenizer_takes_are_one_line(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("form", "expected"), [("$A", []), ("<bos> $A", ["<bos>"]), ("$A <|end|>", []), ("<bos> <|head|> $A <|eot|>", ["<bos>", "<|head|>"])]
 )
-def test_what_a_tokenizer_puts_before_every_text_is_found_by_tokenising(write, chat_tokenizer, form, expected):
+def test_the_beginning_of_sequence_is_found_by_tokenising(write, chat_tokenizer, form, expected):
     from tokenizers.processors import TemplateProcessing
 
     special = [(token, chat_tokenizer.convert_tokens_to_ids(token)) for token in form.split() if token != "$A"]

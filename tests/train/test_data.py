@@ -1,4 +1,11 @@
-"""Training data: the labels, the blocks, and what is said about files that cannot be used."""
+"""Guarantees of reading training data:
+
+1. A conversation of every record form is written exactly as the chat template writes it, and only the assistant's answers have labels.
+2. Without a template, prompts and answers keep their own tokens; texts have labels everywhere.
+3. Blocks are the joined examples but for the counted tail and the dropped prompts, each with the tokenizer's beginning, always the same.
+4. Fields that are not used, empty answers, and answers that generation would not stop at are listed.
+5. Files, records and tokens that cannot be used are refused with the file, the record or line, the rule and the remedy.
+"""
 
 import json
 import logging
@@ -26,7 +33,7 @@ def flat(blocks):
     return blocks.input_ids.flatten().tolist(), blocks.labels.flatten().tolist()
 
 
-def test_chat_template_is_written_and_only_answers_have_labels(tmp_path, chat_tokenizer):
+def test_records_are_written_by_the_chat_template_and_only_answers_have_labels(tmp_path, chat_tokenizer):
     path = write(tmp_path / "a.json", RECORDS)
     ids, labels = flat(load_blocks(path, chat_tokenizer, block_tokens=10_000))
     assert chat_tokenizer.decode(ids) == (
@@ -55,14 +62,14 @@ def test_without_template_the_alpaca_prompt_is_written(tmp_path, tiny_tokenizer)
     assert tiny_tokenizer.decode(answers) == "the quick one<|end|>the lazy dog<|end|>"
 
 
-def test_prompt_keeps_its_own_tokens_where_the_answer_would_merge_with_it(tmp_path, tiny_tokenizer):
+def test_a_prompt_keeps_its_own_tokens_where_the_answer_would_merge_with_it(tmp_path, tiny_tokenizer):
     t, he, end = tiny_tokenizer("t").input_ids, tiny_tokenizer("he").input_ids, [0]
     assert len(tiny_tokenizer("the").input_ids) == 1, "the example needs a tokenizer that merges these letters"
     path = write(tmp_path / "a.json", [{"prompt": "t", "completion": "he"}])
     assert flat(load_blocks(path, tiny_tokenizer, block_tokens=64)) == (t + he + end, [-100] + he + end)
 
 
-def test_every_block_begins_with_the_token_that_the_tokenizer_puts_before_a_text(tmp_path, bos_tokenizer):
+def test_every_block_begins_with_the_tokenizers_beginning_of_sequence(tmp_path, bos_tokenizer):
     start, text = bos_tokenizer.bos_token_id, "the quick brown fox " * 9
     whole = bos_tokenizer(text).input_ids + [bos_tokenizer.eos_token_id]
     ids, labels = flat(load_blocks(write(tmp_path / "a.txt", text), bos_tokenizer, block_tokens=len(whole)))
@@ -146,7 +153,7 @@ def test_without_a_template_strings_are_written_as_they_stand_and_messages_are_r
             load_blocks(write(tmp_path / "b.json", [FORMS[form]]), tiny_tokenizer, block_tokens=1000)
 
 
-def test_fields_that_are_not_used_and_answers_without_text_are_said(tmp_path, chat_tokenizer):
+def test_fields_that_are_not_used_and_answers_without_text_are_listed(tmp_path, chat_tokenizer):
     empty = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " ", "mood": 0}], "id": 3, "note": ""}
     path = write(tmp_path / "a.json", [*RECORDS, empty, empty])
     assert load_blocks(path, chat_tokenizer, block_tokens=1000).notes == (
@@ -168,7 +175,7 @@ def test_answers_of_weight_0_are_written_and_not_trained_on(tmp_path, chat_token
     assert blocks.notes == ("fields used: messages (1)", "answers that are not trained on: 1")
 
 
-def test_answers_that_do_not_end_where_generation_stops_are_said(tmp_path, chat_tokenizer, tiny_model):
+def test_answers_that_do_not_end_where_generation_stops_are_noted(tmp_path, chat_tokenizer, tiny_model):
     path = write(tmp_path / "a.json", RECORDS)
     end, other = (chat_tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|start|>"))
     for ends, said in ((None, False), (end, False), ([other, end], False), (other, True), ([other], True)):
@@ -230,7 +237,7 @@ def test_blocks_that_hold_only_a_prompt_are_dropped_and_counted(tmp_path, chat_t
     assert (blocks.labels[:, 1:] != -100).any(dim=1).all()
 
 
-def test_long_texts_make_no_remark_about_the_models_window(tmp_path, tiny_tokenizer, caplog):
+def test_long_texts_cause_no_warning_about_the_models_window(tmp_path, tiny_tokenizer, caplog):
     tiny_tokenizer.model_max_length = 8
     with caplog.at_level(logging.WARNING):
         blocks = load_blocks(write(tmp_path / "a.txt", "the dog " * 50), tiny_tokenizer, block_tokens=8)
@@ -238,7 +245,7 @@ def test_long_texts_make_no_remark_about_the_models_window(tmp_path, tiny_tokeni
     assert caplog.text == ""
 
 
-def test_twice_is_the_same(tmp_path, chat_tokenizer):
+def test_reading_twice_gives_the_same_blocks(tmp_path, chat_tokenizer):
     path = write(tmp_path / "a.json", RECORDS)
     first = load_blocks(path, chat_tokenizer, block_tokens=8)
     second = load_blocks(path, chat_tokenizer, block_tokens=8)
@@ -292,7 +299,7 @@ BAD_RECORDS = [
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_RECORDS)
-def test_bad_records_are_named(tmp_path, chat_tokenizer, content, message):
+def test_a_record_that_cannot_be_used_is_named(tmp_path, chat_tokenizer, content, message):
     path = write(tmp_path / "a.json", content)
     with pytest.raises(DataError, match=message) as caught:
         load_blocks(path, chat_tokenizer, block_tokens=8)
@@ -313,7 +320,7 @@ BAD_JSON = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_JSON)
-def test_bad_json_is_named_with_its_line(tmp_path, chat_tokenizer, name, content, message):
+def test_invalid_json_is_named_with_its_line(tmp_path, chat_tokenizer, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=message) as caught:
         load_blocks(path, chat_tokenizer, block_tokens=8)
@@ -332,7 +339,7 @@ BAD_FILES = [
 
 @pytest.mark.parametrize("name", ["a.txt", "a.json"])
 @pytest.mark.parametrize(("content", "message"), BAD_FILES)
-def test_files_that_are_no_text_are_named(tmp_path, chat_tokenizer, name, content, message):
+def test_a_file_that_is_not_text_is_named(tmp_path, chat_tokenizer, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(TextFileError, match=message) as caught:
@@ -347,7 +354,7 @@ def test_blocks_of_one_token_are_refused(tmp_path, chat_tokenizer):
         load_blocks(write(tmp_path / "a.txt", "the dog"), chat_tokenizer, block_tokens=1)
 
 
-def test_nothing_to_train_on(tmp_path, chat_tokenizer):
+def test_a_file_with_nothing_to_train_on_is_refused(tmp_path, chat_tokenizer):
     path = write(tmp_path / "a.json", [{"instruction": "xyz " * 30, "output": "the dog"}])
     with pytest.raises(DataError, match=r"none of its \d+ tokens can be trained on: the 1 block"):
         load_blocks(path, chat_tokenizer, block_tokens=120)
@@ -357,7 +364,7 @@ def test_nothing_to_train_on(tmp_path, chat_tokenizer):
         load_blocks(path, chat_tokenizer, block_tokens=4)
 
 
-def test_template_that_drops_the_answer(tmp_path, chat_tokenizer):
+def test_a_template_that_drops_the_answer_is_refused(tmp_path, chat_tokenizer):
     chat_tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(DataError, match="does not write the assistant's answer"):
         load_blocks(write(tmp_path / "a.json", RECORDS), chat_tokenizer, block_tokens=4)

@@ -1,4 +1,4 @@
-"""Records of training data: a `.json` list or `.jsonl` lines become conversations and texts; any other file is one text.
+"""Read records of training data: a `.json` list or `.jsonl` lines become conversations and texts; any other file is one text.
 
 A record has one of these forms; where it has the fields of several, the first counts:
 
@@ -10,7 +10,7 @@ A record has one of these forms; where it has the fields of several, the first c
 - `instruction` and `output` (Alpaca), with `input`, `system` and `history`, a list of [question, answer].
 - `text`: written as it stands; the loss is on all of it.
 
-Fields that are null or empty count as absent. A record says which of the others it used.
+Fields that are null or empty count as absent; of the others each record lists which are used. Calls of tools are refused.
 """
 
 import json
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..textfile import read_text
-from .chat import Message
+from edkm.textfile import read_text
+from edkm.train.chat import Message
 
 _ALPACA = (
     "Below is an instruction that describes a task. "
@@ -34,7 +34,7 @@ _ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-_FORMS = ("messages", "conversations", "prompt, completion", "instruction, output", "text")
+_FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 _EXPECTED = "Expected messages, or prompt and completion, or instruction and output, or text"
 _ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "developer", "user", "assistant")}
 _OBJECT = re.compile(r"\s*(\[\s*)?\{\s*\"\w+\"\s*:")
@@ -89,11 +89,12 @@ def read_records(path: Path) -> list[Record]:
 
 
 def fields(records: Sequence[Record]) -> list[str]:
-    """Lines that say which fields are used, and which are not, with the number of records that have them."""
-    used = Counter(name for record in records for name in record.used)
-    unused = Counter(name for record in records for name in record.unused)
-    counted = [", ".join(f"{name} ({count:,})" for name, count in counts.items()) for counts in (used, unused)]
-    return [f"{what}: {names}" for what, names in zip(("fields used", "fields not used"), counted) if names]
+    """List the fields that are used, and those that are not, in a line each, with the number of records that have them."""
+    lines = {
+        "fields used": Counter(name for record in records for name in record.used),
+        "fields not used": Counter(name for record in records for name in record.unused),
+    }
+    return [f"{title}: " + ", ".join(f"{name} ({n:,})" for name, n in counts.items()) for title, counts in lines.items() if counts]
 
 
 def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -121,24 +122,23 @@ def _parse(where: str, text: str) -> Any:
 def _record(where: str, value: Any) -> Record:
     if not isinstance(value, dict):
         raise DataError(f"{where}: is a {type(value).__name__}, expected an object. {_EXPECTED}.")
-    given = {key: field for key, field in value.items() if field not in (None, [], {})}
-    form = next((form for form in _FORMS if all(key in given for key in form.split(", "))), None)
+    given = _without_empty(value)
+    form = next((form for form in _FORMS if given.keys() >= {*form}), None)
     if form is None:
         found = ", ".join(f"{key} (empty)" if key not in given else key for key in value) or "none"
         raise DataError(f"{where}: its fields are not those of a record that is read (its fields: {found}). {_EXPECTED}.")
     _check_no_tools(where, given)
-    used, plain, start = {*form.split(", ")}, None, 0
-    if form in ("messages", "conversations"):
-        messages = _messages(where, form, given[form])
-    elif form == "text":
-        messages, plain = [], ("", _string(where, "text", given["text"]))
-    elif form == "instruction, output":
-        messages, plain = _alpaca(where, given)
-        used |= {"input", "history"}
-    else:
+    used, plain, start = {*form, "system"}, None, 0
+    if form == ("text",):
+        used, messages, plain = {"text"}, [], ("", _string(where, "text", given["text"]))
+    elif form == ("prompt", "completion"):
         messages, plain, start = _prompt_and_completion(where, given["prompt"], given["completion"])
-    if form != "text" and given.get("system"):
-        used.add("system")
+    elif form == ("instruction", "output"):
+        used |= {"input", "history"}
+        messages, plain = _alpaca(where, given)
+    else:
+        messages = _messages(where, form[0], given[form[0]])
+    if "system" in used and given.get("system"):
         if messages[0]["role"] == "system":
             raise DataError(f"{where}: has a field 'system' and a first message of the system. Leave one out.")
         messages = [{"role": "system", "content": _string(where, "system", given["system"])}, *messages]
@@ -156,18 +156,15 @@ def _record(where: str, value: Any) -> Record:
 def _alpaca(where: str, given: dict[str, Any]) -> tuple[list[Message], tuple[str, str] | None]:
     values = {field: _string(where, field, given.get(field, "")) for field in ("instruction", "input", "output")}
     history = given.get("history", [])
-    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
-    if not pairs:
+    if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
         raise DataError(f"{where}: field 'history' is not a list of pairs [question, answer]. Write it so.")
-    rounds = [(_string(where, "history", question), _string(where, "history", answer)) for question, answer in history]
     question = f"{values['instruction']}\n\n{values['input']}" if values["input"] else values["instruction"]
-    messages = [
-        {"role": role, "content": content}
-        for pair in [*rounds, (question, values["output"])]
-        for role, content in zip(("user", "assistant"), pair)
-    ]
+    messages = []
+    for asked, answered in [*history, (question, values["output"])]:
+        messages.append({"role": "user", "content": _string(where, "history", asked)})
+        messages.append({"role": "assistant", "content": _string(where, "history", answered)})
     prompt = (_ALPACA_WITH_INPUT if values["input"] else _ALPACA).format(**values)
-    return messages, None if rounds else (prompt, values["output"])
+    return messages, None if history else (prompt, values["output"])
 
 
 def _prompt_and_completion(where: str, prompt: Any, completion: Any) -> tuple[list[Message], tuple[str, str] | None, int]:
@@ -187,23 +184,26 @@ def _messages(where: str, field: str, value: Any) -> list[Message]:
 def _message(where: str, message: Any) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"{where}: is a {type(message).__name__}, expected an object with role and content.")
-    given = {key: field for key, field in message.items() if field not in (None, [], {})}
-    names = ("from", "value") if "from" in given else ("role", "content")
+    given = _without_empty(message)
     _check_no_tools(where, given)
-    role = given.pop(names[0], None)
+    role_name, content_name = ("from", "value") if "from" in given else ("role", "content")
+    role, content = given.pop(role_name, None), given.pop(content_name, None)
     if role in ("tool", "function", "observation", "function_call"):
-        raise DataError(f"{where}: has the {names[0]} {role!r}: calls of tools are not trained on. Leave such records out.")
+        raise DataError(f"{where}: has the {role_name} {role!r}: calls of tools are not trained on. Leave such records out.")
     if role not in _ROLES:
-        raise DataError(f"{where}: has the {names[0]} {role!r}, expected one of {', '.join(_ROLES)}. Rename it.")
-    content = given.pop(names[1], None)
+        raise DataError(f"{where}: has the {role_name} {role!r}, expected one of {', '.join(_ROLES)}. Rename it.")
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict) and content[0].get("type") == "text":
         content = content[0].get("text", content[0].get("value"))
     if not isinstance(content, str):
-        raise DataError(f"{where}: its {names[1]} is a {type(content).__name__}, expected a string, or a list of one part of text.")
+        raise DataError(f"{where}: its {content_name} is a {type(content).__name__}, expected a string, or a list of one part of text.")
     trained = [given.pop(name) for name in _TRAINED if name in given]
     if any(value not in (0, 1) for value in trained):
         raise DataError(f"{where}: one of its {', '.join(_TRAINED)} is neither 0 nor 1, false nor true. Write one of these, or remove it.")
     return {**given, "role": _ROLES[role], "content": content, "weight": all(trained)}
+
+
+def _without_empty(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: field for key, field in fields.items() if field not in (None, [], {})}
 
 
 def _check_no_tools(where: str, given: dict[str, Any]) -> None:
