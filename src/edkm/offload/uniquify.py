@@ -46,7 +46,7 @@ class DeclaredWeight:
 
     @property
     def key(self) -> tuple[StridedView, torch.dtype]:
-        """What its ranks depend on, beside the content of its storage."""
+        """Key of its ranks within a content: the view of the storage, and the 16-bit type."""
         return StridedView.of(self.weight), self.dtype
 
     def ranks(self, content: Content) -> Ranks:
