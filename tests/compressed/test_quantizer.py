@@ -1,4 +1,12 @@
-"""`from_pretrained` on a packed directory: the same numbers as the dense model, from the bytes of the file."""
+"""`from_pretrained` on a packed directory.
+
+1. A packed layer computes as the dense one that it stands for, for any bits, tables and kind of module.
+2. A loaded model gives the numbers of the dense model, in the memory of the file, in pipelines, lm-eval, adapters and device maps.
+3. `save_pretrained` writes the same bits again; `dequantize` makes an ordinary model.
+4. Other classes of the same architecture load their part; a class that lacks weights within a part is refused.
+5. A damaged directory is refused in one line, as everywhere.
+6. `import edkm` registers the method without importing transformers, in either order.
+"""
 
 import json
 import shutil
@@ -13,7 +21,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline
 
-import edkm
 from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import FormatError, dequantize
 from edkm.compressed.dense_view import DenseView
@@ -35,7 +42,7 @@ def saved(request, tmp_path_factory):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize(("shape", "luts", "dim"), [((24, 20), 24, 1), ((24, 20), 3, 1), ((24, 7), 1, 1), ((24, 5), 2, 4)])
-def test_the_linear_layer_is_the_dense_one(bits, shape, luts, dim):
+def test_a_packed_linear_layer_computes_as_the_dense_one(bits, shape, luts, dim):
     frozen = freeze(shape, bits, luts, dim)
     dense = dequantize(frozen)
     x = torch.randn(3, 2, shape[1], requires_grad=True)
@@ -45,7 +52,7 @@ def test_the_linear_layer_is_the_dense_one(bits, shape, luts, dim):
     torch.testing.assert_close(x.grad, 2 * (x.detach() @ dense.T) @ dense)
 
 
-def test_tiles_are_the_whole(monkeypatch):
+def test_a_weight_decoded_in_tiles_gives_the_same_product(monkeypatch):
     import edkm.compressed.linear as module
 
     frozen = freeze((40, 9), 3, 20)
@@ -57,7 +64,7 @@ def test_tiles_are_the_whole(monkeypatch):
 
 
 @pytest.mark.parametrize(("bits", "luts", "k"), [(8, 1, 256), (3, 16, 8), (5, 4, 19), (1, 1, 2)])
-def test_the_embedding_is_the_dense_one(bits, luts, k):
+def test_a_packed_embedding_looks_up_as_the_dense_one(bits, luts, k):
     frozen = freeze((16, 13), bits, luts, k=k)
     module = nn.Embedding(16, 13)
     pack_module(module, "weight", entry_of("weight", frozen), k, torch.float32, "cpu")
@@ -69,7 +76,7 @@ def test_the_embedding_is_the_dense_one(bits, luts, k):
     assert module.weight_lut.dtype == torch.float16
 
 
-def test_other_modules_read_dense_weights():
+def test_any_other_module_reads_dense_weights():
     frozen = freeze((8, 4, 3, 3), 2, 8)
     module = nn.Conv2d(4, 8, 3)
     bias = module.bias
@@ -82,13 +89,16 @@ def test_other_modules_read_dense_weights():
     assert type(module) is nn.Conv2d and torch.equal(module.weight, dequantize(frozen))
 
 
-def test_from_pretrained_is_the_dense_model(saved):
+def test_a_loaded_model_gives_the_numbers_of_the_dense_one(saved):
     directory, model = saved
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     same(loaded, model)
     kinds = [type(m).__name__ for m in loaded.modules() if isinstance(m, Packed)]
     assert kinds.count("PackedLinear") == 2 * 7 + 1 and kinds.count("PackedEmbedding") == 1
     assert all(isinstance(p, DenseView) or p.dim() < 2 for p in loaded.parameters())
+    layer = loaded.model.layers[0].mlp.up_proj
+    assert isinstance(layer, nn.Linear) and type(layer) is PackedLinear
+    assert (layer.in_features, layer.out_features) == (64, 96) and "3 bits, 96 tables" in repr(layer)
 
 
 def test_a_tied_output_layer_shares_the_bytes(saved):
@@ -99,21 +109,17 @@ def test_a_tied_output_layer_shares_the_bytes(saved):
     assert loaded.get_memory_footprint() < 1.1 * (directory / "model.safetensors").stat().st_size
 
 
-def test_save_pretrained_writes_the_same_bits(saved, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one file", "several"])
+def test_save_pretrained_writes_the_same_bits(saved, tmp_path, options):
     directory, model = saved
-    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path)
-    before, after = (load_file(d / "model.safetensors") for d in (directory, tmp_path))
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path, **options)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) is bool(options)
+    before = load_file(directory / "model.safetensors")
+    after = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     configs = [json.loads((d / "config.json").read_text())["quantization_config"] for d in (directory, tmp_path)]
     assert configs[0] == configs[1]
-    assert torch.equal(logits(pretrained.load(tmp_path)), logits(model))  # edkm's own reader, checksums and all
-    same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
-
-
-def test_save_pretrained_in_several_files(saved, tmp_path):
-    directory, model = saved
-    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
     assert torch.equal(logits(pretrained.load(tmp_path)), logits(model))
 
@@ -129,7 +135,7 @@ def test_dequantize_gives_an_ordinary_model(saved, tmp_path):
     same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
-def test_device_map_and_dtype(saved):
+def test_a_device_map_and_a_dtype_are_obeyed(saved):
     directory, model = saved
     auto = AutoModelForCausalLM.from_pretrained(directory, device_map="auto")
     same(auto, model)
@@ -143,7 +149,7 @@ def test_device_map_and_dtype(saved):
         torch.testing.assert_close(logits(narrow).float(), logits(model), rtol=0.1, atol=0.02)
 
 
-def test_generate_and_pipeline(saved, tiny_tokenizer, tmp_path):
+def test_generate_and_pipelines_work(saved, tiny_tokenizer, tmp_path):
     directory, model = saved
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -157,7 +163,7 @@ def test_generate_and_pipeline(saved, tiny_tokenizer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")  # lm-eval hands transformers the file's own
-def test_lm_eval_takes_it(saved, tiny_tokenizer, tmp_path):
+def test_lm_eval_scores_as_with_the_dense_model(saved, tiny_tokenizer, tmp_path):
     from lm_eval.models.huggingface import HFLM
 
     directory, model = saved
@@ -179,7 +185,7 @@ def test_lm_eval_takes_it(saved, tiny_tokenizer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
-def test_adapters_train_on_it(saved, tmp_path):
+def test_adapters_train_on_a_packed_model(saved, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     directory, _ = saved
@@ -207,7 +213,7 @@ def test_adapters_train_on_it(saved, tmp_path):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_experts(tmp_path, implementation):
+def test_packed_experts_compute_as_the_dense_ones(tmp_path, implementation):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -221,7 +227,7 @@ def test_experts(tmp_path, implementation):
     torch.testing.assert_close(logits(loaded.dequantize()), logits(model))
 
 
-def test_a_vision_transformer(tmp_path):
+def test_a_vision_transformer_loads_with_packed_convolutions(tmp_path):
     config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8)
     torch.manual_seed(0)
     model = pack(ViTForImageClassification(config), tmp_path)
@@ -232,7 +238,7 @@ def test_a_vision_transformer(tmp_path):
     assert any(isinstance(m, Packed) and isinstance(m, nn.Conv2d) for m in loaded.modules())
 
 
-def test_another_class_of_the_same_architecture(saved, tmp_path):
+def test_another_class_of_the_same_architecture_loads_its_part(saved, tmp_path):
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     directory, model = saved
@@ -249,7 +255,7 @@ def test_another_class_of_the_same_architecture(saved, tmp_path):
         torch.testing.assert_close(again(TOKENS).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_encoder_without_its_decoder(tmp_path):
+def test_an_encoder_loads_without_its_decoder(tmp_path):
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
     torch.manual_seed(0)
@@ -272,18 +278,20 @@ def test_a_class_that_lacks_weights_within_a_part_is_refused(saved):
     [
         (lambda d: flip(d / "model.safetensors"), "checksum"),
         (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]), "not a whole safetensors file"),
-        (lambda d: edit(d, lambda q: q.update(format_version=99)), "format_version"),
-        (lambda d: edit(d, lambda q: q["tensors"].pop("model.layers.0.mlp.up_proj.weight")), "not of one model"),
+        (lambda d: edit(d, lambda c: c["quantization_config"].update(format_version=99)), "format_version"),
+        (lambda d: edit(d, lambda c: c["quantization_config"]["tensors"].pop("model.layers.0.mlp.up_proj.weight")), "not of one model"),
+        (lambda d: edit(d, lambda c: c.update(num_hidden_layers=10**6)), "num_hidden_layers must be at most 4096"),
     ],
-    ids=["flipped", "truncated", "version", "entry"],
+    ids=["flipped", "truncated", "version", "entry", "layers"],
 )
 def test_a_damaged_directory_is_refused(saved, tmp_path, damage, message):
     folder = tmp_path / "model"
     shutil.copytree(saved[0], folder)
     damage(folder)
-    with pytest.raises(FormatError, match=message) as caught:
-        AutoModelForCausalLM.from_pretrained(folder)
-    assert "\n" not in str(caught.value)
+    for load in (AutoModelForCausalLM.from_pretrained, pretrained.load):
+        with pytest.raises(FormatError, match=message) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
 
 
 def flip(path: Path):
@@ -295,11 +303,11 @@ def flip(path: Path):
 def edit(directory: Path, change):
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    change(config["quantization_config"])
+    change(config)
     path.write_text(json.dumps(config))
 
 
-def test_it_cannot_compress_while_loading(tiny_dir):
+def test_a_dense_model_is_not_compressed_while_it_is_loaded(tiny_dir):
     from edkm.compressed.quantizer import EdkmConfig
 
     with pytest.raises(ValueError, match="pre-quantized"):
@@ -307,9 +315,13 @@ def test_it_cannot_compress_while_loading(tiny_dir):
 
 
 @pytest.mark.parametrize("first", ["edkm", "transformers"])
-def test_either_may_be_imported_first(packed_dir, first):
-    lines = ["import edkm", "from transformers import AutoModelForCausalLM"]
-    lines = lines if first == "edkm" else lines[::-1]
+def test_edkm_and_transformers_may_be_imported_in_either_order(packed_dir, first):
+    lines = ["import edkm, sys; assert 'transformers' not in sys.modules and 'torch' not in sys.modules"]
+    lines = (
+        [*lines, "from transformers import AutoModelForCausalLM"]
+        if first == "edkm"
+        else ["from transformers import AutoModelForCausalLM", "import edkm"]
+    )
     lines.append(f"print(type(AutoModelForCausalLM.from_pretrained({str(packed_dir)!r}).model.layers[0].mlp.up_proj).__name__)")
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "PackedLinear"
@@ -326,7 +338,7 @@ print(peak() - before)
 """
 
 
-def test_loading_takes_the_file_and_a_layer(tmp_path):
+def test_loading_takes_the_memory_of_the_file_and_one_layer(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size = TINY | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -337,17 +349,3 @@ def test_loading_takes_the_file_and_a_layer(tmp_path):
     # The pages of the mapped file count as well; the dense model is some 10 times the file.
     assert int(done.stdout) < 2 * file + 4 * 1024 * 4096 + 2**24
     assert 4 * sum(p.numel() for p in model.parameters()) > 9 * file
-
-
-def test_importing_edkm_does_not_import_transformers():
-    code = "import edkm, sys; assert 'transformers' not in sys.modules and 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert edkm.__version__
-
-
-def test_linear_is_a_linear(saved):
-    loaded = AutoModelForCausalLM.from_pretrained(saved[0])
-    layer = loaded.model.layers[0].mlp.up_proj
-    assert isinstance(layer, nn.Linear) and type(layer) is PackedLinear
-    assert (layer.in_features, layer.out_features) == (64, 96)
-    assert "3 bits, 96 tables" in repr(layer)
