@@ -1,4 +1,10 @@
-"""Loading models from every place, and one line of explanation where it cannot be done."""
+"""Loading models.
+
+1. Directories, packed directories, GGUF files and hub ids load as ordinary dense models in the dtype asked for, silently.
+2. A checkpoint that lacks weights, holds more for a layer than the layer reads, or holds codes in the place of weights is refused.
+3. Quantized checkpoints are dequantised for good, or refused before they are read.
+4. Directories of other kinds, damaged files and missing packages are explained in one line with a remedy.
+"""
 
 import importlib.util
 import json
@@ -22,7 +28,7 @@ def edit_config(source, target, **changes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_directory(tiny_dir, tiny_model, dtype):
+def test_a_directory_loads(tiny_dir, tiny_model, dtype):
     model, tokenizer = load_model(tiny_dir, dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     expected = tiny_model.to(dtype).state_dict()
@@ -31,7 +37,7 @@ def test_a_directory(tiny_dir, tiny_model, dtype):
     assert "<|start|>" in tokenizer.chat_template
 
 
-def test_no_bars_while_loading_and_as_before_after(tiny_dir, capfd):
+def test_loading_shows_no_bars_and_leaves_their_settings(tiny_dir, capfd):
     from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging
 
@@ -42,7 +48,7 @@ def test_no_bars_while_loading_and_as_before_after(tiny_dir, capfd):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_directory(packed_dir, tiny_model, dtype):
+def test_a_packed_directory_loads(packed_dir, tiny_model, dtype):
     model, tokenizer = load_model(packed_dir, dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert "<|start|>" in tokenizer.chat_template
@@ -53,21 +59,21 @@ def test_a_packed_directory(packed_dir, tiny_model, dtype):
     assert torch.equal(model.lm_head.weight, tiny_model.lm_head.weight.to(dtype))
 
 
-def test_a_packed_directory_without_tokenizer(packed_dir, tmp_path):
+def test_a_packed_directory_without_tokenizer_is_refused(packed_dir, tmp_path):
     directory = tmp_path / "packed"
     shutil.copytree(packed_dir, directory, ignore=shutil.ignore_patterns("token*", "*.jinja"))
     with pytest.raises(ModelError, match=r"packed: its tokenizer cannot be loaded: .* Save the tokenizer there"):
         load_model(directory)
 
 
-def test_damaged_weights(tiny_dir, tmp_path):
+def test_damaged_weights_are_refused(tiny_dir, tmp_path):
     directory = edit_config(tiny_dir, tmp_path / "damaged")
     (directory / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"damaged: the checkpoint cannot be loaded: .*Save model and tokenizer"):
         load_model(directory)
 
 
-def test_a_gguf_file(tmp_path, tiny_model, capfd):
+def test_a_gguf_file_loads_and_saves_as_an_ordinary_model(tmp_path, tiny_model, capfd):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model)
     capfd.readouterr()
     model, tokenizer = load_model(path)
@@ -130,7 +136,7 @@ def permute(weight, config, query):
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def test_a_gguf_file_that_is_not_a_whole_model(tmp_path, tiny_model):
+def test_a_gguf_file_that_is_not_a_whole_model_is_refused(tmp_path, tiny_model):
     import gguf
 
     name = "model.layers.1.mlp.up_proj.weight"
@@ -151,7 +157,7 @@ def test_a_gguf_file_that_is_not_a_whole_model(tmp_path, tiny_model):
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.2.ffn_up.weight"])
-def test_a_gguf_file_with_more_than_transformers_reads(tmp_path, tiny_model, name):
+def test_a_gguf_file_with_weights_that_transformers_does_not_read_is_refused(tmp_path, tiny_model, name):
     with pytest.raises(ModelError, match=r"model\.layers\.\S+ is in the checkpoint and LlamaForCausalLM does not read it"):
         load_model(write_gguf(tmp_path / "more.gguf", tiny_model, more=[name]))
 
@@ -213,7 +219,7 @@ def test_quantized_weights_are_refused_before_they_are_read(tiny_dir, tmp_path, 
     ],
 )
 @pytest.mark.parametrize("prefix", ["model.", ""])
-def test_a_layer_with_more_in_the_checkpoint_than_it_reads(tiny_dir, tmp_path, name, prefix):
+def test_a_layer_with_weights_that_it_does_not_read_is_refused(tiny_dir, tmp_path, name, prefix):
     directory = edit_config(tiny_dir, tmp_path / "more")
     add_tensors(directory, **{f"{prefix}layers.{name}": torch.ones(64)})
     with pytest.raises(ModelError, match=rf"layers\.{name} is in the checkpoint and LlamaForCausalLM does not read it"):
@@ -228,20 +234,20 @@ def test_parts_that_the_class_does_not_have_are_left_out_with_a_warning(tiny_dir
         load_model(directory)
 
 
-def test_integers_are_no_weights(tiny_dir, tmp_path):
+def test_integers_in_the_place_of_weights_are_refused(tiny_dir, tmp_path):
     directory = edit_config(tiny_dir, tmp_path / "codes")
     add_tensors(directory, **{"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.int8)})
     with pytest.raises(ModelError, match=r"codes: model\.layers\.1\.mlp\.up_proj\.weight holds integers, codes of a quantized weight"):
         load_model(directory)
 
 
-def test_a_shape_of_another_config(tiny_dir, tmp_path):
+def test_a_shape_of_another_config_is_refused(tiny_dir, tmp_path):
     directory = edit_config(tiny_dir, tmp_path / "other", vocab_size=310)
     with pytest.raises(ModelError, match=r"embed_tokens\.weight: LlamaForCausalLM has shape \[310, 64\], the checkpoint \[300, 64\]"):
         load_model(directory)
 
 
-def test_a_packed_model_by_its_hub_id(packed_dir, tmp_path, monkeypatch, capsys):
+def test_a_packed_model_is_found_by_its_hub_id(packed_dir, tmp_path, monkeypatch, capsys):
     from edkm.cli import main
 
     folder = tmp_path / "hub" / "models--someone--packed"
@@ -275,9 +281,16 @@ def test_a_packed_model_by_its_hub_id(packed_dir, tmp_path, monkeypatch, capsys)
             "Own is not a class of tr",
         ),
         ({"config.json": '{"model_type": "llama", "architectures": ["Own"]}'}, "Own is not a class of transformers but code of its own"),
+        ({}, r"has no config\.json; .* Check that the model was saved there"),
+        ({"a.gguf": ""}, r"Name the file: .*a\.gguf"),
+        ({"config.json": "{"}, r"config\.json: is not a JSON object"),
+        ({"config.json": "[]"}, r"config\.json: is not a JSON object"),
+        ({"config.json": '{"model_type": "nonesuch"}'}, r"cannot be loaded: .*nonesuch"),
+        ({"config.json": '{"model_type": "bert", "architectures": ["BertForMaskedLM"]}'}, "BertForMaskedLM is not a causal language model"),
+        ({"config.json": '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'}, "T5F.* is not a causal language model"),
     ],
 )
-def test_directories_of_other_kinds(tmp_path, files, message):
+def test_directories_of_other_kinds_are_explained(tmp_path, files, message):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
@@ -285,7 +298,7 @@ def test_directories_of_other_kinds(tmp_path, files, message):
         load_model(tmp_path)
 
 
-def test_a_pointer_in_the_place_of_weights(tiny_dir, tmp_path):
+def test_a_pointer_of_git_lfs_is_named(tiny_dir, tmp_path):
     directory = edit_config(tiny_dir, tmp_path / "pointer")
     (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     with pytest.raises(ModelError, match=r"model\.safetensors is a pointer of Git LFS"):
@@ -300,41 +313,20 @@ def test_every_trace_of_quantization_is_removed():
     assert vars(config) == {}
 
 
-def test_missing_paths_and_other_files(tmp_path):
-    for source in (tmp_path / "none", tmp_path / "none.gguf"):
-        with pytest.raises(ModelError, match=rf"{re.escape(str(source))}: no such file.*Check the path"):
-            load_model(source)
+def test_missing_paths_and_other_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"weights\.bin: is a file, but only \.gguf files are read"):
-        load_model(tmp_path / "weights.bin")
-
-
-def test_directory_without_config(tmp_path):
-    with pytest.raises(ModelError, match=r"has no config\.json; .* Check that the model was saved there"):
-        load_model(tmp_path)
-    (tmp_path / "a.gguf").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"Name the file: .*a\.gguf"):
-        load_model(tmp_path)
-
-
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_config_that_is_no_json_object(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"config\.json: is not a JSON object"):
-        load_model(tmp_path)
-
-
-@pytest.mark.parametrize(("model_type", "architecture"), [("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration")])
-def test_other_kinds_of_model(tmp_path, model_type, architecture):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": [architecture]}))
-    with pytest.raises(ModelError, match=rf"{architecture} is not a causal language model"):
-        load_model(tmp_path)
-
-
-def test_unknown_architecture(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
-    with pytest.raises(ModelError, match=r"cannot be loaded: .*nonesuch"):
-        load_model(tmp_path)
+    (tmp_path / "broken.gguf").write_bytes(b"not a model")
+    for source, message in (
+        (tmp_path / "none", rf"{re.escape(str(tmp_path))}/none: no such file.*Check the path"),
+        (tmp_path / "none.gguf", r"none\.gguf: no such file.*Check the path"),
+        (tmp_path / "weights.bin", r"weights\.bin: is a file, but only \.gguf files are read"),
+        (tmp_path / "broken.gguf", r"broken\.gguf: cannot be read as a GGUF"),
+        ("nobody/nothing", r"nobody/nothing: is no local path, .*Check the spelling"),
+    ):
+        with pytest.raises(ModelError, match=message) as caught:
+            load_model(source)
+        assert "\n" not in str(caught.value)
 
 
 def test_missing_weights_are_never_made_up(tiny_dir, tmp_path):
@@ -343,22 +335,8 @@ def test_missing_weights_are_never_made_up(tiny_dir, tmp_path):
         load_model(directory)
 
 
-def test_broken_gguf(tmp_path):
-    path = tmp_path / "broken.gguf"
-    path.write_bytes(b"not a model")
-    with pytest.raises(ModelError, match=r"broken\.gguf: cannot be read as a GGUF"):
-        load_model(path)
-
-
-def test_hub_that_cannot_be_reached(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"nobody/nothing: is no local path, .*Check the spelling") as caught:
-        load_model("nobody/nothing")
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("package", ["transformers", "gguf"])
-def test_packages_that_are_not_installed(tmp_path, monkeypatch, package):
+def test_packages_that_are_not_installed_are_named(tmp_path, monkeypatch, package):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name))
     (tmp_path / "a.gguf").write_bytes(b"")

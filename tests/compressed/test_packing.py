@@ -1,4 +1,9 @@
-"""The bit layout: exact for every width and count, and nothing but the written stream is read back."""
+"""Indices as a stream of bits.
+
+1. The stream has the layout of docs/format.md for every width and count, and reads back as it was written.
+2. Blocks join exactly; strides do not matter.
+3. Wrong widths, types, lengths and non-zero padding are refused.
+"""
 
 import pytest
 import torch
@@ -27,7 +32,7 @@ def streams(draw: st.DrawFn) -> tuple[list[int], int]:
 
 @given(streams())
 @settings(deadline=None)
-def test_layout_and_round_trip(stream: tuple[list[int], int]):
+def test_a_stream_has_the_layout_of_the_format_and_reads_back(stream: tuple[list[int], int]):
     indices, bits = stream
     packed = pack_indices(torch.tensor(indices, dtype=torch.uint8), bits)
     assert packed.tolist() == plain_bits(indices, bits)
@@ -37,7 +42,7 @@ def test_layout_and_round_trip(stream: tuple[list[int], int]):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("count", [63, 64, 65, 128, 200])
-def test_blocks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch, bits: int, count: int):
+def test_blocks_join_exactly(monkeypatch: pytest.MonkeyPatch, bits: int, count: int):
     monkeypatch.setattr(packing, "_BLOCK", 64)
     indices = torch.arange(count).mul(37).remainder(2**bits).to(torch.uint8)
     packed = pack_indices(indices, bits)
@@ -45,17 +50,17 @@ def test_blocks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch, bits: int, 
     assert torch.equal(unpack_indices(packed, bits, count), indices)
 
 
-def test_example_of_the_format_page():
+def test_the_example_of_the_format_page():
     packed = pack_indices(torch.arange(8, dtype=torch.uint8), 3)
     assert bytes(packed.tolist()).hex(" ") == "88 c6 fa"
 
 
-def test_row_major_whatever_the_strides():
+def test_indices_are_taken_row_by_row_whatever_the_strides():
     grid = torch.arange(12, dtype=torch.uint8).view(3, 4)
     assert torch.equal(unpack_indices(pack_indices(grid.t(), 4), 4, 12).view(4, 3), grid.t())
 
 
-def test_packing_refuses():
+def test_packing_refuses_wrong_widths_and_types():
     with pytest.raises(ValueError, match=r"index 8 does not fit into 3 bits\. Use 4"):
         pack_indices(torch.tensor([1, 8], dtype=torch.uint8), 3)
     with pytest.raises(ValueError, match=r"must be uint8, got torch.int64"):
@@ -67,7 +72,7 @@ def test_packing_refuses():
             unpack_indices(torch.zeros(1, dtype=torch.uint8), bits, 1)
 
 
-def test_unpacking_refuses():
+def test_unpacking_refuses_wrong_widths_types_and_padding():
     packed = pack_indices(torch.tensor([7, 7, 7], dtype=torch.uint8), 3)  # 9 bits
     for count in (2, 6):
         with pytest.raises(ValueError, match=rf"{count} indices of 3 bits are uint8 \[\d\], got torch.uint8"):

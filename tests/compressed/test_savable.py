@@ -1,4 +1,10 @@
-"""A model is written as it is in memory, whatever its config says, or `edkm.prepare` refuses it."""
+"""Models that are written and loaded again.
+
+1. The class, the ties and the code of a written model are those in memory, whatever its config was before.
+2. A model that could not be written, or loaded again, is refused by `edkm.prepare`, by the name of the tensor.
+3. A weight that is not finite is named before any training, and is not blamed on the learning rate.
+4. Files beside the weights go along; those of a training run, and cards, do not.
+"""
 
 import json
 import shutil
@@ -74,7 +80,7 @@ def same_after_loading(kind, model, directory, *args):
 
 
 @pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
-def test_the_class_is_that_of_the_model_and_not_of_the_checkpoint_it_came_from(tmp_path, kind):
+def test_the_config_names_the_class_in_memory(tmp_path, kind):
     llama().save_pretrained(tmp_path / "causal")
     model = pack(kind.from_pretrained(tmp_path / "causal", num_labels=3), tmp_path / "packed")
     assert json.loads((tmp_path / "packed" / "config.json").read_text())["architectures"] == [type(model).__name__]
@@ -82,7 +88,7 @@ def test_the_class_is_that_of_the_model_and_not_of_the_checkpoint_it_came_from(t
     assert torch.equal(logits(pretrained.load(tmp_path / "packed")), logits(model))
 
 
-def test_a_head_for_questions_on_a_masked_language_model(tmp_path):
+def test_a_head_for_questions_on_a_masked_language_model_is_kept(tmp_path):
     config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=300)
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     model = pack(AutoModelForQuestionAnswering.from_pretrained(tmp_path / "bert"), tmp_path / "packed")
@@ -117,7 +123,7 @@ def test_weights_are_tied_as_they_are_in_memory(tmp_path, tied):
         assert (again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()) is tied
 
 
-def test_a_head_of_its_own_under_a_config_that_ties_is_trained_and_kept(tiny_dir, data, tmp_path):
+def test_an_untied_head_under_a_config_that_ties_is_trained_and_kept(tiny_dir, data, tmp_path):
     from safetensors.torch import load_file, save_file
 
     source = shutil.copytree(tiny_dir, tmp_path / "source")
@@ -156,7 +162,7 @@ def infinite_weight(model):
     model.model.norm.weight.data[2] = torch.inf
 
 
-def test_a_classifier_of_many_long_labels(tmp_path):
+def test_many_long_labels_are_kept(tmp_path):
     names = {i: f"number {i} of the labels ".ljust(180, ".") for i in range(3000)}
     model = LlamaForSequenceClassification(LlamaConfig(**TINY | {"id2label": names, "pad_token_id": 0, "hidden_size": 512})).eval()
     pack(model, tmp_path)
@@ -188,7 +194,7 @@ def test_a_model_that_could_not_be_loaded_again_is_not_prepared(change, message)
         edkm.prepare(model, CONFIG)
 
 
-def test_a_state_that_is_no_tensor_is_refused_by_name():
+def test_a_state_that_is_no_tensor_is_refused():
     with pytest.raises(ValueError, match=r"1\._extra_state: dict cannot be stored"):
         edkm.prepare(nn.Sequential(nn.Linear(32, 32), Counting(32, 32)), CONFIG)
 
@@ -216,7 +222,7 @@ def test_finite_weights_that_overflow_are_not_blamed_on_the_learning_rate(tiny_d
     assert "layers.1.self_attn.q_proj.weight: its input is NaN or infinite" in error and "--lr" not in error
 
 
-def test_code_is_named_only_where_it_lies(tmp_path):
+def test_a_config_names_code_only_if_its_files_are_there(tmp_path):
     """A class of transformers needs none; one of the checkpoint's own takes its files along."""
     source = tmp_path / "source"
     llama().save_pretrained(source)
@@ -240,7 +246,7 @@ def test_code_is_named_only_where_it_lies(tmp_path):
         torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_what_lies_beside_the_weights_is_kept(tiny_dir, data, tmp_path):
+def test_files_beside_the_weights_are_kept(tiny_dir, data, tmp_path):
     source = shutil.copytree(tiny_dir, tmp_path / "source")
     kept = {
         "preprocessor_config.json": '{"image_processor_type": "SiglipImageProcessor", "auto_map": {"AutoImageProcessor": "gone.Gone"}}',

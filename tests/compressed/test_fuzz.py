@@ -1,4 +1,9 @@
-"""Damaged models: each is refused with one clear line or loads as it was. 10,000 of them: `python -m benchmarks fuzz`."""
+"""Damaged models, as `python -m benchmarks fuzz` makes them by the thousand.
+
+1. Each is refused with one clear line or loads as it was.
+2. The fuzzer sees crashes, hangs, memory, changes and unclear messages.
+3. A case is made again by its number and seed.
+"""
 
 import os
 import time
@@ -11,7 +16,7 @@ from benchmarks.fuzz.run import ALLOWED_BYTES, MUTATIONS, Worker, judge, run
 from benchmarks.fuzz.targets import checkpoint
 
 
-def test_damaged_models():
+def test_damaged_models_are_refused_clearly_or_load_as_they_were():
     results = list(run(checkpoint, range(3 * len(MUTATIONS)), seed=1))
     wrong = [result for result in results if result.outcome not in ("refused", "identical")]
     assert not wrong, wrong[:5]
@@ -22,7 +27,7 @@ def test_damaged_models():
 
 
 def misbehave(directory: Path) -> dict:
-    """A loader that does what the directory's name says."""
+    """Fail in the way that the directory's name asks for."""
     how = directory.name
     if how == "crash":
         os.abort()
@@ -38,7 +43,7 @@ def misbehave(directory: Path) -> dict:
     return {}
 
 
-def test_what_is_wrong_is_seen(tmp_path: Path):
+def test_the_fuzzer_sees_each_kind_of_failure(tmp_path: Path):
     outcomes = {
         **{"refused": "refused", "fine": "identical", "error": "error", "panic": "error", "lines": "unclear", "no remedy": "unclear"},
         **{"escape": "unclear", "memory": "memory", "crash": "crash", "hang": "hang", "fine again": "identical"},
@@ -58,7 +63,7 @@ def test_what_is_wrong_is_seen(tmp_path: Path):
     assert judge(0, "legal: links", "one", refusal, original, 0).outcome == "refused though legal"
 
 
-def test_a_case_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_case_is_made_again_by_its_number_and_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     made = []
     for folder in ("a", "b"):
         assert fuzz.main(["--target", "checkpoint", "--case", "8", "--seed", "3", "--keep", str(tmp_path / folder)]) == 0
