@@ -147,3 +147,17 @@ def test_bad_input_is_refused(change, message):
     weight, moment, _ = problem()
     with pytest.raises(ValueError, match=message):
         gptq.fit(**{"weight": weight, "moment": moment, "bits": 3, **change})
+
+
+def test_the_factor_of_a_moment_is_one_of_its_inverse_and_the_same_by_any_number_of_threads():
+    x = torch.randn(600, 256, generator=torch.Generator().manual_seed(0))
+    h, before, found = x.T @ x / len(x), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(gptq._inverse_root(h))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found) and torch.equal(found[0], found[0].triu())
+    torch.testing.assert_close(found[0].T @ found[0] @ h, torch.eye(256), rtol=0, atol=1e-4)
