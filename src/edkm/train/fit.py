@@ -8,8 +8,8 @@ compressed outputs, make good what it lost; when all are fitted it is its *targe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -136,6 +136,10 @@ def _moments(modules: list[nn.Linear], run: Callable[[], Any]) -> dict[nn.Linear
 _Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]
 
 
+class _StopForward(Exception):
+    """End a model's forward where the rest of it is not needed."""
+
+
 def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Calls]:
     """Return the layers that can be run one after another, and the arguments of each for each batch; none if they are no chain.
 
@@ -145,64 +149,47 @@ def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Call
     layers = decoder_layers(model)
     calls: _Calls = {layer: [] for layer in layers}
     output: list[Any] = [None]
-    chained = [bool(layers)]
-    rest: dict[nn.Module, tuple[None, ...] | None] = {}
+    rest: dict[nn.Module, tuple[None, ...] | None] = {}  # returned after the hidden states; None: these are returned alone
 
-    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = layer is layers[0]
-        chained[0] &= bool(args) and isinstance(args[0], Tensor) and (first or args[0] is output[0])
-        if chained[0]:
-            # Hidden states are kept for the first layer only, the others get theirs from the layer before.
-            calls[layer].append(((args[0].clone() if first else None, *args[1:]), kwargs))
-
-    def after(layer: nn.Module, args: Any, out: Any) -> None:
-        output[0] = _hidden(out)
-        if isinstance(out, Tensor):
-            rest[layer] = None
-        elif type(out) is tuple and all(other is None for other in out[1:]):
-            rest[layer] = out[1:]
-
-    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
-    hooks += [layer.register_forward_hook(after) for layer in layers]
-    with removing(hooks):
-        for number, batch in enumerate(batches, 1):
-            if chained[0]:
-                skipping = number > 1 and len(rest) == len(layers)
-                with _skipping(layers, rest) if skipping else nullcontext():
-                    call(model, batch)
-                chained[0] &= all(len(made) == number for made in calls.values())
-    return (layers, calls) if chained[0] else ([], {})
-
-
-class _StopForward(Exception):
-    """End a model's forward after its last layer."""
-
-
-@contextmanager
-def _skipping(layers: list[nn.Module], rest: Mapping[nn.Module, tuple[None, ...] | None]) -> Iterator[None]:
-    """Let layers return their input, with the `rest` of a tuple, within the block; the last one ends the model's forward and the block."""
-
-    def skip(layer: nn.Module) -> Callable[..., Any]:
-        def forward(x: Tensor, *_: Any, **__: Any) -> Any:
-            if layer is layers[-1]:
+    def watch(layer: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            first, given = layer is layers[0], args[0] if args else None
+            if not isinstance(given, Tensor) or not (first or given is output[0]) or len(calls[layer]) > number:
+                calls.clear()
                 raise _StopForward
-            others = rest[layer]
-            return x if others is None else (x, *others)
+            # Hidden states are kept for the first layer only, the others get theirs from the layer before.
+            calls[layer].append(((given.clone() if first else None, *args[1:]), kwargs))
+            if number and len(rest) == len(layers):
+                if layer is layers[-1]:
+                    raise _StopForward
+                output[0], others = given, rest[layer]
+                return given if others is None else (given, *others)
+            out = own(*args, **kwargs)
+            output[0] = _hidden(out)
+            if isinstance(out, Tensor):
+                rest[layer] = None
+            elif type(out) is tuple and all(other is None for other in out[1:]):
+                rest[layer] = out[1:]
+            return out
 
         return forward
 
-    own = {layer: vars(layer).get("forward") for layer in layers}  # of the instance: other libraries put one there
+    before = {layer: vars(layer).get("forward") for layer in layers}  # of the instance: other libraries put one there
     try:
         for layer in layers:
-            layer.forward = skip(layer)
-        with suppress(_StopForward):
-            yield
+            layer.forward = watch(layer, layer.forward)
+        for number, batch in enumerate(batches):
+            if calls:
+                with suppress(_StopForward):
+                    call(model, batch)
+                if any(len(made) != number + 1 for made in calls.values()):
+                    calls.clear()
     finally:
-        for layer, forward in own.items():
-            if forward is None:
-                del layer.forward
-            else:
+        for layer, forward in before.items():
+            del layer.forward
+            if forward is not None:
                 layer.forward = forward
+    return (layers, calls) if calls else ([], {})
 
 
 def _through(layer: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Tensor]:
