@@ -1,4 +1,4 @@
-"""The mathematical choices of a clustering, in one frozen dataclass. Speed and memory choices are arguments elsewhere."""
+"""Mathematical settings of clustering, in one frozen dataclass. Speed and memory settings are arguments elsewhere."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ PER_TENSOR = ("bits", "dim", "rows_per_lut", "softness")
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """How weights are clustered.
+    """Mathematical settings of a clustering.
 
     Attributes:
-        bits: of an index, 1 to 8; a table has `2**bits` centroids.
-        dim: consecutive rows that one index stands for; `bits / dim` bits a weight.
+        bits: bits per index, 1 to 8; a lookup table has `2**bits` centroids.
+        dim: consecutive rows that share an index; a weight takes `bits / dim` bits.
         rows_per_lut: rows that share a table; 0 for one table per tensor.
         softness: temperature in units of the quantisation error (`tau = 2 softness D`); 0 trains straight through the hard assignment.
         anneal: factor on the temperature at the end of training, reached geometrically; 1 keeps it.
-        anneal_steps: optimizer steps until then; 0 for never (`edkm compress` puts in its number of steps).
-        max_iters: k-means iterations per optimizer step; the centroids go on from the last step, so that one does.
-        embedding_bits: of embeddings (one table each, `dim` 1) and of linear layers tied to them; 0 leaves them alone.
+        anneal_steps: optimizer steps until then; 0 for never (`edkm compress` sets it to its clustered steps).
+        max_iters: k-means iterations per optimizer step; they start from the centroids of the last step, so that one is enough.
+        embedding_bits: bits per index of embeddings (one table each, `dim` 1) and of linear layers tied to them; 0 leaves them alone.
         skip: name patterns (`*`, `?`) of weights left alone, or of modules with all weights in them. One without effect is refused.
-        overrides: name pattern, as in `skip` -> other values of `bits`, `dim`, `rows_per_lut`, `softness`; the first match counts.
+        overrides: name pattern, as in `skip` -> other values of `bits`, `dim`, `rows_per_lut`, `softness`; the first match applies.
 
     Raises:
         ValueError: a value out of range, an unknown field in `overrides`.
@@ -68,23 +68,23 @@ class ClusterConfig:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from None
 
     def for_tensor(self, *names: str) -> ClusterConfig | None:
-        """The settings of one weight (which has several names if it is tied), overrides applied; None if it is skipped."""
+        """Return the settings of one weight (a tied one has several names), overrides applied; None if it is skipped."""
         if any(matches(pattern, name) for pattern in self.skip for name in names):
             return None
         pattern = self.override_of(*names)
         return self if pattern is None else dataclasses.replace(self, overrides={}, **self.overrides[pattern])
 
     def override_of(self, *names: str) -> str | None:
-        """The pattern of `overrides` that counts for a weight, if one does."""
+        """Return the pattern of `overrides` that applies to a weight, if there is one."""
         return next((pattern for pattern in self.overrides if any(matches(pattern, name) for name in names)), None)
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON types; `from_json` reads it back to an equal config."""
+        """Convert to a dict of JSON types; `from_json` reads it back to an equal config."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ClusterConfig:
-        """Read what `to_json` wrote.
+        """Make a config from the dict of `to_json`.
 
         Raises:
             ValueError: an unknown field or a value out of range.
@@ -96,7 +96,7 @@ class ClusterConfig:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Say whether a pattern (`*`, `?`) matches a weight's name, or that of a module around it."""
+    """Match a pattern (`*`, `?`) with a weight's name, or that of a module around it."""
     if not set(pattern) & set("*?["):
         return name == pattern or name.startswith(f"{pattern}.")
     parts = name.split(".")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from edkm.compressed.packing import stored_bytes
 from edkm.config import ClusterConfig
 from edkm.core.assign import assign, lookup, round_lut
 from edkm.core.kmeans import initial_centroids
@@ -31,7 +32,7 @@ from edkm.train.targets import Linears, decide, linears_of
 # 5 bits are left out: Core ML's tables have 2, 3, 4, 6 or 8.
 BITS = (2, 3, 4, 6)
 ROWS_PER_LUT = (1, 2, 4, 8, 16)
-_LUT_BITS = _DENSE_BITS = 16
+_DENSE_BITS = 16
 # Rows whose error stands for that of all.
 _SAMPLE = 16
 # float16 has no gradients below 6e-8, and a mean over tokens makes small ones.
@@ -208,8 +209,7 @@ def spend(weights: Mapping[str, list[Choice]], budget: float) -> dict[str, Choic
 
 
 def _cost(weight: Tensor, bits: int, rows_per_lut: int) -> float:
-    tables = len(weight) // (rows_per_lut or len(weight))
-    return weight.numel() * bits + tables * 2**bits * _LUT_BITS
+    return 8 * stored_bytes(weight.numel(), bits, len(weight) // (rows_per_lut or len(weight)))
 
 
 def _options(weight: Tensor) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Checks of a model before anything is changed or trained: `prepare.check` runs all of them."""
+"""Check a model before anything is changed or trained: `prepare.check` runs all of these."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edkm.core.reference import compute_dtype
 
 NOT_FINITE = "NaN or infinite values. Repair it, or take an earlier checkpoint."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What the rounding of a table to 16 bits may take from it, of the sum of its magnitudes.
+# Largest share of the sum of its magnitudes that a weight may lose when its tables are rounded to 16 bits.
 MOST_ROUNDED = 0.05
 # Where quantized layers of GPTQ, AWQ, compressed-tensors and HQQ have the codes of their weights.
 _CODES = {"qweight", "weight_packed", "W_q"}
@@ -29,7 +29,7 @@ _PIECE_WEIGHTS = 1 << 22
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Begin errors that speak of a weight with its name."""
+    """Put a weight's name in front of errors about it."""
     try:
         yield
     except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
@@ -74,7 +74,7 @@ def check_kind(name: str, weight: Tensor) -> None:
 
 
 def check_finite(name: str, parameter: Tensor) -> None:
-    """Refuse a parameter that is not finite, though it is left alone: what is trained or calibrated with it would not be either."""
+    """Refuse a parameter that is not finite, even if it is left alone: the losses computed with it would not be finite either."""
     if parameter.is_meta or not parameter.is_floating_point() or hasattr(parameter, "full_tensor"):
         return
     values = parameter.detach()
@@ -99,7 +99,7 @@ def check_readers(model: nn.Module, names: Mapping[int, str]) -> None:
 
 
 def _inside(value: Any, depth: int = 3) -> Iterator[Any]:
-    """A value, or those in its lists, tuples, sets and dicts."""
+    """Iterate over a value, or over those in its lists, tuples, sets and dicts."""
     if depth and isinstance(value, (dict, list, tuple, set)):
         for one in value.values() if isinstance(value, dict) else value:
             yield from _inside(one, depth - 1)
@@ -121,17 +121,17 @@ def check_values(name: str, matrix: Tensor, tables: int) -> None:
 
 
 def warn_of_rounding(name: str, worst: float) -> None:
-    """Warn of a weight of which float16 loses much in the table of its smallest rows, and little over all."""
+    """Warn of a weight that loses much to float16 in the table of its smallest rows, and little altogether."""
     if worst > MOST_ROUNDED:
         warnings.warn(
-            f"{name}: some of its rows are so small that float16 tables lose {100 * worst:.0f}% of them. They count for little beside the "
+            f"{name}: some of its rows are so small that float16 tables lose {100 * worst:.0f}% of them. They count for little among the "
             "other rows; add the name to skip if they matter.",
             stacklevel=3,
         )
 
 
 def rounding_loss(name: str, matrix: Tensor, tables: int) -> tuple[float, float]:
-    """Share of the sum of magnitudes that float16 loses: over all tables, and in the worst one; 0 for a table of zeros.
+    """Compute the share of the sum of magnitudes that float16 loses: over all tables, and in the worst one; 0 for a table of zeros.
 
     Raises:
         ValueError: a weight is not finite or too large.
@@ -176,5 +176,5 @@ def check_patterns(config: ClusterConfig, names: Collection[str], clustered: Col
     for pattern in config.overrides:
         if pattern not in used:
             raise ValueError(
-                f"overrides: {pattern!r} changes nothing: what it matches is left alone, or a pattern before it matches. Remove or move it."
+                f"overrides: {pattern!r} changes nothing: its weights are left alone, or matched by a pattern before it. Remove or move it."
             )

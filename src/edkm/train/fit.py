@@ -1,8 +1,9 @@
 """Fit: a better start than k-means, decoder layer by decoder layer. Weights and tables are fitted to the inputs they will see.
 
 Each linear weight is fitted (`core.gptq`) to the second moment of its inputs. These are the inputs in the model as it is compressed
-so far. So a weight has two values one after the other: once fitted it is *compressed* (on its tables), and later layers, which see the
-compressed outputs, make good what it lost; when all are fitted it is its *target*, the value near that entry from which training starts.
+so far. So a weight has two values, one after the other: once fitted it is *compressed* (on its tables), and later layers, which see the
+compressed outputs, make good its loss; when all are fitted it becomes its *target*, from which training starts: a value whose nearest
+centroid is the compressed one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Put clustering into a model, and take the result out."""
+"""Prepare a model for clustered training, and freeze it afterwards: put clusterings into a model, and take indices and tables out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edkm.compressed.packing import stored_bytes
 from edkm.compressed.pretrained import check_savable
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen, as_matrix
@@ -57,7 +58,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """Every parameter as `prepare` left it, and the config that was used (with the overrides that `target_bpw` chose)."""
+    """Report on every parameter, with the config that was used (including the overrides chosen for `target_bpw`)."""
 
     entries: tuple[Entry, ...]
     config: ClusterConfig
@@ -72,19 +73,19 @@ class Report:
 
     @property
     def packed_bytes(self) -> int:
-        """Size to expect of the packed weights: indices, float16 tables, and what was skipped in float32."""
+        """Estimate the size of the packed weights: indices and float16 tables, skipped weights in float32."""
         total = 0
         for e in self.entries:
             n = torch.Size(e.shape).numel()
-            total += (n // e.dim * e.bits + 7) // 8 + e.tables * 2**e.bits * e.dim * 2 if e.tables else n * 4
+            total += stored_bytes(n, e.bits, e.tables, e.dim) if e.tables else n * 4
         return total
 
     def __str__(self) -> str:
         width = max(len(e.name) for e in self.entries)
         lines = []
         for e in self.entries:
-            what = f"{e.bits} bits, {e.tables} tables" + (f", dim {e.dim}" if e.dim > 1 else "") if e.tables else "skipped"
-            lines.append(f"{e.name:<{width}}  {'x'.join(map(str, e.shape)):<14}  {what:<20}  {e.note}")
+            taken = f"{e.bits} bits, {e.tables} tables" + (f", dim {e.dim}" if e.dim > 1 else "") if e.tables else "skipped"
+            lines.append(f"{e.name:<{width}}  {'x'.join(map(str, e.shape)):<14}  {taken:<20}  {e.note}")
         return "\n".join(lines)
 
 
@@ -135,10 +136,10 @@ def prepare(
         raise ValueError("target_bpw: bits are chosen on data. Give batches, too, or set bits in the config.")
     decisions = _check(model, config, backend)
     known = {name for one in decisions if one.target for name in one.target.names}
-    for what, given in (("importance", importance), ("centroids", centroids)):
+    for argument, given in (("importance", importance), ("centroids", centroids)):
         unknown = set(given or ()) - known
         if unknown:
-            raise ValueError(f"{what}: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
+            raise ValueError(f"{argument}: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
     errors: dict[str, float] = {}
     if batches is not None:
         batches = list(batches)
@@ -182,7 +183,7 @@ def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Rep
 
 
 def plan(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Report:
-    """Report what `prepare` would do, without looking at a weight.
+    """Report on a model before `prepare`, without looking at a weight.
 
     Raises:
         ValueError: as `prepare`, as far as names, shapes and dtypes can tell.
@@ -227,7 +228,7 @@ def _clustering(decision: Decision, importance: Tensor | None, start: Tensor | N
 
 
 def install(model: nn.Module, made: Sequence[tuple[Target, nn.Module]]) -> None:
-    """Make a model use clusterings: each a `Clustering` or what stands in for one."""
+    """Make a model read weights through their clusterings: each a `Clustering` or a stand-in for one."""
     for target, clustering in made:
         for i, (name, module) in enumerate(zip(target.names, target.modules, strict=True)):
             read_through(module, name.rpartition(".")[2], clustering, owns=i == 0)
@@ -237,7 +238,7 @@ def install(model: nn.Module, made: Sequence[tuple[Target, nn.Module]]) -> None:
 
 
 def freeze(model: nn.Module) -> dict[str, Frozen]:
-    """Indices and tables of every clustered weight, exactly those that the model uses in `eval()`.
+    """Assign indices and round tables of every clustered weight, exactly those that the model uses in `eval()`.
 
     Returns:
         Parameter name (the first, if tied) -> `Frozen`, on the CPU.
@@ -262,7 +263,7 @@ def freeze(model: nn.Module) -> dict[str, Frozen]:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A weight, gathered on all ranks if FSDP has sharded it."""
+    """Gather a weight on all ranks if FSDP has sharded it."""
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else gather()
 
@@ -280,7 +281,7 @@ def clusterings(model: nn.Module) -> list[tuple[str, nn.Parameter, Clustering]]:
 
 
 def unclustered(model: nn.Module) -> dict[str, Tensor]:
-    """The rest of a prepared model's state: everything that `freeze` does not hold, each tied tensor once."""
+    """Collect the rest of a prepared model's state: everything that `freeze` does not hold, each tied tensor once."""
     taken = {id(weight) for _, weight, _ in clusterings(model)}
     inside = {id(b) for m in model.modules() if isinstance(m, Clustering) for b in m.buffers()}
     rest = {}

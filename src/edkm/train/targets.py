@@ -41,7 +41,7 @@ class Target:
 
     @property
     def note(self) -> str:
-        """A remark for the report where the weight is not an ordinary matrix."""
+        """Remark for the report on a weight that is not an ordinary matrix."""
         if self.row_axes > 1:
             return f"a stack of {len(self.weight)} matrices"
         return "its rows are inputs" if any(isinstance(m, transposed_linear()) for m in self.modules) else ""
