@@ -16,8 +16,8 @@ from edkm.models import load_model
 from edkm.recipe import Recipe
 from edkm.run import calibration_batches
 from edkm.train import loop
-from edkm.train.checkpoints import last_checkpoint
 from edkm.train.data import load_blocks
+from edkm.train.optimizers import rate_share
 from edkm.train.prepare import plan, unclustered
 
 RECORDS = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)]
@@ -110,12 +110,13 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
     assert main(arguments(tiny_dir, data, tmp_path / "whole", *more)) == 0
     taken = []
 
-    def interrupt(self, args, state, control, **kwargs):
-        taken.append(state.global_step)
+    def interrupt(step, **options):
+        taken.append(step)
         if len(taken) == after:
             os.kill(os.getpid(), signal.SIGINT)
+        return rate_share(step, **options)
 
-    monkeypatch.setattr(loop._Stop, "on_step_begin", interrupt)
+    monkeypatch.setattr(loop, "rate_share", interrupt)
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 130
     order = [*range(plain), *range(6 - plain)]
     assert taken == order[:after] and (tmp_path / "parts" / "training" / "run.json").is_file()
@@ -138,12 +139,11 @@ def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp
     found = summary(tmp_path / "whole")
     assert 3.1 < found["clustered_bits_per_weight"] <= 3.2
     assert len({(tensor["bits"], tensor["luts"]) for tensor in found["tensors"]}) > 3
-    stop = loop._Stop.on_step_begin
-    monkeypatch.setattr(loop._Stop, "on_step_begin", lambda self, args, state, control, **kw: setattr(self, "asked_at", 0.0))
+    monkeypatch.setattr(loop._Stop, "asked_at", 0.0)
     assert main([*arguments_of(tmp_path / "parts")]) == 130  # in the plain step
     assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 130  # in the clustered ones
     assert (tmp_path / "parts" / "training" / "config.json").is_file()
-    monkeypatch.setattr(loop._Stop, "on_step_begin", stop)
+    monkeypatch.setattr(loop._Stop, "asked_at", None)
     monkeypatch.setattr("edkm.train.prepare.choose_bits", None)  # not once more
     assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 0
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
@@ -193,7 +193,7 @@ def test_bits_are_not_chosen_for_vectors():
 
 
 def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop._Stop, "on_step_begin", lambda self, args, state, control, **kw: setattr(self, "asked_at", 0.0))
+    monkeypatch.setattr(loop._Stop, "asked_at", 0.0)
     out = tmp_path / "out"
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 130
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 1
@@ -300,74 +300,21 @@ def test_the_fields_of_the_data_are_said(tiny_dir, tmp_path, capsys):
     assert lines[0].startswith("data: 20 examples") and lines[1:3] == ["data: fields used: messages (20)", "data: fields not used: id (20)"]
 
 
-def test_checkpointing_trains_to_the_same_weights(tiny_dir, data, tmp_path):
-    states = []
-    for checkpointing in (False, True):
-        model, tokenizer = load_model(tiny_dir)
-        blocks = load_blocks(data, tokenizer, block_tokens=64)
-        edkm.prepare(model, edkm.ClusterConfig(rows_per_lut=16))
-        settings = loop.TrainSettings(steps=2, lr=1e-3, precision="fp32", checkpointing=checkpointing)
-        loop.train(model, blocks, settings, tmp_path / "work")
-        states.append(model.state_dict())
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(states[1][name], tensor, rtol=1e-5, atol=1e-6)
-    steps = [tensor for name, tensor in states[1].items() if name.endswith("clustering.step")]
-    assert steps and all(int(step) == 2 for step in steps)
-
-
-def test_divergence_is_the_kl_of_the_predictions():
-    logits, expected = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7)
-    found = loop.divergence(logits, expected)
-    pairs = [t.flatten(0, 1).log_softmax(-1) for t in (logits, expected)]
-    torch.testing.assert_close(found, torch.nn.functional.kl_div(*pairs, log_target=True, reduction="batchmean"))
-    assert float(loop.divergence(expected, expected)) == pytest.approx(0, abs=1e-6)
-    (grad,) = torch.autograd.grad(found, logits)
-    torch.testing.assert_close(grad, (logits.softmax(-1) - expected.softmax(-1)).detach() / 6)
-
-
-def test_distillation_keeps_to_the_teacher_however_a_step_is_cut(tiny_dir, data, tmp_path):
-    # Rounding in float32 moves weights to other centroids, of which there are four.
-    original, tokenizer = load_model(tiny_dir)
-    original.double()
-    blocks = load_blocks(data, tokenizer, block_tokens=64)
-    ids = torch.stack([blocks[i]["input_ids"] for i in range(8)])
-
-    def away(model):
-        with torch.no_grad():
-            predictions = [m(ids).logits.flatten(0, 1).log_softmax(-1) for m in (model.eval(), original)]
-        return float(torch.nn.functional.kl_div(*predictions, log_target=True, reduction="batchmean"))
-
-    def trained(**cut):
-        model = load_model(tiny_dir)[0].double()
-        edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=16))
-        start = away(model)
-        settings = loop.TrainSettings(steps=8, lr=1e-3, precision="fp32", distill=1.0, **cut)
-        loop.train(model, blocks, settings, tmp_path / "work", teacher=load_model(tiny_dir)[0].double())
-        return start, away(model)
-
-    start, once = trained(batch=4)
-    assert once < 0.8 * start
-    assert trained(batch=2, accumulate=2)[1] == pytest.approx(once, rel=1e-6)
-    with pytest.raises(ValueError, match="there is no teacher"):
-        loop.train(original, blocks, loop.TrainSettings(steps=1, lr=1e-3, distill=0.5), tmp_path / "work")
-
-
 def test_a_share_of_the_loss_is_distillation(tiny_dir, data, tmp_path, capsys):
     assert main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "2", "--distill", "0.5")) == 0
     assert main(arguments(tiny_dir, data, tmp_path / "none", "--distill", "2")) == 1
     assert "distill: from 0 to 1" in capsys.readouterr().err
 
 
-def test_every_step_of_a_short_run_counts():
-    shares = [loop.rate_share(step, steps=12, warmup=1) for step in range(12)]
-    assert shares[0] == 0.5 and shares[1] == 1 and shares[-1] == pytest.approx(1 / 11)
-    assert shares[1:] == sorted(shares[1:], reverse=True)
-    assert [loop.rate_share(0, steps=1, warmup=0), loop.rate_share(12, steps=12, warmup=1)] == [1, 0]
-
-
 def test_clustered_steps_go_on_in_the_data_where_plain_ones_stopped(tiny_dir, data, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(loop._Order, "__getitem__", lambda self, i: seen.append(int(self.order[i])) or self.blocks[seen[-1]])
+    true = loop._step
+
+    def step(model, optimizer, blocks, *args):
+        seen.extend(block["input_ids"].tolist() for block in blocks)
+        return true(model, optimizer, blocks, *args)
+
+    monkeypatch.setattr(loop, "_step", step)
     orders = []
     for more in (["--finetune-steps", "0"], ["--finetune-steps", "2"]):
         seen.clear()
@@ -380,15 +327,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over(tiny_dir, data,
     more = ("--steps", "2", "--lr", "1e-3")
     assert main(arguments(tiny_dir, data, tmp_path / "whole", *more)) == 0
     with monkeypatch.context() as broken:
-        broken.setattr(loop._Stop, "on_step_begin", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("the power failed")))
+        broken.setattr(loop, "rate_share", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("the power failed")))
         assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 1
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "parts" / "model.safetensors").read_bytes()
-
-
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
-    for steps, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (11, '{"global_st'), (12, "")):
-        (tmp_path / f"checkpoint-{steps}").mkdir()
-        (tmp_path / f"checkpoint-{steps}" / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-13").mkdir()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

@@ -137,6 +137,8 @@ def _add_compress(subparsers: Any) -> None:
     add("--fsdp", action="store_true", help="under torchrun: shard the model over the ranks (FSDP2; else DDP)")
     add("--seed", type=int, metavar="N", help="order of the data (0)")
     add("--save-every", type=int, metavar="N", help="steps between checkpoints (0: only on Ctrl-C)")
+    trackers = "log to these, with commas between: tensorboard (into DIR/runs), wandb, ...; all that are installed: all (none)"
+    add("--report-to", type=lambda names: tuple(names.split(",")), metavar="NAMES", help=trackers)
     parser.add_argument("--resume", action="store_true", default=False, help="go on where an interrupted run in DIR stopped")
     parser.add_argument("--overwrite", action="store_true", default=False, help="write into DIR even if it is not empty")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, the size to expect and the memory needed, and stop")

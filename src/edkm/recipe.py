@@ -33,7 +33,7 @@ from edkm.modelfiles import model_files
 from edkm.models import load_model
 from edkm.progress import say
 from edkm.run import Run, begin, calibration_batches, check_out, load, print_report, show_plan
-from edkm.train import checkpoints, distributed, loop
+from edkm.train import checkpoints, distributed, loop, runstate
 from edkm.train.prepare import plan, prepare
 from edkm.train.save import write as write_packed
 
@@ -86,6 +86,7 @@ class Recipe:
     timeout_s: float = 1800.0
     seed: int = 0
     save_every: int = 0
+    report_to: tuple[str, ...] = ()
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -110,7 +111,7 @@ class Recipe:
     def training(self, steps: int, **more: Any) -> loop.TrainSettings:
         """Return the settings of the training loop for so many steps."""
         more |= {"accumulate": self.grad_accumulation, "checkpointing": self.gradient_checkpointing}
-        same = {name: getattr(self, name) for name in ("lr", "batch", "precision", "seed", "save_every", "fsdp")}
+        same = {name: getattr(self, name) for name in ("lr", "batch", "precision", "seed", "save_every", "fsdp", "report_to")}
         return loop.TrainSettings(steps=steps, **same, **more)
 
     def settled(self, blocks: int) -> Recipe:
@@ -149,7 +150,7 @@ def cluster(run: Run) -> None:
     recipe, began, chosen = run.recipe, time.perf_counter(), run.work / "config.json"
     run.teacher = copy.deepcopy(run.model) if recipe.distill else None
     batches = calibration_batches(run.blocks, run.model)
-    if checkpoints.last_checkpoint(run.work / "clustered") is not None:
+    if runstate.last_checkpoint(run.work / "clustered") is not None:
         config = ClusterConfig.from_json(json.loads(chosen.read_text()))
         report = prepare(run.model, config, batches, centroids=_placeholders(run.model, config), backend=recipe.backend)
     else:
@@ -230,8 +231,8 @@ def _train(run: Run, settings: loop.TrainSettings, phase: str, work: Path) -> No
     Raises:
         KeyboardInterrupt: Ctrl-C ended it, and its state is saved; ValueError: it diverged.
     """
-    resume = checkpoints.last_checkpoint(work) is not None
-    result = loop.train(run.model, run.blocks, settings, work, resume=resume, teacher=run.teacher, name=phase)
+    resume = runstate.last_checkpoint(work) is not None
+    result = loop.train(run.model, run.blocks, settings, work, resume=resume, teacher=run.teacher, name=phase, log_dir=run.out / "runs")
     run.recorder.phase(phase, result.seconds)
     run.recorder.losses(phase, settings.first_step, result.losses, interrupted=result.interrupted)
     if result.interrupted:

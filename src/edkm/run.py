@@ -27,12 +27,13 @@ from edkm.train.limits import tokens_to_score
 from edkm.train.memory import plan_memory
 from edkm.train.prepare import Report, check, plan
 from edkm.train.records import read_records
+from edkm.train.tracking import check_report_to
 
 if TYPE_CHECKING:
     from edkm.recipe import Recipe
 
 # Settings that may change when a run is resumed: how a step is shared out, and what is shown or saved meanwhile.
-_FREE = ("preset", "epochs", "batch", "grad_accumulation", "fsdp", "timeout_s", "save_every")
+_FREE = ("preset", "epochs", "batch", "grad_accumulation", "fsdp", "timeout_s", "save_every", "report_to")
 
 
 @dataclass
@@ -98,7 +99,8 @@ class Run:
 
 
 def check_out(run: Run) -> None:
-    """Refuse an output directory that would lose files, and a run that cannot be resumed."""
+    """Refuse an output directory that would lose files, a run that cannot be resumed, and trackers that are not there."""
+    check_report_to(run.recipe.report_to)
 
     def check() -> None:
         interrupted = (run.work / "run.json").is_file()

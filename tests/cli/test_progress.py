@@ -176,15 +176,6 @@ def blocks(count, vocabulary=300):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def test_training_reads_the_loss_only_when_it_is_logged(tiny_model, tmp_path, monkeypatch):
-    steps, read = [], []
-    monkeypatch.setattr(loop._Progress, "on_step_end", lambda self, *args, **kwargs: steps.append(1))
-    monkeypatch.setattr(loop._Progress, "on_log", lambda self, *args, logs=None, **kwargs: read.append(logs))
-    settings = loop.TrainSettings(steps=40, lr=1e-3, batch=1, precision="fp32")
-    result = loop.train(tiny_model, blocks(8), settings, tmp_path)
-    assert len(steps) == 40 and sum("loss" in logs for logs in read) == len(result.losses) == 20
-
-
 def test_training_leaves_transformers_as_it_was(tiny_model, tmp_path, capsys):
     logging = transformers.utils.logging
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -15,12 +15,6 @@ from edkm.compressed.jsonfile import write_json
 from edkm.train import distributed
 
 
-def last_checkpoint(work: Path) -> str | None:
-    """Find the last complete checkpoint: the trainer's state is written last, and may itself be cut off."""
-    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
-
-
 def begin_run(work: Path, identity: dict[str, Any], blocks: Any) -> None:
     """Write the identity and the tokens of a run."""
     work.mkdir(parents=True)
@@ -78,11 +72,3 @@ def fingerprint(model: nn.Module) -> str:
         values = p.detach().flatten()[:: max(1, p.numel() // 1024)].cpu().double()
         found.update(f"{name} {tuple(p.shape)}".encode() + values.numpy().tobytes())
     return found.hexdigest()
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except ValueError:
-        return False
-    return True

@@ -1,8 +1,6 @@
-"""The processes of a run started with torchrun: who is who, what one does for all, and which one failed.
+"""Work as one of several processes that torchrun started: rank, collectives, sharing a model, and an end when a rank fails.
 
-When a rank dies, some others learn of it as a broken connection, which names nobody, and the rest wait for those. So every rank has
-a thread that listens at the store where the ranks met. The first rank that fails calls the roll there; the threads answer, even
-where the main thread waits for a collective, and whoever does not answer has died. All ranks then end with that verdict.
+torchrun names the rank that failed first ("Root Cause") and ends the others. This file adds what to do then.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,19 +18,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.nn.parallel import DistributedDataParallel
 
-# How long a failing rank waits for the others to answer, how often they listen, and how long a main thread has to end by itself.
-_PATIENCE = timedelta(seconds=10)
-_POLL_S = 0.5
-_GRACE_S = 3.0
+# torchrun looks at its ranks ten times a second. A rank that lost another stays for so long: the first that it finds dead, it names.
+_BEFORE_EXIT_S = 2.0
 
 
 class RankError(ConnectionError):
-    """Another rank failed; the message names it."""
-
-
-class _Terminated(BaseException):
-    """SIGTERM: torchrun ends the other ranks so when one has died."""
+    """Another rank failed."""
 
 
 def world_size() -> int:
@@ -56,20 +52,22 @@ def start(timeout_s: float) -> None:
 
 @contextmanager
 def session(timeout_s: float) -> Iterator[None]:
-    """`start`, listen for ranks that fail, and leave the process group at the end: a rank that exits with it open may abort."""
-    global _listener
+    """Join the process group, tell torchrun of an error, and leave the group at the end: a rank that exits with it open may abort."""
     start(timeout_s)
     if world_size() == 1:
         yield
         return
-    _listener = listener = _Listener()
+    handler = get_error_handler()
+    handler.initialize()
     try:
         yield
         dist.barrier()
+    except RankError:
+        raise
+    except Exception as error:
+        handler.record_exception(error)
+        raise
     finally:
-        listener.over.set()
-        listener.noticed.set()
-        _listener = None
         dist.destroy_process_group()
 
 
@@ -100,140 +98,99 @@ def check_several_ranks() -> None:
 
 
 def barrier() -> None:
-    """Until all ranks are here."""
+    """Wait until all ranks are here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is set on any rank."""
+    """Return whether the flag is set on any rank."""
+    return mean_over_ranks(float(flag)) > 0
+
+
+def mean_over_ranks(value: Tensor | float) -> float:
+    """Return the mean of a number over the ranks."""
     if world_size() == 1:
-        return flag
+        return float(value)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = torch.tensor(float(flag), device=device)
+    total = torch.as_tensor(value, dtype=torch.float32, device=device).clone()
     dist.all_reduce(total)
-    return bool(total > 0)
+    return float(total) / world_size()
 
 
-def broadcast_from_rank0(tensors: Iterable[torch.Tensor]) -> None:
+def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
     """Give the tensors of all ranks rank 0's values, in place."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
+def share_out(model: nn.Module, device: str, fsdp: bool) -> nn.Module:
+    """Move a model to the device and share it with the other ranks; returns the module to call, which DDP wraps."""
+    from edkm.train.prepare import clusterings
+    from edkm.train.sharding import distribute, shard_model
+
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        wrapped = model  # sharded before
+    else:
+        wrapped = model.to(device)
+        if fsdp:
+            shard_model(model)
+        elif world_size() > 1 and any(p.requires_grad for p in model.parameters()):
+            with warnings.catch_warnings():
+                # The successor of the option sends all buffers once, tables among them.
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+                wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    if world_size() > 1 and clusterings(model):
+        distribute(model)
+    return wrapped
+
+
 @contextmanager
 def report_failed_rank(remedy: str) -> Iterator[None]:
-    """Turn a failure within the block into one that says which rank failed.
+    """End this rank soon when another fails, and say so with a remedy; torchrun says which one.
 
     Raises:
-        RankError: another rank died, or failed first; `remedy` ends the message.
+        RankError: the connection to another rank was lost.
     """
     if world_size() == 1:
         yield
         return
-    before = _on_terminate(_raise_terminated)
+    message = f"another rank failed, which torchrun names as the root cause. {remedy}"
+    with _end_on_sigterm(message):
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            time.sleep(_BEFORE_EXIT_S)
+            raise RankError(f"rank {rank()} of {world_size()}: {message}") from error
+
+
+@contextmanager
+def _end_on_sigterm(message: str) -> Iterator[None]:
+    """End the process with a message at SIGTERM, by which torchrun ends the others, even where its main thread waits for a collective."""
+    inside, outside = os.pipe()
+    os.set_blocking(outside, False)
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+    except ValueError:  # not the main thread
+        yield
+        return
+    number = signal.set_wakeup_fd(outside, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while (received := os.read(inside, 1)) and received[0] != signal.SIGTERM:
+            pass
+        if received:
+            print(f"edkm: error: rank {rank()} of {world_size()} was ended: {message}", file=sys.stderr, flush=True)
+            os._exit(128 + signal.SIGTERM)
+        os.close(inside)
+
+    threading.Thread(target=listen, daemon=True).start()
     try:
         yield
-    except RankError:
-        raise
-    except (Exception, _Terminated) as error:
-        _on_terminate(signal.SIG_IGN)
-        other = _roll_call(error, remedy)
-        if other is not None:
-            raise other from error
-        if isinstance(error, _Terminated):
-            raise SystemExit(128 + signal.SIGTERM) from None
-        raise
     finally:
-        _on_terminate(before)
-
-
-def _on_terminate(handler: Any) -> Any:
-    try:
-        return signal.signal(signal.SIGTERM, handler if handler is not None else signal.SIG_DFL)
-    except ValueError:  # not the main thread
-        return None
-
-
-def _raise_terminated(number: int, frame: Any) -> None:
-    raise _Terminated
-
-
-class _Listener(threading.Thread):
-    """Answers a roll call and hears the verdict; ends the process if the main thread does not do so itself.
-
-    Attributes:
-        over: set when the run has ended well.
-        noticed: set when the main thread knows of a failure and is about to end the run.
-        done: set when it listens no more; `verdict` is final, and empty if none was heard.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.over, self.noticed, self.done, self.verdict = threading.Event(), threading.Event(), threading.Event(), ""
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._hear(_store(), rank(), world_size())
-        except (RuntimeError, OSError):  # rank 0, where the store lives, is gone; the main thread learns of it too
-            pass
-        finally:
-            self.done.set()
-        if self.verdict and not self.noticed.wait(_GRACE_S):
-            print(f"edkm: error: {self.verdict}", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    def _hear(self, store: dist.Store, me: int, everyone: int) -> None:
-        while not store.check(["call"]):
-            if self.over.wait(_POLL_S):
-                return
-        store.set(f"here {me}", "")
-        store.wait(["verdict"], 2 * _PATIENCE)
-        self.verdict = store.get("verdict").decode()
-        store.set(f"heard {me}", "")
-        if me == 0:  # The store ends with this process: stay until everyone has heard.
-            lost = store.get("lost").decode().split()
-            _wait_for(store, [f"heard {r}" for r in range(everyone) if str(r) not in lost])
-
-
-_listener: _Listener | None = None
-
-
-def _store() -> dist.Store:
-    """A connection of its own to where the ranks met: the default one may be busy waiting."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_PATIENCE)
-    return dist.PrefixStore("edkm/failed", store)
-
-
-def _roll_call(error: BaseException, remedy: str) -> RankError | None:
-    """Who failed, if it was another rank."""
-    me, everyone = rank(), world_size()
-    listener = _listener or _Listener()
-    listener.noticed.set()
-    try:
-        store = _store()
-        if store.add("turn", 1) == 1:
-            store.set("call", "")
-            missing = _wait_for(store, [f"here {r}" for r in range(everyone)])
-            lost = [key.split()[1] for key in missing]
-            said = f"rank {me} of {everyone} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}."
-            if lost:
-                said = f"rank {', '.join(lost)} of {everyone} has died or does not answer."
-            store.set("lost", " ".join(lost))
-            store.set("verdict", f"{said} {remedy}")
-    except (RuntimeError, OSError):
-        pass
-    listener.done.wait(4 * _PATIENCE.total_seconds())
-    verdict = listener.verdict or f"rank 0 of {everyone} has died or does not answer. {remedy}"
-    return None if verdict.startswith(f"rank {me} of ") else RankError(verdict)
-
-
-def _wait_for(store: dist.Store, keys: list[str]) -> list[str]:
-    """Those that do not appear in the store in time."""
-    deadline = time.monotonic() + _PATIENCE.total_seconds()
-    while keys and time.monotonic() < deadline:
-        keys = [key for key in keys if not store.check([key])]
-        time.sleep(0.05)
-    return keys
+        signal.set_wakeup_fd(number)
+        signal.signal(signal.SIGTERM, before)
+        os.close(outside)

@@ -1,49 +1,52 @@
-"""Training with transformers' Trainer: the only file that imports it.
+"""Train a causal language model: a plain loop over any number of processes.
 
-A prepared model trains like any other; what this file adds is a checkpoint that holds all clustering state and can be resumed by
-another number of ranks, Ctrl-C that finishes the step and saves, an order of the data that does not depend on the number of ranks,
-and a precision chosen by what the machine does fast. Under torchrun ranks share the work by DDP, or by FSDP2.
+A step's blocks are the same in the same order for any number of ranks and micro-batches, and its loss is the mean over their trained
+tokens. The model is only lent: DDP wraps it from outside, autocast surrounds its forward, its modes are put back at the end.
 """
 
 from __future__ import annotations
 
+import inspect
 import signal
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from torch.nn.parallel import DistributedDataParallel
 
 from edkm.progress import progress, say
 from edkm.train import distributed
-from edkm.train.checkpoints import last_checkpoint
-from edkm.train.prepare import clusterings
+from edkm.train.optimizers import make_optimizer, rate_share
+from edkm.train.runstate import RunState, clear_checkpoints, last_checkpoint, load_checkpoint, save_checkpoint
+from edkm.train.tracking import check_report_to, tracking
 
-_STATE, _SCHEDULE = "state", "schedule.pt"
 # The terminal and torchrun both pass a Ctrl-C on: twice within this many seconds is once.
 _SAME_PRESS_S = 2.0
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train. `batch` blocks make a rank's micro-batch, `accumulate` micro-batches of all ranks a step.
+    """Settings of the training loop.
 
-    `precision`: `bf16` autocast, `fp32`, or `auto` (see `resolve_precision`). `save_every`: steps between checkpoints, 0 for none.
-    `fsdp`: shard weights, gradients and optimizer over the ranks instead of repeating them. `distill`: share of the loss, 0 to 1, that
-    is the divergence from the teacher's predictions, on every token; the rest is the cross entropy of the labels. `first_step`: where in
-    the order of the data to begin, after so many steps of an earlier training.
+    Attributes:
+        steps: optimizer steps; `lr` is the highest learning rate of their schedule.
+        batch: blocks of a micro-batch, of which each rank has `accumulate` in a step.
+        checkpointing: recompute activations in the backward pass.
+        precision: `bf16` autocast, `fp32`, or `auto` (see `resolve_precision`).
+        seed: for the order of the data, and for dropout.
+        save_every: steps between checkpoints, 0 for none.
+        fsdp: shard weights, gradients and optimizer over the ranks instead of repeating them.
+        distill: share of the loss, 0 to 1, that is the divergence from the teacher's predictions, on every token; the rest is the
+            cross entropy of the labels.
+        first_step: steps of an earlier training on the same data, whose blocks are passed over.
+        optimizer: name of a class of `torch.optim`, in any case.
+        report_to: trackers to log to, by transformers' names: `tensorboard`, `wandb`, ..., `all` or `none`.
     """
 
     steps: int
@@ -57,6 +60,8 @@ class TrainSettings:
     fsdp: bool = False
     distill: float = 0.0
     first_step: int = 0
+    optimizer: str = "adamw"
+    report_to: tuple[str, ...] = ()
 
     @property
     def blocks_per_step(self) -> int:
@@ -74,14 +79,14 @@ class TrainResult:
 
 
 def pick_device() -> str:
-    """Name the device to train on: `cuda`, or `mps` on a Mac (of which processes cannot share the work), else `cpu`."""
+    """Name the device to train on: `cuda`, or `mps` on a Mac (which processes cannot share), else `cpu`."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() and distributed.world_size() == 1 else "cpu"
 
 
 def resolve_precision(precision: str) -> str:
-    """`auto` is bf16 autocast where the hardware is known to multiply bf16 fast, fp32 elsewhere (a CPU without it is 3 times slower)."""
+    """Choose for `auto`: bf16 where the hardware is known to multiply it fast, else fp32 (3 times faster on a CPU without it)."""
     if precision != "auto":
         return precision
     device = pick_device()
@@ -105,97 +110,130 @@ def train(
     resume: bool = False,
     teacher: nn.Module | None = None,
     name: str = "training",
+    log_dir: Path | None = None,
 ) -> TrainResult:
     """Train a causal language model, prepared or not, in place.
 
-    AdamW, betas 0.9 and 0.95, no weight decay, gradient norm clipped to 1, linear schedule with a tenth of the steps to warm up (the
-    optimizer settings of eDKM, arXiv:2309.00964, section 4).
+    By default AdamW with betas 0.9 and 0.95 and no weight decay; gradient norm clipped to 1, linear schedule with a tenth of the steps
+    to warm up (the optimizer settings of eDKM, arXiv:2309.00964, section 4).
 
     Args:
-        model: a transformers model; after a clustered run it is left in `train()` mode, and its `forward` as it was.
+        model: of transformers; moved to the device, sharded by `fsdp`, trained, and else left as it was.
         blocks: dataset of `input_ids` and `labels`.
         work: directory for checkpoints; holds the run's state afterwards if it was interrupted.
-        resume: go on from the last checkpoint in `work`.
-        teacher: with `settings.distill`, a model of the same vocabulary whose predictions are to be kept; only run, never changed.
-        name: of the phase, for its progress.
+        resume: go on from the last checkpoint in `work`; without it checkpoints there are removed.
+        teacher: with `settings.distill`, a model of the same vocabulary whose predictions are to be kept; its weights do not change.
+        name: of the phase, for progress and trackers.
+        log_dir: directory for trackers that write files; None for `runs` in `work`.
 
     Raises:
-        ValueError: `resume` without a checkpoint, `fsdp` without other ranks, `distill` without a teacher.
-        RankError: another rank died or failed.
+        ValueError: `resume` without a checkpoint, `fsdp` without other ranks, `distill` without a teacher, an unknown optimizer or
+            tracker.
+        RankError: another rank failed.
     """
     checkpoint = last_checkpoint(work) if resume else None
     if resume and checkpoint is None:
         raise ValueError(f"{work}: there is no checkpoint to resume from. Start without --resume.")
-    if settings.checkpointing:
-        enable_checkpointing(model)
-    arguments = _arguments(settings, work)
-    if settings.distill:
-        if teacher is None:
-            raise ValueError("distill: there is no teacher. Give the model as it was before it was prepared.")
-        teacher = teacher.to(arguments.device).eval().requires_grad_(False)
+    if settings.distill and teacher is None:
+        raise ValueError("distill: there is no teacher. Give the model as it was before it was prepared.")
     if settings.fsdp:
         distributed.check_several_ranks()
-        from edkm.train.sharding import shard_model
+    check_report_to(settings.report_to)
+    remedy = "The same command with --resume goes on from the last checkpoint." if settings.save_every else "Start again."
+    began, state, interrupted = time.perf_counter(), RunState(), False
+    with _training(model, settings.checkpointing), distributed.report_failed_rank(remedy), _stop_on_signal() as stop:
+        wrapped = distributed.share_out(model, pick_device(), settings.fsdp)
+        if settings.distill and teacher is not None:
+            distributed.share_out(teacher.eval().requires_grad_(False), pick_device(), settings.fsdp)
+        optimizer = make_optimizer(settings.optimizer, [p for p in model.parameters() if p.requires_grad], settings.lr)
+        torch.manual_seed(settings.seed + distributed.rank())  # for dropout, which differs from rank to rank
+        if checkpoint is None:
+            clear_checkpoints(work)
+        else:
+            load_checkpoint(checkpoint, model, optimizer, state)
+        order, size = _order(len(blocks), settings), settings.blocks_per_step
+        phase = progress(name, settings.steps, "steps", done=state.step)
+        with phase as advance, tracking(settings.report_to, name, log_dir or work / "runs") as log:
+            while state.step < settings.steps and not interrupted:
+                rate = settings.lr * rate_share(state.step, steps=settings.steps, warmup=round(0.1 * settings.steps))
+                chosen = [blocks[i] for i in order[state.step * size : (state.step + 1) * size]]
+                loss, norm = _step(wrapped, optimizer, chosen, rate, settings, teacher)
+                state.add(loss)
+                advance()
+                if state.step % max(1, settings.steps // 20) == 0:  # not more often: reading it makes the device wait
+                    loss = state.log()
+                    advance(0, f"loss {loss:.3f}")
+                    log({"loss": loss, "learning_rate": rate, "grad_norm": norm}, settings.first_step + state.step)
+                interrupted = distributed.any_rank(stop.asked_at is not None)
+                due = settings.save_every and (state.step % settings.save_every == 0 or state.step == settings.steps)
+                if due or interrupted:
+                    save_checkpoint(work, model, optimizer, state)
+    return TrainResult(state.step, time.perf_counter() - began, state.losses, interrupted and state.step < settings.steps)
 
-        shard_model(model.to(arguments.device))
-        if settings.distill:
-            shard_model(teacher)
+
+def _order(count: int, settings: TrainSettings) -> list[int]:
+    """List the blocks of a training in order: each permutation of the data is used up before the next."""
     first, stop = (n * settings.blocks_per_step for n in (settings.first_step, settings.first_step + settings.steps))
-    order = _Order(blocks, first, stop, settings.seed)
-    trainer = _Trainer(model=model, args=arguments, train_dataset=order, teacher=teacher, distill=settings.distill)
-    began = time.perf_counter()
-    remedy = (
-        "The same command with --resume goes on from the last checkpoint." if settings.save_every else "Start again; --save-every helps."
-    )
-    before = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
-    shown = progress(name, settings.steps, "steps", done=before)
-    with shown as advance, _forward_as_found(model), _stop_on_signal(trainer) as stop, distributed.report_failed_rank(remedy):
-        trainer.add_callback(_Progress(advance))
-        with warnings.catch_warnings():
-            # torch 2.13's successor of the option sends all buffers once, tables among them; transformers has no name for it.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers")
-            trainer.train(resume_from_checkpoint=checkpoint)
-    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    done = trainer.state.global_step
-    return TrainResult(done, time.perf_counter() - began, losses, stop.stopped and done < settings.steps)
+    generator = torch.Generator().manual_seed(settings.seed)
+    passes = [torch.randperm(count, generator=generator) for _ in range(-(-stop // count))]
+    return torch.cat(passes)[first:stop].tolist() if passes else []
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Activation checkpointing, renamed in transformers 5.2x, where the old name warns."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    blocks: list[dict[str, Tensor]],
+    rate: float,
+    settings: TrainSettings,
+    teacher: nn.Module | None,
+) -> tuple[Tensor, Tensor]:
+    """Make a step with this rank's part of the blocks; return its loss (see `micro_loss`) and the norm of the gradient."""
+    tokens = sum(_trained_tokens(block["labels"]) for block in blocks)
+    starts = range(distributed.rank() * settings.batch, len(blocks), settings.batch * distributed.world_size())
+    device, losses = next(model.parameters()).device, []
+    for start in starts:
+        chosen = blocks[start : start + settings.batch]
+        batch = {key: torch.stack([block[key] for block in chosen]).to(device) for key in chosen[0]}
+        # Gradients are summed over the ranks with the last.
+        held: Any = model.no_sync if isinstance(model, DistributedDataParallel) and start != starts[-1] else nullcontext
+        with held():
+            loss = micro_loss(model, batch, tokens, settings, teacher)
+            loss.backward()
+        losses.append(loss.detach())
+    norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack(losses).sum(), norm.full_tensor() if settings.fsdp else norm
 
 
-def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(work),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch,
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=round(0.1 * settings.steps),
-        optim="adamw_torch",
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=resolve_precision(settings.precision) == "bf16",
-        use_cpu=pick_device() == "cpu",
-        dataloader_pin_memory=pick_device() == "cuda",
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        seed=settings.seed,
-        logging_steps=max(1, settings.steps // 20),
-        # By default a loss that is NaN or infinite is logged as another number.
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or settings.steps,
-        save_total_limit=1,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+def micro_loss(
+    model: nn.Module, batch: dict[str, Tensor], tokens: int, settings: TrainSettings, teacher: nn.Module | None = None
+) -> Tensor:
+    """Compute the loss of a micro-batch, so scaled that the mean over the ranks of their sums is the step's loss.
+
+    Args:
+        tokens: trained tokens of the whole step, over all ranks.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    parameters = inspect.signature(inner.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
+    # As transformers' Trainer does: such a model divides the sum of its losses by these tokens, others by their own.
+    if getattr(inner, "accepts_loss_kwargs", any(p.kind is p.VAR_KEYWORD for p in parameters.values())):
+        options["num_items_in_batch"] = tokens
+        scale = distributed.world_size()
+    else:
+        scale = distributed.world_size() * _trained_tokens(batch["labels"]) / tokens
+    bf16 = resolve_precision(settings.precision) == "bf16"
+    with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=bf16):
+        out = model(**batch, **options)
+    loss = out.loss * scale
+    if settings.distill and teacher is not None:
+        with torch.no_grad():
+            expected = teacher(input_ids=batch["input_ids"], use_cache=False).logits
+        loss = (1 - settings.distill) * loss + settings.distill / settings.accumulate * divergence(out.logits, expected)
+    return loss
 
 
 def divergence(logits: Tensor, expected: Tensor) -> Tensor:
@@ -206,163 +244,46 @@ def divergence(logits: Tensor, expected: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), probabilities) - entropy
 
 
-def rate_share(step: int, *, steps: int, warmup: int) -> float:
-    """Linear, up and down. Unlike transformers', which makes the first step at a rate of zero: of twelve steps that is one."""
-    return min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+def _trained_tokens(labels: Tensor) -> int:
+    """Count the labels that the loss sees: a model shifts them, and nothing predicts the first."""
+    return int((labels[..., 1:] != -100).sum())
 
 
-class _Order(Dataset):
-    """Blocks `first` to `stop` in the order of training: each permutation of the data is used up before the next.
-
-    Cut into steps from front to back, whatever number of ranks shares a step.
-    """
-
-    def __init__(self, blocks: Any, first: int, stop: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        passes = -(-stop // len(blocks))
-        self.blocks = blocks
-        self.order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(passes)])[first:stop]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.blocks[int(self.order[index])]
-
-
-class _Trainer(transformers.Trainer):
-    """Checkpoints are written and read by torch.distributed.checkpoint, sharded or not: `save_pretrained` knows nothing of clustering
-    buffers, and any number of ranks can read what any other number wrote."""
-
-    def __init__(self, *, teacher: nn.Module | None, distill: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.remove_callback(PrinterCallback)  # `_Progress` says how far it is
-        self.teacher, self.distill = teacher, distill
-        self.sharded = any(hasattr(p, "full_tensor") for p in self.model.parameters())
-        if self.sharded:
-            # The model is sharded already; to accelerate it looks like one that DDP should wrap.
-            prepare = self.accelerator.prepare_model
-            self.accelerator.prepare_model = lambda model, **rest: prepare(model, **{**rest, "evaluation_mode": True})
-        if distributed.world_size() > 1 and clusterings(self.model):
-            self.add_callback(_Distribute())
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None:
-            share = partial(rate_share, steps=num_training_steps, warmup=self.args.get_warmup_steps(num_training_steps))
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if self.distill:
-            assert self.teacher is not None
-            with torch.no_grad():
-                expected = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
-            # A mean over this micro-batch, where the other part may be divided by the tokens of the whole step already.
-            share = 1 if num_items_in_batch is None else self.args.gradient_accumulation_steps
-            loss = (1 - self.distill) * loss + self.distill / share * divergence(outputs.logits, expected)
-        return (loss, outputs) if return_outputs else loss
-
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        logged = self.control.should_log
-        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
-        if logged:
-            # transformers subtracts the sum from itself: after one infinite loss all others would be NaN.
-            tr_loss.zero_()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Everything is saved with the optimizer."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Everything is loaded with the optimizer."""
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        model, optimizer = get_state_dict(self.model, self.optimizer.optimizer)
-        with _alone_is_fine():
-            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=Path(output_dir) / _STATE)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULE)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # Rank 0 writes the trainer's state next, by which `last_checkpoint` takes this one for whole: no rank may still be writing.
-        distributed.barrier()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        model, optimizer = get_state_dict(self.model, self.optimizer.optimizer)
-        state = {"model": model, "optimizer": optimizer}
-        with _alone_is_fine():
-            dcp.load(state, checkpoint_id=Path(checkpoint) / _STATE)
-        set_state_dict(self.model, self.optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
+def enable_checkpointing(model: Any) -> None:
+    """Activation checkpointing, renamed in transformers 5.2x, where the old name warns."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 @contextmanager
-def _forward_as_found(model: nn.Module) -> Iterator[None]:
-    """Put back `forward` after the block: for mixed precision Accelerate leaves it in autocast, and later work would run in 16 bits."""
-    names = ("forward", "_original_forward", "_is_accelerate_prepared")
-    before = {name: vars(model)[name] for name in names if name in vars(model)}
+def _training(model: Any, checkpointing: bool) -> Iterator[None]:
+    """Put a model in training mode, with activation checkpointing if asked, and back afterwards, without gradients."""
+    modes = {module: module.training for module in model.modules()}
+    turned_on = checkpointing and not getattr(model, "is_activation_checkpointing", False)
+    if turned_on:
+        enable_checkpointing(model)
+    model.train()
     try:
         yield
     finally:
-        for name in names:
-            vars(model).pop(name, None)
-        vars(model).update(before)
+        for module, mode in modes.items():
+            module.training = mode
+        if turned_on:
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+            model.disable_input_require_grads()  # enabled with it
+        model.zero_grad()
+
+
+class _Stop:
+    """Time of the first Ctrl-C, None before it."""
+
+    asked_at: float | None = None
 
 
 @contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-class _Distribute(TrainerCallback):
-    """Shares the clustering over the ranks once the model is where it trains."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        from edkm.train.sharding import distribute
-
-        distribute(model)
-
-
-class _Progress(TrainerCallback):
-    """Shows the steps, and the loss as often as it is logged: reading it makes the device wait."""
-
-    def __init__(self, advance: Callable[..., None]) -> None:
-        self.advance = advance
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.advance()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.advance(0, f"loss {logs['loss']:.3f}")
-
-
-class _Stop(TrainerCallback):
-    """Ends training after the step at hand, with a checkpoint; on all ranks after the same step."""
-
-    def __init__(self) -> None:
-        self.asked_at: float | None = None
-        self.stopped = False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if distributed.any_rank(self.asked_at is not None):
-            self.stopped = control.should_save = control.should_training_stop = True
-
-
-@contextmanager
-def _stop_on_signal(trainer: _Trainer) -> Iterator[_Stop]:
-    """The first Ctrl-C asks the trainer to stop, the second interrupts at once."""
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Note the first Ctrl-C, and interrupt at the second."""
     stop = _Stop()
-    trainer.add_callback(stop)
 
     def ask(number: int, frame: Any) -> None:
         now = time.monotonic()

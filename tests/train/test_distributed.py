@@ -1,5 +1,13 @@
-"""`edkm compress` on several ranks (gloo): the same result as one process, resumed by another number of ranks, and a rank that dies."""
+"""Several ranks (gloo):
 
+1. `edkm compress` and `edkm.Callback` make the model of one process, with DDP and with FSDP2, started by torchrun or otherwise.
+2. A run is resumed by another number of ranks.
+3. A rank that is killed ends the run soon: torchrun names it, and the others print the remedy.
+4. A checkpoint is complete only when every rank has written its part.
+5. An error of rank 0 ends all ranks with its message.
+"""
+
+import contextlib
 import json
 import multiprocessing
 import os
@@ -10,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,16 +65,15 @@ def be_a_rank(argv, log, place):
 
 
 def be_slow_to_save(argv, log, place):
-    """The same, with ranks that write what they have to write long after rank 0."""
-    from transformers import Trainer
+    """The same, with ranks that write their part of a checkpoint long after rank 0."""
+    save = torch.save
 
-    save = Trainer._save_rng_state
+    def later(found, path):
+        if "random-" in str(path):
+            time.sleep(2 * int(place["RANK"]))
+        save(found, path)
 
-    def later(self, output_dir):
-        time.sleep(2 * self.args.process_index)
-        save(self, output_dir)
-
-    Trainer._save_rng_state = later
+    torch.save = later
     be_a_rank(argv, log, place)
 
 
@@ -202,14 +210,39 @@ def test_plain_steps_of_sharded_ranks_are_those_of_one_process(tiny_dir, tmp_pat
 
 def torchrun(*argv):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "edkm"]
-    return subprocess.run([*command, *argv], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *argv], env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
 
 
 def test_torchrun_starts_the_command_on_every_rank(tiny_dir, tmp_path):
-    done = torchrun(*arguments(tiny_dir, tmp_path, tmp_path / "out", 2))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("clustered training: 6 steps in ") == done.stdout.count("wrote ") == 1  # one rank speaks for all
+    run = torchrun(*arguments(tiny_dir, tmp_path, tmp_path / "out", 2))
+    printed, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors[-3000:]
+    assert errors.count("clustered training: 6 steps in ") == printed.count("wrote ") == 1  # one rank speaks for all
     assert metrics.read(tmp_path / "out")[0]["settings"]["processes"] == 2 and len(losses_in(tmp_path / "out")) == 6
+
+
+def test_torchrun_names_a_killed_rank_and_the_others_print_the_remedy(tiny_dir, tmp_path):
+    argv = arguments(tiny_dir, tmp_path, tmp_path / "out", 2, "--save-every", "2", steps=100000)
+    run = torchrun(*argv)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out" / "training").glob("clustered/step-*[0-9]")):
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.1)
+    ranks = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found = dict(item.split("=", 1) for item in path.read_text().split("\0") if "=" in item)
+            if str(tmp_path / "out") in (path.parent / "cmdline").read_text() and "RANK" in found:
+                ranks[found["RANK"]] = int(path.parent.name)
+    assert set(ranks) == {"0", "1"}
+    os.kill(ranks["1"], signal.SIGKILL)
+    began = time.monotonic()
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1 and time.monotonic() - began < 60
+    assert "another rank failed" in errors and "The same command with --resume goes on from the last checkpoint." in errors
+    named = errors[errors.index("Root Cause (first observed failure)") :]
+    assert re.search(r"rank +: 1 ", named) and "SIGKILL" in named
 
 
 def wait_for(path, run):
@@ -220,19 +253,18 @@ def wait_for(path, run):
 
 
 @pytest.mark.parametrize(("first", "then"), [((2, "--fsdp"), (4, "--fsdp")), ((4,), (1,))])
-def test_a_rank_that_dies_is_named_and_the_rest_goes_on_with_other_ranks(alone, tiny_dir, tmp_path, first, then):
+def test_a_rank_that_dies_ends_the_others_and_the_run_is_resumed_by_another_number(alone, tiny_dir, tmp_path, first, then):
     ranks, *options = first
     run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options, "--save-every", "2")
-    # Written when the checkpoint is whole.
-    wait_for(tmp_path / "out" / "training" / "clustered" / "checkpoint-2" / "trainer_state.json", run)
+    wait_for(tmp_path / "out" / "training" / "clustered" / "step-2", run)
     run.processes[1].kill()
     began = time.monotonic()
     codes = run.wait()
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 60
     assert codes == [-signal.SIGKILL if rank == 1 else 1 for rank in range(ranks)]
     for rank in range(ranks):
         if rank != 1:
-            assert f"edkm: error: rank 1 of {ranks} has died" in run.text(rank) and "--resume" in run.text(rank)
+            assert f"edkm: error: rank {rank} of {ranks}: another rank failed" in run.text(rank) and "--resume" in run.text(rank)
     ranks, *options = then
     resumed = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options, "--save-every", "2", "--resume").finish()
     assert re.search(r"^clustered training: [2-5] of 6 steps$", resumed.text(), re.MULTILINE)  # not from the beginning
@@ -240,16 +272,16 @@ def test_a_rank_that_dies_is_named_and_the_rest_goes_on_with_other_ranks(alone, 
     assert_same_model(alone[1], tmp_path / "out")
 
 
-def test_a_checkpoint_is_whole_only_when_every_rank_has_written_its_part(tiny_dir, tmp_path):
+def test_a_checkpoint_is_complete_only_when_every_rank_has_written_its_part(tiny_dir, tmp_path):
     run = Run(tiny_dir, tmp_path, tmp_path / "out", 2, "--save-every", "2", steps=4, target=be_slow_to_save)
-    checkpoint = tmp_path / "out" / "training" / "clustered" / "checkpoint-2"
-    wait_for(checkpoint / "trainer_state.json", run)
-    states = [torch.load(checkpoint / f"rng_state_{rank}.pth", weights_only=False) for rank in range(2)]
-    assert all("cpu" in state for state in states)
+    checkpoint = tmp_path / "out" / "training" / "clustered" / "step-2"
+    wait_for(checkpoint, run)
+    states = [torch.load(checkpoint / f"random-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all("torch" in state for state in states)
     assert run.wait() == [0, 0]
 
 
-def test_an_error_on_one_rank_is_told_to_all(tiny_dir, tmp_path):
+def test_an_error_on_rank_0_ends_all_ranks(tiny_dir, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     run = Run(tiny_dir, tmp_path, tmp_path / "out", 2)

@@ -1,0 +1,38 @@
+"""Make an optimizer by its name, and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+# These are none, or need a closure or sparse gradients.
+_NOT_THESE = {"optimizer", "lbfgs", "sparseadam"}
+
+
+def make_optimizer(name: str, params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Make an optimizer of `torch.optim`, by the name of its class in any case.
+
+    Betas are 0.9 and 0.95 and there is no weight decay, for those that have them.
+
+    Raises:
+        ValueError: no such optimizer.
+    """
+    kinds: dict[str, Any] = {key.lower(): kind for key, kind in vars(torch.optim).items() if inspect.isclass(kind)}
+    if name.lower() not in kinds.keys() - _NOT_THESE:
+        raise ValueError(f"optimizer: there is no {name!r}. Use one of {', '.join(sorted(kinds.keys() - _NOT_THESE))}.")
+    kind = kinds[name.lower()]
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.0}
+    accepted = inspect.signature(kind).parameters
+    return kind(params, lr=lr, **{key: value for key, value in options.items() if key in accepted})
+
+
+def rate_share(step: int, *, steps: int, warmup: int) -> float:
+    """Return the learning rate of a step, linear up and down, as a share of the highest.
+
+    Unlike transformers', which makes the first step at a rate of zero: of twelve steps that is one.
+    """
+    return min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
