@@ -121,6 +121,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
     order = [*range(plain), *range(6 - plain)]
     assert taken == order[:after] and (tmp_path / "parts" / "training" / "run.json").is_file()
     monkeypatch.setattr("edkm.run.make_blocks", None)  # the tokens are those that it began with, whatever day it is
+    monkeypatch.setattr("edkm.run.read_records", None)
     if after > plain:  # in the clustered phase: tables come from the checkpoint, none are looked for
         monkeypatch.setattr("edkm.train.clustering.initial_centroids", None)
         monkeypatch.setattr("edkm.train.prepare.fit_linears", None)

@@ -118,15 +118,17 @@ def check_out(run: Run) -> None:
 def load(run: Run) -> None:
     """Read the data and the model, and settle the numbers that depend on them."""
     # Files first: a misspelt name should not cost the minutes of loading a model.
-    records = read_records(run.data)
+    # A resumed run goes on with the blocks that it began with: some chat templates write today's date.
+    kept = run.work / "blocks.pt"
+    blocks = Blocks.read(kept) if run.resume and kept.is_file() else None
+    records = read_records(run.data) if blocks is None else []
     run.text = None if run.eval_text is None else read_text(run.eval_text)
     with progress(f"loading {run.source}"):
         run.model, run.tokenizer = load_model(run.source)
-    tokens, kept = run.recipe.block_tokens, run.work / "blocks.pt"
-    if run.resume and kept.is_file():  # some chat templates write today's date
-        run.blocks = Blocks.read(kept)
-    else:
-        run.blocks = make_blocks(records, run.tokenizer, block_tokens=tokens, source=str(run.data), model=run.model)
+    tokens = run.recipe.block_tokens
+    if blocks is None:
+        blocks = make_blocks(records, run.tokenizer, block_tokens=tokens, source=str(run.data), model=run.model)
+    run.blocks = blocks
     if run.text is not None:
         tokens_to_score(run.model, run.tokenizer, run.text, window=tokens, source=str(run.eval_text))
     recipe = run.recipe.settled(len(run.blocks))
