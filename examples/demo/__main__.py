@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edkm.cli import next_commands
 from edkm.memory import peak_mib
+from edkm.printing import next_commands
 from edkm.progress import progress, say, shown
 from examples.demo.data import pydoc_data, save_smollm2
 

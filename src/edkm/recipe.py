@@ -60,7 +60,7 @@ class Recipe:
         target_bpw: average bits per linear weight, tables included; None keeps the bits of the config.
         steps: optimizer steps; None for as many as `epochs` passes over the data take.
         finetune_steps: the first of these steps, which train the model as it is.
-        lr, distill, precision, fsdp, save_every, report_to: as in `loop.TrainSettings`.
+        lr, distill, precision, fsdp, save_every: as in `loop.TrainSettings`.
         block_tokens: tokens of a training block; `batch` blocks make a micro-batch, `grad_accumulation` micro-batches a rank's step.
         timeout_s: seconds that ranks wait for each other.
         backend: as in `edkm.prepare`.
@@ -164,7 +164,7 @@ def cluster(run: Run) -> None:
 
 def train_clustered(run: Run) -> None:
     """Train the clustered weights for the steps that are left."""
-    first, steps = run.recipe.finetune_steps, run.recipe.steps
+    first, steps = run.recipe.finetune_steps or 0, run.recipe.steps or 0
     if steps > first:
         settings = run.recipe.training(steps - first, first_step=first, distill=run.recipe.distill)
         _train(run, settings, "clustered training", run.work / "clustered")
@@ -249,5 +249,5 @@ def _train(run: Run, settings: loop.TrainSettings, phase: str, work: Path) -> No
 
 def _placeholders(model: Any, config: ClusterConfig) -> dict[str, Tensor]:
     """Make tables of the right shapes for all clustered weights, to be read from a checkpoint."""
-    clustered = plan(model, config).clustered
-    return {e.name: torch.linspace(-1, 1, 2**e.bits).view(1, -1, 1).repeat(e.tables, 1, e.dim) for e in clustered}
+    entries = plan(model, config).clustered
+    return {e.name: torch.linspace(-1, 1, 2**e.bits).view(1, -1, 1).repeat(e.tables, 1, e.dim) for e in entries}

@@ -112,14 +112,14 @@ class Callback(TrainerCallback):
             check(model, self.config, self.backend)
             self._try_calibration(model, kwargs["train_dataloader"])
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, model: Any = None, **kwargs):
         if state.global_step >= self._plain_steps and not clusterings(model):
             with shown(not args.disable_tqdm):
                 self._cluster(model, state, kwargs["train_dataloader"])
             # It belongs to the weights before the fit, and some optimizers keep copies of those in it.
             kwargs["optimizer"].state.clear()
 
-    def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+    def on_train_end(self, args, state, control, model: Any = None, processing_class=None, **kwargs):
         if not clusterings(model):
             if state.global_step < self._plain_steps:
                 warnings.warn(
@@ -204,7 +204,8 @@ def _rename(model: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
         return
     # In float32, which holds all of 16 bits.
     options: dict[str, Any] = {"config": model.config, "dtype": torch.float32, "output_loading_info": True}
-    read, info = type(model).from_pretrained(None, state_dict=plain, **options)
+    found: Any = type(model).from_pretrained(None, state_dict=plain, **options)
+    read, info = found
     state.update({prefix + name: tensor for name, tensor in read.state_dict().items() if name not in info["missing_keys"]})
     for name in others - info["unexpected_keys"]:
         del state[prefix + name]
