@@ -316,7 +316,7 @@ def test_every_command_explains_itself_with_an_example(command, capsys):
     assert f"example:\n  edkm {command} " in out
     # The example is one that the parser takes.
     example = out.split("example:\n  edkm ")[1].strip()
-    assert cli._parser().parse_args(shlex.split(example)).run
+    assert cli._parser().parse_args(shlex.split(example)).command == command
 
 
 def test_the_process_itself(tmp_path):
