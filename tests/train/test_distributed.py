@@ -267,7 +267,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_is_resumed_by_another_numb
             assert f"edkm: error: rank {rank} of {ranks}: another rank failed" in run.text(rank) and "--resume" in run.text(rank)
     ranks, *options = then
     resumed = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options, "--save-every", "2", "--resume").finish()
-    assert re.search(r"^clustered training: [2-5] of 6 steps$", resumed.text(), re.MULTILINE)  # not from the beginning
+    assert re.search(r"^clustered training: [2-5] of 6 steps, ", resumed.text(), re.MULTILINE)  # not from the beginning
     assert resumed.losses() == pytest.approx(alone[0].losses(), abs=2e-3)
     assert_same_model(alone[1], tmp_path / "out")
 
