@@ -1,4 +1,4 @@
-"""A model and a tokenizer small enough to make in the test: nothing is downloaded."""
+"""Models and tokenizers small enough to make in the test: nothing is downloaded."""
 
 import os
 from pathlib import Path

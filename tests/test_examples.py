@@ -1,4 +1,8 @@
-"""Each example runs as it stands, is short, and writes a packed model equal to the one that was trained."""
+"""Guarantees of the examples:
+
+1. Each runs as it stands, and writes a packed model equal to the one that was trained.
+2. Each has at most 25 lines of code, and is listed in their README.
+"""
 
 import runpy
 import sys
@@ -14,14 +18,14 @@ from edkm.train.prepare import clusterings
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_all_are_named_here_and_in_the_readme():
+def test_every_example_is_listed_here_and_in_the_readme():
     names = sorted(path.name for path in EXAMPLES.glob("*.py"))
     assert names == ["accelerate_loop.py", "plain_loop.py", "sft.py", "train_coreai.py", "trainer.py"]
     assert all(f"[`{name}`]({name})" in (EXAMPLES / "README.md").read_text() for name in names)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_at_most_25_lines(path):
+def test_an_example_has_at_most_25_lines(path):
     ignored = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     with path.open("rb") as file:
         tokens = [t for t in tokenize.tokenize(file.readline) if t.type not in (*ignored, tokenize.ENCODING)]
@@ -32,7 +36,7 @@ def test_at_most_25_lines(path):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # Trainer's default, without a GPU
 @pytest.mark.parametrize("name", ["accelerate_loop", "plain_loop", "sft", "trainer"])  # test_coreai.py runs the fifth
-def test_example(name, tiny_dir, tmp_path, monkeypatch):
+def test_an_example_writes_a_packed_model_equal_to_the_trained_one(name, tiny_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", str(tiny_dir)])
     monkeypatch.setattr(

@@ -1,11 +1,15 @@
-"""Memory as PyTorch itself reports it: bytes kept for backward, and the peak of the CPU allocator."""
+"""Guarantees of measuring memory in tests:
+
+1. `peak_bytes` counts memory that is freed again, and that kernels allocate inside.
+2. `saved_bytes` counts each storage that autograd keeps once.
+"""
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 
 def saved_storages(run):
-    """`{address: bytes}` of every storage that autograd keeps while `run()` makes its graph, and the result."""
+    """Return `{address: bytes}` of every storage that autograd keeps while `run()` makes its graph, and the result."""
     kept = {}
 
     def pack(tensor):
@@ -19,14 +23,14 @@ def saved_storages(run):
 
 
 def saved_bytes(run, *apart_from):
-    """Bytes kept for backward, the storages of `apart_from` not counted, and the result of `run`."""
+    """Return the bytes kept for backward, without the storages of `apart_from`, and the result of `run`."""
     kept, result = saved_storages(run)
     known = {tensor.untyped_storage().data_ptr() for tensor in apart_from}
     return sum(size for address, size in kept.items() if address not in known), result
 
 
 def peak_bytes(run):
-    """Most bytes that `run()` holds at one time beyond what was there, by the allocator's own events."""
+    """Return the most bytes that `run()` holds at one time beyond those held before, by the allocator's own events."""
     run()  # what is cached for good does not count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run()
@@ -40,7 +44,7 @@ def peak_bytes(run):
     return peak
 
 
-def test_peak_bytes_sees_what_is_freed_again_and_what_kernels_allocate_inside():
+def test_peak_bytes_counts_memory_freed_again_and_allocated_inside_kernels():
     x = torch.zeros(1 << 20, dtype=torch.bfloat16)
 
     def run():

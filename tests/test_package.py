@@ -1,4 +1,9 @@
-"""What is public, what importing loads, and which way imports run."""
+"""Guarantees of the package as a whole:
+
+1. `import edkm` loads neither torch nor anything optional; using the library loads torch alone and leaves CUDA untouched.
+2. Public names and the fields of the configuration are these lists.
+3. Imports run one way: cli -> evaluate, report, compressed, train -> core -> torch.
+"""
 
 import ast
 import dataclasses
@@ -18,7 +23,7 @@ OPTIONAL |= {"coreai_opt"}
 
 
 def loaded_by(code):
-    """Top-level modules that a fresh process has loaded after `code`, and whether CUDA was initialised."""
+    """Return the top-level modules that a fresh process has loaded after `code`, and whether CUDA was initialised."""
     script = (
         f"{code}\nimport sys, json\ntorch = sys.modules.get('torch')\n"
         "cuda = bool(torch) and torch.cuda.is_initialized()\n"
@@ -29,13 +34,13 @@ def loaded_by(code):
     return set(names), cuda
 
 
-def test_importing_loads_nothing():
+def test_importing_edkm_loads_nothing_else():
     names, _ = loaded_by("import edkm; edkm.__version__; edkm.__all__")
     assert "edkm" in names
     assert not names & (OPTIONAL | {"torch", "numpy", "safetensors"})
 
 
-def test_using_it_loads_torch_alone():
+def test_using_edkm_loads_torch_alone():
     names, cuda = loaded_by(
         "import edkm\nfor name in set(edkm.__all__) - {'Callback'}: getattr(edkm, name)\nimport torch\n"  # transformers' own kind
         "w = torch.randn(8, 8); edkm.cluster(w, edkm.initial_centroids(w, 2), temperature=0.1)"
@@ -44,7 +49,7 @@ def test_using_it_loads_torch_alone():
     assert not names & (OPTIONAL - {"triton"})  # which torch loads itself, where it is
 
 
-def test_public_names():
+def test_the_public_names_are_these():
     assert edkm.__all__ == [
         "Callback",
         "ClusterConfig",
@@ -69,7 +74,7 @@ def test_public_names():
         edkm.clutser  # noqa: B018
 
 
-def test_config_fields():
+def test_the_fields_of_the_configuration_are_these():
     assert [f.name for f in dataclasses.fields(edkm.ClusterConfig)] == [
         "bits",
         "dim",
@@ -85,7 +90,7 @@ def test_config_fields():
 
 
 def imports(path):
-    """Every module that a file imports, anywhere in it, by full name."""
+    """List the full names of the modules that a file imports, anywhere in it."""
     package = ["edkm", *path.relative_to(SOURCE).parent.parts]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -142,6 +147,6 @@ def test_only_the_command_line_imports_the_command_line():
     refuse(paths, lambda name: within(name, {"edkm.cli"}))
 
 
-def test_the_walk_sees_imports():
+def test_these_tests_find_absolute_and_relative_imports():
     assert {"edkm.core.op", "edkm.core.op.find"} <= imports(SOURCE / "train" / "clustering.py")
     assert {"edkm.core.blocks"} <= imports(SOURCE / "core" / "histogram.py")
