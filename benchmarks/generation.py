@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.measure import machine, write
 from edkm.compressed.entries import Entry
-from edkm.compressed.modules import Packed, pack_module, tie_module
+from edkm.compressed.modules import PackedModule, pack_module, tie_module
 
 MODELS = {
     "SmolLM2-135M": {
@@ -143,7 +143,7 @@ def _packed(name: str, bits: int, dtype: torch.dtype, device: str) -> Any:
         rows, cols = module.weight.shape
         own, tables = (8, 1) if module in (embedding, head) else (bits, rows)
         pack_module(module, "weight", Entry(own, (rows, cols), 1, tables, 0.0, rows), 1 << own, dtype, device)
-        assert isinstance(module, Packed)
+        assert isinstance(module, PackedModule)
         module._parameters["weight"].random_(0, 256)  # pyright: ignore
         module.weight_lut.normal_(std=0.02)
     tie_module(head, "weight", embedding)

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.measure import machine, write
-from edkm.compressed import cpu
+from edkm.compressed.entries import Entry
+from edkm.compressed.linear import PackedWeight, multiply
 from edkm.compressed.packing import packed_bytes
 
 LAYERS = {  # rows, cols
@@ -63,22 +64,22 @@ def check() -> None:
     torch.manual_seed(0)
     for bits in range(1, 9):
         for rows, cols, luts in ((64, 576, 64), (36, 1000, 1)):
-            packed, lut = _random(rows, cols, bits, luts)
-            weight = cpu.unpack(packed, lut, bits, rows, cols)
+            packed = _random(rows, cols, bits, luts)
+            weight = packed.dense(torch.float32)
             for batch in (1, 3, 16, 64):
                 x = torch.randn(batch, cols)
                 truth = x.double() @ weight.double().T
-                ours, plain = ((y - truth).abs().max() for y in (cpu.linear(x, packed, lut, bits, rows, cols), linear(x, weight)))
+                ours, plain = ((y - truth).abs().max() for y in (multiply(x, packed), linear(x, weight)))
                 if ours > 2 * plain + 1e-6:
                     raise SystemExit(f"{bits} bits, {rows} x {cols}, batch {batch}: error {ours:.3g}, torch's {plain:.3g}.")
 
 
-def _random(rows: int, cols: int, bits: int, luts: int) -> tuple[Tensor, Tensor]:
-    """Any bits are indices. `packed` and `lut`."""
+def _random(rows: int, cols: int, bits: int, luts: int) -> PackedWeight:
+    """A packed weight of random bits: any bits are indices."""
     packed = torch.randint(0, 256, (packed_bytes(rows * cols, bits),), dtype=torch.uint8)
     if used := rows * cols * bits % 8:
         packed[-1] &= (1 << used) - 1
-    return packed, (torch.randn(luts, 1 << bits, 1) * 0.02).half()
+    return PackedWeight(packed, (torch.randn(luts, 1 << bits, 1) * 0.02).half(), Entry(bits, (rows, cols), 1, luts, 0.0, rows))
 
 
 def _layer(name: str, args: argparse.Namespace) -> list[dict]:
@@ -130,8 +131,8 @@ def _contestants(rows: int, cols: int, copies: int, args: argparse.Namespace) ->
 
 
 def _ours(rows: int, cols: int, bits: int) -> Callable[[Tensor], Tensor]:
-    packed, lut = _random(rows, cols, bits, 1 if bits == 8 else rows)
-    return lambda x: cpu.linear(x, packed, lut, bits, rows, cols)
+    packed = _random(rows, cols, bits, 1 if bits == 8 else rows)
+    return lambda x: multiply(x, packed)
 
 
 def _nf4(weight: Tensor, copies: int) -> Copies:

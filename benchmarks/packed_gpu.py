@@ -60,7 +60,7 @@ def check(device: str) -> None:
 def _product(*arguments) -> Tensor:
     from edkm.compressed import gpu  # Triton is not everywhere
 
-    return gpu.linear(*arguments)
+    return gpu.multiply(*arguments)
 
 
 def _random(rows: int, cols: int, bits: int, device: str) -> tuple[Tensor, Tensor]:

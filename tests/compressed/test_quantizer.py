@@ -25,8 +25,8 @@ from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import FormatError, dequantize
 from edkm.compressed.dense_view import DenseView
 from edkm.compressed.entries import entry_of
-from edkm.compressed.linear import linear
-from edkm.compressed.modules import Packed, PackedEmbedding, PackedLinear, pack_module, unpack_modules
+from edkm.compressed.linear import packed_linear
+from edkm.compressed.modules import PackedEmbedding, PackedLinear, PackedModule, pack_module, unpack_modules
 from edkm.compressed.packing import pack_indices
 
 
@@ -46,7 +46,7 @@ def test_a_packed_linear_layer_computes_as_the_dense_one(bits, shape, luts, dim)
     frozen = freeze(shape, bits, luts, dim)
     dense = dequantize(frozen)
     x = torch.randn(3, 2, shape[1], requires_grad=True)
-    out = linear(x, packed(frozen))
+    out = packed_linear(x, packed(frozen))
     torch.testing.assert_close(out, x @ dense.T)
     out.square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * (x.detach() @ dense.T) @ dense)
@@ -57,10 +57,10 @@ def test_a_weight_decoded_in_tiles_gives_the_same_product(monkeypatch):
 
     frozen = freeze((40, 9), 3, 20)
     x = torch.randn(2, 9)
-    whole = linear(x, packed(frozen))
-    monkeypatch.setattr(module, "_TILE_WEIGHTS", 100)
-    assert len(module._tiles(packed(frozen))) == 5
-    torch.testing.assert_close(linear(x, packed(frozen)), whole)
+    whole = packed_linear(x, packed(frozen))
+    monkeypatch.setattr(module, "_TILE_WEIGHTS", {"cpu": 100})
+    assert len(list(packed(frozen).tiles(0, 40, x.dtype))) == 5
+    torch.testing.assert_close(packed_linear(x, packed(frozen)), whole)
 
 
 @pytest.mark.parametrize(("bits", "luts", "k"), [(8, 1, 256), (3, 16, 8), (5, 4, 19), (1, 1, 2)])
@@ -84,7 +84,7 @@ def test_any_other_module_reads_dense_weights():
     module.load_state_dict({"weight": pack_indices(frozen.indices, 2), "weight_lut": frozen.lut, "bias": bias})
     x = torch.randn(2, 4, 6, 6)
     torch.testing.assert_close(module(x), nn.functional.conv2d(x, dequantize(frozen), bias))
-    assert isinstance(module, nn.Conv2d) and isinstance(module, Packed)
+    assert isinstance(module, nn.Conv2d) and isinstance(module, PackedModule)
     unpack_modules(module)
     assert type(module) is nn.Conv2d and torch.equal(module.weight, dequantize(frozen))
 
@@ -93,7 +93,7 @@ def test_a_loaded_model_gives_the_numbers_of_the_dense_one(saved):
     directory, model = saved
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     same(loaded, model)
-    kinds = [type(m).__name__ for m in loaded.modules() if isinstance(m, Packed)]
+    kinds = [type(m).__name__ for m in loaded.modules() if isinstance(m, PackedModule)]
     assert kinds.count("PackedLinear") == 2 * 7 + 1 and kinds.count("PackedEmbedding") == 1
     assert all(isinstance(p, DenseView) or p.dim() < 2 for p in loaded.parameters())
     layer = loaded.model.layers[0].mlp.up_proj
@@ -220,7 +220,7 @@ def test_packed_experts_compute_as_the_dense_ones(tmp_path, implementation):
     model = pack(MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=4)), tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=implementation)
     torch.testing.assert_close(logits(loaded), logits(model))
-    names = {name for m in loaded.modules() if isinstance(m, Packed) for name in m.packed_entries}
+    names = {name for m in loaded.modules() if isinstance(m, PackedModule) for name in m.packed_entries}
     assert {"gate_up_proj", "down_proj"} <= names
     loaded.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
@@ -235,7 +235,7 @@ def test_a_vision_transformer_loads_with_packed_convolutions(tmp_path):
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixels).logits, model(pixels).logits)
-    assert any(isinstance(m, Packed) and isinstance(m, nn.Conv2d) for m in loaded.modules())
+    assert any(isinstance(m, PackedModule) and isinstance(m, nn.Conv2d) for m in loaded.modules())
 
 
 def test_another_class_of_the_same_architecture_loads_its_part(saved, tmp_path):

@@ -1,4 +1,4 @@
-"""y = x W^T on a GPU, W packed: Triton kernels that read the stream of indices and the tables, and never write a dense weight.
+"""Multiply by a packed weight on a GPU: Triton kernels that read the stream of indices and the tables, and never write a dense weight.
 
 32 columns of a row are `bits` words of 32 bits, whatever the bits. Few rows of x: a thread has some such groups of a few rows of W, shifts
 the indices out and looks the entries up in the first cache; x comes permuted, so that neighbouring threads read neighbouring values. Up to
@@ -22,15 +22,15 @@ _GROUP = 32
 
 
 def takes(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
-    """Whether `linear` can multiply this: few rows of x, whole groups of columns, single values, tensor cores that know the dtype."""
+    """Say whether `multiply` takes this: few rows of x, whole groups of columns, single values, tensor cores that know the dtype."""
     many = x.numel() > _SINGLE_ROWS * cols
     if many and x.dtype == torch.bfloat16 and x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         return False
     return lut.shape[2] == 1 and cols % _GROUP == 0 and 0 < x.numel() <= MOST_ROWS * cols and x.dtype != torch.float64
 
 
-def linear(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
-    """`x @ W.T`.
+def multiply(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    """Multiply: `x @ W.T`.
 
     Args:
         x: `[..., cols]` float32, float16 or bfloat16, at most 64 rows.

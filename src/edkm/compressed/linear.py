@@ -1,6 +1,6 @@
-"""A packed weight and its product: the stream of indices and the tables of the file are all that is kept.
+"""Multiply by a packed weight: the stream of indices and the tables of the file are all that is kept.
 
-Where a kernel can do that, `linear` multiplies without ever holding the dense weight; elsewhere it is decoded tile by tile. Weights are
+Where a kernel can do that, the product never holds the dense weight; elsewhere the weight is decoded tile by tile. Weights are
 constants here; gradients reach the inputs, which is what adapters (LoRA) need.
 
 The kernels read memory by its address, which nothing that records operations would see. So `torch.compile` is given the product as one
@@ -9,6 +9,7 @@ operator, `edkm::linear`; a program that others run (torch.export, torch.jit.tra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -24,8 +25,9 @@ from edkm.compressed.entries import Entry
 from edkm.compressed.packing import unpack_rows
 from edkm.core.assign import lookup
 
-# Weights decoded at once where no kernel reads the packed form: bounds what lives besides input and output.
-_TILE_WEIGHTS = 1 << 22
+# Weights decoded at once where no kernel multiplies: on a CPU 4 MiB of float32, which stay in the cache until they are multiplied.
+_TILE_WEIGHTS = {"cpu": 1 << 20}
+_TILE_WEIGHTS_OF_A_DEVICE = 1 << 22
 # Where a release of torch has these no longer, packed layers run, and only what records them does not.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)  # pyright: ignore[reportAttributeAccessIssue]
@@ -57,28 +59,49 @@ class PackedWeight:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight in its own shape; float32 and float16 hold it exactly."""
-        return self.decode(0, self.rows, dtype).view(self.entry.shape)
+        return self.decode_rows(0, self.rows, dtype).view(self.entry.shape)
 
-    def decode(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows `start` to before `stop` of the weight as a matrix.
+    def decode_rows(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Decode rows `start` to before `stop` of the weight as a matrix.
 
         Args:
             start, stop: multiples of `row_step`, or `stop` the number of rows.
             dtype: of the result.
+            out: `[stop - start, cols]`, contiguous, memory for the result; used where a kernel writes float32.
 
         Cost:
             One pass over the rows. Besides the result 4 MiB live on a CPU with a compiler, else 13 bytes a weight.
         """
         recorded = is_recorded(self.stream)
-        if not recorded and self.compiled:
-            return cpu.unpack(self.stream, self.lut, *self.matrix, dtype, start, stop)
+        if recorded or not self.compiled:
+            return self._looked_up(start, stop, dtype, in_blocks=not recorded)
+        if dtype == torch.float32:
+            out = torch.empty(stop - start, self.cols) if out is None else out
+            cpu.unpack(self.stream, self.lut, *self.matrix, start, stop, out)
+            return out
+        found = torch.empty(stop - start, self.cols, dtype=dtype)
+        for first, last, memory in self.tiles(start, stop, torch.float32):
+            found[first - start : last - start] = self.decode_rows(first, last, torch.float32, memory)
+        return found
+
+    def _looked_up(self, start: int, stop: int, dtype: torch.dtype, *, in_blocks: bool) -> Tensor:
         first, last = start // self.entry.dim, stop // self.entry.dim  # rows of indices
-        indices = unpack_rows(self.stream, self.entry.bits, self.entry.grid, first, last, in_blocks=not recorded)
+        indices = unpack_rows(self.stream, self.entry.bits, self.entry.grid, first, last, in_blocks=in_blocks)
         if start == 0 and stop == self.rows:
             return lookup(indices, self.lut, dtype)
         # A table for every row of indices: rows need not be whole groups.
         group = self.entry.grid[0] // self.lut.shape[0]
         return lookup(indices, self.lut[torch.arange(first, last, device=self.lut.device) // group], dtype)
+
+    def tiles(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor | None]]:
+        """Cut rows into tiles: first row, row after the last, and memory that each tile may overwrite (`decode_rows`)."""
+        most = _TILE_WEIGHTS.get(self.stream.device.type, _TILE_WEIGHTS_OF_A_DEVICE)
+        height = max(1, most // (self.cols * self.row_step)) * self.row_step
+        reused = self.compiled and dtype == torch.float32
+        memory = torch.empty(min(height, stop - start), self.cols) if reused else None
+        for first in range(start, stop, height):
+            last = min(first + height, stop)
+            yield first, last, None if memory is None else memory[: last - first]
 
     @property
     def row_step(self) -> int:
@@ -103,8 +126,8 @@ def is_recorded(*tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing() or _modes() > 0 or _transform() is not None
 
 
-def linear(x: Tensor, weight: PackedWeight) -> Tensor:
-    """`x @ W.T`, differentiable in `x`.
+def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Multiply: `x @ W.T`, differentiable in `x`.
 
     Args:
         x: `[..., cols]`, floating point; under autocast in its dtype.
@@ -114,7 +137,7 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
         `[..., rows]` in the dtype of `x`.
 
     Raises:
-        ValueError: `x` holds whole numbers.
+        ValueError: `x` holds whole numbers, or has another number of columns.
 
     Cost:
         Nothing is kept for backward but the packed weight itself; backward decodes it again, tile by tile.
@@ -122,6 +145,8 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     recorded = is_recorded(x, weight.stream)
     if not x.is_floating_point():
         raise ValueError(f"x: a packed linear layer takes floating point, got {x.dtype}. Convert it first.")
+    if x.shape[-1] != weight.cols:
+        raise ValueError(f"x: this packed layer has {weight.cols} inputs, got {list(x.shape)}. Give it [..., {weight.cols}].")
     device = "cpu" if x.is_cpu else x.device.type  # the latter takes long for a product of one row
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as autocast does
         x = x.to(torch.get_autocast_dtype(device))
@@ -130,19 +155,30 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
             return _operator(x, weight.stream, weight.lut, *weight.matrix)
         return F.linear(x, weight.dense(x.dtype))
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Linear.apply(x, weight)  # pyright: ignore[reportReturnType]
-    return _multiply(x, weight)
+        return _PackedProduct.apply(x, weight)  # pyright: ignore[reportReturnType]
+    return multiply(x, weight)
 
 
-def _multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    if weight.compiled and x.is_cpu and x.dtype in cpu.TYPES and x.shape[-1] == weight.cols:
-        return cpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
-    if x.is_cuda and (gpu := _gpu()) is not None and gpu.takes(x, weight.stream, weight.lut, *weight.matrix):
-        return gpu.linear(x, weight.stream, weight.lut, *weight.matrix)
-    tiles = _tiles(weight)
-    if len(tiles) == 1:
-        return F.linear(x, weight.decode(0, weight.rows, x.dtype))
-    return torch.cat([F.linear(x, weight.decode(*tile, x.dtype)) for tile in tiles], -1)
+def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Multiply as `packed_linear` does, without a gradient.
+
+    Cost:
+        With a kernel, for few rows of `x`, one pass over the packed weight. Else a tile of it lives besides `x` and the result, in float32
+        on a CPU.
+    """
+    half = x.is_cpu and x.dtype in (torch.float16, torch.bfloat16)
+    if weight.compiled and x.is_cpu and x.dtype in cpu.TYPES:
+        batch = x.numel() // weight.cols
+        if batch <= 4 or batch <= cpu.most_rows(weight.cols, weight.entry.bits):
+            return cpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
+    elif x.is_cuda and (gpu := _gpu()) is not None and gpu.takes(x, weight.stream, weight.lut, *weight.matrix):
+        return gpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
+    flat = x.reshape(-1, weight.cols).to(torch.float32 if half else x.dtype)
+    # In its own shape from the start: the output of an autograd.Function must not be a view.
+    out = torch.empty(*x.shape[:-1], weight.rows, dtype=flat.dtype, device=x.device)
+    for start, stop, memory in weight.tiles(0, weight.rows, flat.dtype):
+        torch.mm(flat, weight.decode_rows(start, stop, flat.dtype, memory).T, out=out.view(-1, weight.rows)[:, start:stop])
+    return out.to(x.dtype)
 
 
 @cache
@@ -155,17 +191,11 @@ def _gpu() -> Any:
     return gpu
 
 
-def _tiles(weight: PackedWeight) -> list[tuple[int, int]]:
-    step = weight.row_step
-    height = max(1, _TILE_WEIGHTS // (weight.cols * step)) * step
-    return [(start, min(start + height, weight.rows)) for start in range(0, weight.rows, height)]
-
-
-class _Linear(torch.autograd.Function):
+class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedWeight) -> Tensor:
         ctx.weight = weight
-        return _multiply(x, weight)
+        return multiply(x, weight)
 
     @staticmethod
     @once_differentiable
@@ -174,12 +204,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
-    dx = None
-    for start, stop in _tiles(weight):
-        part = grad[..., start:stop] @ weight.decode(start, stop, grad.dtype)
-        dx = part if dx is None else dx + part
-    assert dx is not None
-    return dx
+    # The sum over tiles of 16 bits is in float32.
+    total = torch.zeros(*grad.shape[:-1], weight.cols, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
+    for start, stop, memory in weight.tiles(0, weight.rows, grad.dtype):
+        total += grad[..., start:stop] @ weight.decode_rows(start, stop, grad.dtype, memory)
+    return total.to(grad.dtype)
 
 
 def _weight_of(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> PackedWeight:
@@ -189,7 +218,7 @@ def _weight_of(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> 
 @torch.library.custom_op("edkm::linear", mutates_args=())
 def _operator(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
     """The product as torch.compile sees it."""
-    return _multiply(x, _weight_of(stream, lut, bits, rows, cols))
+    return multiply(x, _weight_of(stream, lut, bits, rows, cols))
 
 
 @torch.library.custom_op("edkm::linear_input_gradient", mutates_args=())

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from edkm.compressed.dense_view import DenseView, Parameters
 from edkm.compressed.entries import LUT_SUFFIX, Entry
-from edkm.compressed.linear import PackedWeight, is_recorded, linear
+from edkm.compressed.linear import PackedWeight, is_recorded, packed_linear
 from edkm.core.assign import LUT_DTYPE
 
 # Of an embedding, decoded at once: some 40 bytes live for each.
@@ -31,7 +31,7 @@ _EMBEDDED_WEIGHTS = 1 << 18
 _VIEWS: WeakValueDictionary[int, DenseView] = WeakValueDictionary()
 
 
-class Packed(nn.Module):
+class PackedModule(nn.Module):
     """What packed modules have in common. `pack_module` makes them of ordinary ones.
 
     Attributes:
@@ -45,7 +45,7 @@ class Packed(nn.Module):
     packed_entries: dict[str, Entry]
     dense_dtype: torch.dtype
     ordinary: type[nn.Module]
-    tables_of: Packed | None
+    tables_of: PackedModule | None
     decoded: dict[int, dict[str, Tensor]]
 
     def packed(self, name: str = "weight") -> PackedWeight:
@@ -158,17 +158,17 @@ class Packed(nn.Module):
         return "; ".join(text for text in (super().extra_repr(), *cut) if text)
 
 
-class PackedLinear(Packed, nn.Linear):
+class PackedLinear(PackedModule, nn.Linear):
     """A linear layer on a packed weight."""
 
     weight = property(lambda self: self.seen("weight"))  # pyright: ignore
 
     def forward(self, input: Tensor) -> Tensor:
-        out = linear(input, self.packed())
+        out = packed_linear(input, self.packed())
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-class PackedEmbedding(Packed, nn.Embedding):
+class PackedEmbedding(PackedModule, nn.Embedding):
     """An embedding on a packed weight with `dim` 1: decodes the rows of its tokens."""
 
     weight = property(lambda self: self.seen("weight"))  # pyright: ignore
@@ -199,7 +199,7 @@ def _embedded(weight: PackedWeight, tokens: Tensor) -> Tensor:
     return weight.lut[table, index.long(), 0]
 
 
-class _Dense(Packed):
+class _DecodedModule(PackedModule):
     """Any other module: reads dense weights, decoded when it is called. For backward none of them is kept: it decodes what it needs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -229,7 +229,7 @@ class _Dense(Packed):
         last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
         first_row = offset // weight.cols // weight.row_step * weight.row_step
         last_row = min(-(-(last // weight.cols + 1) // weight.row_step) * weight.row_step, weight.rows)
-        return weight.decode(first_row, last_row, dtype).as_strided(shape, stride, offset - first_row * weight.cols)
+        return weight.decode_rows(first_row, last_row, dtype).as_strided(shape, stride, offset - first_row * weight.cols)
 
     def _read(self, name: str) -> Tensor:
         mine = self.decoded.get(threading.get_ident()) if self.decoded else None
@@ -247,12 +247,12 @@ def pack_module(module: nn.Module, name: str, entry: Entry, k: int, dtype: torch
         dtype: of the weights that it stands for.
         device: of the empty tensors that wait for the bytes.
     """
-    if not isinstance(module, Packed):
+    if not isinstance(module, PackedModule):
         # Not through setattr: a module in an attribute would be a child.
         module.__dict__ |= {"packed_entries": {}, "dense_dtype": dtype, "ordinary": type(module), "tables_of": None}
         module.__dict__ |= {"decoded": {}, "_parameters": Parameters(module._parameters, module)}
     module.__class__ = _packed_class(type(module), name, entry.dim)  # pyright: ignore
-    assert isinstance(module, Packed)
+    assert isinstance(module, PackedModule)
     module.packed_entries[name] = entry
     stream = torch.empty(entry.packed_bytes, dtype=torch.uint8, device=device)
     module._parameters[name] = nn.Parameter(stream, requires_grad=False)
@@ -268,7 +268,7 @@ def _packed_class(kind: type[nn.Module], name: str, dim: int) -> type[nn.Module]
     if issubclass(kind, nn.Embedding) and dim == 1:
         # Gemma's, say, scales what its base class returns.
         return PackedEmbedding if kind is nn.Embedding else _subclass(kind.__name__, (kind, PackedEmbedding))
-    bases = (kind,) if issubclass(kind, _Dense) else (_Dense, kind)
+    bases = (kind,) if issubclass(kind, _DecodedModule) else (_DecodedModule, kind)
     return _subclass(kind.__name__, bases, **{name: property(lambda self: self._read(name))})
 
 
@@ -284,7 +284,7 @@ def _blank(ordinary: type[nn.Module], dims: Iterable[tuple[str, int]]) -> nn.Mod
     return kind.__new__(kind)
 
 
-def tie_module(module: Packed, name: str, owner: Packed) -> None:
+def tie_module(module: PackedModule, name: str, owner: PackedModule) -> None:
     """Use the tables of `owner` for the parameter `name`, in place; whoever ties parameters ties the streams."""
     module._buffers.pop(name + LUT_SUFFIX)
     module.__dict__["tables_of"] = owner
@@ -301,7 +301,10 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         The memory of the dense model.
     """
     packed = [
-        (module, name, module.packed(name)) for module in model.modules() if isinstance(module, Packed) for name in module.packed_entries
+        (module, name, module.packed(name))
+        for module in model.modules()
+        if isinstance(module, PackedModule)
+        for name in module.packed_entries
     ]
     for module in {module for module, _, _ in packed}:
         module._parameters = dict(module._parameters)

@@ -23,7 +23,7 @@ from edkm.compressed import checkpoint
 from edkm.compressed.entries import CONFIG_KEYS, QUANT_METHOD
 from edkm.compressed.jsonfile import FormatError, show
 from edkm.compressed.modelconfig import check_config
-from edkm.compressed.modules import Packed, pack_module, tie_module, unpack_modules
+from edkm.compressed.modules import PackedModule, pack_module, tie_module, unpack_modules
 from edkm.compressed.names import match_names, names_in, new_parts
 from edkm.compressed.weightfiles import checksum, description, file_names, metadata
 
@@ -78,7 +78,7 @@ class EdkmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():
             # Tying pads the bias of an output layer to the length of the weight: of one that stays on disk that counts bytes.
-            if isinstance(module, nn.Linear) and isinstance(module, Packed) and module.bias is not None:
+            if isinstance(module, nn.Linear) and isinstance(module, PackedModule) and module.bias is not None:
                 module.bias.data = module.bias.data[: module.out_features]
         return model
 
@@ -118,7 +118,7 @@ class EdkmQuantizer(HfQuantizer):
 
 def _refuse_offloaded(model: Any, action: str) -> None:
     for path, module in model.named_modules():
-        for name in module.packed_entries if isinstance(module, Packed) else ():
+        for name in module.packed_entries if isinstance(module, PackedModule) else ():
             if (stream := module._parameters[name]) is not None and stream.is_meta:
                 raise FormatError(f"{action}: {path}.{name}: is offloaded (device_map). Load the model without a device_map for this.")
 

@@ -49,7 +49,7 @@ def check_no_adapters(model: nn.Module) -> None:
 
 def check_not_quantized(model: nn.Module) -> None:
     """Refuse a model whose weights are packed or quantized, in layers of edkm, transformers' or others'."""
-    packed = getattr(sys.modules.get("edkm.compressed.modules"), "Packed", ())
+    packed = getattr(sys.modules.get("edkm.compressed.modules"), "PackedModule", ())
     found = [
         name
         for name, module in model.named_modules()

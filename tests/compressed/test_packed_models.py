@@ -21,7 +21,7 @@ from edkm.compressed import modules, pretrained
 from edkm.compressed.checkpoint import FormatError, dequantize
 from edkm.compressed.dense_view import DenseView
 from edkm.compressed.entries import entry_of
-from edkm.compressed.modules import Packed, pack_module
+from edkm.compressed.modules import PackedModule, pack_module
 from edkm.compressed.packing import pack_indices
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 300}
@@ -271,7 +271,7 @@ def test_offloaded_in_part(llama, tmp_path):
 def check_offloaded(loaded, model):
     for _ in range(2):
         same(loaded, model)
-    assert any(p is not None and p.is_meta for m in loaded.modules() if isinstance(m, Packed) for p in m._parameters.values())
+    assert any(p is not None and p.is_meta for m in loaded.modules() if isinstance(m, PackedModule) for p in m._parameters.values())
     for refused in (lambda: loaded.save_pretrained("nowhere"), loaded.dequantize):
         with pytest.raises(FormatError, match="is offloaded"):
             refused()
@@ -294,13 +294,13 @@ def test_tied_tables_are_not_offloaded(tmp_path):
 
 
 def test_what_is_offloaded_is_not_in_memory(llama, tmp_path, monkeypatch):
-    loaded, seen, multiply = load(llama[0], device_map={"": "disk"}, offload_folder=tmp_path), [], modules.linear
+    loaded, seen, multiply = load(llama[0], device_map={"": "disk"}, offload_folder=tmp_path), [], modules.packed_linear
 
     def watched(x, weight):
         seen.append(weakref.ref(weight.stream))
         return multiply(x, weight)
 
-    monkeypatch.setattr(modules, "linear", watched)
+    monkeypatch.setattr(modules, "packed_linear", watched)
     logits(loaded)
     gc.collect()
     assert len(seen) == 15 and not any(stream() is not None for stream in seen)
@@ -401,7 +401,7 @@ def test_an_adapter_is_merged_after_dequantize(llama):
     torch.testing.assert_close(logits(model), before)
     model.get_base_model().dequantize()
     merged = model.merge_and_unload()
-    assert not any(isinstance(m, (Packed, DenseView)) for m in merged.modules())
+    assert not any(isinstance(m, (PackedModule, DenseView)) for m in merged.modules())
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
 
 

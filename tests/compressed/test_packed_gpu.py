@@ -31,7 +31,7 @@ def test_it_is_the_product_with_the_decoded_weight(batch, rows, cols, bits, luts
     stream, lut, weight = problem(rows, cols, bits, luts, k)
     x = torch.randn(batch, cols, generator=torch.Generator().manual_seed(batch)).to(DEVICE)
     assert gpu.takes(x, stream, lut, bits, rows, cols)
-    out = gpu.linear(x, stream, lut, bits, rows, cols)
+    out = gpu.multiply(x, stream, lut, bits, rows, cols)
     truth = x.double() @ weight.T
     plain = (x @ weight.float().T - truth).abs().max()
     assert (out - truth).abs().max() <= 4 * plain + 1e-6 * truth.abs().max()
@@ -44,7 +44,7 @@ def test_it_is_the_product_with_the_decoded_weight(batch, rows, cols, bits, luts
 def test_narrow_inputs(dtype, batch):
     stream, lut, weight = problem(12, 64, 3, 12)
     x = torch.randn(1, batch, 64, generator=torch.Generator().manual_seed(batch)).to(DEVICE, dtype)
-    out = gpu.linear(x, stream, lut, 3, 12, 64)
+    out = gpu.multiply(x, stream, lut, 3, 12, 64)
     assert out.dtype == dtype and out.shape == (1, batch, 12)
     truth = x.double() @ weight.T
     plain = (torch.nn.functional.linear(x, weight.to(dtype)) - truth).abs().max()
@@ -81,7 +81,7 @@ def test_an_index_beyond_its_table_reads_its_last_entry():
     lut = torch.tensor([[[1.0], [2.0], [3.0], [4.0], [5.0]], [[9.0]] * 5]).half().to(DEVICE)
     stream = pack_indices(torch.full((2, 32), 7, dtype=torch.uint8), 3).to(DEVICE)
     for batch in (1, 6):
-        out = gpu.linear(torch.ones(batch, 32, device=DEVICE), stream, lut, 3, 2, 32)
+        out = gpu.multiply(torch.ones(batch, 32, device=DEVICE), stream, lut, 3, 2, 32)
         assert torch.equal(out.cpu(), torch.tensor([[5.0 * 32, 9.0 * 32]]).expand(batch, 2))
 
 
