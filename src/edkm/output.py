@@ -1,7 +1,22 @@
-"""Check that a command may write into a directory, before it does any work."""
+"""Check that a command may write into a directory, before it does any work; write files whole or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; at the end the file takes its place at `path`, after an error nothing has changed there."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def check_output(directory: Path, *, overwrite: bool = False, over_packed: bool = False) -> None:

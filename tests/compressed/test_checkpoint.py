@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from edkm.compressed import jsonfile, weightfiles
+from edkm import output
+from edkm.compressed import weightfiles
 from edkm.compressed.checkpoint import FormatError, Packed, dequantize, read, summary, write
 from edkm.core.assign import Frozen
 
@@ -190,7 +191,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(saved: Path, monkeypatch: pyte
     def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(jsonfile.os, "fsync", full)
+    monkeypatch.setattr(output.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         write(saved, {NAME: frozen((4, 4), 2)}, {}, {})
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

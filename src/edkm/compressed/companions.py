@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edkm.compressed.jsonfile import replacing, write_json
+from edkm.compressed.jsonfile import write_json
+from edkm.output import replacing
 
 # As patterns of names; a hub's download takes the same.
 COMPANIONS = (

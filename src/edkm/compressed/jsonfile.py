@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from edkm.output import replacing
 
 _MAX_MESSAGE = 1000  # characters
 
@@ -87,19 +86,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; at the end the file takes its place at `path`, after an error nothing has changed there."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def dumps(value: Any) -> str:

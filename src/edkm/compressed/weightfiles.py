@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from edkm.compressed.jsonfile import FormatError, file_bytes, parse_json, read_json, replacing, show, text_limit, write_json
+from edkm.compressed.jsonfile import FormatError, file_bytes, parse_json, read_json, show, text_limit, write_json
+from edkm.output import replacing
 from edkm.progress import progress
 
 SINGLE = "model.safetensors"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from edkm.compressed.jsonfile import write_json
+from edkm.output import replacing
 from edkm.train import distributed
 
 
@@ -53,9 +54,8 @@ def save_weights(path: Path, model: nn.Module) -> None:
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def save() -> None:
-        part = path.with_name(path.name + ".part")
-        torch.save(state, part)
-        part.replace(path)
+        with replacing(path) as part:
+            torch.save(state, part)
 
     distributed.run_on_rank0(save)
 

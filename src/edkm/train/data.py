@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from edkm.output import replacing
 from edkm.progress import progress
 from edkm.train.chat import ChatError, beginning, begun, encode, encode_conversation, has_template, unused_fields
 from edkm.train.limits import check_length, check_tokens, end_tokens
@@ -63,9 +64,8 @@ class Blocks(Dataset):
 
     def save(self, path: Path) -> None:
         """Write the blocks to a file, whole or not at all, for a run that is resumed: a template may write today's date."""
-        part = path.with_name(path.name + ".part")
-        torch.save(vars(self), part)
-        part.replace(path)
+        with replacing(path) as part:
+            torch.save(vars(self), part)
 
     @classmethod
     def read(cls, path: Path) -> "Blocks":
