@@ -39,7 +39,7 @@ def require_replicated(group: dist.ProcessGroup, values: Tensor, name: str) -> N
     Raises:
         ValueError: they do not.
     """
-    own = torch.stack([checksum(values), torch.tensor(values.numel() * values.itemsize, device=values.device)])
+    own = torch.stack([hash_bytes(values), torch.tensor(values.numel() * values.itemsize, device=values.device)])
     everyone = _gather(group, own)
     if not bool((everyone == everyone[0]).all()):
         raise ValueError(
@@ -48,7 +48,7 @@ def require_replicated(group: dist.ProcessGroup, values: Tensor, name: str) -> N
         )
 
 
-def checksum(values: Tensor) -> Tensor:
+def hash_bytes(values: Tensor) -> Tensor:
     """Hash all bytes and their positions to 64 bits, on the device of `values`."""
     flat = _bytes_of(values)
     words = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64)

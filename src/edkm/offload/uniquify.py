@@ -98,6 +98,7 @@ def function_of(weight: Tensor, *, round_to: torch.dtype = torch.bfloat16) -> It
 
 
 def find_ranks(weight: Tensor, dtype: torch.dtype) -> Ranks:
+    """Rank the values of a weight as `dtype`."""
     bits = weight.to(dtype).contiguous().view(torch.int16).view(-1)
     keys = bits.to(torch.int32).bitwise_and_(KEYS - 1)  # [n]
     occurs = torch.bincount(keys, minlength=KEYS) > 0
@@ -109,11 +110,12 @@ def find_ranks(weight: Tensor, dtype: torch.dtype) -> Ranks:
 
 
 def is_declared() -> bool:
+    """Tell whether any weight is declared here."""
     return bool(_DECLARED.get())
 
 
 def readings(tensor: Tensor) -> list[tuple[DeclaredWeight, Tensor]]:
-    """Ways to read a tensor as a map with a row per declared weight: `(weight, view [n, ...] or [..., ...])`, the innermost first."""
+    """List the ways to read a tensor as a map with a row per element of the innermost declared weight that fits: `(weight, view)`."""
     ways = []
     for declared in reversed(_DECLARED.get()):
         n = declared.weight.numel()
@@ -128,17 +130,15 @@ def readings(tensor: Tensor) -> list[tuple[DeclaredWeight, Tensor]]:
 
 
 def is_function(rows: Tensor, ranks: Ranks) -> bool:
-    """Whether equal ranks have equal rows, bit for bit; `rows [n, r]`."""
+    """Tell whether equal ranks have equal rows, bit for bit; `rows [n, r]`."""
     bits = rows.view(_BITS[rows.itemsize])
-    table = bits[ranks.first]  # [u, r]
-    step = max(1, _BLOCK_ELEMENTS // bits.shape[1])
-    return all(
-        torch.equal(table.index_select(0, ranks.rank[start : start + step]), bits[start : start + step])
-        for start in range(0, len(bits), step)
-    )
+    table, step = bits[ranks.first], max(1, _BLOCK_ELEMENTS // bits.shape[1])  # [u, r]
+    blocks = zip(ranks.rank.split(step), bits.split(step), strict=True)
+    return all(torch.equal(table.index_select(0, rank), block) for rank, block in blocks)
 
 
 def refusal(tensor: Tensor, declared: DeclaredWeight) -> ValueError:
+    """Make the error for a map that is not the function it was declared to be."""
     return ValueError(
         f"function_of: saved tensor {list(tensor.shape)} {tensor.dtype}: has a row per element of the weight "
         f"{list(declared.weight.shape)}, so equal weights (as {declared.dtype}) must have equal rows, and they do not. Compute it outside "
