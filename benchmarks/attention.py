@@ -68,7 +68,7 @@ def attention(soft: list[Tensor], inputs: Tensor) -> Tensor:
 
 def _dense(weight: Tensor, centroids: Tensor, temperature: Tensor, iters: int) -> Tensor:
     rounding = torch.bfloat16 if weight.dtype == torch.float32 else None
-    return reference.cluster(weight, None, centroids, temperature, iters, rounding)[0]
+    return reference.cluster(weight, centroids, reference.Problem(temperature, None, rounding), iters)[0]
 
 
 def soft_weights(layer: Layer) -> list[Tensor]:

@@ -201,7 +201,7 @@ def _make_dense(model: Any) -> None:
         def _dense(self, input: torch.Tensor) -> torch.Tensor:
             found = self.clustering.solve(self.weight)
             start, iters = found.trajectory[0], len(found.trajectory) - 1
-            soft, _ = reference.cluster(self.weight, found.importance, start, found.temperature, iters, torch.bfloat16)
+            soft, _ = reference.cluster(self.weight, start, found.problem, iters)
             return F.linear(input, soft, self.bias)
 
     for module in model.modules():

@@ -145,7 +145,7 @@ def test_same_run_as_our_linear_layers(granularity, dim):
     edkm.prepare(twin, config_of(granularity, dim), centroids=start)
     # The same state gives the same soft weight, to the bit.
     clustering = twin[0].clustering
-    assert torch.equal(model.train()[0].weight, clustering.decode(*clustering.live(twin[0].weight)))
+    assert torch.equal(model.train()[0].weight, clustering.decode(*clustering.attach(twin[0].weight)))
     for m in (model, twin):
         train(m.train(), 8, torch.optim.SGD(m.parameters(), lr=0.1))
     for name, (step, weight) in steps_of(model).items():

@@ -8,7 +8,8 @@ import torch
 
 import edkm
 from benchmarks.memory import LLAMA_7B, peak_of_tensors, training
-from edkm.core.op import BACKENDS, Solution
+from edkm.core.op import solve
+from edkm.core.reference import Problem
 from edkm.train.loop import TrainSettings
 from edkm.train.memory import PARTS, Timeline, plan_memory
 from edkm.train.memory.sketch import scratch_bytes
@@ -73,8 +74,6 @@ class TestTimeline:
         ("histogram", 512, 512, 1, 8, 1),
         ("histogram", 1024, 1024, 1, 8, 1),
         ("histogram", 1024, 1024, 1, 256, 1),
-        ("histogram", 512, 512, 32, 8, 1),
-        ("histogram", 2048, 1024, 128, 8, 1),
         ("blocks", 512, 512, 1, 8, 1),
         ("blocks", 512, 512, 32, 8, 1),
         ("blocks", 512, 512, 8, 16, 2),
@@ -87,8 +86,7 @@ def test_scratch_is_what_the_backends_use(backend, rows, cols, groups, k, d):
     importance = torch.rand(1, cols, generator=generator) + 0.1
     centroids = torch.randn(groups, k, d, generator=generator).sort(1).values
     temperature = torch.full((groups,), 0.05)
-    trajectory, table = BACKENDS[backend].solve(weight, importance, centroids, temperature, 1, torch.bfloat16)
-    solution = Solution(trajectory, importance, temperature, torch.bfloat16, backend, table)
+    solution = solve(weight, centroids, Problem(temperature, importance), 1, backend)
     with Timeline() as line:
         result = solution.adjoint(grad, weight)
     values = len(weight.bfloat16().unique())
@@ -111,12 +109,12 @@ def measured(model, config, backend="auto", **options):
 SMALL = {"embedding_bits": 4}
 CLUSTERINGS = {
     "plain": (None, "auto"),
-    "histogram": (edkm.ClusterConfig(**SMALL), "histogram"),
+    "many tables": (edkm.ClusterConfig(**SMALL), "auto"),
     "one table": (edkm.ClusterConfig(rows_per_lut=0, **SMALL), "histogram"),
     "blocks": (edkm.ClusterConfig(embedding_bits=0), "blocks"),
     "native": (edkm.ClusterConfig(embedding_bits=0), "native"),
     "vectors": (edkm.ClusterConfig(dim=2, embedding_bits=0), "blocks"),
-    "straight through": (edkm.ClusterConfig(softness=0, **SMALL), "histogram"),
+    "straight through": (edkm.ClusterConfig(softness=0, **SMALL), "blocks"),
 }
 
 
@@ -125,7 +123,7 @@ CLUSTERINGS = {
     [
         ("plain", False, False),
         ("plain", True, True),
-        ("histogram", True, False),
+        ("many tables", True, False),
         ("one table", False, True),
         ("blocks", False, False),
         ("native", False, False),

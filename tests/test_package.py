@@ -148,5 +148,5 @@ def test_only_the_command_line_imports_the_command_line():
 
 
 def test_these_tests_find_absolute_and_relative_imports():
-    assert {"edkm.core.op", "edkm.core.op.find"} <= imports(SOURCE / "train" / "clustering.py")
+    assert {"edkm.core.op", "edkm.core.op.solve"} <= imports(SOURCE / "train" / "clustering.py")
     assert {"edkm.core.blocks"} <= imports(SOURCE / "core" / "histogram.py")

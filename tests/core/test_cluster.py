@@ -1,4 +1,15 @@
-"""`edkm.cluster`: every backend computes the reference, keeps nothing for it, and says what is wrong."""
+"""`edkm.cluster`:
+
+1. every backend computes the reference to 1e-10 in float64, output, centroids and gradient, for any shape, in any blocks;
+2. the reference is differentiated right (gradcheck), and a centroid without mass hands its gradient on;
+3. in 16 bits the error is at most twice that of plain PyTorch, in float32 a few units in the last place;
+4. backward keeps the weight and the centroids of each iteration, and memory peaks at blocks;
+5. torch.compile gives the same bits;
+6. permuted and scaled weights give permuted and scaled results, and groups are independent;
+7. `auto` goes by shape, dtype and device, and errors name the argument, the rule and the remedy;
+8. kernels are built once, and where they cannot be it is reported and nothing fails;
+9. one thread and several give the same bits, with every backend.
+"""
 
 import pytest
 import torch
@@ -8,6 +19,7 @@ from test_measuring import peak_bytes, saved_bytes, saved_storages
 
 import edkm
 from edkm.core import blocks, histogram, native, op, reference
+from edkm.core.kmeans import temperature_for
 
 KINDS = ("normal", "repeated", "equal", "zeros", "subnormal", "far")
 IMPORTANCE = ("none", "columns", "full", "zeros")
@@ -44,8 +56,8 @@ def make(groups=1, d=1, vectors=6, cols=10, k=4, *, kind="normal", importance="n
     return weight.to(dtype), centroids.to(state), temperature.to(state), s, normal(rows, cols).to(dtype)
 
 
-def run(problem, backend, round_to, max_iters=3, tol=0.0):
-    """`(out, centroids, weight gradient, iters)`."""
+def run(problem, backend, round_to, max_iters=3):
+    """`(out, centroids, weight gradient)`."""
     weight, centroids, temperature, importance, upstream = problem
     weight = weight.detach().clone().requires_grad_()
     result = edkm.cluster(
@@ -54,37 +66,36 @@ def run(problem, backend, round_to, max_iters=3, tol=0.0):
         temperature=temperature,
         importance=importance,
         max_iters=max_iters,
-        tol=tol,
         round_to=round_to,
         backend=backend,
     )
     (grad,) = torch.autograd.grad(result.weight, weight, upstream)
-    return result.weight.detach(), result.centroids, grad, int(result.iters)
+    return result.weight.detach(), result.centroids, grad
 
 
-def assert_same(problem, backend, round_to, max_iters=3, tol=0.0):
+def assert_same(problem, backend, round_to, max_iters=3):
     """Largest difference from the reference against the largest entry (of the gradient: or of the upstream one)."""
-    got, expected = (run(problem, b, round_to, max_iters, tol) for b in (backend, "reference"))
+    got, expected = (run(problem, b, round_to, max_iters) for b in (backend, "reference"))
     scales = [
         expected[0].abs().max(),
         expected[1].abs().max(),
         expected[2].abs().max().maximum(problem[4].abs().max()),
     ]
-    assert got[3] == expected[3]
     for name, a, b, scale in zip(("out", "centroids", "gradient"), got, expected, scales):
         assert a.isfinite().all(), name
         error = ((a - b).abs().max() / scale).item() if scale > 0 else float((a - b).abs().max())
         assert error <= 1e-10, f"{name} of {backend}: {error:.3g}"
 
 
-def tiny_blocks(monkeypatch, entries=40, block=24, chunk=50):
+def tiny_blocks(monkeypatch, entries=40, block=24):
     monkeypatch.setattr(blocks, "map_entries", lambda device: entries)
     monkeypatch.setattr(histogram, "BLOCK_WEIGHTS", block)
-    monkeypatch.setattr(histogram, "CHUNK_WEIGHTS", chunk)
 
 
-def backends(d, round_to):
-    return ["blocks"] + (["histogram"] if d == 1 and round_to is not None else []) + (["native"] if d == 1 and native.available() else [])
+def backends(groups, d, round_to):
+    """Those that can cluster such a weight."""
+    histogram = ["histogram"] if groups == d == 1 and round_to is not None else []
+    return ["blocks", *histogram, *(["native"] if d == 1 and native.available() else [])]
 
 
 # Identity with the reference.
@@ -95,7 +106,7 @@ def backends(d, round_to):
 @pytest.mark.parametrize("groups, d", [(1, 1), (3, 1), (1, 2), (3, 2), (2, 3)])
 def test_equals_reference(groups, d, importance, round_to):
     problem = make(groups, d, importance=importance, seed=groups + 10 * d)
-    for backend in backends(d, round_to):
+    for backend in backends(groups, d, round_to):
         assert_same(problem, backend, round_to)
 
 
@@ -104,7 +115,7 @@ def test_equals_reference(groups, d, importance, round_to):
 @pytest.mark.parametrize("groups, d", [(1, 1), (3, 1), (2, 2)])
 def test_equals_reference_on_hard_values(groups, d, kind, round_to):
     problem = make(groups, d, kind=kind, importance="full")
-    for backend in backends(d, round_to):
+    for backend in backends(groups, d, round_to):
         assert_same(problem, backend, round_to)
 
 
@@ -115,7 +126,7 @@ def test_equals_reference_in_many_blocks(groups, d, importance, max_iters, monke
     tiny_blocks(monkeypatch)
     problem = make(groups, d, vectors=7, cols=9, importance=importance, seed=3)
     assert len(blocks.chunks(groups, 7, 9 * 4, 40)[0]) > 1
-    for backend in backends(d, torch.bfloat16):
+    for backend in backends(groups, d, torch.bfloat16):
         assert_same(problem, backend, torch.bfloat16, max_iters)
 
 
@@ -130,7 +141,7 @@ def test_equals_reference_in_many_blocks(groups, d, importance, max_iters, monke
     importance=st.sampled_from(IMPORTANCE),
     round_to=st.sampled_from([torch.bfloat16, torch.float16, None]),
     max_iters=st.integers(1, 4),
-    budgets=st.tuples(st.integers(1, 400), st.integers(1, 200), st.integers(1, 200)),
+    budgets=st.tuples(st.integers(1, 400), st.integers(1, 200)),
     seed=st.integers(0, 1000),
 )
 def test_equals_reference_on_any_shape(groups, d, vectors, cols, bits, kind, importance, round_to, max_iters, budgets, seed):
@@ -138,7 +149,7 @@ def test_equals_reference_on_any_shape(groups, d, vectors, cols, bits, kind, imp
     problem = make(groups, d, vectors, cols, k, kind=kind, importance=importance, seed=seed)
     with pytest.MonkeyPatch.context() as monkeypatch:
         tiny_blocks(monkeypatch, *budgets)
-        for backend in backends(d, round_to):
+        for backend in backends(groups, d, round_to):
             assert_same(problem, backend, round_to, max_iters)
 
 
@@ -146,41 +157,30 @@ def test_equals_reference_on_any_shape(groups, d, vectors, cols, bits, kind, imp
 @pytest.mark.parametrize("groups, d", [(1, 1), (3, 1), (2, 2)])
 def test_a_solution_reused_equals_reference(groups, d, importance, monkeypatch):
     # What layers do: solve once, then decode and take gradients with what the solution remembers.
-    tiny_blocks(monkeypatch, chunk=120)
+    tiny_blocks(monkeypatch)
     weight, centroids, temperature, s, upstream = problem = make(groups, d, kind="repeated", importance=importance)
-    out, after, grad, _ = run(problem, "reference", torch.bfloat16)
-    for backend in backends(d, torch.bfloat16):
-        solution = op.find(weight, s, centroids, temperature, 3, 0.0, torch.bfloat16, backend)
+    out, after, grad = run(problem, "reference", torch.bfloat16)
+    for backend in backends(groups, d, torch.bfloat16):
+        solution = op.solve(weight, centroids, reference.Problem(temperature, s), 3, backend)
         assert torch.allclose(solution.trajectory[-1], after, rtol=1e-10)
         for _ in range(2):
             assert torch.allclose(solution.decode(weight), out, rtol=1e-10)
             assert (solution.adjoint(upstream, weight) - grad).abs().max() <= 1e-10 * grad.abs().max()
 
 
-def test_equals_reference_where_centroids_are_hard():
-    weight, centroids, _, _, upstream = make(2, 1, vectors=8, cols=20, k=8)
-    for temperature in (1e-2, 1e-4, 1e-8):
-        problem = weight, centroids, torch.full((2,), temperature, dtype=torch.float64), None, upstream
-        for backend in ("blocks", "histogram"):
-            assert_same(problem, backend, torch.bfloat16)
-
-
-@pytest.mark.parametrize("backend", ["blocks", "histogram", "native"])
-def test_tolerance_stops_where_the_reference_stops(backend):
-    problem = make(2, 1, vectors=8, cols=12)
-    trajectory, _ = op.solve(*problem[:1], None, *problem[1:3], 8, 0.0, torch.bfloat16, "reference")
-    moves = trajectory.diff(dim=0).abs().amax((1, 2, 3))
-    tol = (moves[3] * 1.0001).item()
-    stop = 1 + int((moves <= tol).nonzero()[0])
-    assert 1 < stop < 8
-    assert run(problem, backend, torch.bfloat16, max_iters=8, tol=tol)[3] == stop
-    assert_same(problem, backend, torch.bfloat16, max_iters=8, tol=tol)
+@pytest.mark.parametrize("temperature", [1e-2, 1e-4, 1e-8])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_equals_reference_where_centroids_are_hard(groups, temperature):
+    weight, centroids, _, _, upstream = make(groups, 1, vectors=8, cols=20, k=8)
+    problem = weight, centroids, torch.full((groups,), temperature, dtype=torch.float64), None, upstream
+    for backend in backends(groups, 1, torch.bfloat16):
+        assert_same(problem, backend, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocks", "histogram", "native"])
 def test_centroid_without_mass_stays_and_passes_its_gradient_on(backend):
     weight, centroids, temperature, _, upstream = make(kind="far")
-    _, after, grad, _ = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
+    _, after, grad = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
     assert after[0, -1] == 1000.0
     assert not torch.equal(after[0, :-1], centroids[0, :-1])
     # The same problem without it.
@@ -199,7 +199,7 @@ def test_centroid_that_dies_hands_its_gradient_to_the_iteration_before(backend):
     temperature = torch.full((1,), 1e-3, dtype=torch.float64)
     upstream = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
     problem = weight, centroids, temperature, importance, upstream
-    out, after, grad, _ = run(problem, backend, torch.bfloat16, max_iters=2)
+    out, after, grad = run(problem, backend, torch.bfloat16, max_iters=2)
     assert out[0, 2] == after[0, 1, 0] == 2
     expected = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]], dtype=torch.float64)
     assert torch.allclose(grad, expected, rtol=0, atol=1e-12)
@@ -240,6 +240,7 @@ def distance(a, b):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_error_in_16_bits_is_at_most_twice_that_of_plain_pytorch(backend, dtype, groups):
+    groups = 1 if backend == "histogram" else groups
     problem = make(groups, 1, vectors=16, cols=64, k=8, dtype=dtype, seed=1)
     truth = run(tuple(None if t is None else t.double() for t in problem), "reference", None)
     mine, plain = run(problem, backend, None), plain_in(dtype, problem)
@@ -254,10 +255,11 @@ def test_error_in_16_bits_is_at_most_twice_that_of_plain_pytorch(backend, dtype,
 @pytest.mark.parametrize("backend", ["blocks", "histogram", "native"])
 @pytest.mark.parametrize("groups, importance", [(1, "none"), (4, "full")])
 def test_error_in_float32(backend, groups, importance):
+    groups = 1 if backend == "histogram" else groups
     problem = make(groups, 1, vectors=16, cols=64, k=8, importance=importance, dtype=torch.float32, seed=2)
     wide = tuple(None if t is None else t.double() for t in (problem[0].bfloat16(), *problem[1:]))
     truth = run(wide, "reference", None)
-    out, centroids, grad, _ = run(problem, backend, torch.bfloat16)
+    out, centroids, grad = run(problem, backend, torch.bfloat16)
     eps = torch.finfo(torch.float32).eps
     assert distance(out, truth[0]) <= 8 * eps
     assert distance(centroids, truth[1]) <= 8 * eps
@@ -271,6 +273,7 @@ def test_error_in_float32(backend, groups, importance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_backward_keeps_the_weight_and_the_centroids_of_each_iteration(backend, dtype, groups):
+    groups = 1 if backend == "histogram" else groups
     weight, centroids, temperature, importance, _ = make(groups, 1, 16, 64, 8, importance="full", dtype=dtype)
     weight.requires_grad_()
     for s in (None, importance):
@@ -301,7 +304,7 @@ def step(weight, centroids, temperature, upstream, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unique_peaks_at_16_bytes_a_weight(dtype):
+def test_histogram_peaks_at_16_bytes_a_weight(dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1024, 2048, generator=generator).mul_(0.02).to(dtype).requires_grad_()
     centroids = torch.linspace(-0.04, 0.04, 8).view(1, 8, 1)
@@ -309,7 +312,7 @@ def test_unique_peaks_at_16_bytes_a_weight(dtype):
     assert peak <= 16 * weight.numel()
 
 
-def test_fused_peaks_at_a_block():
+def test_blocks_peak_at_a_block():
     peaks = []
     for rows in (512, 2048):
         weight = torch.randn(rows, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -327,7 +330,7 @@ def test_fused_peaks_at_a_block():
 
 @pytest.mark.parametrize("backend", ["blocks", "histogram", "native", "auto"])
 def test_compiles_without_a_graph_break(backend):
-    problem = make(2, 1, vectors=8, cols=20, importance="full", dtype=torch.float32)
+    problem = make(1 if backend == "histogram" else 2, 1, vectors=8, cols=20, importance="full", dtype=torch.float32)
     weight, centroids, temperature, importance, upstream = problem
 
     def loss(w):
@@ -348,15 +351,13 @@ def test_compiles_without_a_graph_break(backend):
 
 @pytest.mark.parametrize("backend", ["blocks", "histogram", "native"])
 def test_ops_are_registered_properly(backend):
-    weight, centroids, temperature, importance, upstream = make(2, 1, importance="full", dtype=torch.float32)
+    groups = 1 if backend == "histogram" else 2
+    weight, centroids, temperature, importance, upstream = make(groups, 1, importance="full", dtype=torch.float32)
     how = torch.bfloat16, backend
-    trajectory, iters = op.solve(weight, importance, centroids, temperature, 3, 0.0, *how)
-    weight.requires_grad_()
-    solved = importance, trajectory, iters, temperature
+    _, trajectory = op._cluster(weight, importance, centroids, temperature, 3, *how)
     calls = {
-        op.solve: (weight.detach(), importance, centroids, temperature, 3, 0.0, *how),
-        op.decode: (weight, *solved, *how),
-        op.adjoint: (upstream, weight.detach(), *solved, *how),
+        op._cluster: (weight.clone().requires_grad_(), importance, centroids, temperature, 3, *how),
+        op._cluster_adjoint: (upstream, weight, importance, trajectory, temperature, *how),
     }
     for function, arguments in calls.items():
         assert set(torch.library.opcheck(function, arguments).values()) == {"SUCCESS"}
@@ -376,7 +377,7 @@ def test_only_the_weight_gets_a_gradient():
 
 @pytest.mark.parametrize("backend", ["reference", "blocks", "histogram", "native"])
 def test_permuting_weights_of_a_group_permutes_the_result(backend):
-    weight, centroids, temperature, _, upstream = make(2, 1, vectors=4, cols=12)
+    weight, centroids, temperature, _, upstream = make(1 if backend == "histogram" else 2, 1, vectors=4, cols=12)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     state = centroids, temperature, None
     plain = run((weight, *state, upstream), backend, torch.bfloat16)
@@ -388,7 +389,7 @@ def test_permuting_weights_of_a_group_permutes_the_result(backend):
 @pytest.mark.parametrize("backend", ["reference", "blocks", "histogram", "native"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_twice_the_weights_are_twice_the_result_exactly(backend, dtype):
-    weight, centroids, temperature, _, upstream = make(2, 1, vectors=4, cols=12, dtype=dtype)
+    weight, centroids, temperature, _, upstream = make(1 if backend == "histogram" else 2, 1, vectors=4, cols=12, dtype=dtype)
     plain = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
     twice = run((weight * 2, centroids * 2, temperature * 4, None, upstream), backend, torch.bfloat16)
     assert torch.equal(twice[0], plain[0] * 2)
@@ -398,7 +399,7 @@ def test_twice_the_weights_are_twice_the_result_exactly(backend, dtype):
 
 def test_groups_are_independent():
     weight, centroids, temperature, _, upstream = make(3, 1)
-    for backend in ("reference", "blocks", "histogram"):
+    for backend in ("reference", *backends(3, 1, torch.bfloat16)):
         together = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
         for g in range(3):
             rows = slice(6 * g, 6 * g + 6)
@@ -409,8 +410,8 @@ def test_groups_are_independent():
 
 
 def test_strided_weights_and_gradients():
-    weight, centroids, temperature, _, upstream = make(2, 1, vectors=5, cols=7)
-    for backend in ("blocks", "histogram"):
+    weight, centroids, temperature, _, upstream = make(1, 1, vectors=5, cols=7)
+    for backend in backends(1, 1, torch.bfloat16):
         plain = run((weight, centroids, temperature, None, upstream), backend, torch.bfloat16)
         w = weight.mT.contiguous().mT.requires_grad_()
         soft = edkm.cluster(w, centroids, temperature=temperature, backend=backend).weight
@@ -421,20 +422,21 @@ def test_strided_weights_and_gradients():
 # The choice of a backend.
 
 
-def test_auto_counts(monkeypatch):
-    monkeypatch.setattr(native, "available", lambda: False)
+@pytest.mark.parametrize("compiler", [False, True])
+def test_auto_goes_by_shape_dtype_and_device(compiler, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: compiler)
+    loops = "native" if compiler else "blocks"
     generator = torch.Generator().manual_seed(0)
-    many = torch.randn(256, 512, generator=generator).mul_(0.02).bfloat16()
-    name, why = edkm.choose_backend(many, 1, 8, 1, None)
-    assert name == "histogram"
-    assert "some 4,096 distinct values for 131,072 weights of a group" in why
-    # On other devices a table has all 16-bit values: which occur would have to be read from there.
-    assert edkm.choose_backend(many, 1, 8, 1, None, torch.device("mps"))[0] == "histogram"
-    assert edkm.choose_backend(many, 2, 8, 1, None, torch.device("cuda"))[0] == "blocks"
-    few = torch.randn(256, 64, generator=generator)
-    assert edkm.choose_backend(few, 256, 8, 1, torch.bfloat16)[0] == "blocks"
+    many, few = torch.randn(256, 512, generator=generator).mul_(0.02).bfloat16(), torch.randn(32, 64, generator=generator)
+    name, why = edkm.choose_backend(many, 1, 16, 1, None)
+    assert name == "histogram" and "about 4,096 distinct values in 131,072 weights" in why
+    # On other devices every bin counts: which are empty would have to be read from there.
+    assert edkm.choose_backend(many, 1, 16, 1, None, torch.device("mps"))[0] == "histogram"
+    assert edkm.choose_backend(many, 2, 16, 1, None, torch.device("cuda"))[0] == "blocks"
+    assert edkm.choose_backend(few, 32, 16, 1, torch.bfloat16)[0] == loops
+    why = "16 centroids, on a CPU with a compiler" if compiler else "weights wider than 16 bits"
+    assert edkm.choose_backend(few, 1, 16, 1, None) == (loops, why)
     assert edkm.choose_backend(many, 1, 8, 2, None) == ("blocks", "vectors of 2 values")
-    assert edkm.choose_backend(few, 1, 8, 1, None) == ("blocks", "weights wider than 16 bits")
 
 
 @pytest.mark.parametrize("groups, cols, chosen", [(1, 8192, "histogram"), (8, 8, "blocks")])
@@ -442,12 +444,7 @@ def test_auto_is_what_it_chose(groups, cols, chosen, monkeypatch):
     monkeypatch.setattr(native, "available", lambda: False)
     problem = make(groups, 1, vectors=2, cols=cols, kind="repeated", dtype=torch.float32)
     assert edkm.choose_backend(problem[0], groups, 4, 1, torch.bfloat16)[0] == chosen
-    auto = run(problem, "auto", torch.bfloat16)
-    for got, expected in zip(auto, run(problem, chosen, torch.bfloat16)):
-        assert torch.equal(torch.as_tensor(got), torch.as_tensor(expected))
-    for other in ("histogram", "blocks"):
-        for i, bound in ((0, 1e-5), (1, 1e-5), (2, 1e-4)):
-            assert distance(run(problem, other, torch.bfloat16)[i], auto[i].double()) < bound
+    assert all(torch.equal(a, b) for a, b in zip(run(problem, "auto", torch.bfloat16), run(problem, chosen, torch.bfloat16)))
 
 
 # Errors: the tensor or argument, the rule, the remedy.
@@ -483,7 +480,7 @@ W, C = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), torch.lins
         ({"temperature": torch.nan}, "temperature: ", "must be positive", "squared weight units"),
         ({"weight": W.clone().fill_diagonal_(torch.nan)}, "weight: ", "NaN or infinite", "learning rate"),
         ({"weight": W.clone().fill_diagonal_(torch.inf)}, "weight: ", "NaN or infinite", "learning rate"),
-        ({"weight": W * 1e6, "round_to": torch.float16}, "weight: ", "range of round_to", "finite"),
+        ({"weight": W * 1e6, "round_to": torch.float16}, "weight: ", "range of 16 bits", "learning rate"),
         ({"backend": "dense"}, "backend: ", "'dense' is not one of", "reference, histogram, blocks, native, auto"),
     ],
 )
@@ -498,23 +495,15 @@ def test_errors(change, named, rule, remedy):
         assert rule in message and remedy in message, (backend, message)
 
 
-@pytest.mark.parametrize("change", [{"round_to": None}, {"round_to": torch.float32}, {"centroids": C.repeat(1, 1, 2)}])
-def test_unique_says_what_it_cannot_do(change):
+@pytest.mark.parametrize(
+    "change",
+    [{"round_to": None}, {"round_to": torch.float32}, {"centroids": C.repeat(1, 1, 2)}, {"centroids": C.repeat(2, 1, 1)}],
+)
+def test_histogram_is_refused_where_it_cannot_be(change):
     arguments = {"weight": W, "centroids": C, "temperature": 0.1} | change
-    with pytest.raises(ValueError, match=r"^backend: histogram needs single values of 16 bits.*Use blocks"):
+    with pytest.raises(ValueError, match=r"^backend: histogram needs one table of single 16-bit values.*Use auto"):
         edkm.cluster(**arguments, backend="histogram")
     assert edkm.cluster(**arguments, backend="auto").weight.isfinite().all()
-
-
-def test_auto_takes_the_compiled_backend_where_it_can(monkeypatch):
-    weight = torch.randn(32, 64)
-    monkeypatch.setattr(native, "available", lambda: True)
-    assert edkm.choose_backend(weight, 32, 16, 1, None) == ("native", "16 centroids, on a CPU with a compiler")
-    assert edkm.choose_backend(weight, 32, 16, 1, None, torch.device("cuda"))[0] == "blocks"
-    assert edkm.choose_backend(weight, 32, 16, 1, torch.bfloat16)[0] == "native"
-    # Where many weights share a table its distinct values are few beside them.
-    assert edkm.choose_backend(torch.randn(256, 512), 1, 16, 1, torch.bfloat16)[0] == "histogram"
-    assert edkm.choose_backend(weight, 1, 8, 2, None)[0] == "blocks"
 
 
 # The native kernels.
@@ -523,40 +512,41 @@ def test_auto_takes_the_compiled_backend_where_it_can(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups, k, cols", [(1, 16, 700), (24, 8, 300), (8, 4, 3)])
 @pytest.mark.parametrize("backend", ["native"])
-def test_compiled_in_float32(backend, groups, k, cols, dtype):
+def test_native_in_float32(backend, groups, k, cols, dtype):
     """Several tiles and threads, rows shorter than a vector; against `blocks` in float64."""
     torch.manual_seed(groups)
     weight, grad = torch.randn(2, 24, cols).to(dtype)
-    centroids, importance, tau = torch.randn(groups, k, 1).sort(1).values, torch.rand(24, cols), torch.rand(groups) * 0.05 + 0.01
-    rounding = torch.bfloat16 if dtype == torch.float32 else None
-    trajectory, _ = native.solve(weight, importance, centroids, tau, 2, rounding)
-    rounded = weight.bfloat16() if rounding else weight
-    wide = (rounded.double(), importance.double(), centroids.double(), tau.double())
-    truth, _ = blocks.solve(*wide, 2, None)
-    torch.testing.assert_close(trajectory.double(), truth, rtol=1e-5, atol=1e-6)
-    decoded = native.decode(weight, trajectory, tau, rounding)
-    gradient = native.adjoint(grad, weight, importance, trajectory, tau, rounding)
+    centroids, importance = torch.randn(groups, k, 1).sort(1).values, torch.rand(24, cols)
+    problem = reference.Problem(torch.rand(groups) * 0.05 + 0.01, importance)
+    wide = reference.Problem(problem.temperature.double(), problem.importance.double(), None)
+    solution = op.solve(weight, centroids, problem, 2, "native")
+    truth = op.solve((weight.bfloat16() if dtype == torch.float32 else weight).double(), centroids.double(), wide, 2, "blocks")
+    torch.testing.assert_close(solution.trajectory.double(), truth.trajectory, rtol=1e-5, atol=1e-6)
+    decoded, gradient = solution.decode(weight), solution.adjoint(grad, weight)
     assert decoded.dtype == gradient.dtype == dtype
     error = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
-    torch.testing.assert_close(decoded.double(), blocks.decode(wide[0], truth, wide[3], None), rtol=error, atol=error)
-    expected = blocks.adjoint(grad.double(), wide[0], wide[1], truth, wide[3], None)
-    assert distance(gradient, expected) < 10 * error
+    rounded = (weight.bfloat16() if dtype == torch.float32 else weight).double()
+    torch.testing.assert_close(decoded.double(), truth.decode(rounded), rtol=error, atol=error)
+    assert distance(gradient, truth.adjoint(grad.double(), rounded)) < 10 * error
 
 
-@pytest.mark.parametrize("backend", ["native"])
-def test_threads_do_not_change_a_bit(backend):
-    torch.manual_seed(0)
-    weight, centroids, tau = torch.randn(512, 256), torch.randn(64, 8, 1).sort(1).values, torch.full((64,), 0.1)
+@pytest.mark.parametrize("groups", [1, 64])
+def test_threads_do_not_change_a_bit(groups):
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 3):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            trajectory, _ = native.solve(weight, None, centroids, tau, 1, torch.bfloat16)
-            results.append((trajectory, native.adjoint(weight, weight, None, trajectory, tau, torch.bfloat16)))
+            start = edkm.initial_centroids(weight, 3, rows_per_lut=512 // groups)
+            problem = reference.Problem(temperature_for(weight, start, None, 0.5))
+            results.append([start, problem.temperature])
+            for backend in backends(groups, 1, torch.bfloat16):
+                solution = op.solve(weight, start, problem, 1, backend)
+                results[-1] += [solution.trajectory, solution.decode(weight), solution.adjoint(weight, weight)]
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for others in results[1:] for a, b in zip(results[0], others, strict=True))
 
 
 @pytest.fixture

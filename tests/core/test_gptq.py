@@ -1,4 +1,11 @@
-"""`core.gptq`: the start that knows the second moment of a layer's inputs."""
+"""`core.gptq`, the fit to the second moment of a layer's inputs:
+
+1. the output error falls with every turn, and lies below that of k-means and of rounding;
+2. tables are least squares for their indices, and indices the nearest entries of the targets, after rounding too;
+3. shrinkage, dead inputs and few tokens are harmless;
+4. the result is the same to the bit with and without a C compiler, with one thread and with two;
+5. errors name the argument and the rule.
+"""
 
 import itertools
 
@@ -6,7 +13,7 @@ import pytest
 import torch
 
 import edkm
-from edkm.core import gptq
+from edkm.core import gptq, native
 from edkm.core.assign import assign, lookup, round_lut
 
 
@@ -102,19 +109,26 @@ def test_the_tables_are_the_means_of_the_weights_on_them(rows_per_lut):
     assert away.mean() < 0.01 * gap and away.max() < 0.2 * gap
 
 
-def test_without_a_compiler_the_same(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fit_is_the_same_to_the_bit_without_a_compiler_and_with_threads(dtype, monkeypatch):
+    weight, moment, _ = problem(cols=150, dtype=dtype)
+    before, found = torch.get_num_threads(), []
+    for compiler, threads in ((native.available(), 1), (False, 1), (native.available(), 2)):
+        monkeypatch.setattr(native, "available", lambda compiler=compiler: compiler)
+        torch.set_num_threads(threads)
+        found.append(gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01))
+        torch.set_num_threads(before)
+        monkeypatch.undo()
+    for other in found[1:]:
+        assert torch.equal(other.weight, found[0].weight) and torch.equal(other.centroids, found[0].centroids)
+
+
+def test_importance_of_columns_in_the_start_pays(monkeypatch):
     weight, moment, _ = problem(cols=150)
     found = gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
     start = edkm.initial_centroids(weight, 3, rows_per_lut=8)
-    monkeypatch.setattr(gptq.native, "available", lambda: False)
     monkeypatch.setattr(gptq, "initial_centroids", lambda *_, **__: start)
-    slow = gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
-    monkeypatch.undo()
-    monkeypatch.setattr(gptq, "initial_centroids", lambda *_, **__: start)
-    fast = gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
-    torch.testing.assert_close(fast.weight, slow.weight, rtol=0, atol=1e-12)
-    assert torch.equal(fast.centroids, slow.centroids)
-    assert found.errors[-1] < fast.errors[-1]  # importance of columns in the start pays
+    assert found.errors[-1] < gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01).errors[-1]
 
 
 def test_columns_that_no_input_reached_are_harmless():

@@ -1,4 +1,10 @@
-"""Centroids from rows that lie on several ranks: the same as from the whole weight, for any cut. Threads stand for ranks."""
+"""Clustering of rows that lie on several ranks, for which threads stand:
+
+1. any cut of the rows gives the centroids, output and gradient of the whole weight, and all ranks the same bits;
+2. frozen pieces one after another are the frozen whole;
+3. a weight that is not finite on one rank is noticed on all;
+4. no rank reads a row of another: only sums travel.
+"""
 
 import itertools
 import threading
@@ -10,6 +16,7 @@ from hypothesis import strategies as st
 
 from edkm.core import op, sharded
 from edkm.core.assign import assign, round_lut
+from edkm.core.reference import Problem
 from edkm.core.sharded import Rows
 
 
@@ -60,10 +67,10 @@ def problem(rows=24, cols=10, groups=3, k=4, d=1, dtype=torch.float64, seed=0):
 
 def both(weight, importance, centroids, tau, edges, backend, round_to=None, iters=3):
     """Solutions of the whole weight and of every rank."""
-    whole = op.find(weight, importance, centroids, tau, iters, 0.0, round_to, backend)
+    whole = op.solve(weight, centroids, Problem(tau, importance, round_to), iters, backend)
     pieces = cut(weight, edges)
     ranks = Ranks(len(pieces))
-    ranks.run(lambda rank, reduce: sharded.find(pieces[rank], importance, centroids, tau, iters, round_to, backend, reduce))
+    ranks.run(lambda rank, reduce: sharded.solve(pieces[rank], centroids, Problem(tau, importance, round_to), iters, backend, reduce))
     assert ranks.errors == [None] * len(pieces)
     return whole, ranks.results
 
@@ -88,9 +95,10 @@ def test_any_cut_gives_the_same_centroids_and_gradients(backend, edges, grid, wi
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 24), min_size=1, max_size=4), st.sampled_from([1, 3, 24]))
-def test_unique_of_shards_is_unique_of_the_whole(edges, groups):
-    weight, importance, centroids, tau = problem(cols=40, groups=groups, dtype=torch.float32)
+@given(st.lists(st.integers(0, 24), min_size=1, max_size=4), st.sampled_from(["none", "full", "zeros"]))
+def test_a_histogram_of_pieces_is_that_of_the_whole(edges, kind):
+    weight, importance, centroids, tau = problem(cols=40, groups=1, dtype=torch.float32)
+    importance = None if kind == "none" else importance * (importance > 0.5) if kind == "zeros" else importance
     whole, ranks = both(weight, importance, centroids, tau, edges, "histogram", torch.bfloat16)
     grad = torch.randn_like(weight)
     for solution in ranks:
@@ -116,18 +124,19 @@ def test_frozen_shards_one_after_another_are_the_frozen_whole(edges, grid):
 
 @pytest.mark.parametrize("backend", ["histogram", "blocks", "native"])
 def test_a_weight_that_is_not_finite_on_one_rank_makes_centroids_nan_on_all(backend):
-    weight, importance, centroids, tau = problem(dtype=torch.float32)
+    weight, importance, centroids, tau = problem(groups=1 if backend == "histogram" else 3, dtype=torch.float32)
     weight[20, 3] = torch.nan
     pieces = cut(weight, [8, 16])
     ranks = Ranks(3)
-    ranks.run(lambda rank, reduce: sharded.find(pieces[rank], importance, centroids, tau, 1, torch.bfloat16, backend, reduce))
+    ranks.run(lambda rank, reduce: sharded.solve(pieces[rank], centroids, Problem(tau, importance), 1, backend, reduce))
     assert ranks.errors == [None] * 3
     assert all(bool(solution.trajectory[-1].isnan().any()) for solution in ranks.results)
 
 
-def test_no_rank_reads_a_row_of_another():
-    """Rows are all that a rank is given, and only sums of the size of the centroids (and of all 16-bit values) travel."""
-    weight, importance, centroids, tau = problem(rows=64, cols=64, groups=4, dtype=torch.float32)
+@pytest.mark.parametrize(("backend", "groups", "travels"), [("blocks", 4, 4 * 4 * 2), ("histogram", 1, 1 << 16)])
+def test_no_rank_reads_a_row_of_another(backend, groups, travels):
+    """Rows are all that a rank is given, and only sums of the size of the centroids, or of all 16-bit values, travel."""
+    weight, importance, centroids, tau = problem(rows=64, cols=64, groups=groups, dtype=torch.float32)
     pieces, sizes = cut(weight, [10, 40]), []
 
     def one(rank, reduce):
@@ -135,7 +144,7 @@ def test_no_rank_reads_a_row_of_another():
             sizes.append(x.numel())
             return reduce(x)
 
-        return sharded.find(pieces[rank], importance, centroids, tau, 2, torch.bfloat16, "histogram", watched)
+        return sharded.solve(pieces[rank], centroids, Problem(tau, importance), 2, backend, watched)
 
     Ranks(3).run(one)
-    assert set(sizes) == {centroids.numel() * 2, 1 << 16}
+    assert set(sizes) == {travels}

@@ -1,4 +1,11 @@
-"""What a GPU or a Mac needs, checked on a CPU: steps that read nothing from the device, no float64, no mixing of devices."""
+"""The needs of a GPU or a Mac, checked on a CPU:
+
+1. clustering reads nothing from the device, and an optimizer step one number for all layers;
+2. histograms of all 16-bit values give the results of histograms of those that occur;
+3. a weight that is not finite is named at the end of its step and never written, a backend that does not fit before training;
+4. a step needs no float64 and mixes no devices;
+5. a model that is moved chooses its backends again.
+"""
 
 import copy
 import itertools
@@ -18,7 +25,8 @@ from transformers import PreTrainedModel
 import edkm
 from benchmarks.reads import CountReads
 from edkm.core import histogram, native
-from edkm.core.op import find
+from edkm.core.op import solve
+from edkm.core.reference import Problem
 from edkm.evaluate import perplexity
 from edkm.recipe import Recipe, compress
 from edkm.train import loop
@@ -39,7 +47,7 @@ class RefuseFloat64(TorchDispatchMode):
 @pytest.fixture
 def not_the_cpu(monkeypatch):
     """Tables as on any other device, and no kernels of a CPU."""
-    monkeypatch.setattr(histogram, "counts_values", lambda device: False)
+    monkeypatch.setattr(histogram, "drops_empty_bins", lambda device: False)
     monkeypatch.setattr(native, "takes", lambda device, k, d: False)
 
 
@@ -71,7 +79,7 @@ def reads_of_a_step(model, optimizer):
 @pytest.mark.parametrize("config", [{"anneal_steps": 4}, {"softness": 0.0}])
 @pytest.mark.parametrize(
     ("backend", "rows_per_lut", "accumulate"),
-    [("histogram", 0, 2), ("histogram", 32, 1), ("blocks", 0, 1), ("blocks", 16, 2), ("auto", 1, 1)],
+    [("histogram", 0, 2), ("auto", 32, 1), ("blocks", 0, 1), ("blocks", 16, 2), ("auto", 1, 1)],
 )
 def test_clustering_reads_nothing_and_a_step_one_number_for_all_layers(tiny_model, not_the_cpu, backend, rows_per_lut, accumulate, config):
     def step(model, optimizer):
@@ -99,41 +107,39 @@ def test_nor_does_it_on_a_cpu(tiny_model, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("groups", [1, 4])
-def test_tables_of_all_values_give_what_tables_of_those_that_occur_give(dtype, groups, monkeypatch):
+def test_histograms_of_all_values_give_the_results_of_those_that_occur(dtype, monkeypatch):
     weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)).mul_(0.1).to(dtype)
     weight[0, :4] = torch.tensor([0.0, -0.0, 1e-7, -1e-7]).to(dtype)
     generator = torch.Generator().manual_seed(1)
     importance, grad = torch.rand(1, 40, generator=generator), torch.randn(16, 40, generator=generator).to(dtype)
     importance[0, 7] = 0
-    start = edkm.initial_centroids(weight, 3, rows_per_lut=16 // groups)
-    tau = torch.full((groups,), 1e-3)
+    start = edkm.initial_centroids(weight, 3)
+    tau = torch.full((1,), 1e-3)
 
     def results():
-        solution = find(weight, importance, start, tau, 3, 0.0, torch.bfloat16, "histogram")
+        solution = solve(weight, start, Problem(tau, importance), 3, "histogram")
         return solution.trajectory, solution.decode(weight).float(), solution.adjoint(grad, weight).float()
 
     counted = results()
-    monkeypatch.setattr(histogram, "counts_values", lambda device: False)
+    monkeypatch.setattr(histogram, "drops_empty_bins", lambda device: False)
     for got, expected in zip(results(), counted, strict=True):
         assert float((got - expected).norm() / expected.norm()) < (1e-5 if dtype == torch.float32 else 1e-3)
 
 
-# Weights that are not finite are still told, by name.
+# Weights that are not finite, and backends that do not fit.
 
 
 def test_a_backend_that_is_not_there_is_refused_before_training(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"backend: 'dense' is not one of"):
         prepared(tiny_model, "dense")
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj\.weight: backend: histogram needs single values"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj\.weight: backend: histogram needs one table"):
         edkm.prepare(tiny_model, edkm.ClusterConfig(dim=2, embedding_bits=0), backend="histogram")
     with pytest.raises(ValueError, match="backend: histogram, blocks, native or auto, got 'dense'"):
         edkm.Callback(tmp_path / "packed", backend="dense")
 
 
-@pytest.mark.parametrize("backend", ["histogram", "blocks", "native"])
+@pytest.mark.parametrize(("backend", "rows"), [("histogram", 0), ("blocks", 0), ("blocks", 16), ("native", 0), ("native", 16)])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("rows", [0, 16])
 def test_a_weight_that_is_not_finite_is_named_at_the_end_of_the_step(tiny_model, backend, value, rows):
     model = prepared(tiny_model, backend, rows_per_lut=rows)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -167,7 +173,7 @@ def test_a_step_looks_at_the_weights_that_it_moves(tiny_model):
 # float64.
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("histogram", torch.float32), ("blocks", torch.bfloat16), ("native", torch.float32)])
+@pytest.mark.parametrize(("backend", "dtype"), [("auto", torch.float32), ("blocks", torch.bfloat16), ("native", torch.float32)])
 def test_no_float64_from_calibration_to_freezing(tiny_model, tiny_tokenizer, backend, dtype):
     """k-means on a CPU keeps its sums in C."""
     if not native.available():
@@ -229,6 +235,17 @@ def test_a_step_and_an_evaluation_on_a_device_that_is_not_there():
     script = "import sys; sys.path += ['tests/train']; import test_devices; test_devices.run_on_a_device_that_is_not_there()"
     found = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert found.stdout == "ran\n", found.stderr
+
+
+def test_a_model_that_is_moved_chooses_its_backends_again(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: True)
+    model = nn.Sequential(nn.Linear(8, 8))
+    edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4))
+    clustering = model[0].clustering
+    assert clustering.choice == ("native", "4 centroids, on a CPU with a compiler")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        clustering._apply(lambda t: torch.empty_like(t, device="cuda"))
+    assert clustering.choice == ("blocks", "2 tables")
 
 
 def test_kernels_of_a_cpu_are_not_asked_for_elsewhere(monkeypatch):

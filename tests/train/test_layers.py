@@ -90,7 +90,8 @@ def test_linear(backend, bias, importance):
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 8, bias=bias)))
     s = {"0.weight": random(1, 6).square()} if importance else None
     used = "blocks" if backend == "reference" else backend
-    edkm.prepare(model, CONFIG, importance=s, backend=used)
+    config = edkm.ClusterConfig(bits=2, rows_per_lut=0) if backend == "histogram" else CONFIG
+    edkm.prepare(model, config, importance=s, backend=used)
     (linear,), x, upstream = model, random(3, 5, 6), random(3, 5, 8, seed=2)
     weight = linear.weight.detach().clone().requires_grad_()
     truth, centroids = soft(weight, linear.clustering, backend)
@@ -409,26 +410,25 @@ def test_linear_keeps_what_a_linear_keeps_and_a_kibibyte(dtype, backend):
     after, out = saved_bytes(lambda: model(x), *model.parameters())
     assert before > 0
     assert after <= before
-    # Beside what autograd keeps, a layer has its solution: centroids and, for `histogram`, a table of distinct values.
+    # Beside what autograd keeps, a layer has its solution: centroids and, for `histogram`, a histogram.
     for _, weight, clustering in clusterings(model):
         solution = clustering.solve(weight)
         assert solution.trajectory.numel() * 4 <= 1024
-        tables = [t for entry in solution.table or [] for t in entry if t is not None]
-        assert bool(tables) == (backend == "histogram")
-        assert all(t.numel() <= len(weight.bfloat16().unique()) + 255 for t in tables)
+        assert bool(solution.kept) == (backend == "histogram")
+        assert all(t.numel() <= len(weight.bfloat16().unique()) + 255 for t in solution.kept or [])
     out.sum().backward()
 
 
 @pytest.fixture
 def solves(monkeypatch):
     """Counts the clusterings that layers solve."""
-    calls, find = [], clustering_module.find
+    calls, solve = [], clustering_module.solve
 
     def counted(*args):
         calls.append(args)
-        return find(*args)
+        return solve(*args)
 
-    monkeypatch.setattr(clustering_module, "find", counted)
+    monkeypatch.setattr(clustering_module, "solve", counted)
     return calls
 
 
@@ -683,7 +683,7 @@ def test_annealing_is_geometric_from_the_start_to_the_factor(solves):
         model(random(3, 6)).sum().backward()
         optimizer.step()
     for step, args in enumerate(solves):
-        assert torch.allclose(args[3], start * 0.01 ** (step / 4))
+        assert torch.allclose(args[2].temperature, start * 0.01 ** (step / 4))
     assert torch.equal(clustering.temperature, start)
 
 
@@ -924,7 +924,7 @@ def test_quantized_layers_of_others_are_refused():
         edkm.prepare(lazy, CONFIG)
 
 
-@pytest.mark.parametrize(("backend", "message"), [("none", "is not one of"), ("histogram", "histogram needs single values")])
+@pytest.mark.parametrize(("backend", "message"), [("none", "is not one of"), ("histogram", "histogram needs one table")])
 def test_a_backend_that_would_fail_in_training_is_refused(backend, message):
     with pytest.raises(ValueError, match=message):
         edkm.prepare(seeded(Tied), edkm.ClusterConfig(bits=2, dim=2, rows_per_lut=4, embedding_bits=0), backend=backend)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from edkm.core.reference import compute_dtype
+
 LUT_DTYPE = torch.float16
 _BLOCK_WEIGHTS = 1 << 20
 
@@ -125,7 +127,7 @@ def assign(weight: Tensor, lut: Tensor) -> Tensor:
     groups, k, d = lut.shape
     cols = weight.shape[1]
     vectors = weight.shape[0] // (groups * d)  # rows of vectors in a group
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(weight.dtype)
     table = lut.to(dtype)
     grouped = weight.detach().view(groups, vectors, d, cols)
     indices = torch.empty(groups, vectors, cols, dtype=torch.uint8, device=weight.device)
@@ -165,3 +167,29 @@ def lookup(indices: Tensor, lut: Tensor, dtype: torch.dtype = torch.float32) -> 
         return lut.to(dtype).reshape(-1).index_select(0, keys.view(-1)).view(rows, cols)
     vectors = lut.to(dtype).reshape(groups * k, d).index_select(0, keys.view(-1))  # [rows * cols, d]
     return vectors.view(rows, cols, d).transpose(1, 2).reshape(rows * d, cols)
+
+
+class Quantized(NamedTuple):
+    """A weight on its nearest centroids.
+
+    Attributes:
+        indices: `[rows // d, cols]` uint8.
+        values: `[rows, cols]`, the weight that the indices stand for.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+    def errors(self, weight: Tensor) -> Tensor:
+        """The squared error of every weight, `[rows, cols]` in the compute dtype."""
+        return (weight.detach().to(compute_dtype(weight.dtype)) - self.values).square_()
+
+
+def quantize(weight: Tensor, lut: Tensor, dtype: torch.dtype | None = None) -> Quantized:
+    """Put a weight `[rows, cols]` on its nearest centroids in `lut [g, k, d]`; values in the compute dtype of the weight, or `dtype`.
+
+    Cost:
+        That of `assign` and `lookup`.
+    """
+    indices = assign(weight, lut)
+    return Quantized(indices, lookup(indices, lut, dtype or compute_dtype(weight.dtype)))

@@ -1,4 +1,4 @@
-"""Blockwise differentiable k-means: the assignment A is made again wherever it is needed and never stored.
+"""Cluster in blocks: the assignment A is computed again wherever it is needed, and never stored.
 
 Forward reads the weight once per iteration in blocks small enough for a cache. Backward reverses the iterations, again block
 by block, from nothing but the centroids of each iteration. With `gc = dL/dc'` of an iteration that led from `c` to `c'`:
@@ -16,8 +16,8 @@ and the last iteration carries the output's own terms, with `v = dL/dout`:
 
 Rows of dZ sum to zero, so that `sum_j dZ_ij (w_i - c_j) = -sum_j dZ_ij c_j`, which is a product of small matrices.
 
-`histogram` calls `reverse` on tables of distinct values instead of weights; that is why it takes a multiplicity `m` (v is then
-per unit, D a derivative). Maps are laid out [g, k, n], long dimension last, so that every operation runs at vector width.
+`histogram` clusters the values of its bins instead of weights. A bin stands for many weights, so `reverse` takes a multiplicity `m` for
+the sum of `v` over them; D is then per unit of `v`. Maps are laid out [g, k, n], long dimension last: operations run at vector width.
 """
 
 from __future__ import annotations
@@ -29,12 +29,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core.reference import compute_dtype, group_importance, group_vectors, mass_floor
+from edkm.core.reference import Problem, compute_dtype, group_importance, group_vectors, mass_floor, update_centroids
 
 
 class Block(NamedTuple):
     groups: slice
     rows: slice
+
+
+class Points(NamedTuple):
+    """Points to cluster: the vectors of a weight, or the values of a histogram."""
+
+    values: Tensor  # [g, d, rows, cols]
+    importance: Tensor | None  # [g, rows, cols]
+    temperature: Tensor  # [g]
+    round_to: torch.dtype | None
+
+    @classmethod
+    def of(cls, weight: Tensor, problem: Problem, groups: int, d: int) -> Points:
+        importance = group_importance(problem.importance, weight.shape, groups, d)
+        return cls(group_vectors(weight, groups, d), importance, problem.temperature, problem.round_to)
+
+    def read(self, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A block's values `[g, d, n]`, rounded, importance `[g, 1, n]` and temperature `[g, 1, 1]`, in the compute dtype."""
+        values = self.values[block.groups, :, block.rows]
+        values = values if self.round_to is None else values.to(self.round_to)
+        return values.to(dtype).flatten(2), self.read_importance(block, dtype), self.temperature[block.groups].view(-1, 1, 1)
+
+    def read_importance(self, block: Block, dtype: torch.dtype) -> Tensor | None:
+        return None if self.importance is None else _flat(self.importance, block, dtype)
 
 
 def map_entries(device: torch.device) -> int:
@@ -55,22 +78,11 @@ def chunks(groups: int, rows: int, per_row: int, budget: int) -> list[list[Block
     return [[Block(slice(g, g + 1), slice(r, min(r + step, rows))) for r in starts] for g in range(groups)]
 
 
-def read(grid: Tensor, block: Block, round_to: torch.dtype | None, dtype: torch.dtype) -> Tensor:
-    """A block of `grid [g, d, rows, cols]` as `[g', d, n]`, rounded, in the compute dtype."""
-    part = grid[block.groups, :, block.rows]
-    return (part if round_to is None else part.to(round_to)).to(dtype).flatten(2)
-
-
-def read_importance(importance: Tensor | None, block: Block, dtype: torch.dtype) -> Tensor | None:
-    """A block of `importance [g, rows, cols]` as `[g', 1, n]`."""
-    return None if importance is None else importance[block.groups, block.rows].to(dtype).flatten(1).unsqueeze(1)
-
-
 class Maps:
     """Three buffers for maps [g, k, n], allocated once: fresh ones every time cost more in page faults than the arithmetic."""
 
     def __init__(self, like: Tensor, cut: list[list[Block]], per_row: int) -> None:
-        sizes = [_length(b.groups) * _length(b.rows) * per_row for chunk in cut for b in chunk]
+        sizes = [(b.groups.stop - b.groups.start) * (b.rows.stop - b.rows.start) * per_row for chunk in cut for b in chunk]
         self.buffers = like.new_empty(3, max(sizes))
 
     def shaped(self, w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,16 +92,17 @@ class Maps:
         return a, x, y
 
 
-def _length(part: slice) -> int:
-    return part.stop - part.start
-
-
-def _plan(grid: Tensor, centroids: Tensor) -> tuple[list[list[Block]], Maps]:
-    """Blocks of `grid [g, d, rows, cols]` and buffers for their maps."""
-    groups, _, rows, cols = grid.shape
+def _plan(points: Points, centroids: Tensor) -> tuple[list[list[Block]], Maps]:
+    """Blocks of the points, and buffers for their maps."""
+    groups, _, rows, cols = points.values.shape
     per_row = cols * centroids.shape[1]
-    cut = chunks(groups, rows, per_row, map_entries(grid.device))
+    cut = chunks(groups, rows, per_row, map_entries(centroids.device))
     return cut, Maps(centroids, cut, per_row)
+
+
+def _flat(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """A block of `x [g, rows, cols]` as `[g', 1, n]`."""
+    return x[block.groups, block.rows].to(dtype).flatten(1).unsqueeze(1)
 
 
 def assignment(w: Tensor, c: Tensor, tau: Tensor, a: Tensor, spare: Tensor) -> Tensor:
@@ -116,14 +129,50 @@ def moments(x: Tensor, w: Tensor, about: Tensor | None, spare: Tensor) -> Tensor
     return torch.stack(parts, -1)
 
 
-def advance(sums: Tensor, centroids: Tensor) -> Tensor:
-    """The next centroids from the mass and total of every centroid, `[g, k, 1 + d]`."""
-    mass, total = sums[..., 0], sums[..., 1:]
-    alive = ~(mass <= mass_floor(mass))  # NaN lives on, to be reported
-    return torch.where(alive.unsqueeze(-1), total / torch.where(alive, mass, 1).unsqueeze(-1), centroids)
+def sums(points: Points, centroids: Tensor) -> Tensor:
+    """Mass and weighted sum that every centroid receives in one iteration, `[g, k, 1 + d]`: for `update_centroids`."""
+    cut, maps = _plan(points, centroids)
+    return torch.cat([_sums(points, chunk, maps, centroids[chunk[0].groups]) for chunk in cut])
 
 
-class Reversal(NamedTuple):
+def _sums(points: Points, chunk: list[Block], maps: Maps, c: Tensor) -> Tensor:
+    out = c.new_zeros(*c.shape[:2], 1 + c.shape[2])
+    for block in chunk:
+        w, s, tau = points.read(block, c.dtype)
+        a, x, _ = maps.shaped(w, c.shape[1])
+        assignment(w, c, tau, a, x)
+        if s is not None:
+            a *= s
+        out[..., 0].add_(a.sum(-1))
+        out[..., 1:].add_(moments(a, w, None, x))
+    return out
+
+
+def iterate(points: Points, centroids: Tensor, iters: int) -> Tensor:
+    """The trajectory `[iters + 1, g, k, d]`."""
+    trajectory = centroids.repeat(iters + 1, 1, 1, 1)
+    cut, maps = _plan(points, centroids)
+    for chunk in cut:
+        of = chunk[0].groups
+        for t in range(iters):
+            c = trajectory[t, of]
+            trajectory[t + 1, of].copy_(update_centroids(_sums(points, chunk, maps, c), c))
+    return trajectory
+
+
+def soft_values(points: Points, trajectory: Tensor, out: Tensor) -> None:
+    """Write `sum_j A_ij c'_j` of the last iteration into `out`, shaped like the points' values."""
+    cut, maps = _plan(points, trajectory[0])
+    for chunk in cut:
+        for block in chunk:
+            w, _, tau = points.read(block, trajectory.dtype)
+            a, x, _ = maps.shaped(w, trajectory.shape[2])
+            assignment(w, trajectory[-2, block.groups], tau, a, x)
+            part = out[block.groups, :, block.rows]
+            part.copy_((trajectory[-1, block.groups].mT @ a).view(part.shape))
+
+
+class Gradient(NamedTuple):
     """What one visit of a block adds to the gradient: `direct [g, d, n]` (last iteration only) and `path [g, d, n]`."""
 
     block: Block
@@ -131,7 +180,67 @@ class Reversal(NamedTuple):
     path: Tensor
 
 
-def _back_through_output(
+def reverse(points: Points, trajectory: Tensor, grad: Tensor | None, multiplicity: Tensor | None = None) -> Iterator[Gradient]:
+    """Reverse all iterations; see the module's text.
+
+    Args:
+        grad: `v`, like the points' values; None stands for ones.
+        multiplicity: `m [g, rows, cols]`, how much of `v` a point stands for; None stands for ones.
+
+    Yields:
+        Every block, once per iteration, with what to add to its gradient.
+    """
+    k, dtype = trajectory.shape[2], trajectory.dtype
+    cut, buffers = _plan(points, trajectory[0])
+
+    def upstream(block: Block) -> tuple[Tensor | None, Tensor | None]:
+        v = None if grad is None else grad[block.groups, :, block.rows].to(dtype).flatten(2)
+        return v, None if multiplicity is None else _flat(multiplicity, block, dtype)
+
+    for chunk in cut:
+        gc = torch.zeros_like(trajectory[0, chunk[0].groups])
+        for t in range(len(trajectory) - 1, 0, -1):
+            c, c_next = trajectory[t - 1 : t + 1, chunk[0].groups]
+            last = t == len(trajectory) - 1
+            mass = torch.zeros_like(gc[..., 0])
+            for block in chunk:
+                w, s, tau = points.read(block, dtype)
+                a, x, _ = buffers.shaped(w, k)
+                assignment(w, c, tau, a, x)
+                mass += (a if s is None else torch.mul(a, s, out=x)).sum(-1)
+                if last:
+                    v, m = upstream(block)
+                    total = v if m is None else m if v is None else v * m
+                    assert total is not None
+                    gc += moments(a, total, None, x)
+            h, gc = update_adjoint(gc, mass)
+            for block in chunk:
+                w, s, tau = points.read(block, dtype)
+                maps = buffers.shaped(w, k)
+                if len(chunk) > 1:  # else A is still there
+                    assignment(w, c, tau, *maps[:2])
+                direct = None
+                if last:
+                    direct, share = _output_adjoint(w, maps, c, c_next, *upstream(block), 2 / tau)
+                    gc += share
+                path, share = _iteration_adjoint(w, s, maps, c, c_next, h, 2 / tau)
+                gc += share
+                yield Gradient(block, direct, path)
+
+
+def update_adjoint(grad: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """The adjoint of `update_centroids`: `dL/d(weighted sum)`, and the part of `dL/d(centroids before)` that centroids which stayed hand
+    on; both `[g, k, d]`.
+
+    Args:
+        grad: `dL/d(centroids after)`, `[g, k, d]`.
+        mass: `[g, k]`.
+    """
+    alive = (mass > mass_floor(mass)).unsqueeze(-1)
+    return torch.where(alive, grad / torch.where(alive, mass.unsqueeze(-1), 1), 0), torch.where(alive, 0, grad)
+
+
+def _output_adjoint(
     w: Tensor,
     maps: tuple[Tensor, Tensor, Tensor],
     c: Tensor,
@@ -153,7 +262,7 @@ def _back_through_output(
     return direct, rate * moments(dz if m is None else dz.mul_(m), w, c, spare)
 
 
-def _back_through_update(
+def _iteration_adjoint(
     w: Tensor,
     s: Tensor | None,
     maps: tuple[Tensor, Tensor, Tensor],
@@ -162,7 +271,7 @@ def _back_through_update(
     h: Tensor,
     rate: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The update's terms: `(P [g, d, n], its share of gc_prev [g, k, d])`."""
+    """The iteration's terms: `(P [g, d, n], its share of gc_prev [g, k, d])`."""
     a, dz, spare = maps
     torch.sub(w[:, :1], c_next[..., :1], out=dz).mul_(h[..., :1])
     for e in range(1, w.shape[1]):
@@ -173,174 +282,28 @@ def _back_through_update(
     return path, rate * moments(dz if s is None else dz.mul_(s), w, c, spare)
 
 
-def reverse(
-    grid: Tensor,
-    importance: Tensor | None,
-    grad: Tensor | None,
-    multiplicity: Tensor | None,
-    trajectory: Tensor,
-    temperature: Tensor,
-    round_to: torch.dtype | None,
-) -> Iterator[Reversal]:
-    """Reverse all iterations over points `grid [g, d, rows, cols]`; see the module's text.
-
-    Args:
-        grad: `v`, like `grid`; None stands for ones.
-        multiplicity: `m [g, rows, cols]`, how much of `v` a point stands for; None stands for ones.
-
-    Yields:
-        Every block, once per iteration, with what to add to its gradient.
-    """
-    k, dtype = trajectory.shape[2], trajectory.dtype
-    cut, buffers = _plan(grid, trajectory[0])
-    for chunk in cut:
-        of = chunk[0].groups
-        tau = temperature[of].view(-1, 1, 1)
-        gc = torch.zeros_like(trajectory[0, of])
-        for t in range(len(trajectory) - 1, 0, -1):
-            c, c_next, last = trajectory[t - 1, of], trajectory[t, of], t == len(trajectory) - 1
-            mass = torch.zeros_like(gc[..., 0])
-            for block in chunk:
-                w, s = read(grid, block, round_to, dtype), read_importance(importance, block, dtype)
-                a, x, _ = buffers.shaped(w, k)
-                assignment(w, c, tau, a, x)
-                mass += (a if s is None else torch.mul(a, s, out=x)).sum(-1)
-                if last:
-                    v, m = _read_pull(grad, multiplicity, block, dtype)
-                    pull = v if m is None else m if v is None else v * m
-                    assert pull is not None
-                    gc += moments(a, pull, None, x)
-            alive = (mass > mass_floor(mass)).unsqueeze(-1)
-            h = torch.where(alive, gc / torch.where(alive, mass.unsqueeze(-1), 1), 0)
-            gc = torch.where(alive, 0, gc)
-            for block in chunk:
-                w, s = read(grid, block, round_to, dtype), read_importance(importance, block, dtype)
-                maps = buffers.shaped(w, k)
-                if len(chunk) > 1:  # else A is still there
-                    assignment(w, c, tau, *maps[:2])
-                direct = None
-                if last:
-                    direct, share = _back_through_output(w, maps, c, c_next, *_read_pull(grad, multiplicity, block, dtype), 2 / tau)
-                    gc += share
-                path, share = _back_through_update(w, s, maps, c, c_next, h, 2 / tau)
-                gc += share
-                yield Reversal(block, direct, path)
-
-
-def _read_pull(grad: Tensor | None, multiplicity: Tensor | None, block: Block, dtype: torch.dtype):
-    v = None if grad is None else read(grad, block, None, dtype)
-    return v, read_importance(multiplicity, block, dtype)
-
-
 # The three functions that every backend has; op.py documents them.
 
 
-def solve(
-    weight: Tensor,
-    importance: Tensor | None,
-    centroids: Tensor,
-    temperature: Tensor,
-    iters: int,
-    round_to: torch.dtype | None,
-) -> tuple[Tensor, None]:
+def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, None]:
     groups, _, d = centroids.shape
-    grid = group_vectors(weight, groups, d)
-    s = group_importance(importance, weight.shape, groups, d)
-    return iterate(grid, s, centroids, temperature, iters, round_to), None
+    return iterate(Points.of(weight, problem, groups, d), centroids, iters), None
 
 
-def iterate(
-    grid: Tensor,
-    importance: Tensor | None,
-    centroids: Tensor,
-    temperature: Tensor,
-    iters: int,
-    round_to: torch.dtype | None,
-) -> Tensor:
-    """Trajectory `[iters + 1, g, k, d]` over points `grid [g, d, rows, cols]`."""
-    trajectory = centroids.repeat(iters + 1, 1, 1, 1)
-    cut, buffers = _plan(grid, centroids)
-    for chunk in cut:
-        of = chunk[0].groups
-        for t in range(iters):
-            c = trajectory[t, of]
-            trajectory[t + 1, of].copy_(advance(_sums(chunk, buffers, grid, importance, c, temperature[of], round_to), c))
-    return trajectory
-
-
-def sums(grid: Tensor, importance: Tensor | None, centroids: Tensor, temperature: Tensor, round_to: torch.dtype | None) -> Tensor:
-    """One iteration over points `grid [g, d, rows, cols]`, for `advance`: mass and total of every centroid, `[g, k, 1 + d]`."""
-    cut, buffers = _plan(grid, centroids)
-    totals = [_sums(chunk, buffers, grid, importance, centroids[chunk[0].groups], temperature[chunk[0].groups], round_to) for chunk in cut]
-    return torch.cat(totals)
-
-
-def _sums(
-    chunk: list[Block],
-    buffers: Maps,
-    grid: Tensor,
-    importance: Tensor | None,
-    c: Tensor,
-    temperature: Tensor,
-    round_to: torch.dtype | None,
-) -> Tensor:
-    """`[g, k, 1 + d]` of the groups of one chunk."""
-    out = c.new_zeros(*c.shape[:2], 1 + c.shape[2])
-    tau = temperature.view(-1, 1, 1)
-    for block in chunk:
-        w, s = read(grid, block, round_to, c.dtype), read_importance(importance, block, c.dtype)
-        a, x, _ = buffers.shaped(w, c.shape[1])
-        assignment(w, c, tau, a, x)
-        if s is not None:
-            a *= s
-        out[..., 0].add_(a.sum(-1))
-        out[..., 1:].add_(moments(a, w, None, x))
-    return out
-
-
-def decode(weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, table: None = None) -> Tensor:
+def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
     _, groups, _, d = trajectory.shape
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    spread(group_vectors(weight, groups, d), trajectory, temperature, round_to, group_vectors(out, groups, d))
+    soft_values(Points.of(weight, problem._replace(importance=None), groups, d), trajectory, group_vectors(out, groups, d))
     return out
 
 
-def spread(grid: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, out: Tensor) -> None:
-    """Write `sum_j A_ij c'_j` of the last iteration into `out`, shaped like `grid [g, d, rows, cols]`."""
-    cut, buffers = _plan(grid, trajectory[0])
-    for chunk in cut:
-        for block in chunk:
-            w = read(grid, block, round_to, trajectory.dtype)
-            a, x, _ = buffers.shaped(w, trajectory.shape[2])
-            assignment(w, trajectory[-2, block.groups], temperature[block.groups].view(-1, 1, 1), a, x)
-            part = out[block.groups, :, block.rows]
-            part.copy_((trajectory[-1, block.groups].mT @ a).view(part.shape))
-
-
-def adjoint(
-    grad: Tensor,
-    weight: Tensor,
-    importance: Tensor | None,
-    trajectory: Tensor,
-    temperature: Tensor,
-    round_to: torch.dtype | None,
-    table: None = None,
-) -> Tensor:
+def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
     _, groups, _, d = trajectory.shape
+    points = Points.of(weight, problem, groups, d)
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     into = group_vectors(dw, groups, d)
-    importance = group_importance(importance, weight.shape, groups, d)
-    pieces = reverse(
-        group_vectors(weight, groups, d),
-        importance,
-        group_vectors(grad, groups, d),
-        None,
-        trajectory,
-        temperature,
-        round_to,
-    )
-    for block, direct, path in pieces:
-        s = read_importance(importance, block, compute_dtype(weight.dtype))
+    for block, direct, path in reverse(points, trajectory, group_vectors(grad, groups, d)):
+        s = points.read_importance(block, compute_dtype(weight.dtype))
         part = into[block.groups, :, block.rows]
         piece = path if s is None else path * s
         part += (piece if direct is None else piece + direct).view(part.shape)

@@ -94,7 +94,7 @@ def fit(
     # What columns leave of each other: [j, j] is the deviation of input j given those after it, the rest their shares in it.
     upper = _inverse_root(h)
     variance, upper = upper.diagonal().pow(-2), upper / upper.diagonal().unsqueeze(1)
-    start = initial_centroids(w.T, bits, rows_per_lut=rows_per_lut, importance=variance.unsqueeze(0), quick=True)
+    start = initial_centroids(w.T, bits, rows_per_lut=rows_per_lut, importance=variance.unsqueeze(0))
     tables = _Tables(start, w.shape[1])
     q, target = _first_pass(w, upper, tables)
     slope = h @ (q - w)  # half the gradient of the error
@@ -179,7 +179,7 @@ class _Tables:
         nearest = torch.empty_like(target)
         for j, value in enumerate(target):
             nearest[j] = self.by_row.gather(1, torch.searchsorted(self.midpoints, value.unsqueeze(1))).squeeze(1)
-            target[j + 1 :].addr_(spread[j, j + 1 :], before[j] - nearest[j])
+            target[j + 1 :] += spread[j, j + 1 :].unsqueeze(1) * (before[j] - nearest[j])  # not addr_, which may round once
         return nearest
 
     def cells(self, q: Tensor) -> Tensor:

@@ -172,6 +172,17 @@ void edkm_decode(const Points *p, const real *centroids, const real *next, const
         }
 }
 
+/* The twin of blocks.update_adjoint: dL/d(weighted sum) in h, and in `kept` what a centroid that stayed hands on. */
+static void update_adjoint(int k, const double *grad, const double *mass, real *h, double *kept) {
+    double all = 0;
+    for (int j = 0; j < k; j++) all += mass[j];
+    for (int j = 0; j < k; j++) {
+        const int alive = mass[j] > NO_MASS * all;
+        h[j] = alive ? (real)(grad[j] / mass[j]) : 0;
+        kept[j] = alive ? 0 : grad[j];
+    }
+}
+
 /* dw = dL/dw from v = dL/dout; trajectory [iters + 1, groups, k]. */
 void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_t iters, const real *tau, real *dw, int64_t first,
                   int64_t stop) {
@@ -180,12 +191,12 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
     int k = (int)p->k;
     for (int64_t g = first; g < stop; g++) {
         const real rate = 2 / tau[g];
-        double pull[MOST] = {0}; /* dL/dc of the iteration's result */
+        double gc[MOST] = {0}; /* dL/dc of the iteration's result */
         memset(dw + g * p->rows * p->cols, 0, p->rows * p->cols * sizeof *dw);
         for (int64_t t = iters; t > 0; t--) {
             const real *c = trajectory + ((t - 1) * p->groups + g) * k, *next = trajectory + (t * p->groups + g) * k;
             const int last = t == iters;
-            double mass[MOST] = {0}, all = 0, before[MOST];
+            double mass[MOST] = {0}, before[MOST] = {0};
             real h[MOST];
             FOR_TILES(p, g) {
                 int n = (int)length;
@@ -194,15 +205,10 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
                 assignment(w, n, c, k, tau[g], a);
                 for (int j = 0; j < k; j++) {
                     mass[j] += s ? dot(a[j], s, n) : sum_of(a[j], n);
-                    if (last) pull[j] += dot(a[j], v + at, n);
+                    if (last) gc[j] += dot(a[j], v + at, n);
                 }
             }
-            for (int j = 0; j < k; j++) all += mass[j];
-            for (int j = 0; j < k; j++) {
-                const int alive = mass[j] > NO_MASS * all;
-                h[j] = alive ? (real)(pull[j] / mass[j]) : 0;
-                before[j] = alive ? 0 : pull[j]; /* a centroid that stayed hands its gradient on */
-            }
+            update_adjoint(k, gc, mass, h, before);
             FOR_TILES(p, g) {
                 int n = (int)length;
                 const real *s = importance_at(p, g, row, col);
@@ -235,7 +241,7 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
                 }
                 for (int i = 0; i < n; i++) into[i] += s ? path[i] * s[i] : path[i];
             }
-            memcpy(pull, before, sizeof pull);
+            memcpy(gc, before, sizeof gc);
         }
     }
 }

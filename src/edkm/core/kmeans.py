@@ -1,30 +1,25 @@
-"""Where clustering starts: importance-weighted k-means, and the temperature that goes with it.
+"""Find the centroids that clustering starts from, by importance-weighted k-means, and the temperature that goes with them.
 
-One-dimensional clusters are segments of the sorted values, and prefix sums give the error of any segment at once. Where there is a
-compiler dynamic programming finds the optimum (`native.segments`). Elsewhere boundaries start where they share density^(1/3) evenly,
-the optimal density of centroids at high resolution (Panter & Dite 1951), and once more as the best among coarse places; then all of them
-move together, by dynamic programming over places near each, until none moves. The better end counts (docs/log.md compares it with the
-optimum). Large tables are clustered on the histogram of their 16-bit values. Vectors take k-means++ and Lloyd.
+One-dimensional clusters are segments of the sorted values: dynamic programming finds the optimum, in C where there is a compiler
+(`native.segments`) and with the same bits in numpy (`segments`). Large tables are clustered on the histogram of their 16-bit values.
+Vectors take k-means++ and Lloyd.
 """
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from edkm.core import histogram, native
-from edkm.core.assign import assign, lookup
+from edkm.core.assign import quantize
 from edkm.core.op import check_shapes
 from edkm.core.reference import NOT_FINITE, compute_dtype, group_importance, group_vectors
 
-# Search for boundaries: places looked at around each, how far away in lengths of the neighbouring cluster, rounds at most.
-_STEPS = 25
-_REACH = (1.0, 0.3, 0.0)
-_ROUNDS = 20
-# Places for all boundaries in the first, coarse search, and the most centroids that it is worth it for.
-_COARSE_PLACES = 64
-_COARSE_CENTROIDS = 32
-_LLOYD_STEPS = 30
+# Values that are searched together where there is no compiler.
+_BLOCK_VALUES = 1 << 18
 _VECTOR_STEPS = 20
 _VECTOR_SAMPLE = 1 << 16
 _VECTOR_BLOCK = 1 << 22
@@ -37,7 +32,6 @@ def initial_centroids(
     dim: int = 1,
     rows_per_lut: int | None = None,
     importance: Tensor | None = None,
-    quick: bool = False,
 ) -> Tensor:
     """Start centroids of every table of a weight, by importance-weighted k-means. Deterministic.
 
@@ -48,8 +42,6 @@ def initial_centroids(
         dim: consecutive rows that one index stands for.
         rows_per_lut: rows that share a table; None for one table.
         importance: None, or non-negative and broadcastable to `weight`.
-        quick: where the optimum is not found by `native`, Lloyd's steps from the best among coarse places instead of the search, for
-            scalars: faster where tables are many, and a few percent from the optimum.
 
     Returns:
         `[g, 2**bits, dim]` float32 (float64 for a float64 weight); ascending within a table when `dim = 1`. Tables with fewer
@@ -75,19 +67,21 @@ def initial_centroids(
     check_shapes(weight, torch.empty(groups, k, dim, dtype=dtype, device="meta"), importance)
     weight = weight.detach()
     if not bool(weight.isfinite().all()):
-        raise ValueError(NOT_FINITE)
+        raise ValueError(f"weight: {NOT_FINITE}")
     # The work is done by the host: its sums need float64, which not every device has, and the tables are the same wherever a weight is.
     device, weight, importance = weight.device, weight.cpu(), None if importance is None else importance.cpu()
     if dim > 1:
         return _vector_centroids(weight, groups, k, dim, importance).to(device)
-    centroids = torch.empty(groups, k, 1, dtype=dtype)
-    s = histogram.grouped(importance, weight, groups)
-    for of, rows, key in histogram.pieces(weight, groups, torch.bfloat16):
-        values, mass, count = _ascending(rows, None if s is None else s[of], key)
-        # A group without any importance is clustered by density.
-        mass = torch.where(mass.sum(1, keepdim=True) > 0, mass, count)
-        centroids[of, :, 0] = native.segments(values, mass, k) if native.available() else _kmeans_1d(values, mass, k, quick)
-    return centroids.to(device)
+    find = native.segments if native.available() else segments
+    matrices = weight.view(groups, per_lut, -1)
+    shares = [None] * groups if importance is None else importance.expand(weight.shape).view(groups, per_lut, -1)
+    if matrices[0].numel() > histogram.BINS:
+        tables = [find(*_histogram(rows, share, dtype), k) for rows, share in zip(matrices, shares, strict=True)]
+        return torch.cat(tables).unsqueeze(2).to(device)
+    values, order = matrices.to(dtype).flatten(1).sort(1)
+    count = torch.ones_like(values)
+    mass = count if importance is None else torch.stack(list(shares)).to(dtype).flatten(1).gather(1, order)
+    return find(values, _or_density(mass, count), k).unsqueeze(2).to(device)
 
 
 def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None, softness: float) -> Tensor:
@@ -104,148 +98,122 @@ def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None
     """
     groups, _, d = centroids.shape
     dtype = centroids.dtype
-    error = (weight.detach().to(dtype) - lookup(assign(weight, centroids), centroids, dtype)).square_()
     s = group_importance(importance, weight.shape, groups, d)
-    square = group_vectors(error, groups, d).sum(1)  # [g, vectors, cols]
-    if s is None:
-        distortion = square.mean((1, 2))
-    else:
-        total = s.to(dtype).sum((1, 2))
-        weighted = (square * s.to(dtype)).sum((1, 2)) / torch.where(total > 0, total, 1)
-        distortion = torch.where(total > 0, weighted, square.mean((1, 2)))
+    square = group_vectors(quantize(weight, centroids, dtype).errors(weight), groups, d).sum(1)  # [g, vectors, cols]
+    distortion = _total(square) / square[0].numel()
+    if s is not None:
+        total = _total(s.to(dtype))
+        distortion = torch.where(total > 0, _total(square * s.to(dtype)) / torch.where(total > 0, total, 1), distortion)
     scale = centroids.abs().amax((1, 2)).square() * torch.finfo(dtype).eps
     return (2 * softness * distortion).maximum(scale).clamp_min(torch.finfo(dtype).tiny * 1e6)
 
 
-def _ascending(rows: Tensor, importance: Tensor | None, key: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, importance and number `[g, m]` of the weights `[g, rows, cols]`: of each by itself, or of each 16-bit value."""
-    dtype = compute_dtype(rows.dtype)
-    if rows[0].numel() > histogram.KEYS:
-        points, (mass, count) = histogram.find_points_and_sums(rows, key, dtype, [importance, None])
-        return points.values.flatten(1), mass.flatten(1), count.flatten(1)
-    values, order = rows.to(dtype).flatten(1).sort(1)
-    count = torch.ones_like(values)
-    mass = count if importance is None else importance.to(dtype).flatten(1).gather(1, order)
-    return values, mass, count
+def _total(x: Tensor) -> Tensor:
+    """The sum `[g]` of `x [g, rows, cols]`, in an order that does not depend on the number of threads."""
+    return x.sum(2).cumsum(1)[:, -1]
 
 
-def _prefix(values: Tensor) -> Tensor:
-    """`[g, m]` -> `[g, m + 1]` sums of everything before."""
-    return torch.nn.functional.pad(values.cumsum(1), (1, 0))
+def _histogram(rows: Tensor, importance: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Distinct 16-bit values, ascending, and their mass, both `[1, m]`, of the weights of a table."""
+    key = histogram.key_dtype(rows, torch.bfloat16)
+    found = histogram.from_totals(histogram.totals(rows, key, [importance, None], dtype), key)
+    count = torch.where(found.mass > 0, found.mass, 0)
+    return found.values.flatten(1), _or_density(found.mass.flatten(1), count.flatten(1))
 
 
-def _kmeans_1d(values: Tensor, mass: Tensor, k: int, quick: bool) -> Tensor:
-    """Centroids `[g, k]` ascending, of ascending values `[g, m]` with mass `[g, m]`."""
-    values, mass = values.double(), mass.double()
-    offset = (values * mass).sum(1, keepdim=True) / mass.sum(1, keepdim=True)
-    values = values - offset
-    prefixes = torch.stack([_prefix(mass), _prefix(mass * values)])  # [2, g, m + 1]
-    prefixes = torch.cat([prefixes, _prefix(mass * values**2).unsqueeze(0)])
-    if quick:
-        edges = _coarse(values, mass, prefixes, k, 3 * k) if k <= _COARSE_CENTROIDS else _quantiles(values, mass, k)
-        return _means(values, prefixes, _lloyd_edges(values, prefixes, edges)) + offset
-    found = [_search(prefixes, start) for start in _starts(values, mass, prefixes, k)]
-    errors = torch.stack([_error(prefixes, edges) for edges in found])  # [starts, g]
-    edges = torch.stack(found)[errors.argmin(0), torch.arange(len(values))]
-    return _means(values, prefixes, edges) + offset
+def _or_density(mass: Tensor, count: Tensor) -> Tensor:
+    """The mass `[g, m]`; a table without any importance is clustered by density."""
+    return torch.where(mass.sum(1, keepdim=True) > 0, mass, count)
 
 
-def _lloyd_edges(values: Tensor, prefixes: Tensor, edges: Tensor) -> Tensor:
-    for _ in range(_LLOYD_STEPS):
-        means = _means(values, prefixes, edges)
-        edges[:, 1:-1] = torch.searchsorted(values, (means[:, 1:] + means[:, :-1]) / 2)
-    return edges
+def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
+    """Find the optimal one-dimensional k-means of every table, by dynamic programming: what `native.segments` computes, to the bit.
 
+    Clusters are segments of the `m` ascending values. A segment of mass `w` and weighted sum `x` takes `x^2 / w` off the squared error. The
+    most that `j` segments of the first `b` values can take off is the best over their last boundary `a`, and the best `a` never falls as
+    `b` rises: the range of `b` is halved again and again, and that of `a` with it (Gronlund et al. 2017, arXiv:1701.07204). All tables and
+    all parts of a halving are searched at once.
 
-def _search(prefixes: Tensor, edges: Tensor) -> Tensor:
-    edges, moving = edges.clone(), torch.arange(len(edges))
-    for _ in range(_ROUNDS):
-        before, here = edges[moving], prefixes[:, moving]
-        after = before
-        for reach in _REACH:
-            after = _improve(here, after, reach)
-        edges[moving] = after
-        moving = moving[(after != before).any(1)]
-        if not len(moving):
-            break
-    return edges
+    Args:
+        values, mass: `[g, m]`, values ascending; each table has mass.
 
+    Returns:
+        `[g, k]`, ascending; a segment without mass takes the value at its left end.
 
-def _error(prefixes: Tensor, edges: Tensor) -> Tensor:
-    """Sum of squared distances to the means of the segments, `[g]`."""
-    w, wx, wxx = (p.gather(1, edges).diff(dim=1) for p in prefixes)
-    return (wxx - wx.square() / torch.where(w > 0, w, 1)).clamp_min(0).sum(1)
-
-
-def _quantiles(values: Tensor, mass: Tensor, k: int) -> Tensor:
-    """Boundaries `[g, k + 1]` (positions in `values`) that share density^(1/3) evenly."""
-    m = values.shape[1]
-    gaps = values.diff(dim=1)
-    width = torch.nn.functional.pad(gaps, (0, 1)) + torch.nn.functional.pad(gaps, (1, 0))
-    share = _prefix((mass * width**2).pow(1 / 3))
-    targets = share[:, -1:] * torch.linspace(0, 1, k + 1, dtype=values.dtype)
-    edges = torch.searchsorted(share, targets).clamp_(max=m)
-    edges[:, 0], edges[:, -1] = 0, m
-    return edges
-
-
-def _starts(values: Tensor, mass: Tensor, prefixes: Tensor, k: int) -> list[Tensor]:
-    """Boundaries to improve on: an even share of density^(1/3), and the best among coarse places, which finds heavy tails."""
-    starts = [_quantiles(values, mass, k)]
-    if k <= _COARSE_CENTROIDS:
-        starts.append(_coarse(values, mass, prefixes, k, _COARSE_PLACES))
-    return starts
-
-
-def _coarse(values: Tensor, mass: Tensor, prefixes: Tensor, k: int, places: int) -> Tensor:
-    """The best boundaries among some places."""
-    m = values.shape[1]
-    everywhere = torch.arange(m + 1).expand(len(values), -1)
-    chosen = everywhere if m <= places else _quantiles(values, mass, places)
-    return _best(prefixes, chosen.unsqueeze(1).expand(-1, k - 1, -1))
-
-
-def _improve(prefixes: Tensor, edges: Tensor, reach: float) -> Tensor:
-    """Move all inner boundaries at once to their best places near by.
-
-    Places lie up to `reach` of the neighbouring cluster's length away, closer ones more densely.
+    Cost:
+        `k m log m` rounds of some ten operations for every table.
     """
-    steps = torch.linspace(-1, 1, _STEPS, dtype=torch.float64)
-    steps = steps.abs().square() * steps.sign()
-    length = edges.diff(dim=1).double() * reach
-    side = torch.where(steps.view(1, 1, -1) < 0, length[:, :-1].unsqueeze(2), length[:, 1:].unsqueeze(2))
-    # At least one place per step, so that short clusters are searched position by position.
-    away = torch.maximum(steps.abs() * side, torch.linspace(-1, 1, _STEPS).abs() * (_STEPS // 2)).round()
-    places = (edges[:, 1:-1].unsqueeze(2) + (away * steps.sign()).long()).clamp(0, int(edges[0, -1]))  # [g, k - 1, STEPS]
-    return _best(prefixes, places)
+    step = max(1, _BLOCK_VALUES // values.shape[1])
+    parts = zip(values.split(step), mass.split(step), strict=True)
+    means = [_segments(v.double().numpy(), w.double().numpy(), k) for v, w in parts]
+    return torch.from_numpy(np.concatenate(means)).to(values.dtype).cummax(1).values
 
 
-def _best(prefixes: Tensor, places: Tensor) -> Tensor:
-    """The `k - 1` inner boundaries, one of `places [g, k - 1, p]` each, with the least error: dynamic programming; `[g, k + 1]`."""
-    groups, k, end = places.shape[0], places.shape[1] + 1, prefixes.shape[2] - 1
-    first = places.new_zeros(groups, 1)
-    columns = [first, *places.unbind(1), first + end]  # k + 1 times [g, 1 or p]
-    at = [[p.gather(1, column) for p in prefixes] for column in columns]
-    best, came_from = prefixes.new_zeros(groups, 1), []
-    for j in range(1, k + 1):
-        w, wx, wxx = (after.unsqueeze(1) - before.unsqueeze(2) for before, after in zip(at[j - 1], at[j], strict=True))
-        cost = (wxx - wx.square() / torch.where(w > 0, w, 1)).clamp_min_(0)  # [g, from, to]
-        cost.masked_fill_(columns[j].unsqueeze(1) < columns[j - 1].unsqueeze(2), torch.inf)
-        best, origin = (best.unsqueeze(2) + cost).min(1)
-        came_from.append(origin)
-    choice, chosen = first, [first + end]
-    for j in range(k, 0, -1):
-        choice = came_from[j - 1].gather(1, choice)
-        chosen.append(columns[j - 1].gather(1, choice))
-    return torch.cat(chosen[::-1], 1)
+def _segments(values: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
+    groups, m = values.shape
+
+    def before(x: np.ndarray) -> np.ndarray:
+        return np.pad(x.cumsum(1), ((0, 0), (1, 0)))
+
+    middle = (weights * values).cumsum(1)[:, -1:] / weights.cumsum(1)[:, -1:]
+    mass, total = before(weights), before(weights * (values - middle))  # [g, m + 1]
+    most, origins = _ratio(total * total, mass), []
+    for j in range(1, k):
+        most, origin = _best_last_boundary(mass, total, most, _halvings(0 if j + 1 < k else m, m))
+        origins.append(origin)
+    origins.insert(0, np.zeros((groups, m + 1), np.int64))  # the first segment starts at 0
+    rows, end, means = np.arange(groups), np.full(groups, m), []
+    for origin in reversed(origins):
+        start = origin[rows, end]
+        w, x = mass[rows, end] - mass[rows, start], total[rows, end] - total[rows, start]
+        means.append(np.where(w > 0, middle[:, 0] + _ratio(x, w), values[rows, start.clip(max=m - 1)]))
+        end = start
+    return np.stack(means[::-1], 1)
 
 
-def _means(values: Tensor, prefixes: Tensor, edges: Tensor) -> Tensor:
-    """Centroids `[g, k]` of the segments; a segment without mass takes the value at its left end."""
-    mass = prefixes[0].gather(1, edges).diff(dim=1)
-    means = prefixes[1].gather(1, edges).diff(dim=1) / torch.where(mass > 0, mass, 1)
-    here = values.gather(1, edges[:, :-1].clamp(max=values.shape[1] - 1))
-    return torch.where(mass > 0, means, here).cummax(1).values
+def _ratio(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """`x / w`, zero where there is no mass `w`."""
+    return np.divide(x, w, out=np.zeros_like(x), where=w > 0)
+
+
+@functools.cache
+def _halvings(low: int, high: int) -> list[np.ndarray]:
+    """Rounds in which the ends between `low` and `high` are searched, each `[3, ends]`: the ends, and the ends of rounds before whose best
+    last boundaries bound theirs from below and from above (-1: none)."""
+    rounds, parts = [], [(low, high, -1, -1)]
+    while parts:
+        middles = [(first + last) // 2 for first, last, *_ in parts]
+        rounds.append(np.array([middles, [part[2] for part in parts], [part[3] for part in parts]]))
+        halves = [
+            half
+            for b, (first, last, below, above) in zip(middles, parts, strict=True)
+            for half in ((first, b - 1, below, b), (b + 1, last, b, above))
+        ]
+        parts = [half for half in halves if half[0] <= half[1]]
+    return rounds
+
+
+def _best_last_boundary(mass: np.ndarray, total: np.ndarray, before: np.ndarray, rounds: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The most that one segment more takes off for every end, and where that segment starts; both `[g, m + 1]`."""
+    groups, n = mass.shape
+    most, origin = np.zeros_like(before), np.zeros((groups, n), np.int64)
+    rows = n * np.arange(groups)[:, None]  # where a table begins in the flattened arrays
+    for b, below, above in rounds:
+        low = np.where(below < 0, 0, origin[:, below])
+        high = np.minimum(np.where(above < 0, n - 1, origin[:, above]), b)
+        # Candidates for all ends, one after another: those of end i begin at first[i].
+        count = (high - low + 1).ravel()
+        first = count.cumsum() - count
+        a = np.arange(count.sum()) + ((rows + low).ravel() - first).repeat(count)
+        w = mass[:, b].ravel().repeat(count) - mass.ravel()[a]
+        x = total[:, b].ravel().repeat(count) - total.ravel()[a]
+        value = before.ravel()[a] + _ratio(x * x, w)
+        best = np.maximum.reduceat(value, first)
+        equal = np.flatnonzero(value == best.repeat(count))
+        chosen = a[equal[np.searchsorted(equal, first)]]  # the first of equals
+        most[:, b] = best.reshape(groups, -1)
+        origin[:, b] = chosen.reshape(groups, -1) - rows
+    return most, origin
 
 
 def _vector_centroids(weight: Tensor, groups: int, k: int, d: int, importance: Tensor | None) -> Tensor:

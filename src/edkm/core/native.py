@@ -1,7 +1,8 @@
-"""`blocks` in C for a CPU: single values, tables of at most 64 centroids. Many times faster, since a map never leaves the first cache.
+"""Cluster on a CPU in C: the equations of `blocks` for single values and at most 64 centroids, many times faster.
 
-`kernels.c` is built on first use, in a second or two, and kept. Without a compiler `available` is false and `auto` takes
-`blocks`.
+`kernels.c` is built with the machine's compiler on first use, in a second or two, and kept in the user's cache. Without a compiler
+`available` is false, and training takes `blocks`: the same numbers up to the rounding of sums. The loops of kmeans.py and gptq.py are here
+too, and give the same bits as their forms in torch. No result depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edkm.core.blocks import advance
-from edkm.core.reference import compute_dtype
+from edkm.core.reference import Problem, compute_dtype, update_centroids
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 MOST_CENTROIDS = 64
@@ -58,7 +58,7 @@ def takes(device: torch.device, k: int, d: int) -> bool:
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernels could be built. Says once why not, if there is a compiler."""
+    """Whether the kernels could be built. Warns once if there is a compiler and it failed."""
     try:
         return _library(torch.float32) is not None
     except FAILURES as error:
@@ -68,58 +68,45 @@ def available() -> bool:
 
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for float32 or float64; None without a compiler."""
-    return library(_SOURCE, f"-DMOST={MOST_CENTROIDS}", *(["-DDOUBLE"] if dtype == torch.float64 else []))
+    # Without fused multiply-adds `segments` and `columns` round as torch does.
+    return library(_SOURCE, "-ffp-contract=off", f"-DMOST={MOST_CENTROIDS}", *(["-DDOUBLE"] if dtype == torch.float64 else []))
 
 
 # The three functions that every backend has; op.py documents them.
 
 
-def solve(
-    weight: Tensor,
-    importance: Tensor | None,
-    centroids: Tensor,
-    temperature: Tensor,
-    iters: int,
-    round_to: torch.dtype | None,
-) -> tuple[Tensor, None]:
+def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, None]:
     trajectory = centroids.repeat(iters + 1, 1, 1, 1)
-    points = _Call(weight, importance, centroids, round_to)
+    call = _Call(weight, centroids, problem)
     for t in range(iters):
-        trajectory[t + 1] = advance(points.sums(trajectory[t], temperature), trajectory[t])
+        trajectory[t + 1] = update_centroids(call.sums(trajectory[t]), trajectory[t])
     return trajectory, None
 
 
-def sums(weight: Tensor, importance: Tensor | None, centroids: Tensor, temperature: Tensor, round_to: torch.dtype | None) -> Tensor:
-    """One iteration, for `blocks.advance`: mass and total of every centroid, `[g, k, 2]`."""
-    return _Call(weight, importance, centroids, round_to).sums(centroids, temperature)
+def sums(weight: Tensor, centroids: Tensor, problem: Problem) -> Tensor:
+    """Mass and weighted sum that every centroid receives in one iteration, `[g, k, 2]`: for `update_centroids`."""
+    return _Call(weight, centroids, problem).sums(centroids)
 
 
-def decode(weight: Tensor, trajectory: Tensor, temperature: Tensor, round_to: torch.dtype | None, table: None = None) -> Tensor:
-    call = _Call(weight, None, trajectory[-1], round_to)
+def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
+    call = _Call(weight, trajectory[-1], problem._replace(importance=None))
     out = torch.empty_like(call.weight)
-    call("edkm_decode", trajectory[-2], trajectory[-1], temperature, out)
+    call("edkm_decode", trajectory[-2], trajectory[-1], problem.temperature, out)
     return out.to(weight.dtype)
 
 
-def adjoint(
-    grad: Tensor,
-    weight: Tensor,
-    importance: Tensor | None,
-    trajectory: Tensor,
-    temperature: Tensor,
-    round_to: torch.dtype | None,
-    table: None = None,
-) -> Tensor:
-    call = _Call(weight, importance, trajectory[-1], round_to)
+def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
+    call = _Call(weight, trajectory[-1], problem)
     dw = torch.empty_like(call.weight)
-    call("edkm_adjoint", grad.to(dw.dtype), trajectory, len(trajectory) - 1, temperature, dw)
+    call("edkm_adjoint", grad.to(dw.dtype), trajectory, len(trajectory) - 1, problem.temperature, dw)
     return dw.to(weight.dtype)
 
 
 class _Call:
     """A weight `[rows, cols]` as the kernels see it: in the compute dtype, contiguous."""
 
-    def __init__(self, weight: Tensor, importance: Tensor | None, centroids: Tensor, round_to: torch.dtype | None) -> None:
+    def __init__(self, weight: Tensor, centroids: Tensor, problem: Problem) -> None:
+        self.temperature, importance, round_to = problem
         self.groups, self.k = centroids.shape[:2]
         rows, cols = weight.shape
         dtype = compute_dtype(weight.dtype)
@@ -136,9 +123,9 @@ class _Call:
         at = None if self.importance is None else self.importance.data_ptr()
         self.points = _Points(self.weight.data_ptr(), at, stride, self.groups, rows // self.groups, cols, self.k, to_bf16)
 
-    def sums(self, centroids: Tensor, temperature: Tensor) -> Tensor:
+    def sums(self, centroids: Tensor) -> Tensor:
         mass, total = centroids.new_empty(2, self.groups, self.k)
-        self("edkm_sums", centroids, temperature, mass, total)
+        self("edkm_sums", centroids, self.temperature, mass, total)
         return torch.stack([mass, total], -1)
 
     def __call__(self, name: str, *arguments: Tensor | int) -> None:
@@ -176,7 +163,7 @@ def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
 
 
 def columns(target: Tensor, before: Tensor, spread: Tensor, entries: Tensor, middles: Tensor) -> Tensor:
-    """What `gptq.round_columns` says, float32 or float64 on a CPU."""
+    """Do the loop of `gptq._Tables.round_columns`, in float32 or float64 on a CPU."""
     rows = target.shape[1]
     out = torch.empty_like(target)
     arguments = [*target.shape, len(entries), target, before, spread, entries, middles, out]
@@ -215,7 +202,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 @functools.cache
 def library(source: Path, *flags: str) -> ctypes.CDLL | None:
-    """A C file as a library, built now or before; None without a compiler.
+    """Build a C file, or find it built before, and load it; None without a compiler.
 
     Args:
         source: the file; it stands alone.
@@ -248,7 +235,7 @@ def library(source: Path, *flags: str) -> ctypes.CDLL | None:
 
 
 def why(error: BaseException) -> str:
-    """What went wrong in `library`, in the compiler's words if it had any."""
+    """The message of an error of `library`: the compiler's, if it gave one."""
     return (getattr(error, "stderr", None) or str(error)).strip()
 
 
@@ -261,7 +248,7 @@ def _build(command: list[str], source: Path, out: Path) -> None:
 
 
 def _cpu() -> str:
-    """What the built code depends on: a home directory may be shared by different machines."""
+    """The processor that the built code depends on: a home directory may be shared by different machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # macOS

@@ -1,15 +1,22 @@
-"""`edkm.cluster`: one function, four implementations, registered with torch.library.
+"""Cluster a weight: `solve`, the one entry, and `edkm.cluster`, the same as a differentiable function.
 
-`reference` is plain PyTorch, differentiated by autograd. A backend that keeps nothing is a module with three functions, listed in
-`BACKENDS`:
+`solve(weight, centroids, problem, iters, backend)` runs the iterations and returns a `Solution`, which decodes the weight and turns
+`dL/dout` into `dL/dweight`. Layers use it directly, ranks of a process group through `sharded.solve`. The gradient of the whole function,
+centroid path included, needs the live weight and the centroids of each iteration: nothing else is kept.
 
-    solve(weight, importance, centroids, temperature, iters, round_to) -> (trajectory [iters + 1, g, k, d], table)
-    decode(weight, trajectory, temperature, round_to, table=None) -> out, like weight
-    adjoint(grad, weight, importance, trajectory, temperature, round_to, table=None) -> dL/dweight, like weight
+    backend    runs                                                    `auto` takes it
+    native     `blocks` in C                                           on a CPU with a compiler, up to 64 centroids, single values
+    histogram  on distinct 16-bit values, any device                   one table for many weights: embeddings, `rows_per_lut=0`
+    blocks     in torch, any device and dtype, vectors too             for the rest: many tables on a GPU, `round_to=None`, vectors
+    reference  plain torch, differentiated by autograd                 never: it is the specification
 
-`solve` runs the iterations and has no gradient; `decode` applies the last one. The gradient of the whole function, centroid path
-included, hangs on `decode`: it needs the live weight and the trajectory and nothing else, so that is all autograd keeps. `table` is a
-small aid that a backend may hand from one to the next (None does as well); layers use it within an optimizer step.
+A backend is a module with three functions, listed in `BACKENDS`. Backends differ by the rounding of sums in the last digits.
+
+    solve(weight, centroids, problem, iters) -> (trajectory [iters + 1, g, k, d], kept)
+    decode(weight, trajectory, problem, kept=None) -> out, like weight
+    adjoint(grad, weight, trajectory, problem, kept=None) -> dL/dweight, like weight
+
+`kept` is a backend's own, small, and may be None; layers hold it within an optimizer step.
 """
 
 from __future__ import annotations
@@ -20,14 +27,50 @@ import torch
 from torch import Tensor
 
 from edkm.core import blocks, histogram, native, reference
-from edkm.core.reference import NOT_FINITE, compute_dtype
+from edkm.core.reference import NOT_FINITE, Problem, compute_dtype
 
 BACKENDS = {"histogram": histogram, "blocks": blocks, "native": native}
 
-# Measured on a CPU, forward and backward, in ns (benchmarks op): a point and centroid of the maps, a weight's way through a table.
+# Measured on a CPU, forward and backward, in ns (benchmarks op): a point and centroid of the maps, a weight's way through a histogram.
 _NS_PER_MAP_ENTRY = 14.0
 _NS_PER_NATIVE_ENTRY = 6.0
 _NS_PER_WEIGHT = 30.0
+
+
+class Solution(NamedTuple):
+    """The centroids found for a weight, and the problem that they solve.
+
+    Attributes:
+        trajectory: `[iters + 1, g, k, d]`, the centroids before the first and after every iteration.
+    """
+
+    trajectory: Tensor
+    problem: Problem
+    backend: str
+    kept: Any = None
+
+    def decode(self, weight: Tensor) -> Tensor:
+        """The soft weight."""
+        return BACKENDS[self.backend].decode(weight.contiguous(), self.trajectory, self.problem, self.kept)
+
+    def adjoint(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """`dL/dweight` from `dL/dout`."""
+        return BACKENDS[self.backend].adjoint(grad, weight.contiguous(), self.trajectory, self.problem, self.kept)
+
+
+def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int, backend: str) -> Solution:
+    """Run the iterations, without gradient.
+
+    Args:
+        weight: `[rows, cols]`, detached.
+        centroids: `[g, k, d]` in the compute dtype of the weight, where to start.
+        backend: one of `BACKENDS`, which can cluster this weight (`pick_backend`).
+
+    Nothing is read from the weight's device. Centroids of weights that are not finite are NaN.
+    """
+    problem = problem.for_weight(weight)
+    trajectory, kept = BACKENDS[backend].solve(weight.contiguous(), centroids, problem, iters)
+    return Solution(trajectory, problem, backend, kept)
 
 
 class Clustered(NamedTuple):
@@ -36,12 +79,10 @@ class Clustered(NamedTuple):
     Attributes:
         weight: `[rows, cols]`, dtype of the input, differentiable: the softly clustered weight.
         centroids: `[g, k, d]`, detached: the centroids after the last iteration, the start of the next step.
-        iters: int64 scalar, iterations that were run (fewer than `max_iters` only with `tol`).
     """
 
     weight: Tensor
     centroids: Tensor
-    iters: Tensor
 
 
 def cluster(
@@ -51,7 +92,6 @@ def cluster(
     temperature: Tensor | float,
     importance: Tensor | None = None,
     max_iters: int = 3,
-    tol: float = 0.0,
     round_to: torch.dtype | None = torch.bfloat16,
     backend: str = "auto",
 ) -> Clustered:
@@ -67,59 +107,142 @@ def cluster(
         temperature: scalar or `[g]`, > 0, in squared weight units.
         importance: None, or non-negative and broadcastable to `weight`; a vector takes the mean over its values.
         max_iters: iterations, at least 1.
-        tol: stop after the iteration in which no centroid moved by more than this (weight units).
         round_to: 16-bit dtype that a wider weight is rounded to first, straight-through, whatever the backend; None keeps full
             width, which rules `histogram` out.
         backend: `reference`, `histogram`, `blocks`, `native`, or `auto` (see `choose_backend`).
 
     Returns:
-        `Clustered(weight, centroids, iters)`.
+        `Clustered(weight, centroids)`.
 
     Raises:
         ValueError: shapes that do not divide, more centroids than weights, non-finite weights, a temperature that is not
             positive, negative importance, an unknown or impossible backend.
 
     Cost:
-        Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids. Passes over the weight: `histogram` 3 to 4
-        forward and 2 to 3 backward; `blocks` and `native` `max_iters + 1` forward, `max_iters` to `2 max_iters` backward.
+        Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids. Passes over the weight: `histogram` 2
+        forward and 3 backward; `blocks` and `native` `max_iters + 1` forward, `max_iters` to `2 max_iters` backward.
         `reference` keeps `O(max_iters n k)`.
     """
     check_shapes(weight, centroids, importance, max_iters)
-    tau = torch.as_tensor(temperature, dtype=centroids.dtype, device=weight.device).detach().expand(centroids.shape[0])
+    start = centroids.detach()
+    tau = torch.as_tensor(temperature, dtype=start.dtype, device=weight.device).detach().expand(len(start))
     importance = None if importance is None else importance.detach()
-    trajectory, iters = solve(weight.detach(), importance, centroids.detach(), tau, max_iters, tol, round_to, backend)
     if backend == "reference":
-        steps = max_iters if tol == 0 else int(iters)
-        out, _ = reference.cluster(weight, importance, centroids.detach(), tau, steps, _rounding(weight, round_to))
+        out, trajectory = reference.cluster(weight, start, Problem(tau, importance, round_to), max_iters)
+        _check_problem(importance, tau, trajectory.detach())
     else:
-        out = decode(weight, importance, trajectory, iters, tau, round_to, backend)
-    return Clustered(out, trajectory[-1], iters)
+        out, trajectory = _cluster(weight, importance, start, tau, max_iters, round_to, backend)
+    return Clustered(out, trajectory[-1].detach())
+
+
+@torch.library.custom_op("edkm::cluster", mutates_args=())
+def _cluster(
+    weight: Tensor,
+    importance: Tensor | None,
+    centroids: Tensor,
+    temperature: Tensor,
+    iters: int,
+    round_to: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`(soft weight, trajectory)`; a custom op, so that torch.compile calls it as it is."""
+    backend, _ = pick_backend(backend, weight, *centroids.shape, round_to)
+    solution = solve(weight, centroids, Problem(temperature, importance, round_to), iters, backend)
+    _check_problem(importance, temperature, solution.trajectory)
+    return solution.decode(weight), solution.trajectory
+
+
+@_cluster.register_fake
+def _(weight, importance, centroids, temperature, iters, round_to, backend):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format), centroids.new_empty(iters + 1, *centroids.shape)
+
+
+@torch.library.custom_op("edkm::cluster_adjoint", mutates_args=())
+def _cluster_adjoint(
+    grad: Tensor,
+    weight: Tensor,
+    importance: Tensor | None,
+    trajectory: Tensor,
+    temperature: Tensor,
+    round_to: torch.dtype | None,
+    backend: str,
+) -> Tensor:
+    """`dL/dweight` from `dL/dout`."""
+    backend, _ = pick_backend(backend, weight, *trajectory.shape[1:], round_to)
+    problem = Problem(temperature, importance, round_to).for_weight(weight)
+    return Solution(trajectory, problem, backend).adjoint(grad, weight)
+
+
+@_cluster_adjoint.register_fake
+def _(grad, weight, importance, trajectory, temperature, round_to, backend):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    weight, importance, _, temperature, _, ctx.round_to, ctx.backend = inputs
+    ctx.save_for_backward(weight, importance, output[1], temperature)
+
+
+def _backward(ctx, grad: Tensor, _):
+    return _cluster_adjoint(grad, *ctx.saved_tensors, ctx.round_to, ctx.backend), None, None, None, None, None, None
+
+
+_cluster.register_autograd(_backward, setup_context=_save)
 
 
 def choose_backend(
     weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None, device: torch.device | None = None
 ) -> tuple[str, str]:
-    """What `auto` takes for a weight `[rows, cols]`, and why; `device` is where it will be, if not where it is.
+    """Choose the fastest backend for a weight `[rows, cols]`, as `auto` does; `device` is where it will be, if not where it is.
 
-    Compares the map entries that `histogram` and `blocks`, or `native` where there is a compiler, would compute for a group, plus what a
-    table costs per weight. Shape, dtype and device decide, not the values: the choice is the same in every step and in a run that is
-    resumed, and costs nothing.
+    Compares the map entries that the backends would compute for a table, plus the cost per weight of a histogram. Shape, dtype and device
+    decide, not the values: the choice is the same in every step and in a run that is resumed, and costs nothing.
 
     Returns:
         `(backend, reason)`.
     """
-    if d > 1:
-        return "blocks", f"vectors of {d} values"
-    n, device = weight.numel() // groups, device or weight.device
-    costs, reason = {"blocks": n * k * _NS_PER_MAP_ENTRY}, "weights wider than 16 bits"
+    device, n = device or weight.device, weight.numel()
     if native.takes(device, k, d):
-        costs, reason = {"native": n * k * _NS_PER_NATIVE_ENTRY}, f"{k} centroids, on a CPU with a compiler"
-    key = weight.dtype if weight.dtype.itemsize == 2 else round_to
-    if key is not None and key.itemsize == 2:
+        costs = {n * k * _NS_PER_NATIVE_ENTRY: ("native", f"{k} centroids, on a CPU with a compiler")}
+    else:
+        why = f"vectors of {d} values" if d > 1 else f"{groups} tables" if groups > 1 else "weights wider than 16 bits"
+        costs = {n * k * _NS_PER_MAP_ENTRY: ("blocks", why)}
+    if not _no_histogram(weight, groups, d, round_to):
         distinct = min(n, histogram.usual_values(device))
-        costs["histogram"] = distinct * k * _NS_PER_MAP_ENTRY + n * _NS_PER_WEIGHT
-        reason = f"some {distinct:,} distinct values for {n:,} weights of a group, {k} centroids"
-    return min(costs, key=lambda name: costs[name]), reason
+        cost = distinct * k * _NS_PER_MAP_ENTRY + n * _NS_PER_WEIGHT
+        costs[cost] = "histogram", f"one table of {k} centroids, about {distinct:,} distinct values in {n:,} weights"
+    return costs[min(costs)]
+
+
+def pick_backend(
+    name: str, weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None, device: torch.device | None = None
+) -> tuple[str, str]:
+    """Resolve the name of a backend: `choose_backend` for `auto`; refuse one that is unknown or cannot cluster this weight.
+
+    Returns:
+        `(backend, reason)`.
+    """
+    if name == "auto":
+        return choose_backend(weight, groups, k, d, round_to, device)
+    device = device or weight.device
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is not one of reference, {', '.join(BACKENDS)}, auto.")
+    if name == "histogram" and (why := _no_histogram(weight, groups, d, round_to)):
+        raise ValueError(f"backend: histogram needs one table of single 16-bit values, got {why}. Use auto.")
+    if name == "native" and not native.takes(device, k, d):
+        raise ValueError(
+            f"backend: native needs a CPU, a C compiler, single values and at most {native.MOST_CENTROIDS} centroids, got "
+            f"{device.type}, {'a compiler' if native.available() else 'no compiler'}, d={d}, {k} centroids. Use auto."
+        )
+    return name, "as asked"
+
+
+def _no_histogram(weight: Tensor, groups: int, d: int, round_to: torch.dtype | None) -> str | None:
+    """The reason why a weight has no histogram; None if it has."""
+    if groups > 1 or d > 1:
+        return f"{groups} tables, d={d}"
+    wide = weight.dtype.itemsize > 2 and (round_to is None or round_to.itemsize > 2)
+    return f"{weight.dtype}, round_to={round_to}" if wide else None
 
 
 def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, max_iters: int = 1) -> None:
@@ -164,165 +287,9 @@ def check_importance(importance: Tensor | None) -> None:
 
 
 def _check_problem(importance: Tensor | None, temperature: Tensor, trajectory: Tensor) -> None:
-    """Say which input made the centroids non-finite or the problem ill-posed."""
+    """Refuse a problem that is ill-posed, or whose centroids are not finite. Reads from the device."""
     if not bool((temperature > 0).all()):
         raise ValueError(f"temperature: must be positive, got {temperature.min().item():.6g}. It is in squared weight units.")
     check_importance(importance)
     if not bool(trajectory.isfinite().all()):
-        raise ValueError(NOT_FINITE)
-
-
-def _rounding(weight: Tensor, round_to: torch.dtype | None) -> torch.dtype | None:
-    return round_to if weight.dtype.itemsize > 2 else None
-
-
-class Solution(NamedTuple):
-    """A solved weight: all that `decode` and `adjoint` need beside it."""
-
-    trajectory: Tensor  # [iters + 1, g, k, d]
-    importance: Tensor | None
-    temperature: Tensor
-    round_to: torch.dtype | None
-    backend: str
-    table: Any = None  # the backend's own
-
-    def decode(self, weight: Tensor) -> Tensor:
-        """The soft weight."""
-        weight = weight.contiguous()
-        module = _backend(self.backend, weight, self)
-        return module.decode(weight, self.trajectory, self.temperature, _rounding(weight, self.round_to), self.table)
-
-    def adjoint(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """`dL/dweight` from `dL/dout`."""
-        weight = weight.contiguous()
-        module = _backend(self.backend, weight, self)
-        problem = (self.importance, self.trajectory, self.temperature, _rounding(weight, self.round_to))
-        return module.adjoint(grad, weight, *problem, self.table)
-
-
-def find(
-    weight: Tensor,
-    importance: Tensor | None,
-    centroids: Tensor,
-    temperature: Tensor,
-    max_iters: int,
-    tol: float,
-    round_to: torch.dtype | None,
-    backend: str,
-) -> Solution:
-    """Run the iterations; arguments as for `cluster`, temperature `[g]`. No gradient.
-
-    Without `tol` nothing is read from the weight's device. Centroids of weights that are not finite are NaN.
-    """
-    weight, (groups, k, d) = weight.contiguous(), centroids.shape
-    if backend == "auto":
-        backend = choose_backend(weight, groups, k, d, round_to)[0]
-    problem = (weight, importance, centroids, temperature, max_iters, _rounding(weight, round_to))
-    if backend == "reference":
-        trajectory, table = reference.cluster(*problem)[1], None
-    else:
-        blank = Solution(centroids.unsqueeze(0), importance, temperature, round_to, backend)
-        trajectory, table = _backend(backend, weight, blank).solve(*problem)
-    if tol > 0:
-        moved = (trajectory[1:] - trajectory[:-1]).abs().amax((1, 2, 3))  # [max_iters]
-        still = (moved <= tol).nonzero()
-        trajectory = trajectory[: int(still[0]) + 2 if len(still) else max_iters + 1]
-    return Solution(trajectory, importance, temperature, round_to, backend, table)
-
-
-def check_backend(name: str, weight: Tensor, k: int, d: int, round_to: torch.dtype | None) -> None:
-    """Refuse a backend that is not there or cannot cluster this weight."""
-    if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"backend: {name!r} is not one of reference, {', '.join(BACKENDS)}, auto.")
-    wide = weight.dtype.itemsize > 2 and (round_to is None or round_to.itemsize > 2)
-    if name == "histogram" and (d > 1 or wide):
-        raise ValueError(
-            f"backend: histogram needs single values of 16 bits, got d={d}, {weight.dtype}, round_to={round_to}. "
-            "Use blocks, or round_to=torch.bfloat16."
-        )
-    if name == "native" and not native.takes(weight.device, k, d):
-        raise ValueError(
-            f"backend: native needs a CPU, a C compiler, single values and at most {native.MOST_CENTROIDS} centroids, got "
-            f"{weight.device.type}, {'a compiler' if native.available() else 'no compiler'}, d={d}, {k} centroids. Use auto."
-        )
-
-
-def _backend(name: str, weight: Tensor, solution: Solution):
-    _, groups, k, d = solution.trajectory.shape
-    check_backend(name, weight, k, d, solution.round_to)
-    return BACKENDS[choose_backend(weight, groups, k, d, solution.round_to)[0] if name == "auto" else name]
-
-
-@torch.library.custom_op("edkm::solve", mutates_args=())
-def solve(
-    weight: Tensor,
-    importance: Tensor | None,
-    centroids: Tensor,
-    temperature: Tensor,
-    max_iters: int,
-    tol: float,
-    round_to: torch.dtype | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """`(trajectory [max_iters + 1, g, k, d], iters)`; entries after `iters` repeat the last. No gradient."""
-    path = find(weight, importance, centroids, temperature, max_iters, tol, round_to, backend).trajectory
-    _check_problem(importance, temperature, path)
-    trajectory = path[-1].repeat(max_iters + 1, 1, 1, 1)
-    trajectory[: len(path)] = path
-    return trajectory, torch.tensor(len(path) - 1)
-
-
-@solve.register_fake
-def _(weight, importance, centroids, temperature, max_iters, tol, round_to, backend):
-    return centroids.new_empty(max_iters + 1, *centroids.shape), torch.empty((), dtype=torch.int64)
-
-
-@torch.library.custom_op("edkm::decode", mutates_args=())
-def decode(
-    weight: Tensor,
-    importance: Tensor | None,
-    trajectory: Tensor,
-    iters: Tensor,
-    temperature: Tensor,
-    round_to: torch.dtype | None,
-    backend: str,
-) -> Tensor:
-    """The soft weight for a trajectory of `solve`; its gradient is that of `solve` and `decode` together."""
-    return Solution(trajectory[: int(iters) + 1], importance, temperature, round_to, backend).decode(weight)
-
-
-@decode.register_fake
-def _(weight, importance, trajectory, iters, temperature, round_to, backend):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("edkm::adjoint", mutates_args=())
-def adjoint(
-    grad: Tensor,
-    weight: Tensor,
-    importance: Tensor | None,
-    trajectory: Tensor,
-    iters: Tensor,
-    temperature: Tensor,
-    round_to: torch.dtype | None,
-    backend: str,
-) -> Tensor:
-    """`dL/dweight` from `dL/dout`."""
-    return Solution(trajectory[: int(iters) + 1], importance, temperature, round_to, backend).adjoint(grad, weight)
-
-
-@adjoint.register_fake
-def _(grad, weight, importance, trajectory, iters, temperature, round_to, backend):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
-
-
-def _save(ctx, inputs, output) -> None:
-    weight, importance, trajectory, iters, temperature, ctx.round_to, ctx.backend = inputs
-    ctx.save_for_backward(weight, importance, trajectory, iters, temperature)
-
-
-def _backward(ctx, grad: Tensor):
-    return adjoint(grad, *ctx.saved_tensors, ctx.round_to, ctx.backend), None, None, None, None, None, None
-
-
-decode.register_autograd(_backward, setup_context=_save)
+        raise ValueError(f"weight: {NOT_FINITE}")

@@ -13,13 +13,30 @@ is the problem that this library exists to remove.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-NOT_FINITE = (
-    "weight: NaN or infinite values, or values beyond the range of round_to. Clustering needs finite weights; was the learning rate "
-    "too high?"
-)
+NOT_FINITE = "NaN or infinite values, or values beyond the range of 16 bits. Was the learning rate too high, or the checkpoint damaged?"
+
+
+class Problem(NamedTuple):
+    """The parameters of a clustering besides the weight and the centroids.
+
+    Attributes:
+        temperature: `[g]`, > 0, in squared weight units.
+        importance: None, or non-negative and broadcastable to the weight `[rows, cols]`.
+        round_to: 16-bit dtype that a wider weight is rounded to first, straight-through; None: it is not rounded.
+    """
+
+    temperature: Tensor
+    importance: Tensor | None = None
+    round_to: torch.dtype | None = torch.bfloat16
+
+    def for_weight(self, weight: Tensor) -> Problem:
+        """The same problem without a rounding that the weight, being of 16 bits, does not need."""
+        return self._replace(round_to=None) if weight.dtype.itemsize == 2 else self
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,13 +74,14 @@ def soft_assignment(vectors: Tensor, centroids: Tensor, temperature: Tensor) -> 
     return torch.softmax(-distance / temperature.view(-1, 1, 1), dim=-1)
 
 
-def update(vectors: Tensor, importance: Tensor, centroids: Tensor, assignment: Tensor) -> Tensor:
-    """Centroids `[g, k, d]` as means weighted by importance `[g, n]` times assignment `[g, n, k]`."""
-    weighted = importance.unsqueeze(-1) * assignment  # [g, n, k]
-    mass = weighted.sum(1)  # [g, k]
+def update_centroids(sums: Tensor, centroids: Tensor) -> Tensor:
+    """The next centroids `[g, k, d]` from the mass and the weighted sum that each received, `[g, k, 1 + d]`.
+
+    Every backend updates its centroids here; the adjoint is `blocks.update_adjoint` and its twin in kernels.c.
+    """
+    mass, total = sums[..., 0], sums[..., 1:]
     alive = ~(mass <= mass_floor(mass))  # NaN lives on, to be reported
-    means = (weighted.transpose(1, 2) @ vectors) / torch.where(alive, mass, 1).unsqueeze(-1)
-    return torch.where(alive.unsqueeze(-1), means, centroids)
+    return torch.where(alive.unsqueeze(-1), total / torch.where(alive, mass, 1).unsqueeze(-1), centroids)
 
 
 def iterate(vectors: Tensor, importance: Tensor, centroids: Tensor, temperature: Tensor, iters: int):
@@ -72,19 +90,15 @@ def iterate(vectors: Tensor, importance: Tensor, centroids: Tensor, temperature:
     assignment = vectors.new_empty(0)
     for _ in range(iters):
         assignment = soft_assignment(vectors, trajectory[-1], temperature)
-        trajectory.append(update(vectors, importance, trajectory[-1], assignment))
+        weighted = importance.unsqueeze(-1) * assignment  # [g, n, k]
+        sums = torch.cat([weighted.sum(1).unsqueeze(-1), weighted.transpose(1, 2) @ vectors], -1)  # [g, k, 1 + d]
+        trajectory.append(update_centroids(sums, trajectory[-1]))
     return assignment @ trajectory[-1], torch.stack(trajectory)
 
 
-def cluster(
-    weight: Tensor,
-    importance: Tensor | None,
-    centroids: Tensor,
-    temperature: Tensor,
-    iters: int,
-    round_to: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
+def cluster(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, Tensor]:
     """`(out like weight, trajectory [iters + 1, g, k, d])`, differentiable in `weight` by plain autograd."""
+    temperature, importance, round_to = problem.for_weight(weight)
     groups, _, d = centroids.shape
     if round_to is not None:
         weight = weight + (weight.to(round_to).to(weight.dtype) - weight).detach()

@@ -1,9 +1,8 @@
-"""Centroids of a weight whose rows lie on several ranks: every rank reads its own rows, and only sums travel.
+"""Cluster a weight whose rows lie on several ranks: every rank reads its own rows, and only sums travel.
 
 An iteration needs of the weight nothing but `sum_i s_i A_ij` and `sum_i s_i A_ij w_i`, one number and one vector per centroid. Each
-rank adds up its own rows, the sums are added over the ranks, and all ranks take the same step from the same numbers. How they are
-added is the caller's business: `reduce` takes a tensor, of the same shape on every rank, and returns the sum over the ranks, the
-same bits everywhere.
+rank adds up its own rows, the sums are added over the ranks, and all ranks take the same step from the same numbers. The caller gives
+`reduce`, which takes a tensor of the same shape on every rank and returns the sum over the ranks, the same bits everywhere.
 
 Rows are cut without regard to tables or vectors. A table that two ranks share is simply added up from both. A vector of `d` rows
 that two ranks share is put together first: there are fewer such vectors than ranks.
@@ -11,22 +10,20 @@ that two ranks share is put together first: there are fewer such vectors than ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from edkm.core import blocks, histogram, native
-from edkm.core.assign import assign, lookup
-from edkm.core.blocks import advance
+from edkm.core.assign import quantize
+from edkm.core.blocks import Points
+from edkm.core.histogram import Histogram
 from edkm.core.op import Solution
-from edkm.core.reference import compute_dtype, group_importance, group_vectors
+from edkm.core.reference import Problem, compute_dtype, update_centroids
 
 Reduce = Callable[[Tensor], Tensor]
-# Of centroids `[g, k, d]` and temperature `[g]`: mass and total of every centroid, `[g, k, 1 + d]`.
-Sums = Callable[[Tensor, Tensor], Tensor]
 
 
 class Rows(NamedTuple):
@@ -90,79 +87,55 @@ def _shared_vectors(rows: Rows, d: int, reduce: Reduce) -> tuple[Tensor, int]:
     return rows.values[:0], stop
 
 
-def find(
-    rows: Rows,
-    importance: Tensor | None,
-    centroids: Tensor,
-    temperature: Tensor,
-    max_iters: int,
-    round_to: torch.dtype | None,
-    backend: str,
-    reduce: Reduce,
-) -> Solution:
+def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: str, reduce: Reduce) -> Solution:
     """Run the iterations over all ranks' rows; every rank gets the same solution, for the whole weight.
 
     Args:
-        importance: None, or broadcastable to the whole weight `[total, cols]`.
-        backend: `histogram`, `blocks` or `native`, the same on all ranks.
-        The rest as for `edkm.cluster`, temperature `[g]`; the same on all ranks.
+        centroids, problem, iters, backend: as for `op.solve` of the whole weight `[total, cols]`, the same on all ranks.
 
     Centroids of weights that are not finite are NaN, on all ranks.
 
     Cost:
-        One pass over this rank's rows per iteration. `max_iters` sums of `g k (d + 1)` numbers are reduced, and for `histogram` one of
-        65,536. Memory: tables of the distinct values of this rank's rows, nothing else that grows with the weight.
+        One pass over this rank's rows per iteration, and a sum of `g k (d + 1)` numbers over the ranks. `histogram`: one pass, and one sum
+        of 65,536 numbers, or of two for each if importance has zeros.
     """
-    groups, _, d = centroids.shape
-    mine = parts(rows, groups, d, reduce)
-    trajectory = centroids.repeat(max_iters + 1, 1, 1, 1)
-    seen = trajectory.new_zeros(histogram.KEYS)
-    points = list(_points(mine, rows.total, importance, centroids, round_to, backend, seen))
-    for t in range(max_iters):
-        total = trajectory.new_zeros(*centroids.shape[:2], 1 + d)
-        for of, sums in points:
-            total[of] += sums(trajectory[t, of], temperature[of])
-        trajectory[t + 1] = advance(reduce(total), trajectory[t])
-    table = None
+    problem = problem.for_weight(rows.values)
     if backend == "histogram":
-        if histogram.counts_values(seen.device):
-            seen = reduce(seen)
-        key = rows.values.dtype if rows.values.dtype.itemsize == 2 else round_to
-        assert key is not None
-        table = histogram.table_of(seen > 0, key, groups, rows.total // groups * rows.values.shape[1])
-    return Solution(trajectory, importance, temperature, round_to, backend, table)
+        found = _histogram(rows, problem, centroids.dtype, reduce)
+        trajectory = blocks.iterate(found.points(problem.temperature), centroids, iters)
+        return Solution(trajectory, problem, backend, found)
+    groups, _, d = centroids.shape
+    trajectory, mine = centroids.repeat(iters + 1, 1, 1, 1), parts(rows, groups, d, reduce)
+    for t in range(iters):
+        total = trajectory.new_zeros(*centroids.shape[:2], 1 + d)
+        for part in mine:
+            total[part.groups] += _sums(part, rows, trajectory[t, part.groups], problem, backend)
+        trajectory[t + 1] = update_centroids(reduce(total), trajectory[t])
+    return Solution(trajectory, problem, backend)
 
 
-def _points(
-    mine: list[Part],
-    total: int,
-    importance: Tensor | None,
-    centroids: Tensor,
-    round_to: torch.dtype | None,
-    backend: str,
-    seen: Tensor,
-) -> Iterator[tuple[slice, Sums]]:
-    """Groups, and what adds up an iteration over this rank's points in them."""
-    d = centroids.shape[2]
-    for part in mine:
-        count, cols = part.groups.stop - part.groups.start, part.values.shape[1]
-        s = None
-        if importance is not None:
-            s = importance.expand(total, cols)[part.start : part.start + len(part.values)]
-        rounding = round_to if part.values.dtype.itemsize > 2 else None
-        if backend == "native":
-            yield part.groups, partial(native.sums, part.values, s, round_to=rounding)
-            continue
-        if backend == "blocks":
-            grid, s = group_vectors(part.values, count, d), group_importance(s, part.values.shape, count, d)
-            yield part.groups, partial(blocks.sums, grid, s, round_to=rounding)
-            continue
-        s = histogram.grouped(s, part.values, count)
-        for of, rows, key in histogram.pieces(part.values, count, round_to):
-            points, (mass,) = histogram.find_points_and_sums(rows, key, centroids.dtype, [None if s is None else s[of]])
-            seen[points.keys] = 1
-            where = slice(part.groups.start + of.start, part.groups.start + of.stop)
-            yield where, partial(blocks.sums, points.values.unsqueeze(1), mass, round_to=None)
+def _histogram(rows: Rows, problem: Problem, dtype: torch.dtype, reduce: Reduce) -> Histogram:
+    """The histogram of the whole weight."""
+    key = histogram.key_dtype(rows.values, problem.round_to)
+    terms: list[Tensor | None] = [_of_rows(problem.importance, rows, rows.start, rows.values)]
+    if histogram.needs_count(problem.importance):
+        terms.append(None)
+    return histogram.from_totals(reduce(histogram.totals(rows.values, key, terms, dtype)), key)
+
+
+def _sums(part: Part, rows: Rows, centroids: Tensor, problem: Problem, backend: str) -> Tensor:
+    """Mass and weighted sum that the centroids of a part receive from it, `[g, k, 1 + d]`."""
+    importance = _of_rows(problem.importance, rows, part.start, part.values)
+    problem = Problem(problem.temperature[part.groups], importance, problem.round_to)
+    if backend == "native":
+        return native.sums(part.values, centroids, problem)
+    groups, _, d = centroids.shape
+    return blocks.sums(Points.of(part.values, problem, groups, d), centroids)
+
+
+def _of_rows(importance: Tensor | None, rows: Rows, start: int, values: Tensor) -> Tensor | None:
+    """The importance of the rows `values` from `start` on."""
+    return None if importance is None else importance.expand(rows.total, values.shape[1])[start : start + len(values)]
 
 
 def freeze(rows: Rows, lut: Tensor, reduce: Reduce) -> tuple[Tensor, float]:
@@ -174,13 +147,10 @@ def freeze(rows: Rows, lut: Tensor, reduce: Reduce) -> tuple[Tensor, float]:
         lut: `[g, k, d]` from `round_lut`, the same on all ranks.
     """
     dtype = compute_dtype(rows.values.dtype)
-    found, sums = [], lut.new_zeros(2, dtype=dtype)
+    found, sums = [rows.values.new_empty(0, rows.values.shape[1], dtype=torch.uint8)], lut.new_zeros(2, dtype=dtype)
     for part in parts(rows, lut.shape[0], lut.shape[2], reduce):
-        tables = lut[part.groups]
-        indices, wide = assign(part.values, tables), part.values.to(dtype)
-        sums[0] += (wide - lookup(indices, tables, dtype)).square().sum()
-        sums[1] += wide.square().sum()
-        found.append(indices)
+        quantized = quantize(part.values, lut[part.groups])
+        sums += torch.stack([quantized.errors(part.values).sum(), part.values.to(dtype).square().sum()])
+        found.append(quantized.indices)
     error, norm = reduce(sums).tolist()
-    none = torch.empty(0, rows.values.shape[1], dtype=torch.uint8, device=rows.values.device)
-    return torch.cat([none, *found]), error / norm if norm > 0 else 0.0
+    return torch.cat(found), error / norm if norm > 0 else 0.0

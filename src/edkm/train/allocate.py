@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from edkm.compressed.packing import stored_bytes
 from edkm.config import ClusterConfig
-from edkm.core.assign import assign, lookup, round_lut
+from edkm.core.assign import quantize, round_lut
 from edkm.core.kmeans import initial_centroids
 from edkm.progress import progress
 from edkm.train.calibrate import evaluating, first_input, is_product, removing, run_batches, without_cache
@@ -226,8 +226,8 @@ def _choices(weight: Tensor, importance: Tensor, gradient: Tensor) -> list[Choic
         some, share = (x.view(tables, rows, -1)[picked].flatten(0, 1) for x in (weight, gradient))
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         for bits, _ in options:
-            lut = round_lut(initial_centroids(some, bits, rows_per_lut=rows, importance=importance, quick=True))
-            error = (some.float() - lookup(assign(some, lut), lut)).square() * importance
+            lut = round_lut(initial_centroids(some, bits, rows_per_lut=rows, importance=importance))
+            error = quantize(some, lut).errors(some) * importance
             loss = float(error.sum(1) @ share.flatten()) * float(gradient.sum())
             found.append(Choice(_cost(weight, bits, rows), loss, bits, rows))
     return _hull(found)

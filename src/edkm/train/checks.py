@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from edkm.config import ClusterConfig, matches
 from edkm.core.assign import LUT_DTYPE
-from edkm.core.reference import compute_dtype
+from edkm.core.reference import NOT_FINITE, compute_dtype
 
-NOT_FINITE = "NaN or infinite values. Repair it, or take an earlier checkpoint."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Largest share of the sum of its magnitudes that a weight may lose when its tables are rounded to 16 bits.
 MOST_ROUNDED = 0.05

@@ -3,13 +3,14 @@
 The weight stays the trained parameter, and its clustered form multiplies the input. The centroids depend on the weight alone, so they are
 found once per optimizer step, whatever the number of micro-batches or recomputations.
 
-Layers do not differentiate the clustering. They use `Clustering.live(weight)`, which stands for the clustered weight in the graph,
-and hand back the gradient of the clustered weight; autograd sums it over all uses (tied layers), and one node, `ClusterGrad`, turns the
-sum into the gradient of the weight.
+Layers do not differentiate the clustering. `Clustering.attach(weight)` returns an alias that stands for the clustered weight in the graph,
+and layers hand it the gradient of the clustered weight. Autograd sums it over all uses (tied layers), and one node, `ClusterGrad`, turns
+the sum into the gradient of the weight.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,39 +25,48 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from edkm.config import ClusterConfig
 from edkm.core import sharded
-from edkm.core.assign import Frozen, as_matrix, as_stored, assign, count_tables, lookup, round_lut
+from edkm.core.assign import Frozen, as_matrix, as_stored, count_tables, quantize, round_lut
 from edkm.core.kmeans import initial_centroids, temperature_for
-from edkm.core.op import Solution, check_backend, check_importance, find
-from edkm.core.reference import NOT_FINITE, compute_dtype
+from edkm.core.op import Solution, check_importance, pick_backend, solve
+from edkm.core.reference import NOT_FINITE, Problem, compute_dtype
 from edkm.core.sharded import Reduce, Rows
 
 # Softness 0 is the hard assignment: this fraction of the quantisation error leaves every weight on one centroid.
 _HARD = 1e-6
 
 
-def optimizer_steps(weight: Tensor) -> int:
-    """Optimizer steps on a weight since this was first asked; of a frozen one all steps, so that it is annealed with the others.
+class _Steps:
+    """Count the steps of optimizers: some write through `.data` or raw pointers, where a weight's `_version` does not see them.
 
-    Some optimizers write through `.data` or raw pointers, where `_version` does not see them.
+    Attributes:
+        all: by any optimizer. A weight without gradients takes them all, so that it is annealed with the others.
+        of: by parameter.
+        on_shards: on DTensors. FSDP gathers them into other tensors for the forward pass, which no optimizer ever sees.
+        moved: parameters whose centroids have moved since the last step on them, and references to their clusterings.
     """
-    if not weight.requires_grad:
-        return _steps
-    if not hasattr(weight, _STEPS):
-        setattr(weight, _STEPS, 0)
-    return getattr(weight, _STEPS)
 
+    def __init__(self) -> None:
+        self.all = self.on_shards = 0
+        self.of, self.moved = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
-def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    global _steps, _steps_on_shards
-    _steps += 1
-    moved = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if hasattr(parameter, _STEPS):
-                setattr(parameter, _STEPS, getattr(parameter, _STEPS) + 1)
-            moved.append(_moved.pop(parameter, lambda: None)())
-        _steps_on_shards += any(hasattr(parameter, "full_tensor") for parameter in group["params"])
-    _check_finite([clustering for clustering in moved if clustering is not None])
+    @functools.cache  # noqa: B019
+    def watch(self) -> None:
+        """Count from now on."""
+        register_optimizer_step_post_hook(self._count)
+
+    def on(self, weight: Tensor) -> tuple[int, int]:
+        """A pair that changes with every step on the weight."""
+        return (self.of.get(weight, 0) if weight.requires_grad else self.all), self.on_shards
+
+    def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.all += 1
+        self.on_shards += any(hasattr(parameter, "full_tensor") for parameter in parameters)
+        moved = []
+        for parameter in parameters:
+            self.of[parameter] = self.of.get(parameter, 0) + 1
+            moved.append(self.moved.pop(parameter, lambda: None)())
+        _check_finite([clustering for clustering in moved if clustering is not None])
 
 
 def _check_finite(clusterings: list[Clustering]) -> None:
@@ -68,33 +78,25 @@ def _check_finite(clusterings: list[Clustering]) -> None:
         sums = torch.stack([clustering.centroids.sum(dtype=torch.float32) for clustering in found])
         if not bool(sums.isfinite().all()):
             wrong = next(clustering.name for clustering, finite in zip(found, sums.isfinite().tolist(), strict=True) if not finite)
-            raise ValueError(f"{wrong}: {NOT_FINITE.removeprefix('weight: ')}")
+            raise ValueError(f"{wrong}: {NOT_FINITE}")
 
 
-_steps = 0
-# FSDP gathers shards (DTensors) into other tensors for the forward pass, which no optimizer ever sees.
-_steps_on_shards = 0
-_STEPS = "_edkm_optimizer_steps"
-# Weights whose centroids have moved since the optimizer's last step on them, and their clusterings.
-_moved = WeakTensorKeyDictionary()
-register_optimizer_step_post_hook(_count_step)
+_steps = _Steps()
 
 
-class Shard(NamedTuple):
-    """A weight whose clustering several ranks share.
+class SharedRows(NamedTuple):
+    """A weight whose rows several ranks cluster together.
 
     Attributes:
         weight: the parameter that the optimizer steps on; under FSDP a DTensor.
         rows: this rank's rows of it as they are now.
         reduce: for `core.sharded`.
-        backend: `histogram` or `blocks`, the same on all ranks.
         gathers: FSDP makes the whole weight for each pass and frees it.
     """
 
     weight: Tensor
     rows: Callable[[], Rows]
     reduce: Reduce
-    backend: str
     gathers: bool
 
 
@@ -121,9 +123,9 @@ class Clustering(nn.Module):
         row_axes: int = 1,
     ) -> None:
         super().__init__()
+        _steps.watch()
         matrix = as_matrix(weight.detach(), row_axes)
         tables = count_tables(weight.shape, row_axes, config.rows_per_lut)
-        check_backend(backend, matrix, 2**config.bits, config.dim, torch.bfloat16)
         if importance is not None:
             importance = importance.to(matrix.device, compute_dtype(matrix.dtype))
             check_importance(importance)
@@ -137,24 +139,37 @@ class Clustering(nn.Module):
             centroids = centroids.to(matrix.device, compute_dtype(matrix.dtype))
         temperature = temperature_for(matrix, centroids, importance, config.softness or _HARD)
         if not bool(temperature.isfinite().all()):
-            raise ValueError(NOT_FINITE)
+            raise ValueError(f"weight: {NOT_FINITE}")
         self.register_buffer("centroids", centroids)
         self.register_buffer("temperature", temperature)
         self.register_buffer("importance", importance)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=matrix.device))
-        self.config, self.backend, self.row_axes = config, backend, row_axes
+        self.config, self.row_axes = config, row_axes
+        self._asked, self._matrix_shape = backend, matrix.shape
+        self._choice: tuple[str, str] | None = None
+        self._chosen_on = matrix.device
         self.name = "weight"  # `prepare` puts the parameter's here
         self.prepared_by = config  # `prepare` puts the whole model's here: it goes into the packed file
         self.soft_in_eval = False
-        self._key: tuple[Any, ...] | None = None
+        self._state: tuple[Any, ...] | None = None  # of the weight that `_solution` was found for
         self._solution: Solution | None = None
-        self._live: Tensor | None = None
+        self._alias: Tensor | None = None
         self._counted = False
-        self._shard: Shard | None = None
+        self._shared: SharedRows | None = None
 
     def extra_repr(self) -> str:
         groups, k, d = self.centroids.shape
         return f"bits={(k - 1).bit_length()}, tables={groups}, dim={d}, softness={self.config.softness}"
+
+    @property
+    def choice(self) -> tuple[str, str]:
+        """The backend and the reason for it: chosen at `prepare`, and once more when the clustering has moved to another device."""
+        device = self.centroids.device
+        if self._choice is None or device != self._chosen_on:
+            weight = torch.empty(self._matrix_shape, device="meta")
+            self._choice = pick_backend(self._asked, weight, *self.centroids.shape, torch.bfloat16, device)
+            self._chosen_on = device
+        return self._choice
 
     def _apply(self, fn, recurse=True):
         """Follow the model to a device, not to a narrower dtype: 16 bits would change the centroids."""
@@ -167,19 +182,25 @@ class Clustering(nn.Module):
 
     def forget(self) -> None:
         """Drop what was computed from the weight: it has changed."""
-        self._key = self._solution = self._live = None
+        self._state = self._solution = self._alias = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles find their own centroids."""
-        return {**self.__dict__, "_key": None, "_solution": None, "_live": None, "_shard": None}
+        own = ("_state", "_solution", "_alias", "_shared", "_choice")  # a pickle may be read on another machine
+        return {**self.__dict__, **dict.fromkeys(own)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _steps.watch()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.forget()
 
-    def share(self, shard: Shard | None) -> None:
-        """Find the centroids together with other ranks from now on, each reading its own rows (None: alone)."""
-        self._shard = shard
+    def share(self, rows: SharedRows | None, backend: str | None = None) -> None:
+        """Find the centroids together with other ranks from now on, each reading its own rows, all with one backend (None: alone)."""
+        self._shared = rows
+        self._choice = (backend, "the same on all ranks") if backend else None
         self.forget()
 
     def current_temperature(self) -> Tensor:
@@ -196,50 +217,49 @@ class Clustering(nn.Module):
         Training moves the state: the first use with gradients after each change of the weight, or of others if it is frozen, stores the
         new centroids and counts a step. Any other use leaves the state alone.
         """
-        key = self._state_of(weight)
-        if self._key != key or self._solution is None:
-            self._key, self._solution, self._live, self._counted = key, self._find(weight), None, False
+        state = self._state_of(weight)
+        if self._state != state or self._solution is None:
+            self._state, self._solution, self._alias, self._counted = state, self._solve(weight), None, False
         if self.training and torch.is_grad_enabled() and not self._counted:
             with torch.no_grad():
                 self.centroids.copy_(self._solution.trajectory[-1])
                 self.step += 1
             self._counted = True
-            _moved[weight if self._shard is None else self._shard.weight] = weakref.ref(self)
+            _steps.moved[weight if self._shared is None else self._shared.weight] = weakref.ref(self)
         return self._solution
 
     def _state_of(self, weight: Tensor) -> tuple[Any, ...]:
         """Changes when the weight does."""
-        if self._shard is None:
-            return weight.untyped_storage()._cdata, weight._version, optimizer_steps(weight), _steps_on_shards
-        return self._shard.weight._version, optimizer_steps(self._shard.weight)
+        if self._shared is not None:
+            return self._shared.weight._version, *_steps.on(self._shared.weight)
+        return weight.untyped_storage()._cdata, weight._version, *_steps.on(weight)
 
-    def _find(self, weight: Tensor) -> Solution:
+    def _solve(self, weight: Tensor) -> Solution:
         dtype = compute_dtype(weight.dtype)
-        start, tau = self.centroids.to(dtype), self.current_temperature().to(dtype)
-        if self._shard is not None:
-            rows, reduce = self._shard.rows(), self._shard.reduce
-            iters, backend = self.config.max_iters, self._shard.backend
-            return sharded.find(rows, self.importance, start, tau, iters, torch.bfloat16, backend, reduce)
-        matrix = self.matrix(weight)
-        return find(matrix, self.importance, start, tau, self.config.max_iters, 0.0, torch.bfloat16, self.backend)
+        problem = Problem(self.current_temperature().to(dtype), self.importance, torch.bfloat16)
+        start, iters = self.centroids.to(dtype), self.config.max_iters
+        if self._shared is not None:
+            return sharded.solve(self._shared.rows(), start, problem, iters, self.choice[0], self._shared.reduce)
+        return solve(self.matrix(weight), start, problem, iters, self.choice[0])
 
-    def live(self, weight: Tensor) -> tuple[Tensor, Solution]:
+    def attach(self, weight: Tensor) -> tuple[Tensor, Solution]:
         """An alias of the weight whose gradient, for autograd, is that of the clustered weight; and the solution to decode it by."""
         solution = self.solve(weight)
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight.detach(), solution
-        if self._shard is not None and self._shard.gathers:
+        if self._shared is not None and self._shared.gathers:
             # FSDP expects a gradient from every pass through the layer, when that pass's backward ends.
-            return ClusterGrad.apply(weight, self, solution), solution
-        if self._live is None:
-            self._live = ClusterGrad.apply(weight, self, solution)
-        return self._live, solution
+            return ClusterGrad.apply(weight, self, solution), solution  # pyright: ignore[reportReturnType]
+        if self._alias is None:
+            self._alias = ClusterGrad.apply(weight, self, solution)  # pyright: ignore[reportAttributeAccessIssue]
+        assert self._alias is not None
+        return self._alias, solution
 
     def decode(self, weight: Tensor, solution: Solution) -> Tensor:
         """The soft weight, like `weight`; no gradient."""
         return _shaped(solution.decode(self.matrix(weight)), weight.shape)
 
-    def backward(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
+    def adjoint(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
         """`dL/dweight` from the gradient of the soft weight."""
         if self.config.softness == 0:
             return grad.to(weight.dtype)
@@ -253,18 +273,16 @@ class Clustering(nn.Module):
             lut = round_lut(self.centroids)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        indices = assign(matrix, lut)
-        wide = matrix.to(compute_dtype(matrix.dtype))
-        error = (wide - lookup(indices, lut, wide.dtype)).square().sum() / wide.square().sum().clamp_min(torch.finfo(wide.dtype).tiny)
+        quantized = quantize(matrix, lut)
+        norm = matrix.to(quantized.values.dtype).square().sum()
+        error = float(quantized.errors(matrix).sum() / norm.clamp_min(torch.finfo(norm.dtype).tiny))
         if not math.isfinite(error):
-            raise ValueError(f"{self.name}: {NOT_FINITE.removeprefix('weight: ')}")
-        return Frozen(indices.cpu(), lut.cpu(), tuple(weight.shape), float(error))
+            raise ValueError(f"{self.name}: {NOT_FINITE}")
+        return Frozen(quantized.indices.cpu(), lut.cpu(), tuple(weight.shape), error)
 
     def hard(self, weight: Tensor) -> Tensor:
         """The weight with every value on its nearest centroid, like `weight`; no gradient."""
-        matrix = self.matrix(weight)
-        lut = as_stored(self.centroids)
-        return lookup(assign(matrix, lut), lut, weight.dtype).view(weight.shape)
+        return quantize(self.matrix(weight), as_stored(self.centroids), weight.dtype).values.view(weight.shape)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight `[rows, cols]`, detached."""
@@ -296,7 +314,7 @@ class ClusterGrad(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         weight, clustering, solution = ctx.problem
-        return clustering.backward(g, weight, solution), None, None
+        return clustering.adjoint(g, weight, solution), None, None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edkm.config import ClusterConfig
 from edkm.core import gptq
-from edkm.core.assign import assign, lookup
+from edkm.core.assign import quantize
 from edkm.progress import progress
 from edkm.train.calibrate import call, evaluating, first_input, is_product, removing, without_cache
 from edkm.train.checks import naming
@@ -92,7 +92,7 @@ def fit_linears(
                     turns=turns,
                     importance=(importance or {}).get(name),
                 )
-            module.weight.copy_(lookup(assign(found.weight, found.centroids), found.centroids, module.weight.dtype))
+            module.weight.copy_(quantize(found.weight, found.centroids, module.weight.dtype).values)
             centroids[name], targets[module] = found.centroids, found.weight
             advance()
             if report is not None:

@@ -1,6 +1,6 @@
 """Use clustered weights: linear layers, embeddings, and any parameter that a forward pass reads.
 
-`F.linear(x, clustered)` would keep the clustered weight for backward, a second copy of the model. `_Linear` keeps `x`, the live parameter
+`F.linear(x, clustered)` would keep the clustered weight for backward, a second copy of the model. `_Linear` keeps `x`, the parameter
 and the centroids of each iteration, and decodes the weight again in backward.
 
 Not every weight is used by calling its module. Convolutions, experts and subclasses of known layers read `self.weight` in their own
@@ -28,25 +28,25 @@ class _Linear(torch.autograd.Function):
     """`x @ clustered(weight).T + bias`, keeping no clustered weight."""
 
     @staticmethod
-    def forward(ctx, x, live, solution, bias, clustering):
+    def forward(ctx, x, alias, solution, bias, clustering):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         ctx.clustering, ctx.solution = clustering, solution
-        ctx.save_for_backward(x, live)
+        ctx.save_for_backward(x, alias)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        w = clustering.decode(live, solution).to(x.dtype)
+        w = clustering.decode(alias, solution).to(x.dtype)
         out = F.linear(x, w, None if bias is None else bias.to(x.dtype))
         return _shaped(out, out.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, live = ctx.saved_tensors
+        x, alias = ctx.saved_tensors
         dx = g = db = None
         rows = dy.reshape(-1, dy.shape[-1])
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = dy @ ctx.clustering.decode(live, ctx.solution).to(dy.dtype)
+                dx = dy @ ctx.clustering.decode(alias, ctx.solution).to(dy.dtype)
             if ctx.needs_input_grad[1]:
                 g = rows.mT @ x.reshape(-1, x.shape[-1])
             if ctx.needs_input_grad[3]:
@@ -58,13 +58,13 @@ class _Embedding(torch.autograd.Function):
     """Rows of `clustered(weight)`, keeping no clustered weight."""
 
     @staticmethod
-    def forward(ctx, live, solution, ids, clustering, padding_idx, by_frequency):
+    def forward(ctx, alias, solution, ids, clustering, padding_idx, by_frequency):
         ctx.save_for_backward(ids)
-        ctx.options = live.shape[0], -1 if padding_idx is None else padding_idx, by_frequency
+        ctx.options = alias.shape[0], -1 if padding_idx is None else padding_idx, by_frequency
         if clustering.tables > 1:
-            return F.embedding(ids, clustering.decode(live, solution))
+            return F.embedding(ids, clustering.decode(alias, solution))
         # With one table the rows that are looked up can be decoded alone.
-        return _shaped(clustering.decode(live[ids.flatten()], solution), (*ids.shape, live.shape[1]))
+        return _shaped(clustering.decode(alias[ids.flatten()], solution), (*ids.shape, alias.shape[1]))
 
     @staticmethod
     @once_differentiable
@@ -77,8 +77,8 @@ class _Decode(torch.autograd.Function):
     """The clustered weight itself."""
 
     @staticmethod
-    def forward(ctx, live, solution, clustering):
-        return clustering.decode(live, solution)
+    def forward(ctx, alias, solution, clustering):
+        return clustering.decode(alias, solution)
 
     @staticmethod
     @once_differentiable
@@ -100,7 +100,7 @@ class ClusteredLinear(nn.Linear):
         weight = self._parameters["weight"]
         if not self.clustering.is_soft:
             return F.linear(input, self.clustering.hard(weight), self.bias)
-        return _Linear.apply(input, *self.clustering.live(weight), self.bias, self.clustering)
+        return _Linear.apply(input, *self.clustering.attach(weight), self.bias, self.clustering)
 
 
 class ClusteredEmbedding(nn.Embedding):
@@ -111,7 +111,7 @@ class ClusteredEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         clustering, weight = self.clustering, self._parameters["weight"]
         if clustering.is_soft:
-            return _Embedding.apply(*clustering.live(weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
+            return _Embedding.apply(*clustering.attach(weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
         if clustering.tables > 1:
             return F.embedding(input, clustering.hard(weight))
         return clustering.hard(weight[input.flatten()]).view(*input.shape, weight.shape[1])
@@ -121,7 +121,7 @@ def clustered_weight(weight: Tensor, clustering: Clustering) -> Tensor:
     """The weight that a layer uses, with its gradient."""
     if not clustering.is_soft:
         return clustering.hard(weight)
-    return _Decode.apply(*clustering.live(weight), clustering)  # pyright: ignore[reportReturnType]
+    return _Decode.apply(*clustering.attach(weight), clustering)  # pyright: ignore[reportReturnType]
 
 
 class _Passes(threading.local):

@@ -13,7 +13,6 @@ from edkm.compressed.packing import stored_bytes
 from edkm.compressed.pretrained import check_savable
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen, as_matrix
-from edkm.core.op import choose_backend
 from edkm.progress import progress
 from edkm.train.allocate import choose_bits
 from edkm.train.calibrate import calibrate
@@ -219,11 +218,7 @@ def _clustering(decision: Decision, importance: Tensor | None, start: Tensor | N
     with naming(name):
         clustering = Clustering(target.weight, settings, importance, backend, start, target.row_axes)
     clustering.name = name
-    chosen, why = (backend, "as asked")
-    if backend == "auto":
-        tables, k, dim = clustering.centroids.shape
-        chosen, why = choose_backend(clustering.matrix(target.weight), tables, k, dim, torch.bfloat16)
-    remarks = [f"{chosen}: {why}", "" if importance is not None else "no importance", target.note]
+    remarks = [": ".join(clustering.choice), "" if importance is not None else "no importance", target.note]
     return clustering, "; ".join(remark for remark in remarks if remark)
 
 

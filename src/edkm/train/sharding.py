@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,9 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from edkm.core import sharded
 from edkm.core.assign import Frozen, Later, as_matrix, round_lut
-from edkm.core.op import choose_backend
 from edkm.core.sharded import Rows
-from edkm.train.clustering import Clustering, Shard
+from edkm.train.clustering import Clustering, SharedRows
 from edkm.train.prepare import clusterings, unclustered
 from edkm.train.targets import decoder_layers
 
@@ -64,9 +62,9 @@ def distribute(model: nn.Module, group: ProcessGroup | None = None) -> None:
         with torch.no_grad():
             for buffer in clustering.buffers():
                 dist.broadcast(buffer, _first(mesh), group=mesh)
-        backend = _same_backend(weight, clustering, mesh)
+        backend = _same_backend(clustering, mesh)
         rows = partial(_rows, weight, clustering, mesh)
-        clustering.share(Shard(weight, rows, partial(_add_up, group=mesh), backend, isinstance(weight, DTensor)))
+        clustering.share(SharedRows(weight, rows, partial(_add_up, group=mesh), isinstance(weight, DTensor)), backend)
 
 
 def check_same_centroids(model: nn.Module, group: ProcessGroup | None = None) -> None:
@@ -192,13 +190,8 @@ def _mesh_group(name: str, weight: DTensor) -> ProcessGroup:
     return weight.device_mesh.get_group()
 
 
-def _same_backend(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> str:
-    """Rank 0's choice, so that all ranks round alike."""
-    groups, k, d = clustering.centroids.shape
-    choice: list[Any] = [clustering.backend]
-    if choice[0] == "auto":
-        rows = _rows(weight, clustering, group)
-        here = max(1, len(rows.values) * groups // rows.total)
-        choice[0] = choose_backend(rows.values, here, k, d, torch.bfloat16)[0]
+def _same_backend(clustering: Clustering, group: ProcessGroup | None) -> str:
+    """Rank 0's backend, so that all ranks round alike."""
+    choice = [clustering.choice[0]]
     dist.broadcast_object_list(choice, _first(group), group=group)
     return choice[0]

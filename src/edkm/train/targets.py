@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from edkm.config import ClusterConfig
 from edkm.core.assign import as_matrix, count_tables
-from edkm.core.op import check_backend, check_shapes
+from edkm.core.op import check_shapes, pick_backend
 from edkm.core.reference import compute_dtype
 from edkm.train.checks import check_kind, check_patterns, check_readers, naming
 from edkm.train.clustering import Clustering
@@ -139,7 +139,7 @@ def _check_fits(decision: Decision, backend: str) -> None:
     matrix = as_matrix(parameter.detach(), target.row_axes)
     shape = (decision.tables, 2**settings.bits, settings.dim)
     check_shapes(matrix, torch.empty(shape, dtype=compute_dtype(matrix.dtype), device="meta"), None)
-    check_backend(backend, matrix, *shape[1:], torch.bfloat16)
+    pick_backend(backend, matrix, *shape, torch.bfloat16)
 
 
 def _settings(config: ClusterConfig, parameter: Tensor, target: Target | None) -> tuple[ClusterConfig | None, str]:

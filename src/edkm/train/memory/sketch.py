@@ -12,7 +12,7 @@ from edkm.config import ClusterConfig
 from edkm.core import blocks, histogram
 from edkm.core.assign import as_matrix
 from edkm.core.op import Solution, choose_backend
-from edkm.core.reference import compute_dtype
+from edkm.core.reference import Problem, compute_dtype
 from edkm.train.clustering import ClusterGrad
 from edkm.train.memory.timeline import Timeline
 from edkm.train.prepare import Entry, plan
@@ -43,7 +43,7 @@ def choices(model: nn.Module, config: ClusterConfig, backend: str, device_type: 
             groups = max(1, flat.numel() // group)
             chosen, _ = choose_backend(flat.view(1, -1), groups, 2**entry.bits, entry.dim, torch.bfloat16, torch.device(device_type))
         sample = flat[:: -(-flat.numel() // _SAMPLE_WEIGHTS)]
-        keys = sample.to(torch.bfloat16).view(torch.int16).int() + histogram.KEYS // 2
+        keys = sample.to(torch.bfloat16).view(torch.int16).int() + histogram.BINS // 2
         found[entry.name] = Choice(entry, chosen, int((keys.bincount() > 0).sum()))
     return found
 
@@ -72,22 +72,17 @@ def scratch_bytes(
         points = _largest_block(groups, rows // groups // d, cols * k, entries) // k
         # Three maps; a point's weights, gradient, output and results, its importance and sums; importance averaged over vectors.
         return 4 * points * (3 * k + 6 * d + 4) + (4 * rows * cols // d if d > 1 else 0)
-    together = min(groups, histogram.groups_of_piece(weights, torch.device(device_type)))
-    values = min(values, together * weights) if device_type == "cpu" else histogram.KEYS
+    values = min(values, weights) if device_type == "cpu" else histogram.BINS
     folds = -(-values // histogram.FOLD)
-    points = _largest_block(together, folds, histogram.FOLD * k, entries) // k
-    table = together * folds * histogram.FOLD
-    cells = histogram.KEYS if together == 1 else table
-    # Tables of values, importance, gradient and two results, and some of the chunk before; then the maps, or two results by cell and,
-    # of each weight of a block, its key and two results, which live on while those of the next block are made.
-    tables = (5 if together == groups else 7) * table
-    several = together * weights > histogram.BLOCK_WEIGHTS
-    at_blocks = 8 * cells + (20 * histogram.BLOCK_WEIGHTS if several else 12 * together * weights)
-    return 4 * tables + max(4 * points * (3 * k + 10), at_blocks)
+    points, bins = _largest_block(1, folds, histogram.FOLD * k, entries) // k, folds * histogram.FOLD
+    # Histograms of gradient and of two results; then the maps, before the result is there, or two results by bin and, of each weight of a
+    # block, its bin and two results, which live on while those of the next block are made.
+    at_blocks = 8 * histogram.BINS + (15 * histogram.BLOCK_WEIGHTS if weights > histogram.BLOCK_WEIGHTS else 12 * weights)
+    return 12 * bins + max(4 * points * (3 * k + 10) + 4 * histogram.BINS - itemsize * weights, at_blocks)
 
 
 def _largest_block(groups: int, rows: int, per_row: int, budget: int) -> int:
-    """Entries of the largest block of `fused.chunks`."""
+    """Entries of the largest block of `blocks.chunks`."""
     whole = rows * per_row
     return min(groups, budget // whole) * whole if whole <= budget else max(1, budget // per_row) * per_row
 
@@ -108,31 +103,29 @@ class Sketch(nn.Module):
         self.config = config.for_tensor(entry.name) or config
         self.choice, self.timeline, self.device_type, self.gathers = choice, timeline, device_type, gathers
         self.tables, self.shape = entry.tables, (entry.tables, 2**entry.bits, entry.dim)
-        self._live: Tensor | None = None
+        self._alias: Tensor | None = None
         weight, self.row_axes = target.weight, target.row_axes
         dtype, cols, weights = compute_dtype(weight.dtype), as_matrix(weight, self.row_axes).shape[1], weight.numel() // entry.tables
         importance, temperature = torch.empty(1, cols, dtype=dtype), torch.empty(self.tables, dtype=dtype)
         trajectory = torch.empty(config.max_iters + 1, *self.shape, dtype=dtype)
-        # `histogram` keeps keys of 8 bytes for every chunk, and a single group's importance.
-        chunks = -(-self.tables // histogram.groups_of_piece(weights, torch.device(device_type)))
-        per_chunk = min(choice.values, weights) * (12 if self.tables == 1 else 8)
-        table = torch.empty(chunks * per_chunk if choice.backend == "histogram" else 0, dtype=torch.uint8)
+        # `histogram` keeps a number of 8 bytes, a value and a mass for every bin.
+        kept = torch.empty(16 * min(choice.values, weights) if choice.backend == "histogram" else 0, dtype=torch.uint8)
         self.centroids = torch.empty(self.shape, dtype=dtype)
-        self.solution = Solution(trajectory, importance, temperature, torch.bfloat16, choice.backend, table)
-        for tensor in (self.centroids, importance, temperature, trajectory, table):
+        self.solution = Solution(trajectory, Problem(temperature, importance), choice.backend, kept)
+        for tensor in (self.centroids, importance, temperature, trajectory, kept):
             timeline.count(tensor, "clustering")
 
     @property
     def is_soft(self) -> bool:
         return True
 
-    def live(self, weight: Tensor) -> tuple[Tensor, Solution]:
+    def attach(self, weight: Tensor) -> tuple[Tensor, Solution]:
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight.detach(), self.solution
-        if self._live is None or self.gathers:
+        if self._alias is None or self.gathers:
             self._use_scratch(weight)
-            self._live = ClusterGrad.apply(weight, self, self.solution)
-        return self._live, self.solution
+            self._alias = ClusterGrad.apply(weight, self, self.solution)
+        return self._alias, self.solution
 
     def decode(self, weight: Tensor, solution: Solution) -> Tensor:
         result = torch.empty(weight.shape, dtype=weight.dtype)
@@ -140,7 +133,7 @@ class Sketch(nn.Module):
         self._use_scratch(weight)
         return result
 
-    def backward(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
+    def adjoint(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
         if self.config.softness == 0:
             return grad.to(weight.dtype)
         self.timeline.count(grad, "clustering")
