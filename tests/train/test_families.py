@@ -275,14 +275,14 @@ def test_a_weight_is_clustered_once_in_a_forward(family, experts, monkeypatch):
 
         monkeypatch.setattr(Clustering, method, counted)
 
-    for method in ("_find", "decode", "hard"):
+    for method in ("_solve", "decode", "hard"):
         count(method)
     names = {id(clustering): name for name, _, clustering in clusterings(model)}
     # A linear layer decodes again in backward; so does the head that shares its weight with the embedding of Gemma, which reads it twice.
     once = {key: 1 for key, name in names.items() if "experts" in name or ".c_" in name}
     wanted = once | {key: 3 for key, name in names.items() if family == "gemma3_text" and "embed" in name}
     loss_of(model.train()).backward()
-    assert all(counts["_find", key] == 1 for key in names)
+    assert all(counts["_solve", key] == 1 for key in names)
     assert wanted.items() <= {key: counts["decode", key] for key in names}.items() and (wanted or family == "phi3")
     with torch.no_grad():
         loss_of(model.eval())
