@@ -1,4 +1,11 @@
-"""`edkm.allocate`: bits and rows per table for every weight, within a budget."""
+"""`edkm.allocate`.
+
+1. The budget is kept and nearly spent, and no choice takes as much as the dense weight.
+2. Bits go to the weights on which the loss depends; overrides of the user stay, and count.
+3. Squared gradients are those of the loss at the outputs, by a batch's labels or the next tokens.
+4. Spending is as good as any that costs as much, but for one step.
+5. Targets that no choice meets and an importance of another model are refused.
+"""
 
 import functools
 import itertools
@@ -35,7 +42,7 @@ def allocated(model, config, target):
 
 
 def bits_of(model, config):
-    """Bits a linear weight that `prepare` would take, embeddings apart."""
+    """Average bits per linear weight that `prepare` would take, without embeddings."""
     entries = [e for e in plan(model, config).clustered if "proj" in e.name]
     sizes = [torch.Size(e.shape).numel() for e in entries]
     return sum(n / e.dim * e.bits + e.tables * 2**e.bits * e.dim * 16 for n, e in zip(sizes, entries, strict=True)) / sum(sizes)
@@ -69,7 +76,7 @@ def test_bits_go_where_the_loss_depends_on_them(tiny_dir):
     assert first >= second + 7
 
 
-def test_what_the_user_set_stays_and_counts(tiny_dir):
+def test_overrides_of_the_user_stay_and_count(tiny_dir):
     model = load_model(tiny_dir)[0]
     config = allocated(model, edkm.ClusterConfig(overrides={"*down_proj*": {"bits": 8}}, skip=("*q_proj*",)), 4.5)
     assert config.for_tensor("model.layers.0.mlp.down_proj.weight").bits == 8
@@ -96,7 +103,7 @@ def keep(kept, name, module, args, out):
 
 
 def test_squared_gradients_are_those_of_the_loss_at_the_outputs(tiny_dir):
-    """By the labels of a batch; where none counts, the mean over which would be NaN, by the next tokens."""
+    """Of the labels of a batch; of the next tokens where no label counts (a mean over none is NaN)."""
     model, (ids, *_) = load_model(tiny_dir)[0].train(), batches()[0].values()
     answer, first = ids.clone(), torch.full_like(ids, -100)
     answer[:, :20] = -100
@@ -153,7 +160,7 @@ def test_no_choice_takes_what_the_dense_weight_takes(tiny_dir):
     assert list(chosen.overrides) == ["0.weight"]
 
 
-def test_bad_input_is_refused(tiny_dir):
+def test_a_target_too_low_and_an_importance_of_another_model_are_refused(tiny_dir):
     model = load_model(tiny_dir)[0]
     with pytest.raises(ValueError, match=r"target: 1 bits a weight are too few, 2\.\d+ is the least"):
         allocated(model, edkm.ClusterConfig(), 1)
@@ -170,9 +177,9 @@ def test_spending_is_as_good_as_any_that_costs_as_much(points, data):
     least = sum(choices[0].cost for choices in weights.values())
     budget = data.draw(st.integers(int(least), 40))
     chosen = allocate.spend(weights, budget)
-    cost, loss = (sum(getattr(choice, what) for choice in chosen.values()) for what in ("cost", "loss"))
+    cost, loss = (sum(getattr(choice, part) for choice in chosen.values()) for part in ("cost", "loss"))
     assert cost <= budget
-    # What is left over is what the greedy way may lose: at most one step's gain.
+    # Bits that are left over cost the greedy way at most one step's gain.
     best = min(sum(c[1] for c in combination) for combination in itertools.product(*points) if sum(c[0] for c in combination) <= budget)
     gains = [a.loss - b.loss for choices in weights.values() for a, b in itertools.pairwise(choices)]
     assert loss <= best + max(gains, default=0)

@@ -1,4 +1,10 @@
-"""ClusterConfig: checked, JSON and back, and no field without effect."""
+"""`ClusterConfig`.
+
+1. A config converts to JSON and back; unknown fields are refused.
+2. Values of the wrong kind or out of range are refused, in overrides too; a config is frozen and shares nothing.
+3. Each field and each override changes the result of training.
+4. A pattern names a weight or a module, a tied weight by any of its names; a pattern without effect is refused.
+"""
 
 import dataclasses
 import json
@@ -40,7 +46,7 @@ per_tensor = st.fixed_dictionaries(
         overrides=st.dictionaries(st.text(), per_tensor, max_size=3),
     )
 )
-def test_json_round_trip(config):
+def test_a_config_converts_to_json_and_back(config):
     text = json.dumps(config.to_json())
     again = ClusterConfig.from_json(json.loads(text))
     assert again == config
@@ -48,7 +54,7 @@ def test_json_round_trip(config):
     assert json.dumps(again.to_json()) == text
 
 
-def test_from_json_refuses_what_it_does_not_know():
+def test_from_json_refuses_unknown_fields():
     with pytest.raises(ValueError, match=r"^config: unknown field a, b\. Was it written by a newer edkm\?"):
         ClusterConfig.from_json({"bits": 3, "b": 1, "a": 2})
     assert ClusterConfig.from_json({}) == ClusterConfig()
@@ -60,25 +66,21 @@ def test_from_json_refuses_what_it_does_not_know():
         ("bits", 1, 8),
         ("dim", 1, 64),
         ("rows_per_lut", 0, 1 << 30),
+        ("softness", 0.0, 100.0),
+        ("anneal", 1e-6, 1.0),
         ("anneal_steps", 0, 1 << 40),
         ("max_iters", 1, 1000),
         ("embedding_bits", 0, 8),
     ],
 )
-def test_integers(name, low, high):
-    for value in (low, high):
-        assert getattr(ClusterConfig(**{name: value}), name) == value
-    for value in (low - 1, high + 1, 1.5, 2.0, True, "3", None):
-        with pytest.raises(ValueError, match=rf"^{name}: an integer from {low} to {high}, got {value!r}\."):
-            ClusterConfig(**{name: value})
-
-
-@pytest.mark.parametrize("name, low, high", [("softness", 0.0, 100.0), ("anneal", 1e-6, 1.0)])
-def test_numbers(name, low, high):
+def test_numbers_are_of_their_kind_and_in_range(name, low, high):
+    integer = isinstance(low, int)
+    wrong = (low - 1, high + 1, 1.5, 2.0) if integer else (low - 1e-6, high * 1.01, float("nan"), float("inf"))
     for value in (low, high, 1):
         assert getattr(ClusterConfig(**{name: value}), name) == value
-    for value in (low - 1e-6, high * 1.01, float("nan"), float("inf"), "0.5", None, True):
-        with pytest.raises(ValueError, match=rf"^{name}: a number from {low} to {high}, got {value!r}\."):
+    for value in (*wrong, True, "3", None):
+        kind = "an integer" if integer else "a number"
+        with pytest.raises(ValueError, match=rf"^{name}: {kind} from {low} to {high}, got {value!r}\."):
             ClusterConfig(**{name: value})
 
 
@@ -95,7 +97,7 @@ def test_overrides_are_checked():
         ClusterConfig(overrides={"a*": {"bits": 9}})
 
 
-def test_frozen_and_not_shared():
+def test_a_config_is_frozen_and_shares_nothing():
     given = {"a": {"bits": 2}}
     config = ClusterConfig(overrides=given)
     given["a"]["bits"] = 9
@@ -106,7 +108,7 @@ def test_frozen_and_not_shared():
     assert ClusterConfig().overrides is not ClusterConfig().overrides
 
 
-def test_for_tensor():
+def test_the_first_matching_override_gives_the_settings_of_a_tensor():
     config = ClusterConfig(skip=("*.head.*",), overrides={"*.up.weight": {"bits": 2}, "*.weight": {"bits": 5, "dim": 2}}, softness=0.25)
     assert config.for_tensor("m.head.weight") is None
     assert config.for_tensor("m.up.weight") == ClusterConfig(bits=2, softness=0.25, skip=("*.head.*",))
@@ -114,8 +116,6 @@ def test_for_tensor():
     assert config.for_tensor("m.bias") == config
     assert config.for_tensor("M.UP.weight").bits == 5  # case counts
 
-
-# Every field changes something.
 
 OFF_DEFAULT = {
     "bits": 2,
@@ -132,7 +132,7 @@ OFF_DEFAULT = {
 
 
 def outcome(**fields):
-    """Weights after three steps, and what the model then computes."""
+    """Train three steps; return the weights, and the outputs of the model in evaluation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
@@ -156,16 +156,13 @@ def test_every_field_changes_something():
     assert same(outcome(), outcome())
     for name, value in OFF_DEFAULT.items():
         assert value != getattr(ClusterConfig(), name)
-        base = {"anneal_steps": 4} if name == "anneal" else {}  # it says how far, not whether
+        base = {"anneal_steps": 4} if name == "anneal" else {}  # without steps nothing is annealed
         assert not same(outcome(**base), outcome(**base | {name: value})), name
 
 
 @pytest.mark.parametrize("name, value", [("bits", 2), ("dim", 2), ("rows_per_lut", 8), ("softness", 0.1)])
 def test_every_override_changes_something(name, value):
     assert not same(outcome(), outcome(overrides={"1.weight": {name: value}}))
-
-
-# Patterns.
 
 
 class Block(nn.Module):

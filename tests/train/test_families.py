@@ -1,4 +1,12 @@
-"""Model families, by tiny random models of their shapes: what is clustered, that it is right, and that the file is the model."""
+"""Model families, by tiny random models of their shapes.
+
+1. All matrices of a family are clustered (but routers), and the packed file loads as the trained model, in every way of loading.
+2. Gradients are those of the equations, in every implementation of experts; a weight is clustered once in a forward.
+3. Embeddings of any subclass may be tied to other modules in any order.
+4. Each matrix of a stack has its own tables; importance follows inputs along rows or columns.
+5. Ranks share the rows of a stack, and nothing is held after a forward or an error.
+6. Models of pictures learn while clustered, and their file is the model.
+"""
 
 import copy
 import dataclasses
@@ -51,7 +59,7 @@ FAMILIES = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "rope_scaling": None},
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8},
 }
-# What is left alone though it is no vector; everything else must be clustered.
+# Matrices that are left alone; all others must be clustered.
 ROUTERS = {
     "mixtral": ("mlp.gate.weight",),
     "qwen2_moe": ("mlp.gate.weight", "mlp.shared_expert_gate.weight"),
@@ -76,7 +84,7 @@ def loss_of(model):
 
 
 def reference_gradients(plain, prepared):
-    """Loss and gradients by plain autograd through the equations, from the state of a prepared model; nothing is moved."""
+    """Compute loss and gradients by autograd through the equations, from the state of a prepared model, which is not moved."""
     leaves, soft = {}, {}
     for name, weight, clustering in clusterings(prepared):
         leaves[name] = weight.detach().clone().requires_grad_()
@@ -107,7 +115,7 @@ def trained(model, config=CONFIG, steps=2, **kwargs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_from_prepare_to_the_file(family, tmp_path):
+def test_a_family_is_clustered_and_its_file_is_the_model(family, tmp_path):
     model = build(family)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     importance = edkm.calibrate(model, [{"input_ids": IDS}])
@@ -163,7 +171,7 @@ class Scaled(nn.Embedding):
 
 
 class Ties(nn.Module):
-    """A weight that two modules share, in either order; either may be of a class that nobody knows."""
+    """A weight that two modules share, in either order and of any class."""
 
     def __init__(self, first, second):
         super().__init__()
@@ -226,7 +234,7 @@ class Stack(nn.Module):
 
 @pytest.mark.parametrize("rows_per_lut, tables", [(0, 3), (8, 3), (2, 12)])
 @pytest.mark.parametrize("dim", [1, 2])
-def test_every_matrix_of_a_stack_has_tables_of_its_own(rows_per_lut, tables, dim):
+def test_every_matrix_of_a_stack_has_its_own_tables(rows_per_lut, tables, dim):
     model = Stack()
     given = torch.rand(1, 6)
     config = edkm.ClusterConfig(bits=2, dim=dim, rows_per_lut=rows_per_lut)
@@ -250,7 +258,7 @@ def test_a_matrix_of_a_stack_must_divide_into_tables():
         edkm.prepare(Stack(), edkm.ClusterConfig(rows_per_lut=12))
 
 
-def test_what_is_no_stack():
+def test_tokens_integers_and_weights_of_parametrizations_are_no_stacks():
     model = nn.Sequential(nn.ConvTranspose1d(4, 8, 3), nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3)), nn.Linear(4, 8))
     model.token, model.steps = nn.Parameter(torch.randn(1, 4, 8)), nn.Parameter(torch.ones(2, 2, 2).int(), requires_grad=False)
     report = edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4))
@@ -415,7 +423,7 @@ def convnet():
 
 
 @pytest.mark.parametrize("make", [vit, resnet, convnet])
-def test_pictures(make, tmp_path):
+def test_models_of_pictures_learn_and_their_file_is_the_model(make, tmp_path):
     def logits(model, pictures):
         out = model(pictures)
         return getattr(out, "logits", out)

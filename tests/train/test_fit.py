@@ -1,4 +1,12 @@
-"""`edkm.fit`: weights and tables fitted to their inputs, layer by layer."""
+"""`edkm.fit`, and `edkm.prepare` given batches.
+
+1. A fitted model is closer to the original than one clustered by k-means, and its packed weights are the fitted ones.
+2. Layers are fitted one after another, to the inputs of the model as compressed so far, also where they return several things.
+3. Each layer runs twice per batch, a third time only where its outputs must be known; models are left as they were.
+4. Any module can be fitted; weights that cannot be are left to `prepare`.
+5. `prepare` with batches calibrates, allocates and fits, to the same bits as by hand and with any number of threads.
+6. Missing batches, bad values and tables of other shapes are refused.
+"""
 
 from typing import NamedTuple
 
@@ -54,7 +62,6 @@ def test_the_packed_weights_are_the_ones_that_were_fitted(tiny_dir):
 
 
 def test_layers_see_the_inputs_of_the_model_as_compressed_so_far(tiny_dir):
-    """Had the second layer been fitted to the uncompressed model's inputs it would be another."""
     together = load_model(tiny_dir)[0]
     together._no_split_modules = []
     at_once = edkm.fit(together, CONFIG, batches())
@@ -71,7 +78,7 @@ def test_any_module_can_be_fitted():
     assert set(start) == {"0.weight", "2.weight"} and model.training and not torch.equal(model[0].weight, before)
 
 
-def test_what_cannot_be_fitted_is_left_to_prepare(tiny_dir):
+def test_skipped_weights_and_vectors_are_left_as_they_are(tiny_dir):
     model = load_model(tiny_dir)[0]
     config = edkm.ClusterConfig(bits=2, rows_per_lut=16, skip=("*q_proj*",), overrides={"*k_proj*": {"dim": 2}})
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -81,7 +88,7 @@ def test_what_cannot_be_fitted_is_left_to_prepare(tiny_dir):
         assert torch.equal(before[name], p) == (name not in start)
 
 
-def test_bad_input_is_refused(tiny_dir):
+def test_missing_batches_and_tables_of_other_shapes_are_refused(tiny_dir):
     model = load_model(tiny_dir)[0]
     with pytest.raises(ValueError, match="at least one batch"):
         edkm.fit(model, CONFIG, [])
@@ -92,6 +99,8 @@ def test_bad_input_is_refused(tiny_dir):
         edkm.prepare(model, edkm.ClusterConfig(bits=3, rows_per_lut=16), centroids=start)
     with pytest.raises(ValueError, match="no clusterable weight 'nothing'"):
         edkm.prepare(model, CONFIG, centroids={"nothing": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"^target_bpw: bits are chosen on data\. Give batches"):
+        edkm.prepare(model, CONFIG, target_bpw=3.2)
 
 
 def test_later_batches_are_called_as_the_first_and_the_model_is_left_as_it_was(tiny_dir):
@@ -171,21 +180,21 @@ def test_layers_may_return_several_things(way):
 
 
 class Product(torch.nn.Linear):
-    """As Falcon's: it multiplies in its own way."""
+    """Multiplies in its own way, as Falcon does."""
 
     def forward(self, x):
         return x @ self.weight.T + self.bias
 
 
 class Pair(torch.nn.Linear):
-    """As a router: it returns something else."""
+    """Returns something else, as a router does."""
 
     def forward(self, x):
         return super().forward(x), x
 
 
 class Grouped(torch.nn.Linear):
-    """One whose rows see different inputs."""
+    """Groups of rows with different inputs."""
 
     def forward(self, x):
         return torch.einsum("tgi,goi->tgo", x.unflatten(-1, (2, -1)), self.weight.unflatten(0, (2, -1))).flatten(-2)
@@ -221,7 +230,7 @@ def test_layers_that_are_run_again_are_no_chain(model):
     assert len(edkm.fit(model(), edkm.ClusterConfig(bits=2, rows_per_lut=16), examples)) == 6
 
 
-def test_layers_may_hand_on_more_than_hidden_states():
+def test_layers_may_pass_on_more_than_hidden_states():
     model = Layers(WAYS["three"])
     examples = [{"x": torch.randn(2, 20, 16), "use_state": True}, {"x": torch.randn(3, 9, 16), "use_state": True}]
     layers, calls = fit._chain(model, examples)
@@ -229,7 +238,7 @@ def test_layers_may_hand_on_more_than_hidden_states():
     assert len(edkm.fit(model, edkm.ClusterConfig(bits=2, rows_per_lut=16), examples)) == 6
 
 
-def test_no_cache_is_kept_by_a_model_within_a_model(tiny_dir):
+def test_a_model_within_a_model_keeps_no_cache(tiny_dir):
     outer = torch.nn.Module()
     outer.text, outer.config = load_model(tiny_dir)[0], LlamaConfig(use_cache=True)
     with without_cache(outer):
@@ -252,7 +261,7 @@ def test_prepare_with_batches_calibrates_allocates_and_fits_in_that_order(tiny_d
     assert all(torch.equal(tensor, at_once.state_dict()[name]) for name, tensor in by_hand.state_dict().items())
 
 
-def test_prepare_takes_what_it_is_given_instead_of_making_it(tiny_dir):
+def test_given_importance_and_centroids_are_not_made_again(tiny_dir):
     given, plain = load_model(tiny_dir)[0], load_model(tiny_dir)[0]
     weights = {name: p.clone() for name, p in given.named_parameters()}
     importance = {name: tensor + 1 for name, tensor in edkm.calibrate(given, batches()).items()}
@@ -260,11 +269,6 @@ def test_prepare_takes_what_it_is_given_instead_of_making_it(tiny_dir):
     assert str(report) == str(edkm.prepare(plain, CONFIG, importance=importance))
     assert all(torch.equal(p, weights[name]) for name, p in given.named_parameters())
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in given.state_dict().items())
-
-
-def test_a_target_needs_batches(tiny_dir):
-    with pytest.raises(ValueError, match=r"^target_bpw: bits are chosen on data\. Give batches"):
-        edkm.prepare(load_model(tiny_dir)[0], CONFIG, target_bpw=3.2)
 
 
 def test_the_number_of_threads_changes_no_bit():

@@ -1,6 +1,10 @@
-"""The whole way of a model, from calibration to the packed file, in every precision that people train in.
+"""Calibration, fit, training and the packed file in float32, bf16 autocast, bfloat16 and float16 (CPUs have or imitate them).
 
-bf16 autocast and 16-bit parameters work on any CPU, which has the arithmetic or imitates it.
+1. In every precision each stage is right within its rounding, and the packed file is the trained model, bit for bit.
+2. A run of the callback resumes to the same file in every precision.
+3. Calibration, allocation, fit and evaluation ignore autocast, around the call or put around `forward` by Accelerate.
+4. The model's `forward` is as found after the work, and the user's own wrappers stay.
+5. A model compressed by the command has the same perplexity in a fresh process.
 """
 
 import copy
@@ -33,7 +37,7 @@ CONFIG = edkm.ClusterConfig(bits=3, rows_per_lut=16)
 
 
 class Precision(NamedTuple):
-    """Of the parameters, and whether training runs in bf16 autocast."""
+    """Dtype of the parameters, and whether training runs in bf16 autocast."""
 
     dtype: torch.dtype
     autocast: bool
@@ -43,7 +47,7 @@ class Precision(NamedTuple):
 
     @property
     def error(self):
-        """Of a number made with a model of such parameters."""
+        """Relative error of a number computed with such parameters."""
         return {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[self.dtype]
 
 
@@ -91,7 +95,7 @@ def train(model, tmp_path, precision, callbacks=(), resume=None, **more):
 
 
 def findings(model, tokenizer):
-    """What is computed with a model besides training it."""
+    """Collect all that is computed with a model besides training it."""
     importance = edkm.calibrate(model, batches())
     config = edkm.allocate(model, CONFIG, batches(), 3.3, importance=importance)
     errors = {}
@@ -113,14 +117,14 @@ def same(a, b):
 
 
 def loaded(model, dtype):
-    """Parameters of a dtype, as `from_pretrained` makes them; `to` would also round the rotary frequencies."""
+    """Copy a model with parameters of a dtype, as `from_pretrained` makes them; `to` would also round the rotary frequencies."""
     model = copy.deepcopy(model)
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return model
 
 
-def test_from_calibration_to_the_packed_file(precision, tiny_model, tiny_tokenizer, tmp_path):
+def test_every_stage_is_right_within_the_rounding_of_its_precision(precision, tiny_model, tiny_tokenizer, tmp_path):
     reference, model = copy.deepcopy(tiny_model), loaded(tiny_model, precision.dtype)
     exact = edkm.calibrate(copy.deepcopy(reference).double(), batches())
     expected, importance = {}, edkm.calibrate(reference, batches())
@@ -185,7 +189,7 @@ def squares(model, loss=None):
     return squared_gradients(model, linears_of(decide(model, CONFIG)), batches(), loss)
 
 
-def test_squared_gradients_and_the_choice_of_bits(precision, tiny_model):
+def test_squared_gradients_are_right_within_the_rounding_of_their_precision(precision, tiny_model):
     exact = squares(tiny_model)
     model = loaded(tiny_model, precision.dtype)
     with precision():
@@ -221,7 +225,7 @@ def test_rounding_leaves_fitted_weights_on_their_centroids(dtype, bits):
 # Nothing but training runs in autocast.
 
 
-def test_an_autocast_around_the_call_changes_nothing(tiny_model, tiny_tokenizer):
+def test_autocast_around_the_call_changes_no_result(tiny_model, tiny_tokenizer):
     expected = findings(tiny_model, tiny_tokenizer)
     with torch.autocast("cpu", torch.bfloat16):
         tiny_model(**batches(1)[0])  # autocast keeps 16-bit copies of the weights
@@ -229,7 +233,7 @@ def test_an_autocast_around_the_call_changes_nothing(tiny_model, tiny_tokenizer)
 
 
 @pytest.mark.parametrize("trainings", [1, 2])
-def test_a_training_of_the_users_own_changes_nothing(tiny_model, tiny_tokenizer, tmp_path, trainings):
+def test_an_earlier_training_of_the_user_changes_no_result(tiny_model, tiny_tokenizer, tmp_path, trainings):
     """Two Trainers wrap the model's `forward` twice if the first wrapping is not marked."""
     for _ in range(trainings):
         vars(tiny_model).pop("_is_accelerate_prepared", None)
@@ -243,7 +247,7 @@ def test_a_training_of_the_users_own_changes_nothing(tiny_model, tiny_tokenizer,
     assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & set(vars(tiny_model))
 
 
-def test_a_forward_that_others_wrapped_is_put_back(tiny_model, tmp_path):
+def test_a_forward_wrapped_by_others_is_put_back(tiny_model, tmp_path):
     own = type(tiny_model).forward
 
     @functools.wraps(own)
@@ -260,7 +264,7 @@ def test_a_forward_that_others_wrapped_is_put_back(tiny_model, tmp_path):
     assert tiny_model.forward is mine
 
 
-def test_trl_with_accumulated_gradients(tiny_model, chat_tokenizer, tmp_path):
+def test_the_evaluation_loss_of_trl_is_that_of_the_packed_model(tiny_model, chat_tokenizer, tmp_path):
     data = Dataset.from_list([{"prompt": "the quick brown", "completion": " fox jumps over"}] * 16)
     settings = {"bf16": True, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 4, "learning_rate": 1e-2}
     settings |= {"activation_checkpointing": True, "report_to": [], "use_cpu": True, "save_strategy": "no", "dataloader_pin_memory": False}
@@ -287,7 +291,7 @@ def test_trl_with_accumulated_gradients(tiny_model, chat_tokenizer, tmp_path):
 
 
 @both_trainings
-def test_the_compressed_model_in_a_fresh_process(tiny_dir, tmp_path, autocast):
+def test_a_fresh_process_measures_the_same_perplexity(tiny_dir, tmp_path, autocast):
     data, text, out = tmp_path / "train.json", tmp_path / "text.txt", tmp_path / "packed"
     data.write_text(
         json.dumps([{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)])
