@@ -17,8 +17,7 @@ blocks = ids[: len(ids) // 256 * 256].view(-1, 256)
 
 accelerator, config = Accelerator(), edkm.ClusterConfig(bits=3, rows_per_lut=1, anneal_steps=40)
 calibration = [{"input_ids": block.unsqueeze(0).to(accelerator.device)} for block in blocks[:32]]
-importance = edkm.calibrate(model.to(accelerator.device), calibration)
-edkm.prepare(model, config, importance=importance, centroids=edkm.fit(model, config, calibration, importance=importance))
+edkm.prepare(model.to(accelerator.device), config, calibration)
 
 optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
 loader = torch.utils.data.DataLoader(blocks, batch_size=2, shuffle=True)

@@ -15,9 +15,7 @@ blocks = ids[: len(ids) // 256 * 256].view(-1, 1, 256)
 
 config = edkm.ClusterConfig(bits=3, rows_per_lut=1, anneal_steps=40)
 calibration = [{"input_ids": block} for block in blocks[:32]]
-importance = edkm.calibrate(model, calibration)
-centroids = edkm.fit(model, config, calibration, importance=importance)
-edkm.prepare(model, config, importance=importance, centroids=centroids)
+edkm.prepare(model, config, calibration)
 
 optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
 for step in range(40):
