@@ -13,7 +13,6 @@ directory (`OUT/training`), so a run that is interrupted or killed goes on to th
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import math
 import shutil
@@ -46,8 +45,7 @@ class Preset:
     choose_bits: bool = False
 
 
-DEFAULT = "balanced"
-PRESETS = {"fast": Preset(1.0), DEFAULT: Preset(0.75), "best": Preset(0.75, choose_bits=True)}
+PRESETS = {"fast": Preset(1.0), "balanced": Preset(0.75), "best": Preset(0.75, choose_bits=True)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Recipe:
         target_bpw: average bits per linear weight, tables included; None keeps the bits of the config.
         steps: optimizer steps; None for as many as `epochs` passes over the data take.
         finetune_steps: the first of these steps, which train the model as it is.
-        lr, distill, precision, fsdp, save_every: as in `loop.TrainSettings`.
+        lr, distill, precision, fsdp, save_every, optimizer, report_to: as in `loop.TrainSettings`.
         block_tokens: tokens of a training block; `batch` blocks make a micro-batch, `grad_accumulation` micro-batches a rank's step.
         timeout_s: seconds that ranks wait for each other.
         backend: as in `edkm.prepare`.
@@ -70,7 +68,7 @@ class Recipe:
     """
 
     config: ClusterConfig = field(default_factory=lambda: ClusterConfig(rows_per_lut=1))
-    preset: str = DEFAULT
+    preset: str = "balanced"
     target_bpw: float | None = None
     steps: int | None = None
     epochs: float = 1.0
@@ -136,7 +134,6 @@ def fine_tune(run: Run) -> None:
         checkpoints.save_weights(kept, run.model)
         distributed.run_on_rank0(lambda: shutil.rmtree(run.work / "fine-tuning"))
         run.model.eval().zero_grad(set_to_none=True)
-        gc.collect()
         if not run.recipe.fsdp:
             return
         run.model = None  # the fit needs whole tensors

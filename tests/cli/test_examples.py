@@ -15,7 +15,7 @@ import torch
 from edkm.compressed import pretrained
 from edkm.train.prepare import clusterings
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_every_example_is_listed_here_and_in_the_readme():

@@ -1,4 +1,12 @@
-"""`edkm compress` end to end on a tiny model: the packed directory, resuming, the plan, the refusals."""
+"""What is guaranteed of `edkm compress`.
+
+1. It prints its phases and what to do next, and writes a directory that loads: the weights that the trained model has in `eval()`.
+2. A run that is interrupted by Ctrl-C, or dies, is resumed to the same file, without reading its data or looking for tables again.
+3. It is resumed only with the same settings, model and chat template.
+4. Bits are chosen for an average (`--target-bpw`) or by a preset; options that are given go before a preset.
+5. `--dry-run` prints the plan, its size and memory, and writes nothing; `--steps 0` clusters without training.
+6. Options, files and models that do not fit are refused in one line, before anything expensive.
+"""
 
 import json
 import os
@@ -13,7 +21,6 @@ from edkm.cli import main
 from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import read, summary
 from edkm.models import load_model
-from edkm.recipe import Recipe
 from edkm.run import calibration_batches
 from edkm.train import loop
 from edkm.train.data import load_blocks
@@ -185,12 +192,6 @@ def test_a_preset_is_what_its_options_are(tiny_dir, data, tmp_path, preset, plai
     assert bits["by option"] - 0.1 < bits["named"] <= bits["by option"] + 1e-9  # the same size, spent elsewhere
     assert compressed("other", "--preset", preset, "--finetune-steps", "0") != named  # what is given goes first
     assert "fine-tuning" not in capsys.readouterr().err.rpartition("loading")[2]
-
-
-def test_bits_are_not_chosen_for_vectors():
-    for more in ({"preset": "best"}, {"target_bpw": 3.0}):
-        with pytest.raises(ValueError, match="dim: bits are chosen for single weights"):
-            Recipe(edkm.ClusterConfig(dim=2), **more)
 
 
 def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsys):

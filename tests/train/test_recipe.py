@@ -1,0 +1,144 @@
+"""What is guaranteed of `edkm.recipe.compress`.
+
+1. The model is trained on in memory: it is loaded once, and after fine-tuning neither its optimizer nor its gradients are held.
+2. A stage is a function in a list: another can be put in, and a run that ends after any stage is resumed to the same file.
+3. A recipe is checked when it is made; `settled` gives its numbers of steps for the data.
+4. A run is resumed only with the same settings, but for those that do not change the result.
+"""
+
+import gc
+import json
+import weakref
+from dataclasses import replace
+
+import pytest
+
+import edkm
+from edkm import recipe
+from edkm.recipe import STAGES, Recipe, compress
+from edkm.train import loop
+
+RECORDS = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)]
+SMALL = Recipe(edkm.ClusterConfig(rows_per_lut=16), steps=4, finetune_steps=2, lr=1e-3, block_tokens=64, precision="fp32")
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(RECORDS))
+    return path
+
+
+def weights(out):
+    return (out / "model.safetensors").read_bytes()
+
+
+def with_stage_after(name, stage):
+    at = 1 + next(i for i, one in enumerate(STAGES) if one.__name__ == name)
+    return (*STAGES[:at], stage, *STAGES[at:])
+
+
+def test_after_fine_tuning_the_memory_of_optimizer_and_gradients_is_free(tiny_dir, data, tmp_path, monkeypatch):
+    made, loads, sizes = [], [], []
+    make, load_model = loop.make_optimizer, recipe.load_model
+
+    def remember(*args):
+        made.append(make(*args))
+        return made[-1]
+
+    def look(run):
+        moments = [weakref.ref(tensor) for state in made[0].state.values() for tensor in state.values()]
+        gc.disable()  # what is free is free at once
+        made.clear()
+        sizes.append((len(moments), sum(moment() is not None for moment in moments)))
+        assert all(p.grad is None for p in run.model.parameters())
+
+    monkeypatch.setattr(loop, "make_optimizer", remember)
+    for module in ("edkm.run", "edkm.recipe"):
+        monkeypatch.setattr(f"{module}.load_model", lambda source: loads.append(source) or load_model(source))
+    try:
+        compress(tiny_dir, SMALL, tmp_path / "out", data=data, stages=with_stage_after("fine_tune", look))
+    finally:
+        gc.enable()
+    assert sizes == [(60, 0)] and loads == [str(tiny_dir)]
+
+
+class Ended(BaseException):
+    """The end of a process between two stages."""
+
+
+@pytest.mark.parametrize("name", ["begin", "fine_tune", "cluster", "train_clustered", "write"])
+def test_a_run_that_ends_after_any_stage_is_resumed_to_the_same_file(name, tiny_dir, data, tmp_path):
+    settings = replace(SMALL, distill=0.5, save_every=1)
+
+    def end(run):
+        raise Ended
+
+    compress(tiny_dir, settings, tmp_path / "whole", data=data)
+    with pytest.raises(Ended):
+        compress(tiny_dir, settings, tmp_path / "parts", data=data, stages=with_stage_after(name, end))
+    assert (tmp_path / "parts" / "training" / "finetuned.pt").is_file() == (name != "begin")
+    compress(tiny_dir, settings, tmp_path / "parts", data=data, resume=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts") and not (tmp_path / "parts" / "training").exists()
+
+
+def test_a_stage_put_in_sees_the_run(tiny_dir, data, tmp_path):
+    seen = {}
+
+    def look(run):
+        seen.update(steps=run.recipe.steps, clustered=any(name.endswith("centroids") for name in run.model.state_dict()))
+
+    compress(tiny_dir, replace(SMALL, finetune_steps=4), tmp_path / "out", data=data, stages=with_stage_after("cluster", look))
+    assert seen == {"steps": 4, "clustered": True}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"steps": -1}, "steps: at least 0, got -1"),
+        ({"block_tokens": 1}, "block_tokens: at least 2"),
+        ({"target_bpw": float("nan")}, "target_bpw: a positive number"),
+        ({"epochs": 0}, "epochs: a positive number"),
+        ({"distill": 2}, "distill: from 0 to 1"),
+        ({"preset": "slow"}, "preset: fast, balanced, best, got 'slow'"),
+        ({"config": edkm.ClusterConfig(dim=2), "preset": "best"}, "dim: bits are chosen for single weights"),
+        ({"config": edkm.ClusterConfig(dim=2), "target_bpw": 3.0}, "dim: bits are chosen for single weights"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**more)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "finetune_steps"),
+    [
+        ({}, 10, 7),
+        ({"epochs": 0.5}, 5, 3),
+        ({"preset": "fast", "steps": 8}, 8, 8),
+        ({"finetune_steps": 0, "batch": 4}, 5, 0),
+        ({"grad_accumulation": 5}, 2, 1),
+        ({"epochs": 0.01}, 1, 0),
+    ],
+)
+def test_steps_follow_from_the_data(settings, steps, finetune_steps):
+    found = Recipe(**settings).settled(20)
+    assert (found.steps, found.finetune_steps, found.config.anneal_steps) == (steps, finetune_steps, steps - finetune_steps)
+
+
+def test_settings_that_do_not_change_the_result_may_change_when_a_run_is_resumed(tiny_dir, data, tmp_path, monkeypatch):
+    whole = replace(SMALL, batch=1, grad_accumulation=2)
+    compress(tiny_dir, whole, tmp_path / "whole", data=data)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop._Stop, "asked_at", 0.0)
+        compress(tiny_dir, whole, tmp_path / "parts", data=data)
+    with pytest.raises(ValueError, match="seed: the interrupted run had 0, this one has 1"):
+        compress(tiny_dir, replace(whole, seed=1), tmp_path / "parts", data=data, resume=True)
+    compress(tiny_dir, replace(whole, save_every=1, timeout_s=60), tmp_path / "parts", data=data, resume=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+
+
+def test_losses_are_logged_to_the_trackers_that_are_named(tiny_dir, data, tmp_path):
+    with pytest.raises(ValueError, match="report_to: there is no 'paper'"):
+        compress(tiny_dir, replace(SMALL, report_to=("paper",)), tmp_path / "out", data=data)
+    assert not (tmp_path / "out").exists()
