@@ -121,8 +121,6 @@ def _add_compress(subparsers: Any) -> None:
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add("--fsdp", action="store_true", help="under torchrun: shard the model over the ranks (FSDP2; else DDP)")
     add("--seed", type=int, metavar="N", help="order of the data (0)")
-    trackers = "trackers to log losses to, with commas between them: tensorboard, wandb, ... (none)"
-    add("--report-to", type=lambda names: tuple(names.split(",")), metavar="NAMES", help=trackers)
     add("--save-every", type=int, metavar="N", help="steps between checkpoints (0: only on Ctrl-C)")
     trackers = "log to these, with commas between: tensorboard (into DIR/runs), wandb, ...; all that are installed: all (none)"
     add("--report-to", type=lambda names: tuple(names.split(",")), metavar="NAMES", help=trackers)

@@ -58,7 +58,7 @@ class Recipe:
         target_bpw: average bits per linear weight, tables included; None keeps the bits of the config.
         steps: optimizer steps; None for as many as `epochs` passes over the data take.
         finetune_steps: the first of these steps, which train the model as it is.
-        lr, distill, precision, fsdp, save_every, optimizer, report_to: as in `loop.TrainSettings`.
+        lr, distill, precision, fsdp, save_every, report_to: as in `loop.TrainSettings`.
         block_tokens: tokens of a training block; `batch` blocks make a micro-batch, `grad_accumulation` micro-batches a rank's step.
         timeout_s: seconds that ranks wait for each other.
         backend: as in `edkm.prepare`.

@@ -111,7 +111,6 @@ def check_out(run: Run) -> None:
         check_output(run.out, overwrite=run.overwrite or run.resume)
 
     distributed.run_on_rank0(check)
-    check_report_to(run.recipe.report_to)
     if run.recipe.fsdp:
         distributed.check_several_ranks()
 

@@ -1,13 +1,14 @@
 """Guarantees of the package as a whole:
 
 1. `import edkm` loads neither torch nor anything optional; using the library loads torch alone and leaves CUDA untouched.
-2. Public names and the fields of the configuration are these lists.
+2. Public names, the fields of the configuration and of the recipe, and the options of each command are these lists.
 3. Imports run one way: cli -> evaluate, report, compressed, train -> core -> torch.
 """
 
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import edkm
+from edkm.cli import main
 
 SOURCE = Path(edkm.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -87,6 +89,38 @@ def test_the_fields_of_the_configuration_are_these():
         "skip",
         "overrides",
     ]
+
+
+def test_recipe_fields():
+    from edkm.recipe import PRESETS, Recipe
+
+    names = "config preset target_bpw steps epochs finetune_steps lr distill block_tokens batch grad_accumulation gradient_checkpointing"
+    names += " precision fsdp timeout_s seed save_every report_to backend"
+    assert [f.name for f in dataclasses.fields(Recipe)] == names.split()
+    assert list(PRESETS) == ["fast", "balanced", "best"]
+
+
+OPTIONS = {
+    "compress": "data out eval-text preset resume overwrite dry-run bits target-bpw rows-per-lut embedding-bits skip steps finetune-steps lr distill "
+    "block-tokens batch grad-accumulation gradient-checkpointing fsdp seed save-every report-to",
+    "generate": "max-new-tokens temperature raw",
+    "eval": "text tasks window stride max-windows limit batch json",
+    "inspect": "json",
+    "report": "against eval out",
+    "export": "to out precision kv-cache context fixed overwrite",
+    "unpack": "out overwrite",
+}
+
+
+def test_options_of_each_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE) == list(OPTIONS)
+    for command, names in OPTIONS.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        found = re.findall(r"^  (?:-h, )?--([\w-]+)", capsys.readouterr().out, re.MULTILINE)
+        assert found == ["help", *names.split()], command
 
 
 def imports(path):
