@@ -101,8 +101,8 @@ def test_recipe_fields():
 
 
 OPTIONS = {
-    "compress": "data out eval-text preset resume overwrite dry-run bits target-bpw rows-per-lut embedding-bits skip steps finetune-steps lr "
-    "distill block-tokens batch grad-accumulation gradient-checkpointing fsdp seed save-every report-to",
+    "compress": "data out eval-text preset resume overwrite dry-run bits target-bpw rows-per-lut embedding-bits skip steps finetune-steps "
+    "lr distill block-tokens batch grad-accumulation gradient-checkpointing fsdp seed save-every report-to",
     "generate": "max-new-tokens temperature raw",
     "eval": "text tasks window stride max-windows limit batch json",
     "inspect": "json",
