@@ -63,7 +63,7 @@ def chain(w):
 
 def clustered(w):
     centroids = torch.linspace(-2, 2, 8).view(1, 8, 1)
-    return reference.cluster(w, None, centroids, torch.tensor([0.1]), 2, None)[0]
+    return reference.cluster(w, centroids, reference.Problem(torch.tensor([0.1])), 2)[0]
 
 
 def measured(loss, w, **options):

@@ -28,7 +28,7 @@ def clustering(dtype, block, declared, rows=128):
     w = torch.randn(rows, 64).to(dtype).requires_grad_()
     centroids = torch.linspace(-2, 2, 8).view(1, 8, 1)
     with block as stats, declared(w):
-        out, _ = reference.cluster(w, None, centroids, torch.tensor([0.1]), 3, None if dtype.itemsize == 2 else torch.bfloat16)
+        out, _ = reference.cluster(w, centroids, reference.Problem(torch.tensor([0.1])), 3)
     kept = stats.kept_bytes
     (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     assert stats.kept_bytes == 0
