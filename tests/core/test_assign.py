@@ -1,4 +1,9 @@
-"""Hard assignment against brute force."""
+"""Hard assignment:
+
+1. `assign` is brute force, ties go to the lower index, and weights beyond a table take its ends;
+2. `lookup` is indexing, and a looked-up weight is assigned to itself;
+3. tables are stored in float16, and one that does not fit is refused by value.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,12 @@
-"""Clustered layers: the same numbers as `F.linear(x, edkm.cluster(...).weight)`, without the second weight."""
+"""Clustered layers:
+
+1. a layer of any kind computes with the soft weight that `edkm.cluster` gives, and has its gradients, tied weights and vectors too;
+2. a weight that is read anywhere in a forward pass is the clustered one, outside it is the parameter; what would escape is refused;
+3. layers keep for backward what plain layers keep, and centroids are found once per optimizer step;
+4. evaluation, looking, copies and other optimizers move no state, and a resumed run is the same run;
+5. `eval()` is what `freeze` packs; annealing goes from the start to the factor; 16 bits are as precise as in plain layers;
+6. `prepare` reports every parameter with a reason, refuses with names, and leaves the model untouched when it does.
+"""
 
 import copy
 import dataclasses

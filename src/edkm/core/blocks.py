@@ -173,7 +173,7 @@ def soft_values(points: Points, trajectory: Tensor, out: Tensor) -> None:
 
 
 class Gradient(NamedTuple):
-    """What one visit of a block adds to the gradient: `direct [g, d, n]` (last iteration only) and `path [g, d, n]`."""
+    """The terms that one visit of a block adds to the gradient: `direct [g, d, n]` (last iteration only) and `path [g, d, n]`."""
 
     block: Block
     direct: Tensor | None

@@ -74,13 +74,13 @@ def initial_centroids(
         return _vector_centroids(weight, groups, k, dim, importance).to(device)
     find = native.segments if native.available() else segments
     matrices = weight.view(groups, per_lut, -1)
-    shares = [None] * groups if importance is None else importance.expand(weight.shape).view(groups, per_lut, -1)
+    shares = None if importance is None else importance.expand(weight.shape).reshape(groups, per_lut, -1)
     if matrices[0].numel() > histogram.BINS:
-        tables = [find(*_histogram(rows, share, dtype), k) for rows, share in zip(matrices, shares, strict=True)]
+        tables = [find(*_histogram(rows, None if shares is None else shares[g], dtype), k) for g, rows in enumerate(matrices)]
         return torch.cat(tables).unsqueeze(2).to(device)
     values, order = matrices.to(dtype).flatten(1).sort(1)
     count = torch.ones_like(values)
-    mass = count if importance is None else torch.stack(list(shares)).to(dtype).flatten(1).gather(1, order)
+    mass = count if shares is None else shares.to(dtype).flatten(1).gather(1, order)
     return find(values, _or_density(mass, count), k).unsqueeze(2).to(device)
 
 

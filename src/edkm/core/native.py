@@ -193,7 +193,7 @@ def _in_threads(work: Callable[[int, int], None], count: int, size: int) -> None
 
 @functools.cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Of this process: threads do not survive a fork."""
+    """The threads of this process: they do not survive a fork."""
     return ThreadPoolExecutor(threads, thread_name_prefix="edkm")
 
 

@@ -21,6 +21,7 @@ A backend is a module with three functions, listed in `BACKENDS`. Backends diffe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -146,7 +147,7 @@ def _cluster(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`(soft weight, trajectory)`; a custom op, so that torch.compile calls it as it is."""
-    backend, _ = pick_backend(backend, weight, *centroids.shape, round_to)
+    backend, _ = pick_backend(backend, weight, centroids.shape, round_to)
     solution = solve(weight, centroids, Problem(temperature, importance, round_to), iters, backend)
     _check_problem(importance, temperature, solution.trajectory)
     return solution.decode(weight), solution.trajectory
@@ -168,7 +169,7 @@ def _cluster_adjoint(
     backend: str,
 ) -> Tensor:
     """`dL/dweight` from `dL/dout`."""
-    backend, _ = pick_backend(backend, weight, *trajectory.shape[1:], round_to)
+    backend, _ = pick_backend(backend, weight, trajectory.shape[1:], round_to)
     problem = Problem(temperature, importance, round_to).for_weight(weight)
     return Solution(trajectory, problem, backend).adjoint(grad, weight)
 
@@ -215,13 +216,17 @@ def choose_backend(
 
 
 def pick_backend(
-    name: str, weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None, device: torch.device | None = None
+    name: str, weight: Tensor, shape: Sequence[int], round_to: torch.dtype | None, device: torch.device | None = None
 ) -> tuple[str, str]:
     """Resolve the name of a backend: `choose_backend` for `auto`; refuse one that is unknown or cannot cluster this weight.
+
+    Args:
+        shape: of the centroids, `(g, k, d)`.
 
     Returns:
         `(backend, reason)`.
     """
+    groups, k, d = shape
     if name == "auto":
         return choose_backend(weight, groups, k, d, round_to, device)
     device = device or weight.device

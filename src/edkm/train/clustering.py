@@ -56,7 +56,7 @@ class _Steps:
 
     def on(self, weight: Tensor) -> tuple[int, int]:
         """A pair that changes with every step on the weight."""
-        return (self.of.get(weight, 0) if weight.requires_grad else self.all), self.on_shards
+        return (self.of.get(weight) or 0) if weight.requires_grad else self.all, self.on_shards
 
     def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -64,7 +64,7 @@ class _Steps:
         self.on_shards += any(hasattr(parameter, "full_tensor") for parameter in parameters)
         moved = []
         for parameter in parameters:
-            self.of[parameter] = self.of.get(parameter, 0) + 1
+            self.of[parameter] = (self.of.get(parameter) or 0) + 1
             moved.append(self.moved.pop(parameter, lambda: None)())
         _check_finite([clustering for clustering in moved if clustering is not None])
 
@@ -165,11 +165,12 @@ class Clustering(nn.Module):
     def choice(self) -> tuple[str, str]:
         """The backend and the reason for it: chosen at `prepare`, and once more when the clustering has moved to another device."""
         device = self.centroids.device
-        if self._choice is None or device != self._chosen_on:
+        choice = self._choice
+        if choice is None or device != self._chosen_on:
             weight = torch.empty(self._matrix_shape, device="meta")
-            self._choice = pick_backend(self._asked, weight, *self.centroids.shape, torch.bfloat16, device)
+            choice = self._choice = pick_backend(self._asked, weight, self.centroids.shape, torch.bfloat16, device)
             self._chosen_on = device
-        return self._choice
+        return choice
 
     def _apply(self, fn, recurse=True):
         """Follow the model to a device, not to a narrower dtype: 16 bits would change the centroids."""
@@ -193,8 +194,8 @@ class Clustering(nn.Module):
         super().__setstate__(state)
         _steps.watch()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self.forget()
 
     def share(self, rows: SharedRows | None, backend: str | None = None) -> None:
@@ -312,7 +313,7 @@ class ClusterGrad(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, clustering, solution = ctx.problem
         return clustering.adjoint(g, weight, solution), None, None
 

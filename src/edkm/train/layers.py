@@ -40,7 +40,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, alias = ctx.saved_tensors
         dx = g = db = None
         rows = dy.reshape(-1, dy.shape[-1])
@@ -68,7 +68,7 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         (ids,) = ctx.saved_tensors
         return torch.ops.aten.embedding_dense_backward(dy, ids, *ctx.options), *[None] * 5
 
@@ -82,8 +82,15 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         return g, None, None
+
+
+def _trained(module: nn.Module) -> Tensor:
+    """The parameter, which `module.weight` is only outside of a forward pass."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
 
 
 class ClusteredLinear(nn.Linear):
@@ -97,7 +104,7 @@ class ClusteredLinear(nn.Linear):
     clustering: Clustering
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self._parameters["weight"]
+        weight = _trained(self)
         if not self.clustering.is_soft:
             return F.linear(input, self.clustering.hard(weight), self.bias)
         return _Linear.apply(input, *self.clustering.attach(weight), self.bias, self.clustering)
@@ -109,7 +116,7 @@ class ClusteredEmbedding(nn.Embedding):
     clustering: Clustering
 
     def forward(self, input: Tensor) -> Tensor:
-        clustering, weight = self.clustering, self._parameters["weight"]
+        clustering, weight = self.clustering, _trained(self)
         if clustering.is_soft:
             return _Embedding.apply(*clustering.attach(weight), input, clustering, self.padding_idx, self.scale_grad_by_freq)
         if clustering.tables > 1:
@@ -191,7 +198,7 @@ def _class_of(plain: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {key: property(lambda self, key=key: _read(self, key)) for key in keys}
     members |= {"_plain": plain, "_clustered": keys, "__reduce_ex__": _reduce, "__doc__": plain.__doc__, "__module__": plain.__module__}
     base = known.get(plain, plain) if keys == ("weight",) else plain
-    return type(base)(base.__name__, (base,), members)
+    return type(base)(base.__name__, (base,), members)  # pyright: ignore[reportCallIssue]
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:

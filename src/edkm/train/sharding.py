@@ -1,4 +1,4 @@
-"""Many learners: ranks that hold one model (DDP) or pieces of it (FSDP2, `fully_shard`) cluster it together.
+"""Cluster one model on several ranks, which hold all of it (DDP) or pieces (FSDP2, `fully_shard`).
 
 Each rank reads only its own rows of a weight and the sums are added (`core.sharded`), so that all ranks hold the same centroids to
 the bit and none needs a whole weight only to cluster it. With DDP, where every rank has the whole weight, the rows are shared out
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -30,7 +31,7 @@ def shard_model(model: nn.Module, group: ProcessGroup | None = None) -> None:
 
     Decoder layers are those of `targets.decoder_layers`.
     """
-    mesh = None if group is None else dist.DeviceMesh.from_group(group, "cuda" if torch.cuda.is_available() else "cpu")
+    mesh = None if group is None else DeviceMesh.from_group(group, "cuda" if torch.cuda.is_available() else "cpu")
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -83,7 +84,7 @@ def check_same_centroids(model: nn.Module, group: ProcessGroup | None = None) ->
 
 
 def _checksum(x: Tensor) -> Tensor:
-    """Of the bytes and their places; int64."""
+    """Sum the bytes, weighted by their places; int64."""
     words = x.detach().reshape(-1).view(torch.uint8).long()
     return (words * (torch.arange(len(words), device=x.device) * 0x9E3779B97F4A7C1 + 1)).sum()
 
@@ -165,7 +166,7 @@ def _rows(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) ->
     total, rank, world = weight.shape[0], dist.get_rank(group), dist.get_world_size(group)
     size = -(-total // world)
     start = min(rank * size, total)
-    local = weight.detach().to_local() if isinstance(weight, DTensor) else weight.detach()[start : start + size]
+    local = weight.to_local().detach() if isinstance(weight, DTensor) else weight.detach()[start : start + size]
     each = weight.shape[1 : clustering.row_axes].numel()  # rows of the matrix in one of the first axis
     return Rows(as_matrix(local, clustering.row_axes), start * each, total * each)
 

@@ -139,7 +139,7 @@ def _check_fits(decision: Decision, backend: str) -> None:
     matrix = as_matrix(parameter.detach(), target.row_axes)
     shape = (decision.tables, 2**settings.bits, settings.dim)
     check_shapes(matrix, torch.empty(shape, dtype=compute_dtype(matrix.dtype), device="meta"), None)
-    pick_backend(backend, matrix, *shape, torch.bfloat16)
+    pick_backend(backend, matrix, shape, torch.bfloat16)
 
 
 def _settings(config: ClusterConfig, parameter: Tensor, target: Target | None) -> tuple[ClusterConfig | None, str]:
