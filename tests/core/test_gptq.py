@@ -1,7 +1,7 @@
 """`core.gptq`, the fit to the second moment of a layer's inputs:
 
 1. the output error falls with every turn, and lies below that of k-means and of rounding;
-2. tables are least squares for their indices, and indices the nearest entries of the targets, after rounding too;
+2. tables are least squares for their indices, and indices the nearest centroids of the targets, after rounding too;
 3. shrinkage, dead inputs and few tokens are harmless;
 4. the result is the same to the bit with and without a C compiler, with one thread and with two;
 5. errors name the argument and the rule.
@@ -81,11 +81,11 @@ def test_tables_are_least_squares():
     w, q = weight.T.contiguous(), hard(weight, start).T.contiguous()
     index = assign(weight, round_lut(start)).long() + 4 * torch.arange(2).repeat_interleave(3).unsqueeze(1)  # [rows, cols]
     tables.refit(moment, q, moment @ (q - w))
-    # All weights in one vector: (onehot^T H onehot) entries = onehot^T H w.
+    # All weights in one vector: (onehot^T H onehot) centroids = onehot^T H w.
     onehot = torch.nn.functional.one_hot(index.flatten(), 8).double()
     whole = torch.block_diag(*[moment] * 6)
     expected = torch.linalg.lstsq(onehot.T @ whole @ onehot, onehot.T @ whole @ weight.flatten()).solution
-    torch.testing.assert_close(tables.entries.flatten(), expected, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(tables.centroids.flatten(), expected, rtol=2e-3, atol=1e-4)
 
 
 def test_uncorrelated_inputs_make_it_k_means():

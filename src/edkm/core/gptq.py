@@ -4,18 +4,18 @@ A layer turns inputs `x` into `W x`. With `H = E[x x^T]` the error that replacin
 
     sum_r (w_r - q_r)^T H (w_r - q_r)                     rows r
 
-where importance sees only the diagonal of `H`. Every `q` is an entry of its row's table. The error is brought down in turns:
+where importance sees only the diagonal of `H`. Every `q` is a centroid of its row's table. The error is brought down in turns:
 
-- *tables*, for given indices: least squares in the `k` entries of each table, solved by conjugate gradients;
+- *tables*, for given indices: least squares in the `k` centroids of each table, solved by conjugate gradients;
 - *indices*, for given tables: one column after another. With the other columns held, the best real value of column `j` is
-  `w_j - (1/H_jj) sum_{i != j} H_ij (q_i - w_i)`, its *target*, and the best entry is the one nearest to it.
+  `w_j - (1/H_jj) sum_{i != j} H_ij (q_i - w_i)`, its *target*, and the best centroid is the one nearest to it.
 
 The first pass over the columns knows no `q` to the right and takes what they will make good into account, as GPTQ does
 (arXiv:2210.17323). A rounding error in column `j` then costs only what they cannot make good: its square times `1 / U_jj^2`, with
 `inv(H) = U^T U`, the variance of input `j` given the inputs to the right. That is the importance with which k-means finds the first
 tables. Later passes are plain coordinate descent (as in LNQ, arXiv:2505.07004). The targets of the last pass are what
-training starts from, once each entry's targets have been moved together so that their mean, weighted as training weighs it, is the
-entry: the indices are their nearest centroids then, and the tables are a fixed point of k-means, which would otherwise drift back from
+training starts from, once each centroid's targets have been moved together so that their mean, weighted as training weighs it, is the
+centroid: the indices are their nearest centroids then, and the tables are a fixed point of k-means, which would otherwise drift back from
 the least squares.
 """
 
@@ -34,7 +34,7 @@ from edkm.core.reference import compute_dtype
 # Columns that are worked through before the rest is told of their error.
 _BLOCK = 64
 _TABLE_STEPS = 4
-_SETTLE_STEPS = 4
+_CENTERING_STEPS = 4
 
 
 class Fit(NamedTuple):
@@ -106,8 +106,8 @@ def fit(
         errors.append(float((slope * (q - w)).sum() / scale))
     whole = torch.empty_like(given, dtype=weight.dtype)
     mass = h.diagonal() if importance is None else importance.to(h.device, dtype).reshape(-1)[order]
-    whole[:, order] = tables.settled(target, q, mass.unsqueeze(1), weight.dtype).T
-    return Fit(whole.to(weight.device), tables.entries.unsqueeze(2).to(weight.device), errors)
+    whole[:, order] = tables.centered(target, q, mass.unsqueeze(1), weight.dtype).T
+    return Fit(whole.to(weight.device), tables.centroids.unsqueeze(2).to(weight.device), errors)
 
 
 def _check(weight: Tensor, moment: Tensor, shrinkage: float) -> None:
@@ -159,71 +159,74 @@ class _Tables:
         self._set(centroids)
 
     def _set(self, centroids: Tensor) -> None:
-        self.entries = round_lut(centroids.reshape(self.groups, -1, 1)).squeeze(2).to(centroids.dtype)  # [g, k]
-        self.by_row = self.entries[self.of_row]  # [rows, k]
+        self.centroids = round_lut(centroids.reshape(self.groups, -1, 1)).squeeze(2).to(centroids.dtype)  # [g, k]
+        self.by_row = self.centroids[self.of_row]  # [rows, k]
         self.midpoints = ((self.by_row[:, 1:] + self.by_row[:, :-1]) / 2).contiguous()
 
-    def round_columns(self, target: Tensor, before: Tensor, spread: Tensor) -> Tensor:
-        """Columns to the nearest entries of their rows' tables, one after another, each moving the targets of those that follow.
+    def round_columns(self, target: Tensor, before: Tensor, coupling: Tensor) -> Tensor:
+        """Put columns on the nearest centroids of their rows' tables, one after another, each moving the targets of those that follow.
 
         Args:
-            target: `[columns, rows]`, contiguous; in place, `target_i += spread_ji (before_j - nearest_j)` for `i > j`.
+            target: `[columns, rows]`, contiguous; in place, `target_i += coupling_ji (before_j - nearest_j)` for `i > j`.
             before: like `target`, and may be the same.
-            spread: `[columns, columns]`.
+            coupling: `[columns, columns]`.
 
         Returns:
-            The entries, like `target`; for a value halfway between two the lower one.
+            The centroids, like `target`; for a value halfway between two the lower one.
         """
         if target.device.type == "cpu" and native.available():
-            return native.columns(target, before, spread.contiguous(), self.by_row.T.contiguous(), self.midpoints.T.contiguous())
+            return native.columns(target, before, coupling.contiguous(), self.by_row.T.contiguous(), self.midpoints.T.contiguous())
         nearest = torch.empty_like(target)
         for j, value in enumerate(target):
             nearest[j] = self.by_row.gather(1, torch.searchsorted(self.midpoints, value.unsqueeze(1))).squeeze(1)
-            target[j + 1 :] += spread[j, j + 1 :].unsqueeze(1) * (before[j] - nearest[j])  # not addr_, which may round once
+            target[j + 1 :] += coupling[j, j + 1 :].unsqueeze(1) * (before[j] - nearest[j])  # not addr_, which may round once
         return nearest
 
-    def cells(self, q: Tensor) -> Tensor:
-        """Which entry of all tables each weight `[cols, rows]` is on."""
-        return torch.searchsorted(self.midpoints, q.T.contiguous()).T.contiguous() + self.entries.shape[1] * self.of_row
+    def indices(self, q: Tensor) -> Tensor:
+        """Index, among the centroids of all tables, of each weight `[cols, rows]`."""
+        return torch.searchsorted(self.midpoints, q.T.contiguous()).T.contiguous() + self.centroids.shape[1] * self.of_row
 
-    def gather(self, x: Tensor, cells: Tensor) -> Tensor:
-        """Sums of `x [cols, rows]` over the weights of each entry, `[g, k]`."""
-        return x.new_zeros(self.entries.numel()).index_add_(0, cells.reshape(-1), x.reshape(-1)).view_as(self.entries)
+    def sums_by_centroid(self, x: Tensor, indices: Tensor) -> Tensor:
+        """Sums of `x [cols, rows]` over the weights of each centroid, `[g, k]`."""
+        return x.new_zeros(self.centroids.numel()).index_add_(0, indices.reshape(-1), x.reshape(-1)).view_as(self.centroids)
 
-    def settled(self, target: Tensor, q: Tensor, mass: Tensor, dtype: torch.dtype) -> Tensor:
-        """Targets with each entry's moved together, within reach of the entry, so that their mean weighted by `mass [cols, 1]` is the
-        entry; in `dtype`, the weight's."""
-        cells, mass = self.cells(q), mass.expand_as(q)
-        ends = self.entries.new_full((self.groups, 1), torch.inf)
-        between = (self.entries[:, 1:] + self.entries[:, :-1]) / 2
-        # A weight halfway between two entries belongs to the lower one.
-        low = torch.cat([-ends, between.nextafter(ends)], 1).view(-1)[cells]
-        high = torch.cat([between, ends], 1).view(-1)[cells]
-        total = self.gather(mass, cells)
-        for _ in range(_SETTLE_STEPS):
-            mean = self.gather(mass * (target - q), cells) / torch.where(total > 0, total, 1)
-            target = (target - mean.view(-1)[cells]).maximum(low).minimum(high)
+    def centered(self, target: Tensor, q: Tensor, mass: Tensor, dtype: torch.dtype) -> Tensor:
+        """Move the targets of each centroid together, within its cell, so that their mean weighted by `mass [cols, 1]` is the centroid.
+
+        Returns:
+            `[cols, rows]` in `dtype`, the weight's.
+        """
+        indices, mass = self.indices(q), mass.expand_as(q)
+        ends = self.centroids.new_full((self.groups, 1), torch.inf)
+        between = (self.centroids[:, 1:] + self.centroids[:, :-1]) / 2
+        # A weight halfway between two centroids belongs to the lower one.
+        low = torch.cat([-ends, between.nextafter(ends)], 1).view(-1)[indices]
+        high = torch.cat([between, ends], 1).view(-1)[indices]
+        total = self.sums_by_centroid(mass, indices)
+        for _ in range(_CENTERING_STEPS):
+            mean = self.sums_by_centroid(mass * (target - q), indices) / torch.where(total > 0, total, 1)
+            target = (target - mean.view(-1)[indices]).maximum(low).minimum(high)
         rounded = target.to(dtype)
-        # 16 bits may carry a weight past the middle, to another entry.
+        # 16 bits may carry a weight past the middle, to another centroid.
         return torch.where((rounded < low) | (rounded > high), q.to(dtype), rounded)
 
     def refit(self, h: Tensor, q: Tensor, slope: Tensor) -> None:
-        """Least squares in the entries, with every weight staying on its entry; `slope` is `h @ (q - w)`."""
-        cells = self.cells(q)
-        # Conjugate gradients in the change of the entries, all tables at once, preconditioned by each entry's diagonal mass.
-        mass = self.gather(h.diagonal().unsqueeze(1).expand_as(q), cells).clamp_min(torch.finfo(q.dtype).tiny)
-        residual, change = -self.gather(slope, cells), torch.zeros_like(self.entries)
+        """Solve the least squares in the centroids, with every weight staying on its centroid; `slope` is `h @ (q - w)`."""
+        indices = self.indices(q)
+        # Conjugate gradients in the change of the centroids, all tables at once, preconditioned by each centroid's diagonal mass.
+        mass = self.sums_by_centroid(h.diagonal().unsqueeze(1).expand_as(q), indices).clamp_min(torch.finfo(q.dtype).tiny)
+        residual, change = -self.sums_by_centroid(slope, indices), torch.zeros_like(self.centroids)
         z = residual / mass
         direction, size = z, (residual * z).sum(1, keepdim=True)
-        for _ in range(min(_TABLE_STEPS, self.entries.shape[1])):
-            image = self.gather(h @ direction.reshape(-1)[cells], cells)
+        for _ in range(min(_TABLE_STEPS, self.centroids.shape[1])):
+            image = self.sums_by_centroid(h @ direction.reshape(-1)[indices], indices)
             bend = (direction * image).sum(1, keepdim=True)
             step = torch.where(bend > 0, size / torch.where(bend > 0, bend, 1), 0)
             change, residual = change + step * direction, residual - step * image
             z, before = residual / mass, size
             size = (residual * z).sum(1, keepdim=True)
             direction = z + torch.where(before > 0, size / torch.where(before > 0, before, 1), 0) * direction
-        self._set(self.entries + change)
+        self._set(self.centroids + change)
 
 
 def _first_pass(w: Tensor, upper: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
@@ -237,7 +240,7 @@ def _first_pass(w: Tensor, upper: Tensor, tables: _Tables) -> tuple[Tensor, Tens
 
 
 def _descend(w: Tensor, h: Tensor, q: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
-    """Each column in turn to the entry that is best while all others stay."""
+    """Put each column in turn on the centroid that is best while all others stay."""
     q, target, error = q.clone(), torch.empty_like(w), q - w
     diagonal = h.diagonal()
     for start in range(0, len(w), _BLOCK):

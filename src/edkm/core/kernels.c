@@ -246,27 +246,27 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
     }
 }
 
-/* The loops of gptq.py: columns of a weight to entries of their tables, one column after another. Arrays have a row for every
+/* The loops of gptq.py: columns of a weight to centroids of their tables, one column after another. Arrays have a row for every
    column of the weight, so that the inner loops run along its rows, each of which has a table of its own.
 
-   target, from, out [columns, rows]; spread [columns, columns]; entries [k, rows] ascending and middles [k - 1, rows] between them. */
+   target, from, out [columns, rows]; coupling [columns, columns]; centroids [k, rows] ascending and midpoints [k - 1, rows] between them. */
 #define LANES 64
 
-void edkm_columns(int64_t columns, int64_t rows, int64_t k, real *target, const real *from, const real *spread, const real *entries,
-                  const real *middles, real *out, int64_t first, int64_t stop) {
+void edkm_columns(int64_t columns, int64_t rows, int64_t k, real *target, const real *from, const real *coupling, const real *centroids,
+                  const real *midpoints, real *out, int64_t first, int64_t stop) {
     for (int64_t at = first, n; at < stop && (n = stop - at < LANES ? stop - at : LANES, 1); at += LANES)
         for (int64_t j = 0; j < columns; j++) {
             const real *t = target + j * rows + at, *before = from + j * rows + at;
             real best[LANES], change[LANES];
-            for (int i = 0; i < n; i++) best[i] = entries[at + i];
+            for (int i = 0; i < n; i++) best[i] = centroids[at + i];
             for (int64_t m = 0; m + 1 < k; m++) {
-                const real *middle = middles + m * rows + at, *entry = entries + (m + 1) * rows + at;
-                for (int i = 0; i < n; i++) best[i] = t[i] > middle[i] ? entry[i] : best[i];
+                const real *midpoint = midpoints + m * rows + at, *centroid = centroids + (m + 1) * rows + at;
+                for (int i = 0; i < n; i++) best[i] = t[i] > midpoint[i] ? centroid[i] : best[i];
             }
             for (int i = 0; i < n; i++) change[i] = before[i] - best[i];
             memcpy(out + j * rows + at, best, n * sizeof *best);
             for (int64_t later = j + 1; later < columns; later++) {
-                const real share = spread[j * columns + later];
+                const real share = coupling[j * columns + later];
                 real *into = target + later * rows + at;
                 for (int i = 0; i < n; i++) into[i] += share * change[i];
             }

@@ -162,11 +162,11 @@ def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
     return means
 
 
-def columns(target: Tensor, before: Tensor, spread: Tensor, entries: Tensor, middles: Tensor) -> Tensor:
+def columns(target: Tensor, before: Tensor, coupling: Tensor, centroids: Tensor, midpoints: Tensor) -> Tensor:
     """Do the loop of `gptq._Tables.round_columns`, in float32 or float64 on a CPU."""
     rows = target.shape[1]
     out = torch.empty_like(target)
-    arguments = [*target.shape, len(entries), target, before, spread, entries, middles, out]
+    arguments = [*target.shape, len(centroids), target, before, coupling, centroids, midpoints, out]
     assert all(x.is_contiguous() and x.dtype == target.dtype for x in arguments if isinstance(x, Tensor))
     kernel, passed = _kernel("edkm_columns", target.dtype), _passed(arguments)
     _in_threads(lambda first, stop: kernel(*passed, *_passed([first, stop])), rows, target.numel())
