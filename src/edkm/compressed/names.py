@@ -25,9 +25,7 @@ def match_names(
         FormatError: a tensor does not have exactly one name in `shapes` and that shape; tensors in `new` may have none.
     """
     targets, kind = _targets(model), type(model).__name__
-    aliases: dict[int, list[str]] = {}
-    for name, tensor in targets.items():
-        aliases.setdefault(id(tensor), []).append(name)
+    aliases = _by_tensor(targets)
     for names in aliases.values():
         if len(given := [name for name in names if name in shapes]) > 1:
             raise FormatError(f"{source}: {' and '.join(given)} are one tied tensor. Leave all but one out.")
@@ -65,10 +63,14 @@ def new_parts(model: PreTrainedModel, names: set[str]) -> set[str]:
 
 def tied_groups(model: nn.Module) -> set[frozenset[str]]:
     """Find the names of each tensor that has several."""
-    names: dict[int, set[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), set()).add(name)
-    return {frozenset(group) for group in names.values() if len(group) > 1}
+    return {frozenset(names) for names in _by_tensor(model.state_dict(keep_vars=True)).values() if len(names) > 1}
+
+
+def _by_tensor(state: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return names
 
 
 def _targets(model: PreTrainedModel) -> dict[str, Tensor]:
