@@ -1,4 +1,4 @@
-"""Training strategy "edkm" for Apple's coreai-opt, which palettizes but ships nothing that trains a palettized weight.
+"""Train weights that Apple's coreai-opt palettizes: the training strategy "edkm".
 
     spec = PalettizationSpec(n_bits=3, training_strategy_spec=edkm.coreai.EdkmTrainingSpec(anneal_steps=100))
 
@@ -6,16 +6,13 @@ coreai-opt chooses the weights, finds the first tables (weighted by its sensitiv
 is softly clustered here, with the exact gradient; in evaluation every weight takes its nearest centroid in tables of float16, the same
 tables and indices that `edkm.freeze` would give.
 
-The public contract of a strategy is `train_forward(module, weight)` alone. Three things need more, so a module with this strategy becomes
-a `_Clustered` when it is first trained, or by `attach`:
-
-- Nearest centroids: coreai-opt's search by `cdist` expands the square, and missed the nearest for 0.5% of a million weights (8 bits,
-  random tables).
-- Clustering anew (calibration, the end of a warm-up) has to begin our state anew.
-- `finalize` on a model in training mode would export the soft weights.
+A strategy's public contract is `train_forward(module, weight)` alone. A module with this strategy becomes a `_ClusteredPalettizer` when
+it is first trained, or by `attach`, for three things more: the nearest centroid for every weight (coreai-opt's search by `cdist` missed
+it for 0.5% of a million weights at 8 bits), a state that begins anew when coreai-opt clusters anew, and an error if `finalize` would
+export soft weights.
 
 A weight that does not fit its spec (rows that do not divide by `group_size` or `cluster_dim`) stays dense: coreai-opt's `prepare` logs
-that and leaves no trace in the model. Such names are missing from what `attach` returns.
+that and leaves no trace in the model. Such names are missing from the list that `attach` returns.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ _LEAST_IMPORTANCE = 1e-12
 
 
 class EdkmStrategy(nn.Module, TrainingStrategy):
-    """The forward pass of training. A module, so that its state is part of the model's: a resumed run is the same run.
+    """The forward pass of training, as a module: its state is saved with the model's.
 
     `clustering` is None until the weight is first trained or `attach`ed.
 
@@ -58,7 +55,7 @@ class EdkmStrategy(nn.Module, TrainingStrategy):
         self.register_module("clustering", None)
 
     def train_forward(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """The soft weight, like `weight`, with its exact gradient; one k-means step for every step of the optimizer."""
+        """Cluster a weight softly, with the exact gradient; one k-means step for every step of the optimizer."""
         if self.clustering is None:
             _adopt(module, weight, None)
         assert self.clustering is not None
@@ -121,7 +118,7 @@ class EdkmTrainingSpec(TrainingStrategySpec):
         return self
 
 
-class _Clustered(_KMeansFakePalettize):
+class _ClusteredPalettizer(_KMeansFakePalettize):
     """coreai-opt's module with edkm's tables and nearest centroids."""
 
     _assigned: tuple[Any, ...] | None = None  # the weight that the indices are of
@@ -154,8 +151,7 @@ class _Clustered(_KMeansFakePalettize):
 def attach(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> list[str]:
     """Give the weights that coreai-opt has prepared for this strategy their state, before the first training step, in place.
 
-    Needed to weigh by importance, and to load a trained state: a model that is trained from the start does without. Clusters anew if
-    there is importance; state that the strategy has already is dropped.
+    Needed to weigh by importance, and to load a trained state. Clusters anew if there is importance; earlier state is dropped.
 
     Args:
         model: as `KMeansPalettizer.prepare` returned it.
@@ -192,7 +188,7 @@ def attach(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> 
 
 
 def _importance(name: str, weight: Tensor, given: Mapping[str, Tensor] | None) -> Tensor | None:
-    """As coreai-opt has sensitivities: of the shape of the weight, at most 1, never 0."""
+    """Bring an importance to the form of coreai-opt's sensitivities: the shape of the weight, at most 1, never 0."""
     if given is None:
         return None
     if name not in given:
@@ -208,9 +204,9 @@ def _importance(name: str, weight: Tensor, given: Mapping[str, Tensor] | None) -
 
 
 def _adopt(module: nn.Module, weight: Tensor, importance: Tensor | None) -> None:
-    """Make `module` a `_Clustered`, with state."""
+    """Make `module` a `_ClusteredPalettizer`, with state."""
     _settings(module, weight)
-    module.__class__ = _Clustered
+    module.__class__ = _ClusteredPalettizer
     if importance is None:
         module._training_strategy.start(module, weight.detach())
     else:
@@ -219,25 +215,26 @@ def _adopt(module: nn.Module, weight: Tensor, importance: Tensor | None) -> None
 
 
 def _settings(module: _KMeansFakePalettize, weight: Tensor) -> ClusterConfig:
-    """What the `PalettizationSpec` and the strategy's settings ask for, refused where edkm has no such thing."""
-    name, granularity = module.tensor_fqn, module.granularity
-    if weight.ndim < 2:
-        raise ValueError(f"{name}: edkm clusters matrices and convolutions, got {list(weight.shape)}. Leave it out of op_state_spec.")
-    if module.lut_qspec is not None:
-        raise ValueError(f"{name}: edkm's tables are float16, and lut_qspec would quantize them after training. Set lut_qspec=None.")
-    if module.sparsity_detection_threshold is not None:
-        raise ValueError(f"{name}: edkm clusters all weights, zeros too. Set sparsity_detection_threshold=None in the PalettizationSpec.")
-    if module.enable_per_channel_scale:
-        raise ValueError(
-            f"{name}: edkm clusters weights as they are. Set enable_per_channel_scale=False; PerGroupedChannelGranularity(axis=0, "
-            "group_size=1) gives every channel its own table."
-        )
-    if granularity.axis:
-        raise ValueError(
-            f"{name}: edkm's tables are shared by rows, got axis={granularity.axis}. Use PerGroupedChannelGranularity(axis=0)."
-        )
-    settings = module._training_strategy.settings
-    return ClusterConfig(bits=module.n_bits, dim=module.cluster_dim, rows_per_lut=getattr(granularity, "group_size", 0), **settings)
+    """Read the settings of the `PalettizationSpec` and of the strategy; refuse those that edkm does not have."""
+    axis = module.granularity.axis
+    for wrong, message in (
+        (weight.ndim < 2, f"edkm clusters matrices and convolutions, got {list(weight.shape)}. Leave it out of op_state_spec."),
+        (module.lut_qspec is not None, "edkm's tables are float16, and lut_qspec would quantize them after training. Set lut_qspec=None."),
+        (
+            module.sparsity_detection_threshold is not None,
+            "edkm clusters all weights, zeros too. Set sparsity_detection_threshold=None in the PalettizationSpec.",
+        ),
+        (
+            module.enable_per_channel_scale,
+            "edkm clusters weights as they are. Set enable_per_channel_scale=False; "
+            "PerGroupedChannelGranularity(axis=0, group_size=1) gives every channel its own table.",
+        ),
+        (axis, f"edkm's tables are shared by rows, got axis={axis}. Use PerGroupedChannelGranularity(axis=0)."),
+    ):
+        if wrong:
+            raise ValueError(f"{module.tensor_fqn}: {message}")
+    rows = getattr(module.granularity, "group_size", 0)
+    return ClusterConfig(bits=module.n_bits, dim=module.cluster_dim, rows_per_lut=rows, **module._training_strategy.settings)
 
 
 def _show(module: _KMeansFakePalettize, clustering: Clustering) -> None:

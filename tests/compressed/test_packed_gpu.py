@@ -1,4 +1,8 @@
-"""The Triton kernels, through Triton's interpreter on a CPU or on a GPU where there is one (conftest.py), against the decoded weight."""
+"""The Triton kernels, through Triton's interpreter on a CPU or on a GPU where there is one (conftest.py).
+
+1. Every width gives the product with the decoded weight; an index beyond its table reads no other memory.
+2. Only shapes, dtypes and devices that the kernels know are given to them.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,10 @@
-"""What people do with a packed model beyond calling it: read its weights, offload it, copy it, put adapters on it, save it again."""
+"""Packed models in other people's code.
+
+1. Going over all parameters finds the names, shapes, counts and memory of the model that it stands for.
+2. A weight reads as the dense one; changing or training it is refused with the remedy.
+3. Models of several families load, run, are saved, copied, offloaded, cut into files and dequantized without a change.
+4. Every kind of adapter trains as on the dense model and keeps no dense weight; those that would change the base are refused.
+"""
 
 import copy
 import gc

@@ -1,4 +1,9 @@
-"""Packed models under everything that records or transforms operations: the same numbers, or one clear refusal."""
+"""Packed models under code that records or transforms operations.
+
+1. torch.export, jit.trace and make_fx give programs with the same numbers, for other inputs too, that need no edkm.
+2. torch.compile takes a model in one graph, with the same gradients; function transforms and counters see the dense operations.
+3. torch.fx.symbolic_trace, which knows no shapes, is refused.
+"""
 
 import copy
 import io

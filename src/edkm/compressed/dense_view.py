@@ -1,11 +1,11 @@
-"""The weight of a packed module as other code reads it: the dense weight, decoded when it is used.
+"""Show the weight of a packed module to code that reads it: a dense weight, decoded when it is used.
 
 Some code reads a layer's `weight` and not only calls the layer: Gemma's embedding and T5's output layer ask for its dtype, Mamba
 multiplies by it, TRL's losses take the output layer's, adapters ask for its shape and device and, when they are merged, add to it;
 others go over all parameters, to count them or to find the embedding. A `DenseView` answers at once what costs nothing, decodes the weight
 for every operation, and refuses to be changed or trained: a change would be lost.
 
-What is set in its place (a tied weight, one that accelerate has moved) is the packed weight again: `Parameters`.
+A view that is set as a parameter (a tied weight, one that accelerate has moved) becomes the packed weight again: `Parameters`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class DenseView(Tensor):
 
     @property
     def data(self) -> DenseView:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Itself: what is written to it is refused, too."""
+        """The view itself, which refuses to be written to."""
         return self
 
     @data.setter
@@ -156,7 +156,7 @@ class DenseView(Tensor):
 
 
 class Parameters(dict[str, Any]):
-    """A module's parameters. Of a packed one the stream of indices is kept; who goes over all parameters meets its `DenseView`.
+    """The parameters of a packed module: it holds streams of indices, and gives their `DenseView` to code that goes over all parameters.
 
     Attributes:
         module: the packed module, weakly.

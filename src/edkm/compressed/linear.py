@@ -39,7 +39,7 @@ class PackedWeight:
     Attributes:
         stream: uint8, the indices as docs/format.md has them.
         lut: `[luts, k, dim]` float16.
-        entry: its shape and how it is cut.
+        entry: its shape, bits and tables.
         rows, cols: of the weight as a matrix.
         matrix: its bits, rows and columns.
         compiled: whether the kernels of `cpu` read it.
@@ -58,7 +58,7 @@ class PackedWeight:
         return PackedWeight(self.stream.to(device), self.lut.to(device), self.entry)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight in its own shape; float32 and float16 hold it exactly."""
+        """Decode the whole weight, in its own shape; float32 and float16 hold it exactly."""
         return self.decode_rows(0, self.rows, dtype).view(self.entry.shape)
 
     def decode_rows(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -110,7 +110,7 @@ class PackedWeight:
 
 
 def is_recorded(*tensors: Tensor) -> bool:
-    """Say whether somebody records or transforms what is done with a tensor: torch.compile, export, trace, a mode, vmap, a subclass.
+    """Say whether operations on a tensor are recorded or transformed: torch.compile, export, trace, a mode, vmap, a subclass.
 
     Raises:
         ValueError: a tensor stands for any other (torch.fx.symbolic_trace).

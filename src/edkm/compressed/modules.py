@@ -1,4 +1,4 @@
-"""Modules that run on packed weights: the bytes of the file are all they keep.
+"""Run modules on packed weights: the bytes of the file are all they keep.
 
 `pack_module` turns a module into its packed form in place. A linear layer multiplies by its packed weight, an embedding decodes the rows
 that it is asked for, and whatever else has a clustered parameter (convolutions, experts) decodes its dense weight each time it is called.
@@ -25,17 +25,17 @@ from edkm.compressed.entries import LUT_SUFFIX, Entry
 from edkm.compressed.linear import PackedWeight, is_recorded, packed_linear
 from edkm.core.assign import LUT_DTYPE
 
-# Of an embedding, decoded at once: some 40 bytes live for each.
+# Weights of an embedding decoded at once; some 40 bytes live for each.
 _EMBEDDED_WEIGHTS = 1 << 18
-# Of each stream of indices in use, by its id.
+# The view of each stream of indices in use, by the id of the stream.
 _VIEWS: WeakValueDictionary[int, DenseView] = WeakValueDictionary()
 
 
 class PackedModule(nn.Module):
-    """What packed modules have in common. `pack_module` makes them of ordinary ones.
+    """A module with packed parameters; `pack_module` makes it of an ordinary one.
 
     Attributes:
-        packed_entries: parameter name -> how it is cut.
+        packed_entries: parameter name -> bits, tables and shape.
         dense_dtype: of the weights that it stands for; follows `.to(dtype)`, while the tables stay as they are stored.
         ordinary: the class it had.
         tables_of: the module whose tables it uses, if a parameter is tied.
@@ -49,7 +49,7 @@ class PackedModule(nn.Module):
     decoded: dict[int, dict[str, Tensor]]
 
     def packed(self, name: str = "weight") -> PackedWeight:
-        """The parameter `name` as it is kept."""
+        """Return the packed weight of parameter `name`."""
         parameters: Any = self._parameters  # `Parameters`
         stream = parameters.get(name)
         if stream is None:
@@ -69,7 +69,7 @@ class PackedModule(nn.Module):
         return weight
 
     def seen(self, name: str) -> Tensor:
-        """The parameter `name` for those who read it: dense, or while it is nowhere (not loaded yet, offloaded) what it is."""
+        """Return a dense view of parameter `name`; the meta tensor itself while it is not loaded or is offloaded."""
         stream = self._parameters.get(name)
         if stream is None:
             raise self._constant(name)
@@ -80,7 +80,7 @@ class PackedModule(nn.Module):
         return self.view(name, stream)
 
     def view(self, name: str, parameter: Any) -> Any:
-        """A parameter as it is counted and looked at: of a packed one, for all modules that share it, the same `DenseView`."""
+        """Return a parameter, or the dense view of a packed one: the same for all modules that share it."""
         if parameter is None or name not in self.packed_entries:
             return parameter
         weight, views = self.packed(name), cast(Parameters, self._parameters).views
@@ -108,7 +108,7 @@ class PackedModule(nn.Module):
         self._parameters = Parameters(self._parameters, self)  # pyright: ignore
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """A copy. Of this module alone it is dense and ordinary: such copies are made to be trained (PEFT's `modules_to_save`)."""
+        """Copy the module. Copied alone it becomes dense and ordinary: such copies are trained (PEFT's `modules_to_save`)."""
         alone = not memo
         make, arguments, state = self.__reduce_ex__(4)
         memo[id(self)] = other = make(*arguments)
@@ -191,7 +191,7 @@ def _embedded(weight: PackedWeight, tokens: Tensor) -> Tensor:
     """Some rows, `[n, cols]` in the dtype of the tables."""
     bits, tokens = weight.entry.bits, tokens.unsqueeze(1)
     bit = (tokens * weight.cols + torch.arange(weight.cols, device=tokens.device)) * bits  # [n, cols]
-    # An index lies in two bytes at most; the byte after the last is none of its business.
+    # An index lies in two bytes at most; the last one does not read beyond the stream.
     byte = bit // 8
     low, high = (weight.stream[b].int() for b in (byte, (byte + 1).clamp_(max=len(weight.stream) - 1)))
     index = torch.bitwise_right_shift(low + 256 * high, (bit % 8).int()) & ((1 << bits) - 1)
@@ -200,7 +200,7 @@ def _embedded(weight: PackedWeight, tokens: Tensor) -> Tensor:
 
 
 class _DecodedModule(PackedModule):
-    """Any other module: reads dense weights, decoded when it is called. For backward none of them is kept: it decodes what it needs."""
+    """Any other module: reads dense weights, decoded when it is called. Backward decodes them again, so that none is kept for it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_recorded(*(self._parameters.get(name) for name in self.packed_entries)):  # pyright: ignore
@@ -221,7 +221,7 @@ class _DecodedModule(PackedModule):
             del self.decoded[thread]
 
     def _remember(self, kept: Any) -> Tensor:
-        """What was forgotten, from the rows of the weight that it takes up."""
+        """Decode again a part of a weight that was not kept, from the rows that it lies in."""
         if isinstance(kept, Tensor):
             return kept
         name, dtype, shape, stride, offset = kept
@@ -237,12 +237,12 @@ class _DecodedModule(PackedModule):
 
 
 def pack_module(module: nn.Module, name: str, entry: Entry, k: int, dtype: torch.dtype, device: torch.device | str = "meta") -> None:
-    """Make a module one whose parameter `name` is packed, in place. The bytes come later, from a state dict.
+    """Pack the parameter `name` of a module, in place. The bytes come later, from a state dict.
 
     Args:
         module: owns the parameter, of the shape in `entry`.
         name: of the parameter in it.
-        entry: how it is cut.
+        entry: its bits, tables and shape.
         k: centroids in a table.
         dtype: of the weights that it stands for.
         device: of the empty tensors that wait for the bytes.

@@ -25,7 +25,7 @@ _CHANGING_ROPE = ("dynamic", "longrope")
 
 
 class Exported(NamedTuple):
-    """What was written and how it was checked.
+    """The size of an exported package and the results of its checks.
 
     Attributes:
         package_bytes: size on disk.

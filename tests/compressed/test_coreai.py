@@ -1,4 +1,10 @@
-"""`edkm.coreai` against Apple's own coreai-opt: the same training as edkm's layers, and an export of exactly our tables."""
+"""`edkm.coreai` in Apple's own coreai-opt (its environment is another: make test-coreai).
+
+1. Training is that of edkm's layers, to the bit or within rounding, with the reference's gradient, and keeps no more for backward.
+2. Evaluation and export have exactly the tables and indices of `freeze`; soft weights are not exported.
+3. A run that is saved and loaded goes on as the same run; tied weights, copies and 16 bits train.
+4. Importance, from calibration or from `attach`, weighs; settings change the run; those that edkm does not have are refused by name.
+"""
 
 import copy
 import io
@@ -29,7 +35,7 @@ from edkm.coreai import EdkmTrainingSpec, attach
 
 # coreai-opt 0.4 reads `model_fields` from an instance, which pydantic 2.11 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the 'model_fields' attribute on the instance")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROWS4 = PerGroupedChannelGranularity(axis=0, group_size=4)
 STRATEGY = EdkmTrainingSpec(anneal_steps=10)
 
