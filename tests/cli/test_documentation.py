@@ -59,7 +59,7 @@ def test_commands_shown_are_accepted(page):
         if not re.search(r" (MODEL|DIR|packed) ?", line):  # part of a command
             continue
         words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
-        assert _parser().parse_args(words).run, line
+        assert _parser().parse_args(words).command, line
 
 
 def test_readme_shows_every_command():
