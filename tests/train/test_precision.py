@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -63,6 +64,13 @@ both_trainings = pytest.mark.parametrize("autocast", [False, True], ids=["fp32",
 @pytest.fixture(params=PRECISIONS)
 def precision(request):
     return PRECISIONS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def own_state_of_accelerate():
+    """Leave no precision to the Accelerators of later tests: their state is one for the process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def rows(count=24, length=32):
