@@ -101,12 +101,12 @@ def prepare(
     """Cluster a model's weights from now on, in place: linear layers, embeddings, Conv1d/2d, and stacks of matrices such as experts.
 
     Given `batches` the model is first calibrated on them, bits are chosen (with `target_bpw`), and its linear weights are fitted. Each
-    matrix of a stack has its own tables (`rows_per_lut` divides its rows; 0 is one table for each). Parameters stay the same objects,
-    so optimizers and tied weights do too; a tied tensor is clustered once. All tables are made before clustering is put into the model: a
-    refused tensor leaves it as it was. While a forward pass of the model or of a part of it runs, a weight that is read instead of called
-    (`F.linear(x, self.tokens.weight)`) is the clustered one; outside it is the parameter: call `model(x)`, not `model.forward(x)`, and put
-    a loss which multiplies by `model.lm_head.weight` into a `forward`. A frozen weight (`requires_grad` False) is clustered like any other,
-    and annealed with them; `config.skip` leaves weights alone.
+    matrix of a stack has its own tables (`rows_per_lut` divides its rows; 0 is one table for each). Parameters stay the same objects, so
+    optimizers and tied weights do too; a tied tensor is clustered once. A tensor is refused before anything is changed. While a forward
+    pass of the model or of a part of it runs, a weight that is read instead of called (`F.linear(x, self.tokens.weight)`) is the clustered
+    one; outside it is the parameter: call `model(x)`, not `model.forward(x)`, and put a loss which multiplies by `model.lm_head.weight`
+    into a `forward`. A frozen weight (`requires_grad` False) is clustered like any other, and annealed with them; `config.skip` leaves
+    weights alone.
 
     Args:
         model: any module.
@@ -134,11 +134,7 @@ def prepare(
     if target_bpw is not None and batches is None:
         raise ValueError("target_bpw: bits are chosen on data. Give batches, too, or set bits in the config.")
     decisions = _check(model, config, backend)
-    known = {name for one in decisions if one.target for name in one.target.names}
-    for argument, given in (("importance", importance), ("centroids", centroids)):
-        unknown = set(given or ()) - known
-        if unknown:
-            raise ValueError(f"{argument}: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
+    _check_names(decisions, importance=importance, centroids=centroids)
     errors: dict[str, float] = {}
     if batches is not None:
         batches = list(batches)
@@ -156,7 +152,7 @@ def prepare(
             if one.target is None or one.settings is None:
                 entries.append(_entry(one))
                 continue
-            weigh, start = (next((given[n] for n in one.target.names if n in given), None) for given in (importance or {}, centroids or {}))
+            weigh, start = (_of_target(given, one.target) for given in (importance, centroids))
             clustering, note = _clustering(one, weigh, start, backend)
             clustering.prepared_by = config
             note += "; tables by k-means" if centroids and start is None else ""
@@ -202,6 +198,20 @@ def _check(model: nn.Module, config: ClusterConfig, backend: str) -> list[Decisi
             check_finite(one.name, one.parameter)
     check_savable(model)
     return decisions
+
+
+def _check_names(decisions: list[Decision], **given: Mapping[str, Tensor] | None) -> None:
+    """Refuse tensors for weights that the model does not have."""
+    known = {name for one in decisions if one.target for name in one.target.names}
+    for argument, tensors in given.items():
+        unknown = set(tensors or ()) - known
+        if unknown:
+            raise ValueError(f"{argument}: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
+
+
+def _of_target(given: Mapping[str, Tensor] | None, target: Target) -> Tensor | None:
+    """Look up the tensor for a weight by any of its names."""
+    return next((given[name] for name in target.names if name in given), None) if given else None
 
 
 def _entry(decision: Decision, note: str = "", error: float | None = None) -> Entry:
