@@ -99,7 +99,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """All rows on all numbers of learners, as the JSON result; raises where gradients differ."""
+    """Measure all rows on all numbers of learners, as the JSON result; raises where gradients differ."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as every learner: sums are cut alike, so that gradients can be equal bit for bit
     try:
@@ -139,12 +139,12 @@ def _backward(layer: Layer, soft: list[Tensor], data: Data, again: bool = False)
 
 
 def _digests(layer: Layer) -> list[str]:
-    """Of the gradients' bits."""
+    """Hash the gradients."""
     return [hashlib.sha256(weight.grad.cpu().view(torch.uint8).numpy().tobytes()).hexdigest() for weight in layer.weights]
 
 
 def _plain(layer: Layer, data_of_learners: list[Data]) -> list[list[str]]:
-    """Digests without any hook, per learner. The soft weights are alike, so one graph serves all."""
+    """Hash gradients without any hook, per learner. The soft weights are alike, so one graph serves all."""
     soft, digests = soft_weights(layer), []
     for data in data_of_learners:
         _backward(layer, soft, data, again=True)
@@ -153,7 +153,7 @@ def _plain(layer: Layer, data_of_learners: list[Data]) -> list[list[str]]:
 
 
 def _histogram_error(layer: Layer, data: Data) -> dict[str, float]:
-    """Largest relative errors of the four gradients against float64, of `histogram` and of the dense layer; raises if it is worse."""
+    """Compute the largest relative gradient errors against float64, of `histogram` and of the dense layer; raises if it is worse."""
     exact_gradients = truth(layer, data)
     errors = {}
     for name, cluster in (("dense", soft_weights), ("histogram", _histogram)):
@@ -168,7 +168,7 @@ def _histogram_error(layer: Layer, data: Data) -> dict[str, float]:
 
 
 def _measure(args: argparse.Namespace, layer: Layer, learners: int, counted: int) -> list[dict]:
-    """The rows that differ on this many learners; M, M+U and `histogram` know nothing of other learners."""
+    """Measure the rows that depend on the number of learners; M, M+U and `histogram` do not."""
     names = ["base", "M", "M+U", "histogram"] if learners == 1 else ["base", "M+S", "M+U+S"]
     if learners > 1 and not _fits(counted * learners, args.device):
         print(f"base on {learners} learners: left out, {counted * learners / 2**30:.1f} GiB would not fit; no ratio of seconds there")
@@ -199,7 +199,7 @@ def _fits(needed: int, device: str) -> bool:
 
 
 def _learner(rank: int, args: argparse.Namespace, names: list[str], learners: int, folder: str) -> None:
-    """One process of a data-parallel run."""
+    """Run one process of a data-parallel run."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", learners)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=learners)

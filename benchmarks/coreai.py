@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 
 def _models(layer: nn.Linear, x: Tensor, bits: int) -> dict[str, nn.Module]:
-    """The same layer, prepared in every way."""
+    """Prepare the same layer in every way."""
     from coreai_opt.palettization.spec import DefaultTrainingSpec, PerGroupedChannelGranularity, PerTensorGranularity
 
     from edkm.coreai import EdkmTrainingSpec

@@ -1,4 +1,4 @@
-"""Seconds, bytes kept for backward and peak memory of a forward and backward."""
+"""Measure seconds, bytes kept for backward and peak memory of a forward and backward."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def seconds(run: Callable[[], None], device: str, repeats: int) -> tuple[float, 
 
 
 def kept_bytes(forward: Callable[[], Tensor], free: set[int]) -> int:
-    """Bytes of the distinct storages that `forward` saves for backward, but for storages in `free` (the weight itself)."""
+    """Count the bytes of the distinct storages that `forward` saves for backward, but for storages in `free` (the weight itself)."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -46,8 +46,11 @@ def kept_bytes(forward: Callable[[], Tensor], free: set[int]) -> int:
 
 
 def peak_bytes(run: Callable[[], None], device: str) -> int:
-    """Peak memory of one run above what was in use before. On a CPU, growth of the resident set: what the allocator already holds from
-    earlier runs does not show, so small figures mean little."""
+    """Measure peak memory of one run above the memory in use before.
+
+    On a CPU, growth of the resident set: memory that the allocator already holds from earlier runs does not show, so small figures
+    mean little.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -85,7 +88,7 @@ def _wait(device: str) -> None:
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """What the figures were taken on."""
+    """Describe the machine and the versions."""
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     return {
         "device": name,

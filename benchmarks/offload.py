@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(model: Any, tokens: Tensor, repeats: int) -> dict:
-    """All rows, as the JSON result; raises where a loss or a gradient differs from the plain step."""
+    """Measure all rows, as the JSON result; raises where a loss or a gradient differs from the plain step."""
     model.train()
     loss = lambda: model(input_ids=tokens, labels=tokens).loss  # noqa: E731
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -90,7 +90,7 @@ def run(model: Any, tokens: Tensor, repeats: int) -> dict:
 
 
 def requested_bytes(forward: Callable[[], Any]) -> int:
-    """Bytes of all tensors that `forward` saves for backward, parameters and repeats too: what `save_on_cpu` copies."""
+    """Count the bytes of all tensors that `forward` saves for backward, parameters and repeats too: what `save_on_cpu` copies."""
     total = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def requested_bytes(forward: Callable[[], Any]) -> int:
 
 
 def _digest(model: Any) -> str:
-    """Of all gradients' bits."""
+    """Hash all gradients."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
         if parameter.grad is not None:

@@ -131,7 +131,7 @@ def _ours(layer: str, dtype: torch.dtype, rows_per_lut: int | None, backend: str
 
 
 def _peer(layer: str, dtype: torch.dtype, args: argparse.Namespace) -> dict:
-    """One table per tensor is all that is compared: it is coremltools' default."""
+    """Compare one table per tensor, coremltools' default."""
     rows, cols = LAYERS[layer]
     name = str(dtype).removeprefix("torch.")
     command = [str(args.peers), "-W", "ignore", str(Path(__file__).with_name("peer_coremltools.py"))]

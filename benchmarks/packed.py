@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def check() -> None:
-    """Every width against the unpacked weight in float64: at most twice the error of torch's float32 product."""
+    """Compare every width with the unpacked weight in float64: at most twice the error of torch's float32 product."""
     torch.manual_seed(0)
     for bits in range(1, 9):
         for rows, cols, luts in ((64, 576, 64), (36, 1000, 1)):
@@ -75,7 +75,7 @@ def check() -> None:
 
 
 def _random(rows: int, cols: int, bits: int, luts: int) -> PackedWeight:
-    """A packed weight of random bits: any bits are indices."""
+    """Make a packed weight of random bits: any bits are indices."""
     packed = torch.randint(0, 256, (packed_bytes(rows * cols, bits),), dtype=torch.uint8)
     if used := rows * cols * bits % 8:
         packed[-1] &= (1 << used) - 1

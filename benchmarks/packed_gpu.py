@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def check(device: str) -> None:
-    """Every width against the decoded weight in float64: at most twice the error of torch's product."""
+    """Compare every width with the decoded weight in float64: at most twice the error of torch's product."""
     for bits in (1, 2, 3, 4, 5, 8):
         packed, lut = _random(48, 96, bits, device)
         weight = lookup(unpack_indices(packed, bits, 48 * 96).view(48, 96), lut)
@@ -115,7 +115,7 @@ def _nf4(dense: list[Tensor], x: Tensor) -> list[Callable[[], Tensor]]:
 
 @torch.inference_mode()
 def _graph(calls: list[Callable[[], Tensor]]) -> Callable[[], None]:
-    """All calls as one CUDA graph."""
+    """Capture all calls as one CUDA graph."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for call in calls:

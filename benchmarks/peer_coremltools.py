@@ -1,4 +1,4 @@
-"""One layer through coremltools' DKMPalettizer: run by `benchmarks op` in an environment of its own. Prints one line of JSON."""
+"""Run one layer through coremltools' DKMPalettizer; `benchmarks op` runs this in a separate environment. Prints one line of JSON."""
 
 import json
 import sys

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def _reads(model: torch.nn.Module, batch: dict[str, Tensor]) -> int:
-    """Of the second step."""
+    """Count those of the second step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(2):
         with CountReads() as counted:

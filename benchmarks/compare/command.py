@@ -41,7 +41,7 @@ _BASELINES = Path(".venv-baselines/bin/python")
 
 
 class StageError(Exception):
-    """A stage failed; the message is what it said last."""
+    """A stage failed; the message is its last line."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a comparison is asked for, as JSON: all that must be the same when it goes on, but for where the baselines' python lies."""
+    """Return the settings that must be the same when a comparison continues, and the baselines' python."""
     same = ("bits", "limit", "window", "max_windows", "steps", "block_tokens", "batch", "precision", "seed", "calibration_blocks")
     model = Path(args.model)
     return {
@@ -146,7 +146,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _texts(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """By the name of the file without its ending."""
+    """Return texts by the name of the file without its ending."""
     found = {path.stem: {"path": str(path.resolve()), "sha256": _sha256(path)} for path in paths}
     if len(found) < len(paths):
         raise ValueError("--text: two files of one name. Rename one: the table's columns are named after them.")
@@ -222,7 +222,7 @@ def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
 
 
 def _delete(out: Path) -> None:
-    """What a comparison wrote, and nothing else that may lie there."""
+    """Delete the files of a comparison, and no other."""
     for name in METHODS:
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("table.json", "table.md", "plot.svg", "calibration.safetensors"):

@@ -1,4 +1,4 @@
-"""Ordinary checkpoints, which every method hands over, and what is in a model."""
+"""Save ordinary checkpoints, and list the weights of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LARGEST_HALF = 65504.0
 
 
 def linear_weights(model: Any) -> dict[str, nn.Parameter]:
-    """The weights that are quantized: of linear layers, but not of the one that ends in the vocabulary."""
+    """Find the weights that are quantized: of linear layers, but not of the one that ends in the vocabulary."""
     outside = {id(weight) for weight in embedding_weights(model).values()}
     found = {
         f"{name}.weight": module.weight
@@ -39,7 +39,7 @@ def embedding_weights(model: Any) -> dict[str, nn.Parameter]:
 
 
 def untied_head(model: Any) -> tuple[str, ...]:
-    """The name of the last linear layer's weight, unless it is that of an embedding."""
+    """Return the name of the last linear layer's weight, unless it is an embedding's."""
     head = model.get_output_embeddings()
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     if head is None or id(head.weight) in embeddings:
@@ -48,7 +48,7 @@ def untied_head(model: Any) -> tuple[str, ...]:
 
 
 def inventory(model: Any) -> dict[str, Any]:
-    """Shapes of what is quantized and of embeddings, and how many weights are left; for `methods.account`."""
+    """List shapes of quantized weights and embeddings, and count the other weights; for `methods.account`."""
     linear, embeddings = linear_weights(model), embedding_weights(model)
     inside = sum(w.numel() for w in (*linear.values(), *embeddings.values()))
     return {

@@ -19,7 +19,7 @@ ITERATIONS = 3
 
 
 def config(model: Any, bits: int) -> ClusterConfig:
-    """One table a tensor, no annealing; a last linear layer of its own is left alone."""
+    """Return DKM's settings: one table per tensor, no annealing; an untied last linear layer is skipped."""
     return ClusterConfig(bits=bits, rows_per_lut=0, anneal=1.0, max_iters=ITERATIONS, skip=untied_head(model))
 
 

@@ -1,4 +1,4 @@
-"""How each method makes its checkpoint. One function a maker; each runs in a process of its own (`stage.py`)."""
+"""Make the checkpoint of each method: one function per maker, each run in its own process (`stage.py`)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Job:
         return self.root / self.method.start / CHECKPOINT
 
     def original(self) -> dict[str, Any]:
-        """What `make_original` found: `model`, the inventory, and `group`."""
+        """Read the results of `make_original`: `model`, the inventory, and `group`."""
         return json.loads((self.root / "original" / "make.json").read_text())
 
     @property
@@ -71,14 +71,14 @@ def make(job: Job) -> dict[str, Any]:
 
 
 def last_line(log: Path, code: int) -> str:
-    """What a process said last, and where the rest is."""
+    """Return the last line of a process's log, and where the rest is."""
     lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     said = f"ended by signal {-code}" if code < 0 else lines[-1] if lines else f"exit code {code}"
     return f"{said} (all of it: {log})"
 
 
 def _make_original(job: Job) -> dict[str, Any]:
-    """The model that all start from, in 16 bits; and the blocks that post-training methods are calibrated on."""
+    """Save the model that all start from, in 16 bits, and the blocks that post-training methods are calibrated on."""
     from safetensors.torch import save_file
 
     from benchmarks.compare.dense import inventory, save_16_bit, untied_head
@@ -250,7 +250,7 @@ def _bits(job: Job, model: dict[str, Any] | None = None, group: int = 0) -> dict
 
 
 def _packed(job: Job) -> dict[str, Any]:
-    """The figures of a packed directory: of its files as they lie there."""
+    """Read the figures of a packed directory from its files."""
     from edkm.compressed.checkpoint import summary
 
     found = summary(job.directory / CHECKPOINT)

@@ -1,4 +1,4 @@
-"""What is compared: how each method is made, and how many bits a weight it takes.
+"""List the methods that are compared, and count the bits per weight of each.
 
 The weights of linear layers, but for the one that ends in the vocabulary, are stored in `bits` bits each. Blocks of them share a scale
 and a zero point, or a table, which count too. Embeddings, and a last linear layer over the vocabulary, are stored in 8 bits by every
@@ -69,7 +69,7 @@ ALWAYS = ("original", "control")
 
 
 def chosen(names: Iterable[str]) -> list[str]:
-    """The methods to run, each once, in the order of the table, with those that others start from.
+    """Select the methods to run, each once, in the order of the table, with those that others start from.
 
     Raises:
         ValueError: an unknown name, or none.
@@ -84,7 +84,7 @@ def chosen(names: Iterable[str]) -> list[str]:
 
 
 def group_size(columns: Iterable[int]) -> int:
-    """The largest power of two, up to 128, that divides every number of columns.
+    """Return the largest power of two, up to 128, that divides every number of columns.
 
     Raises:
         ValueError: below 16 the scales would cost more than a bit a weight.
@@ -98,17 +98,17 @@ def group_size(columns: Iterable[int]) -> int:
 
 
 def side_bits(bits: int, group: int) -> float:
-    """Bits a weight that scale and zero point of a group take."""
+    """Return bits per weight of the scale and zero point of a group."""
     return (SCALE_BITS + bits) / group
 
 
 def budget(bits: int, group: int) -> float:
-    """Bits a weight for edkm: those of the methods with groups, rounded down to tenths."""
+    """Return bits per weight for edkm: those of the methods with groups, rounded down to tenths."""
     return math.floor(10 * (bits + side_bits(bits, group))) / 10
 
 
 def account(method: Method, bits: int, group: int, model: dict[str, Any]) -> dict[str, float]:
-    """Bits that a model takes, everything counted.
+    """Count the bits of a model, scales and tables included.
 
     Args:
         method: one that is not stored in a file of its own.

@@ -1,4 +1,4 @@
-"""Round to nearest, the method that every other has to beat, and the 8 bits of the embeddings."""
+"""Round to nearest: the method that every other has to beat, and the 8 bits of the embeddings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def symmetric(weight: Tensor, bits: int) -> Tensor:
 
 
 def most_distinct(weight: Tensor, rows: int, columns: int) -> int:
-    """The largest number of distinct values in any block of `rows` x `columns` (0 for all) of a matrix."""
+    """Count the largest number of distinct values in any block of `rows` x `columns` (0 for all) of a matrix."""
     height, width = weight.shape
     rows, columns = rows or height, columns or width
     blocks = weight.detach().reshape(height // rows, rows, width // columns, columns).transpose(1, 2).reshape(-1, rows * columns)
@@ -39,5 +39,5 @@ def most_distinct(weight: Tensor, rows: int, columns: int) -> int:
 
 
 def is_16_bit(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a 16-bit dtype holds every value exactly."""
+    """Tell whether a 16-bit dtype holds every value exactly."""
     return bool((weight.to(dtype).to(weight.dtype) == weight).all())

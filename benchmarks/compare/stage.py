@@ -20,7 +20,7 @@ SETTINGS = "compare.json"
 
 
 def path_of(root: Path, method: str, stage: str) -> Path:
-    """Where a stage writes what it found."""
+    """Return the file of a stage's results."""
     return root / method / f"{stage.replace(':', '-').replace('/', '-')}.json"
 
 
@@ -55,7 +55,7 @@ def _load(job: Job) -> tuple[Any, Any]:
 
 
 def _perplexity(job: Job, name: str) -> dict[str, Any]:
-    """Perplexity, of a checkpoint that was first found to be quantized as the method says."""
+    """Measure perplexity, after a check that the checkpoint is quantized as the method says."""
     from edkm.evaluate import perplexity
 
     model, tokenizer = _load(job)
@@ -66,10 +66,10 @@ def _perplexity(job: Job, name: str) -> dict[str, Any]:
 
 
 def check_quantized(job: Job, model: Any) -> int | None:
-    """The largest number of distinct values in a block that shares a scale or a table; None for a model in 16 bits.
+    """Count the most distinct values in a block that shares a scale or a table; None for a model in 16 bits.
 
     Raises:
-        ValueError: there are more than there may be: what would be measured is not a quantized model.
+        ValueError: there are more than the method allows: the model is not quantized.
     """
     from benchmarks.compare.dense import linear_weights
     from benchmarks.compare.rtn import most_distinct

@@ -1,4 +1,4 @@
-"""One table out of what the stages found: for the terminal, as Markdown and as JSON."""
+"""Make one table from the results of the stages: for the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edkm.compressed.jsonfile import dumps
 
 
 def row(out: Path, name: str, texts: list[str], tasks: list[str], error: str | None) -> dict[str, Any]:
-    """The figures of a method; those of stages that are not done are missing or None.
+    """Collect the figures of a method; those of stages that are not done are missing or None.
 
     `linear_bits` and `total_bits` are bits a weight; `texts` maps a text to its `Perplexity`, `tasks` a task to its `TaskScore`;
     `perplexity` is that of the first text.
@@ -43,7 +43,7 @@ def _read(out: Path, name: str, stage: str) -> dict[str, Any]:
 
 
 def notes(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """What one must know to read the table."""
+    """Explain the table in notes."""
     original = rows[0]
     groups = next((r["block"][1] for r in rows if METHODS[r["method"]].block == "group" and r["block"]), None)
     found = [
@@ -74,7 +74,7 @@ def notes(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def as_text(rows: list[dict[str, Any]], notes: list[str]) -> str:
-    """Aligned columns."""
+    """Align the columns."""
     cells = [_header(rows), *(_cells(row, rows) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [
@@ -84,7 +84,7 @@ def as_text(rows: list[dict[str, Any]], notes: list[str]) -> str:
 
 
 def as_markdown(rows: list[dict[str, Any]], notes: list[str]) -> str:
-    """A table of GitHub's Markdown, the notes under it."""
+    """Format a table of GitHub's Markdown, with the notes under it."""
     header = _header(rows)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *(_cells(row, rows) for row in rows)]
     text = ["| " + " | ".join(line) + " |" for line in lines]
@@ -92,12 +92,12 @@ def as_markdown(rows: list[dict[str, Any]], notes: list[str]) -> str:
 
 
 def as_json(rows: list[dict[str, Any]], notes: list[str], settings: dict[str, Any]) -> str:
-    """Everything, with inf and nan as strings, which JSON does not have."""
+    """Format everything, with inf and nan as strings, which JSON does not have."""
     return dumps({"settings": settings, "rows": rows, "notes": notes}) + "\n"
 
 
 def brief(found: dict[str, Any]) -> str:
-    """A line on one stage."""
+    """Describe one stage in a line."""
     if "perplexity" in found:
         return _number(found["perplexity"])
     if "scores" in found:
@@ -137,7 +137,7 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _score(score: dict[str, Any]) -> str:
-    """Accuracy in percent and its standard error."""
+    """Format accuracy in percent and its standard error."""
     error = score["accuracy_stderr"]
     return f"{100 * score['accuracy']:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
 

@@ -83,7 +83,7 @@ def table(summary: dict) -> str:
 
 
 def _shape_of(message: str) -> str:
-    """A message without what differs between cases: paths, names of tensors, values and numbers."""
+    """Strip from a message paths, names of tensors, values and numbers, which differ between cases."""
     message = re.sub(r"/\S*/", "", message)
     message = re.sub(r"model(-\d+-of-\d+)?\.safetensors(?!\.)", "FILE", message)
     message = re.sub(r"got .*?(?=\. [A-Z][^.]*\.$)", "got VALUE", message)

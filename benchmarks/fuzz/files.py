@@ -21,7 +21,7 @@ def config_of(directory: Path) -> dict[str, Any]:
 
 
 def checksums(directory: Path, rng: Random) -> None:
-    """The text in the header's metadata."""
+    """Change the text in the header's metadata."""
     path = weights_file(directory, rng)
     header, data = split(path)
     edkm = json.loads(header["__metadata__"]["edkm"])
@@ -43,7 +43,7 @@ def index_json(directory: Path, rng: Random) -> None:
 
 
 def index_names(directory: Path, rng: Random) -> None:
-    """The index leads out of the directory, where the file that it names does lie."""
+    """Let the index lead out of the directory, to an existing file."""
     if not (directory / INDEX).exists():
         _split_up(directory)
     content = json.loads((directory / INDEX).read_text())
@@ -138,7 +138,7 @@ def no_plain_file(directory: Path, rng: Random) -> None:
 
 
 def sparse(directory: Path, rng: Random) -> None:
-    """A file that claims to be large, and says so in its header or not."""
+    """Make a file that claims to be large, in its header or not."""
     path = weights_file(directory, rng)
     size = rng.choice([10_000_000, 100_000_000, 1 << 40])
     header, data = split(path)
@@ -198,7 +198,7 @@ def meaning(directory: Path, rng: Random) -> None:
 
 
 def links_of_a_hub(directory: Path, rng: Random) -> None:
-    """As a hub's cache has it: snapshots of links to blobs in another folder."""
+    """Store files as a hub's cache does: links to blobs in another folder."""
     blobs = directory.parent / "blobs"
     blobs.mkdir()
     for number, path in enumerate(sorted(directory.iterdir())):
@@ -207,7 +207,7 @@ def links_of_a_hub(directory: Path, rng: Random) -> None:
 
 
 def other_spelling(directory: Path, rng: Random) -> None:
-    """The same JSON with other spaces and another order."""
+    """Write the same JSON with other spaces and in another order."""
     config = config_of(directory)
     keys = sorted(config, key=lambda _: rng.random())
     (directory / CONFIG).write_text(json.dumps({key: config[key] for key in keys}, indent=rng.choice([None, 1, 4])))
@@ -225,7 +225,7 @@ def other_files(directory: Path, rng: Random) -> None:
 
 
 def other_order(directory: Path, rng: Random) -> None:
-    """The same tensors in another order of bytes, without the checksum of the description, as older versions wrote them."""
+    """Write the same tensors in another order of bytes, without the checksum of the description, as older versions wrote them."""
     for path in directory.glob("*.safetensors"):
         tensors = _tensors(path)
         keys = sorted(tensors, key=lambda name: (-len(tensors[name][2]), name))
@@ -252,7 +252,7 @@ def _add(path: Path, name: str, field: dict[str, Any], data: bytes) -> None:
 
 
 def _split_up(directory: Path) -> None:
-    """One file into two and an index."""
+    """Split one file into two and an index."""
     whole = directory / "model.safetensors"
     tensors = _tensors(whole)
     whole.unlink()

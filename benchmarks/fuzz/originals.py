@@ -1,4 +1,4 @@
-"""The packed models that are damaged: small, and with every variety that the format has."""
+"""Make the packed models that are damaged: small, and with every variety of the format."""
 
 from __future__ import annotations
 

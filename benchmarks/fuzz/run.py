@@ -35,7 +35,7 @@ Load = Callable[[Path], dict[str, Any]]
 
 
 class Result(NamedTuple):
-    """What became of one case.
+    """Outcome of one case.
 
     Attributes:
         case: its number: with the seed it makes the case again.
@@ -60,14 +60,14 @@ class Result(NamedTuple):
 
 
 class Worker:
-    """A process that loads one directory after another; started again after it has ended."""
+    """Process that loads one directory after another; started again after it has ended."""
 
     def __init__(self, load: Load, originals: list[Path], timeout_s: float) -> None:
         self.load, self.originals, self.timeout_s = load, originals, timeout_s
         self.process: Any = None
 
     def ask(self, directory: Path) -> dict[str, Any] | str:
-        """The worker's answer, or "hang" or "crash"."""
+        """Return the worker's answer, or "hang" or "crash"."""
         if self.process is None:
             self._start()
         self.pipe.send(directory)
@@ -148,7 +148,7 @@ def run(
 
 
 def judge(number: int, kind: str, original: str, answer: Any, expected: Any, size: int) -> Result:
-    """The result of a case, from the worker's answers for it and for the original."""
+    """Judge a case by the worker's answers for it and for the original."""
     if isinstance(answer, str):
         return Result(number, kind, original, answer, "", 0, size, 0.0)
     message, extra = answer["message"], max(0, answer["peak_bytes"] - expected["peak_bytes"])
@@ -168,7 +168,7 @@ def judge(number: int, kind: str, original: str, answer: Any, expected: Any, siz
 
 
 def _size(directory: Path) -> int:
-    """Bytes of the files, and of those that links lead to; nothing else has a size."""
+    """Count the bytes of the files, and of those that links lead to; nothing else has a size."""
     return sum(path.stat().st_size for path in directory.iterdir() if path.is_file() and not str(path.resolve()).startswith("/proc/"))
 
 
@@ -214,7 +214,7 @@ def _fingerprint(tensor: Any) -> str:
 
 
 def _status(field: str) -> int:
-    """Bytes, from Linux's account of this process."""
+    """Read bytes from Linux's account of this process."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) << 10

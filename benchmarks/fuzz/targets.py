@@ -1,4 +1,4 @@
-"""What is fuzzed: functions that take a directory and return its tensors by name, or raise ValueError with one clear line."""
+"""Define the functions that are fuzzed: each takes a directory and return its tensors by name, or raise ValueError with one clear line."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def edit(content: dict[str, Any], rng: Random, inside: tuple[str, ...] = ()) -> bytes:
-    """The JSON with one value, somewhere inside, put in the place of another, removed, added, renamed or given twice."""
+    """Replace, remove, add, rename or repeat one value somewhere in the JSON."""
     root: Any = content
     for key in inside:
         root = root[key]

@@ -136,7 +136,8 @@ the first window that has it; a window's first token is not scored where it has 
 Where the tokenizer puts a beginning-of-sequence token before every text, each window begins with it.
 float32, no autocast.
 
---tasks: names of lm-eval, such as piqa, hellaswag, winogrande, arc_easy, arc_challenge, boolq, mmlu. Needs pip install 'edkm[tasks]'."""
+--tasks: tasks of lm-eval, such as piqa or arc_easy (data from the hub), or .yaml files in its form.
+Needs pip install 'edkm[tasks]'."""
 
 
 def _add_eval(subparsers: Any) -> None:

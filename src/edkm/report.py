@@ -55,7 +55,7 @@ class Subject:
 
     @property
     def tensors(self) -> list[dict[str, Any]]:
-        """The clustered tensors, layer 10 after layer 9."""
+        """Return the clustered tensors, layer 10 after layer 9."""
         return sorted(self.summary["tensors"], key=lambda tensor: natural_order(tensor["name"]))
 
     @property

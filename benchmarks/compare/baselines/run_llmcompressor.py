@@ -97,7 +97,7 @@ def store(model: torch.nn.Module) -> list[str]:
 
 
 def peak_mib() -> float:
-    """Largest resident set of this process. Not `ru_maxrss`, which a process inherits from the one that started it."""
+    """Read the largest resident set of this process. Not `ru_maxrss`, which a process inherits from the one that started it."""
     for line in Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else ():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
