@@ -219,9 +219,10 @@ def test_all_equal(dim, value):
 
 
 @pytest.mark.parametrize("dim", [1, 2])
-def test_group_without_importance_is_clustered_by_density(dim):
-    weight = torch.randn(8, 30, generator=torch.Generator().manual_seed(0))
-    importance = torch.ones(8, 30)
+@pytest.mark.parametrize("cols", [30, 17_000])
+def test_group_without_importance_is_clustered_by_density(dim, cols):
+    weight = torch.randn(8, cols, generator=torch.Generator().manual_seed(0))
+    importance = torch.ones(8, cols)
     importance[:4] = 0
     with_zeros = edkm.initial_centroids(weight, 2, dim=dim, rows_per_lut=4, importance=importance)
     without = edkm.initial_centroids(weight, 2, dim=dim, rows_per_lut=4)

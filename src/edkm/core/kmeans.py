@@ -116,9 +116,9 @@ def _total(x: Tensor) -> Tensor:
 def _histogram(rows: Tensor, importance: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Distinct 16-bit values, ascending, and their mass, both `[1, m]`, of the weights of a table."""
     key = histogram.key_dtype(rows, torch.bfloat16)
-    found = histogram.from_totals(histogram.totals(rows, key, [importance, None], dtype), key)
-    count = torch.where(found.mass > 0, found.mass, 0)
-    return found.values.flatten(1), _or_density(found.mass.flatten(1), count.flatten(1))
+    totals = histogram.totals(rows, key, [importance, None], dtype)
+    found = histogram.from_totals(totals, key)
+    return found.values.flatten(1), _or_density(found.mass.flatten(1), found.folded(totals[1]).flatten(1))
 
 
 def _or_density(mass: Tensor, count: Tensor) -> Tensor:
