@@ -1,4 +1,10 @@
-"""The command line: what it prints, its exit codes, and how little it imports to say so."""
+"""What is guaranteed of the command line.
+
+1. `eval`, `generate`, `inspect` and `unpack` print the results of the library, as text or as strict JSON.
+2. Numbers, texts and directories that do not fit are refused in one line, before a model is loaded; no file is lost.
+3. Exit codes: 0, 1 for an error of the user's making (`--debug` shows the traceback), 2 for wrong usage, 130 for an interruption.
+4. Every command explains itself with an example that it accepts; `--help` loads neither torch nor transformers.
+"""
 
 import importlib.util
 import json
@@ -94,7 +100,7 @@ def test_eval_writes_json_to_a_file_beside_what_it_prints(tiny_dir, text_file, t
     assert (tmp_path / "result.json").read_text() == printed
 
 
-def test_eval_says_that_a_perplexity_is_not_finite(tiny_dir, text_file, capsys, monkeypatch):
+def test_eval_warns_of_a_perplexity_that_is_not_finite(tiny_dir, text_file, capsys, monkeypatch):
     broken = Perplexity(float("inf"), float("nan"), 3, 1, 4, 4)
     monkeypatch.setattr("edkm.evaluate.perplexity", lambda *args, **options: broken)
     assert cli.main(["eval", str(tiny_dir), "--text", str(text_file), "--json"]) == 0
@@ -133,7 +139,7 @@ def test_numbers_out_of_range_are_refused_before_a_model_is_loaded(text_file, tm
     assert f"edkm: error: {said}" in capsys.readouterr().err
 
 
-def test_a_text_that_is_too_short_is_named(tiny_dir, tmp_path, capsys):
+def test_a_text_that_is_too_short_is_refused_by_name(tiny_dir, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("a")
     assert cli.main(["eval", str(tiny_dir), "--text", str(tmp_path / "short.txt"), "--window", "16"]) == 1
     assert f"edkm: error: {tmp_path / 'short.txt'}: has 1 token(s)" in capsys.readouterr().err
@@ -241,7 +247,7 @@ def test_errors_of_the_user_are_one_line(stub, capsys, error, line):
             cli.main(command)
 
 
-def test_interruption_and_our_own_mistakes(stub, capsys):
+def test_an_interruption_exits_with_130_and_a_bug_shows_its_traceback(stub, capsys):
     def interrupt(directory):
         raise KeyboardInterrupt
 
@@ -300,7 +306,7 @@ def test_wrong_usage(argv, said, capsys):
 
 
 @pytest.mark.parametrize("package", ["transformers", "accelerate"])
-def test_compress_without_an_extra_says_which_before_any_work(package, tmp_path, capsys, monkeypatch):
+def test_compress_names_a_package_that_is_missing_before_any_work(package, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
     assert cli.main(["compress", "no/such/model", "--data", "none.json", "--out", str(tmp_path / "out")]) == 1
@@ -319,7 +325,7 @@ def test_every_command_explains_itself_with_an_example(command, capsys):
     assert cli._parser().parse_args(shlex.split(example)).command == command
 
 
-def test_the_process_itself(tmp_path):
+def test_a_fresh_process_prints_one_line_of_error_and_loads_nothing_for_help(tmp_path):
     def run(*argv):
         return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, check=False)
 

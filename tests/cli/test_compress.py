@@ -97,7 +97,7 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
         assert torch.equal(pretrained.load(tmp_path / "packed")(ids).logits, expected)
 
 
-def test_an_interruption_between_the_steps_says_how_to_go_on(tiny_dir, data, tmp_path, monkeypatch, capsys):
+def test_an_interruption_between_the_steps_prints_how_to_resume(tiny_dir, data, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
@@ -158,7 +158,7 @@ def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp
     assert whole.read_bytes() == parts.read_bytes()
 
 
-def test_a_dry_run_says_that_bits_are_not_chosen_yet(tiny_dir, data, tmp_path, capsys):
+def test_a_dry_run_prints_that_bits_are_not_chosen_yet(tiny_dir, data, tmp_path, capsys):
     assert main(for_a_budget(arguments(tiny_dir, data, tmp_path / "out", "--dry-run"))) == 0
     assert "bits are chosen in the run; this plan, its size and memory have 3 in every" in capsys.readouterr().out
 
@@ -263,7 +263,7 @@ def test_user_errors_are_one_line(tiny_dir, data, tmp_path, capsys, more, messag
     assert message in error and "Traceback" not in error
 
 
-def test_options_and_output_are_looked_at_before_the_model_is_loaded(tiny_dir, data, tmp_path, capsys):
+def test_options_and_output_are_checked_before_the_model_is_loaded(tiny_dir, data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out, more, said in (
         (tmp_path / "out", ("--fsdp",), "--fsdp: there is one process"),
@@ -293,7 +293,7 @@ def test_what_the_model_cannot_take_is_refused_before_any_work(tiny_dir, data, t
     assert not (tmp_path / "out").exists()
 
 
-def test_the_fields_of_the_data_are_said(tiny_dir, tmp_path, capsys):
+def test_the_fields_of_the_data_are_printed(tiny_dir, tmp_path, capsys):
     path = tmp_path / "chat.jsonl"
     record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": 1}
     path.write_text("\n".join([json.dumps(record)] * 20))

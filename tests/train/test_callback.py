@@ -1,4 +1,12 @@
-"""`edkm.Callback` in transformers' and TRL's Trainer, and `edkm.save`."""
+"""What is guaranteed of `edkm.Callback` in transformers' and TRL's Trainer, and of `edkm.save`.
+
+1. The first steps are those of the Trainer alone; then the model is fitted and trained clustered; the packed model is the trained one.
+2. A run is resumed from the Trainer's checkpoints to the same file; they are ordinary checkpoints, with every weight under its name.
+3. The best checkpoint is a clustered one; evaluation from then on is that of the packed model.
+4. Calibration takes whole examples of any data or loader, outside autocast, and gives a model the arguments of its forward.
+5. What would fail later is refused when the Trainer is made or starts: models, configs, directories, sharding, other checkpoints.
+6. `edkm.save` writes any module that was prepared, and replaces a packed model only.
+"""
 
 import copy
 import json
@@ -81,7 +89,7 @@ def test_plain_steps_then_clustered_ones_then_a_packed_directory(tiny_model, tin
     assert config["use_cache"] is True and config["quantization_config"]["settings"]["anneal_steps"] == 3
 
 
-def test_the_plain_steps_are_plain(tiny_model, tmp_path):
+def test_the_first_steps_are_those_of_a_run_without_the_callback(tiny_model, tmp_path):
     """Until clustering begins the run is what it would be without the callback, and so is the order of its data."""
     other, before = type(tiny_model)(tiny_model.config), {}
     other.load_state_dict(tiny_model.state_dict())
@@ -128,7 +136,7 @@ def test_the_best_checkpoint_is_a_clustered_one(tiny_model, tmp_path):
     assert packed.evaluate()["eval_loss"] == losses[best]
 
 
-def test_training_that_ends_early_says_so_and_writes(tiny_model, tmp_path):
+def test_training_that_ends_early_warns_and_writes(tiny_model, tmp_path):
     trainer = trainer_of(tiny_model, tmp_path)
 
     class Stop(TrainerCallback):
@@ -408,7 +416,7 @@ def test_the_best_checkpoint_of_experts_is_loaded(tmp_path):
     assert all(torch.equal(p, best.get_parameter(name)) for name, p in model.named_parameters())
 
 
-def test_a_weight_that_a_checkpoint_lacks_is_not_made_up(tmp_path):
+def test_a_weight_that_a_checkpoint_lacks_keeps_its_value(tmp_path):
     model = experts("qwen3_moe")
     edkm.Callback(tmp_path / "packed")._watch(model)
     model.save_pretrained(tmp_path / "saved")
@@ -438,7 +446,7 @@ def test_sharding_is_refused(tiny_model, tmp_path, monkeypatch):
         callback.on_init_end(trainer.args, trainer.state, trainer.control, model=tiny_model)
 
 
-def test_a_callback_added_too_late_to_resume_says_so(tiny_model, tmp_path):
+def test_a_callback_added_too_late_to_resume_is_refused(tiny_model, tmp_path):
     trainer_of(tiny_model, tmp_path, save_strategy="steps", save_steps=4).train()
     late = Trainer(model=type(tiny_model)(tiny_model.config), args=arguments(tmp_path), train_dataset=rows())
     late.add_callback(edkm.Callback(tmp_path / "packed", CONFIG))
@@ -463,7 +471,7 @@ def test_a_finished_run_is_extended(tiny_model, tmp_path):
     assert torch.equal(logits(copy.deepcopy(tiny_model)), logits(tiny_model))
 
 
-def test_a_checkpoint_of_another_time_or_config_is_refused(tiny_model, tmp_path):
+def test_a_checkpoint_from_before_clustering_or_of_another_config_is_refused(tiny_model, tmp_path):
     plain = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     trainer_of(tiny_model, tmp_path)
     edkm.prepare(tiny_model, CONFIG)

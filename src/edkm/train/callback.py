@@ -1,4 +1,4 @@
-"""`edkm.Callback`: the clustering of `edkm compress` in a Trainer of one's own (transformers' or TRL's). Needs transformers.
+"""Cluster a model in a user's Trainer (transformers' or TRL's): `edkm.Callback`.
 
 The parameters stay what they are, so the optimizer that the Trainer made stays valid. The clustering's state is in buffers and travels
 in the Trainer's checkpoints with the weights. A run is resumed from them by a model that is not prepared yet: a hook on
@@ -108,7 +108,7 @@ class Callback(TrainerCallback):
         if clusterings(model):
             self._begin(model, state)
         else:
-            # What the clustering step would fail on, after most of the training.
+            # Else clustering would fail after most of the training.
             check(model, self.config, self.backend)
             self._try_calibration(model, kwargs["train_dataloader"])
 
@@ -116,7 +116,7 @@ class Callback(TrainerCallback):
         if state.global_step >= self._plain_steps and not clusterings(model):
             with shown(not args.disable_tqdm):
                 self._cluster(model, state, kwargs["train_dataloader"])
-            # It belongs to the weights before the fit, and some optimizers keep copies of those in it.
+            # Moments of the weights before the fit; some optimizers keep copies of the weights, too.
             kwargs["optimizer"].state.clear()
 
     def on_train_end(self, args, state, control, model: Any = None, processing_class=None, **kwargs):
@@ -161,12 +161,12 @@ class Callback(TrainerCallback):
     def _cluster(self, model: nn.Module, state: Any, loader: Any) -> None:
         batches = _batches(model, loader, self.calibration_tokens)
         self.report = prepare(model, self.config, batches, backend=self.backend)
-        # The best so far had 16 bits.
+        # The best checkpoint so far is not clustered.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._begin(model, state)
 
     def _begin(self, model: nn.Module, state: Any) -> None:
-        """What is not in a checkpoint: how long to anneal, and who else trains."""
+        """Set what is not in a checkpoint: the steps to anneal over, and the ranks."""
         found = [clustering for *_, clustering in clusterings(model)]
         if self.report is not None and not self.config.anneal_steps:
             # Those that were, which in a run that goes on began when its own plan said, and those to come.
@@ -181,7 +181,7 @@ class Callback(TrainerCallback):
 
 
 def _refuse(model: Any, args: Any, out: Path) -> None:
-    """Raise ValueError for what would go wrong later."""
+    """Refuse models and arguments that would fail later."""
     check_no_adapters(model)
     run = Path(args.output_dir).resolve()
     if out.resolve() in (run, *run.parents):
@@ -228,9 +228,9 @@ def _prepare_for(model: nn.Module, config: ClusterConfig, state: dict[str, Tenso
 
 
 def _batches(model: nn.Module, loader: Any, tokens: int) -> list[Any]:
-    """Examples spread over the training data, one in each batch: nothing is padded. The loader itself stays where it is.
+    """Return examples spread over the training data, one in each batch: nothing is padded. The loader itself stays where it is.
 
-    Where the data are batches already, or the loader is somebody's own and tells of no data, its batches are taken as they are.
+    Where the data are batches already, or the loader has no `dataset`, its batches are taken as they are.
     """
     data, device = getattr(loader, "dataset", None), next(model.parameters()).device
     if data is None:
@@ -248,7 +248,7 @@ def _batches(model: nn.Module, loader: Any, tokens: int) -> list[Any]:
         if data is not None:
             batch = loader.collate_fn(example if loader.batch_sampler is None else [example])
         if isinstance(batch, Mapping):
-            # What the Trainer of somebody takes out itself the model does not know.
+            # A user's Trainer may take out other fields itself.
             batch = {key: value for key, value in batch.items() if any_name or key in accepted}
         found.append(send_to_device(batch, device))
         tokens -= batch["input_ids"].numel() if isinstance(batch, Mapping) and "input_ids" in batch else _EXAMPLE_TOKENS
