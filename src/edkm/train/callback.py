@@ -33,6 +33,7 @@ from edkm.train.checks import check_no_adapters
 from edkm.train.layers import state_name
 from edkm.train.prepare import check, clusterings, plan, prepare
 from edkm.train.save import save
+from edkm.train.sharding import distribute
 
 # What one of `edkm compress`'s calibration blocks has.
 _EXAMPLE_TOKENS = 512
@@ -46,15 +47,12 @@ class Callback(TrainerCallback):
     checkpoint starts anew. The optimizer starts with new moments, as in `edkm compress`, but its schedule goes on: choose one that leaves
     the clustered steps a rate to learn at, a constant one or with a minimum. Checkpoints and `resume_from_checkpoint` work as always. A
     model that was prepared before is trained as it is. Frozen weights (`requires_grad` False) are fitted, clustered and annealed with the
-    others, those in `config.skip` are not. Give the callback to the Trainer when that is made: `Trainer(...,
-    callbacks=[edkm.Callback("packed")])`.
+    others, those in `config.skip` are not. Give it to the Trainer when that is made: `Trainer(..., callbacks=[edkm.Callback("packed")])`.
 
     Args:
-        out: directory of the packed model, new, empty or holding another packed model; not the Trainer's `output_dir`, nor a directory that
-            holds it.
-        config: what to do; None: as `edkm compress` does, 3 bits and a table per row. With `anneal_steps` 0, annealed over the
-            clustered steps.
-        plain_share: of all steps, those that train the model as it is; 0 for a model that is fine-tuned already, 1 to cluster at the end.
+        out: directory of the packed model: new, empty, or with a packed model; neither the Trainer's `output_dir` nor one above it.
+        config: None for 3 bits and a table per row; with `anneal_steps` 0, annealed over the clustered steps.
+        plain_share: share of the steps that train the model as it is; 0 for a fine-tuned model, 1 to cluster at the end.
         calibration_tokens: of the training data, to calibrate and fit on. Examples without `input_ids` count for 512.
         backend: for `edkm.cluster`.
 
@@ -114,8 +112,7 @@ class Callback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model: Any = None, **kwargs):
         if state.global_step >= self._plain_steps and not clusterings(model):
-            with shown(not args.disable_tqdm):
-                self._cluster(model, state, kwargs["train_dataloader"])
+            self._cluster(model, args, state, kwargs["train_dataloader"])
             # Moments of the weights before the fit; some optimizers keep copies of the weights, too.
             kwargs["optimizer"].state.clear()
 
@@ -127,8 +124,7 @@ class Callback(TrainerCallback):
                     "the packed model is fitted and not trained.",
                     stacklevel=2,
                 )
-            with shown(not args.disable_tqdm):
-                self._cluster(model, state, kwargs["train_dataloader"])
+            self._cluster(model, args, state, kwargs["train_dataloader"])
         # The model that is left is the one that is written, in its own precision.
         end_autocast(model)
         with shown(not args.disable_tqdm):
@@ -158,9 +154,10 @@ class Callback(TrainerCallback):
         random.setstate(states[0])
         numpy.random.set_state(states[1])
 
-    def _cluster(self, model: nn.Module, state: Any, loader: Any) -> None:
-        batches = _batches(model, loader, self.calibration_tokens)
-        self.report = prepare(model, self.config, batches, backend=self.backend)
+    def _cluster(self, model: nn.Module, args: Any, state: Any, loader: Any) -> None:
+        with shown(not args.disable_tqdm):
+            batches = _batches(model, loader, self.calibration_tokens)
+            self.report = prepare(model, self.config, batches, backend=self.backend)
         # The best checkpoint so far is not clustered.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._begin(model, state)
@@ -175,8 +172,6 @@ class Callback(TrainerCallback):
                 for name in ("config", "prepared_by"):
                     setattr(clustering, name, replace(getattr(clustering, name), anneal_steps=steps))
         if distributed.world_size() > 1:
-            from edkm.train.sharding import distribute
-
             distribute(model)
 
 
@@ -202,10 +197,9 @@ def _rename(model: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
     others = plain.keys() - model.state_dict().keys()
     if not isinstance(model, PreTrainedModel) or not others or all(name in plain for name, _ in model.named_parameters()):
         return
-    # In float32, which holds all of 16 bits.
-    options: dict[str, Any] = {"config": model.config, "dtype": torch.float32, "output_loading_info": True}
-    found: Any = type(model).from_pretrained(None, state_dict=plain, **options)
-    read, info = found
+    options: Any = {"config": model.config, "dtype": torch.float32, "output_loading_info": True}  # which holds all of 16 bits
+    loaded: Any = type(model).from_pretrained(None, state_dict=plain, **options)
+    read, info = loaded
     state.update({prefix + name: tensor for name, tensor in read.state_dict().items() if name not in info["missing_keys"]})
     for name in others - info["unexpected_keys"]:
         del state[prefix + name]
