@@ -18,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.distributed._tools.mem_tracker import MemTracker
 
 import edkm
 from benchmarks.measure import machine, write
+from edkm.memory import Budget, plan_memory
 from edkm.models import load_model
 from edkm.train.loop import TrainSettings
-from edkm.train.memory import Budget, Timeline, plan_memory
 from edkm.train.prepare import clusterings
 from edkm.train.sharding import shard_model
 from examples.demo.data import fetch_smollm2
@@ -35,10 +35,10 @@ CASES = {
     "plain, checkpointing": {"checkpointing": True},
     "clustered": {"clustered": True},
     "clustered, checkpointing": {"clustered": True, "checkpointing": True},
-    "plain, DDP": {"learners": 2},
-    "clustered, DDP": {"clustered": True, "learners": 2},
-    "plain, FSDP": {"learners": 2, "fsdp": True},
-    "clustered, FSDP": {"clustered": True, "learners": 2, "fsdp": True},
+    "plain, DDP": {"ranks": 2},
+    "clustered, DDP": {"clustered": True, "ranks": 2},
+    "plain, FSDP": {"ranks": 2, "fsdp": True},
+    "clustered, FSDP": {"clustered": True, "ranks": 2, "fsdp": True},
 }
 # glibc keeps freed memory unless told otherwise, and the resident set would show the past.
 ALLOCATOR = {
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         print(f"{'MB per process':<26} {'planned':>8} {'resident':>9} {'ratio':>6} {'tensors':>8} {'ratio':>6}")
         for case, budget in plans.items():
             measured = _run(case, directory)
-            rows.append({"case": case, "planned": budget.peak, "moment": budget.moment, "at_peak": budget.at_peak, **measured})
+            rows.append({"case": case, "planned": budget.peak, "at_peak": budget.at_peak, **measured})
             compared = [f"{size / 1e6:>8.0f} {budget.peak / size:>6.2f}" for size in measured.values() if size]
             print(f"{case:<26} {budget.peak / 1e6:>8.0f}  {' '.join(compared)}", flush=True)
             write(args.json, {"benchmark": "memory", "batch": BATCH, "block_tokens": BLOCK_TOKENS, "machine": machine("cpu"), "rows": rows})
@@ -85,9 +85,9 @@ def _plan_and_save(cases: list[str], directory: Path) -> dict[str, Budget]:
     for case in cases:
         options = dict(CASES[case])
         config = edkm.ClusterConfig() if options.pop("clustered", False) else None
-        learners = options.pop("learners", 1)
+        ranks = options.pop("ranks", 1)
         settings = TrainSettings(steps=1, lr=1e-4, batch=BATCH, precision="fp32", **options)
-        plans[case] = plan_memory(model, config, settings, block_tokens=BLOCK_TOKENS, learners=learners)
+        plans[case] = plan_memory(model, config, settings, block_tokens=BLOCK_TOKENS, ranks=ranks)
     torch.save(model, directory / "plain.pt")
     importance = edkm.calibrate(model, [_tokens(0)[:1]])
     edkm.prepare(model, edkm.ClusterConfig(), importance=importance)
@@ -101,12 +101,12 @@ def _tokens(seed: int) -> torch.Tensor:
 
 def _run(case: str, directory: str) -> dict[str, int]:
     """The largest figures of the processes of a case."""
-    learners = CASES[case].get("learners", 1)
+    ranks = CASES[case].get("ranks", 1)
     Path(directory, "meet").unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.memory", "--measure", case]
     environment = {**os.environ, **ALLOCATOR}
     started = [
-        subprocess.Popen([*command, str(rank), directory], env=environment, stdout=subprocess.PIPE, text=True) for rank in range(learners)
+        subprocess.Popen([*command, str(rank), directory], env=environment, stdout=subprocess.PIPE, text=True) for rank in range(ranks)
     ]
     printed = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
@@ -119,9 +119,9 @@ def _measure(case: dict, rank: int, directory: Path) -> dict[str, int]:
     """Four steps: one makes the optimizer's state, in the next DDP makes its buckets anew (they are resident once they are written, in the
     backward pass), in one the resident memory is watched, in one the tensors."""
     options = dict(case)
-    clustered, learners = options.pop("clustered", False), options.get("learners", 1)
-    if learners > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=learners)
+    clustered, ranks = options.pop("clustered", False), options.get("ranks", 1)
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=ranks)
     _warm_up()
     before = _resident("VmRSS")
     model = torch.load(directory / ("clustered.pt" if clustered else "plain.pt"), weights_only=False)
@@ -132,13 +132,13 @@ def _measure(case: dict, rank: int, directory: Path) -> dict[str, int]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     step()
     resident = _resident("VmHWM") - before
-    tensors = 0 if learners > 1 else peak_of_tensors(model, optimizer, step)
-    if learners > 1:
+    tensors = 0 if ranks > 1 else peak_of_tensors(model, optimizer, step)
+    if ranks > 1:
         torch.distributed.destroy_process_group()
     return {"resident": resident, "tensors": tensors}
 
 
-def training(model, tokens, *, checkpointing=False, bf16=False, learners=1, fsdp=False):
+def training(model, tokens, *, checkpointing=False, bf16=False, ranks=1, fsdp=False):
     """The optimizer of a model, prepared or not, and a function that makes a step, both as `edkm compress` would have them."""
     model.train()
     model.config.use_cache = False
@@ -147,17 +147,15 @@ def training(model, tokens, *, checkpointing=False, bf16=False, learners=1, fsdp
     wrapped = model
     if fsdp:
         shard_model(model)
-    elif learners > 1:
+    elif ranks > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    if learners > 1 and clusterings(model):
+    if ranks > 1 and clusterings(model):
         edkm.distribute(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             out = wrapped(input_ids=tokens, labels=tokens)
-        if bf16:  # as accelerate does
-            out.logits = out.logits.float()
         loss = out.loss
         del out
         loss.backward()
@@ -169,15 +167,11 @@ def training(model, tokens, *, checkpointing=False, bf16=False, learners=1, fsdp
 
 def peak_of_tensors(model, optimizer, step) -> int:
     """The peak of the bytes of all live tensors in a step; one was made before."""
-    timeline = Timeline()
-    for tensor in [*model.parameters(), *model.buffers()]:
-        timeline.count(tensor, "weights")
-    for tensor in tree_leaves(list(optimizer.state.values())):
-        timeline.count(tensor, "optimizer")
-    with timeline:
-        timeline.start()
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
         step()
-    return timeline.peak
+    return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
 
 
 def _warm_up() -> None:
@@ -204,14 +198,12 @@ def _llama_7b(out: Path | None) -> int:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_7B))
     rows = []
-    for name, learners, fsdp in (("1 GPU", 1, False), ("8 GPUs, FSDP", 8, True)):
-        for clustered in (False, True):
-            settings = TrainSettings(steps=1, lr=1e-4, batch=1, checkpointing=True, precision="bf16", fsdp=fsdp)
-            config = edkm.ClusterConfig(bits=3) if clustered else None
-            budget = plan_memory(model, config, settings, block_tokens=2048, learners=learners, device_type="cuda")
-            verdict = "fits" if budget.peak < GPU_BYTES else "does not fit"
-            print(f"\n{name}, {'clustered' if clustered else 'plain'}: {verdict} a GPU of 80 GB (74.5 GiB)\n{budget}", flush=True)
-            rows.append({"case": name, "clustered": clustered, "peak": budget.peak, **asdict(budget)})
+    for name, ranks, fsdp in (("1 GPU", 1, False), ("8 GPUs, FSDP", 8, True)):
+        settings = TrainSettings(steps=1, lr=1e-4, batch=1, checkpointing=True, precision="bf16", fsdp=fsdp)
+        budget = plan_memory(model, edkm.ClusterConfig(bits=3), settings, block_tokens=2048, ranks=ranks, device_type="cuda")
+        verdict = "fits" if budget.peak < GPU_BYTES else "does not fit"
+        print(f"\n{name}: {verdict} a GPU of 80 GB (74.5 GiB)\n{budget}", flush=True)
+        rows.append({"case": name, "peak": budget.peak, **asdict(budget)})
     write(out, {"benchmark": "memory, LLaMA-7B", "block_tokens": 2048, "gpu_bytes": GPU_BYTES, "rows": rows})
     return 0
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edkm.compressed.jsonfile import printable
 from edkm.evaluate import perplexity
+from edkm.memory import plan_memory
 from edkm.metrics import Recorder
 from edkm.models import load_model
 from edkm.output import check_output
@@ -24,7 +25,6 @@ from edkm.train.calibrate import calibrate
 from edkm.train.checkpoints import begin_run, check_same_run, fingerprint
 from edkm.train.data import Blocks, make_blocks
 from edkm.train.limits import tokens_to_score
-from edkm.train.memory import plan_memory
 from edkm.train.prepare import Report, check, plan
 from edkm.train.records import read_records
 from edkm.train.tracking import check_report_to
@@ -179,8 +179,7 @@ def show_plan(run: Run) -> None:
     print(f"training on {device}{'' if ranks == 1 else f', {ranks} ranks, ' + ('FSDP' if recipe.fsdp else 'DDP')}:")
     settings = recipe.training(1, distill=recipe.distill)
     device_type = "cuda" if device == "cuda" else "cpu"  # a Mac's memory is one
-    lengths = {"block_tokens": run.blocks.block_tokens, "learners": ranks}
-    print(plan_memory(run.model, recipe.config, settings, **lengths, device_type=device_type, backend=recipe.backend))
+    print(plan_memory(run.model, recipe.config, settings, block_tokens=run.blocks.block_tokens, ranks=ranks, device_type=device_type))
 
 
 def print_report(report: Report, seconds: float) -> None:

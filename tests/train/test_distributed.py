@@ -64,6 +64,15 @@ def be_a_rank(argv, log, place):
     sys.exit(main(argv))
 
 
+def be_slow(argv, log, place):
+    """The same, with time to kill it between two steps."""
+    from edkm.train import loop
+
+    true = loop.rate_share
+    loop.rate_share = lambda step, **options: time.sleep(0.5 * (step > 1)) or true(step, **options)
+    be_a_rank(argv, log, place)
+
+
 def be_slow_to_save(argv, log, place):
     """The same, with ranks that write their part of a checkpoint long after rank 0."""
     save = torch.save
@@ -255,7 +264,7 @@ def wait_for(path, run):
 @pytest.mark.parametrize(("first", "then"), [((2, "--fsdp"), (4, "--fsdp")), ((4,), (1,))])
 def test_a_rank_that_dies_ends_the_others_and_the_run_is_resumed_by_another_number(alone, tiny_dir, tmp_path, first, then):
     ranks, *options = first
-    run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options, "--save-every", "2")
+    run = Run(tiny_dir, tmp_path, tmp_path / "out", ranks, *options, "--save-every", "2", target=be_slow)
     wait_for(tmp_path / "out" / "training" / "clustered" / "step-2", run)
     run.processes[1].kill()
     began = time.monotonic()
