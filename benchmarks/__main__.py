@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import ablation, coreai, fuzz, generation, memory, offload, op, packed, packed_gpu, reads, recipe, step, tasks
+from benchmarks import ablation, coreai, fuzz, generation, kill, memory, offload, op, packed, packed_gpu, reads, recipe, step, tasks
 from benchmarks.compare import command as compare_command
 
 COMMANDS = {
@@ -11,6 +11,7 @@ COMMANDS = {
     "coreai": coreai.main,
     "fuzz": fuzz.main,
     "generation": generation.main,
+    "kill": kill.main,
     "memory": memory.main,
     "offload": offload.main,
     "op": op.main,
