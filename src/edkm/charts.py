@@ -16,7 +16,7 @@ from edkm.metrics import BINS, REACH
 Cells = dict[tuple[int, str], float]  # (layer, projection) to a value
 
 _COLOURS = ("#0b63a5", "#b8500a")
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "svg.fonttype": "none",
     "svg.hashsalt": "edkm",  # the same file each time
