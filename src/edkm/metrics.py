@@ -80,13 +80,12 @@ class Recorder:
         import torch
         from torch import nn
 
-        from edkm.train.prepare import plan
-        from edkm.train.targets import targets_of
+        from edkm.train.targets import decide
 
-        clustered = {entry.name for entry in plan(model, config).clustered}
-        targets = {t.names[0]: t for t in targets_of(model) if not any(isinstance(m, nn.Embedding) for m in t.modules)}
-        for name in chosen(name for name in targets if name in clustered):
-            self.originals[name] = targets[name].weight.detach().to("cpu", torch.bfloat16, copy=True)
+        targets = [t for t in decide(model, config) if not t.reason and not any(isinstance(m, nn.Embedding) for m in t.modules)]
+        weights = {target.name: target.weight for target in targets}
+        for name in chosen(weights):
+            self.originals[name] = weights[name].detach().to("cpu", torch.bfloat16, copy=True)
 
     def weights(self, model: Any, when: str) -> None:
         """Add histograms of the kept weights, with their centroids, at the time `when`; call it on all ranks.

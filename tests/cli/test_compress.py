@@ -103,7 +103,7 @@ def test_an_interruption_between_the_steps_prints_how_to_resume(tiny_dir, data, 
 
     command = arguments(tiny_dir, data, tmp_path / "out", "--steps", "2")
     with monkeypatch.context() as fit:
-        fit.setattr("edkm.train.prepare.fit_linears", interrupt)
+        fit.setattr("edkm.train.prepare.fit", interrupt)
         assert main(command) == 130
     said = f"edkm: {tmp_path / 'out'} holds an interrupted run; the same command with --resume goes on\nedkm: interrupted\n"
     assert capsys.readouterr().err.endswith(said)
@@ -131,7 +131,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
     monkeypatch.setattr("edkm.run.read_records", None)
     if after > plain:  # in the clustered phase: tables come from the checkpoint, none are looked for
         monkeypatch.setattr("edkm.train.clustering.initial_centroids", None)
-        monkeypatch.setattr("edkm.train.prepare.fit_linears", None)
+        monkeypatch.setattr("edkm.train.prepare.fit", None)
     assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
     assert taken == order and not (tmp_path / "parts" / "training").exists()
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
@@ -152,7 +152,7 @@ def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp
     assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 130  # in the clustered ones
     assert (tmp_path / "parts" / "training" / "config.json").is_file()
     monkeypatch.setattr(loop._Stop, "asked_at", None)
-    monkeypatch.setattr("edkm.train.prepare.choose_bits", None)  # not once more
+    monkeypatch.setattr("edkm.train.prepare.allocate", None)  # not once more
     assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 0
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()

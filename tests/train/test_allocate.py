@@ -20,7 +20,7 @@ from edkm.models import load_model
 from edkm.train import allocate
 from edkm.train.allocate import Choice, squared_gradients
 from edkm.train.prepare import plan
-from edkm.train.targets import decide, linears_of
+from edkm.train.targets import linears_of
 
 CONFIG = edkm.ClusterConfig(bits=2, rows_per_lut=4)
 
@@ -94,7 +94,7 @@ def test_weights_that_no_batch_reached_keep_their_bits(tiny_dir):
 
 
 def squares(model, batches, loss=None):
-    return squared_gradients(model, linears_of(decide(model, CONFIG)), batches, loss)
+    return squared_gradients(model, linears_of(model, CONFIG), batches, loss)
 
 
 def keep(kept, name, module, args, out):

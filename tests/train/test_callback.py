@@ -114,7 +114,7 @@ def test_a_resumed_run_is_the_same_run(tiny_model, tmp_path, monkeypatch, accumu
     start = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     whole = run("whole", save_strategy="steps", save_steps=stop)
     if stop > 3:  # tables come from the checkpoint, none are looked for
-        monkeypatch.setattr("edkm.train.prepare.fit_linears", None)
+        monkeypatch.setattr("edkm.train.prepare.fit", None)
     parts = run("parts", resume=str(tmp_path / "whole" / "run" / f"checkpoint-{stop}"))
     found, expected = parts.state_dict(), whole.state_dict()
     assert list(found) == list(expected)

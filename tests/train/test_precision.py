@@ -31,7 +31,7 @@ from edkm.recipe import Recipe, compress
 from edkm.train.allocate import squared_gradients
 from edkm.train.calibrate import end_autocast, evaluating
 from edkm.train.prepare import clusterings
-from edkm.train.targets import decide, linears_of
+from edkm.train.targets import linears_of
 
 TEXT = "the quick brown fox jumps over the lazy dog and the other dog " * 8
 CONFIG = edkm.ClusterConfig(bits=3, rows_per_lut=16)
@@ -194,7 +194,7 @@ def test_the_callback_writes_the_model_that_it_leaves_and_resumes_to_it(precisio
 
 
 def squares(model, loss=None):
-    return squared_gradients(model, linears_of(decide(model, CONFIG)), batches(), loss)
+    return squared_gradients(model, linears_of(model, CONFIG), batches(), loss)
 
 
 def test_squared_gradients_are_right_within_the_rounding_of_their_precision(precision, tiny_model):

@@ -27,7 +27,7 @@ from edkm.core.kmeans import initial_centroids
 from edkm.progress import progress
 from edkm.train.calibrate import evaluating, first_input, is_product, removing, run_batches, without_cache
 from edkm.train.distributed import broadcast_from_rank0
-from edkm.train.targets import Linears, decide, linears_of
+from edkm.train.targets import Linears, linears_of
 
 # 5 bits are left out: Core ML's tables have 2, 3, 4, 6 or 8.
 BITS = (2, 3, 4, 6)
@@ -82,20 +82,8 @@ def allocate(
         A forward and a backward pass over the batches, without gradients of weights, and k-means of 16 rows of each weight for each of 20
         choices.
     """
-    return choose_bits(model, config, linears_of(decide(model, config)), batches, target, importance, loss)
-
-
-def choose_bits(
-    model: nn.Module,
-    config: ClusterConfig,
-    linears: Linears,
-    batches: Iterable[Any],
-    target: float,
-    importance: Mapping[str, Tensor],
-    loss: Callable[[Any], Tensor] | None = None,
-) -> ClusterConfig:
-    """Do the work of `allocate` for linear layers that are known already."""
-    _check_target(linears, config, target)
+    check_target(model, config, target)
+    linears = linears_of(model, config)
     squares = squared_gradients(model, linears, batches, loss)
     if not set(squares) & set(importance):
         raise ValueError("importance: has none of the weights that the batches reached. Calibrate the same model.")
@@ -169,19 +157,15 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
 
 def bits_of(model: nn.Module, config: ClusterConfig) -> float:
     """Compute the average bits per linear weight of a config, tables included: the `target` that gives a model of the same size."""
-    found = [(module.weight, settings) for module, (_, settings) in linears_of(decide(model, config)).items()]
+    found = [(module.weight, settings) for module, (_, settings) in linears_of(model, config).items()]
     cost = sum(_cost(weight, settings.bits, settings.rows_per_lut) for weight, settings in found)
     return cost / max(1, sum(weight.numel() for weight, _ in found))
 
 
 def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None:
     """Refuse a target that no choice meets; the error has the least that is possible."""
-    _check_target(linears_of(decide(model, config)), config, target)
-
-
-def _check_target(linears: Linears, config: ClusterConfig, target: float) -> None:
     least = size = 0
-    for module, (_, settings) in linears.items():
+    for module, (_, settings) in linears_of(model, config).items():
         weight = module.weight
         size += weight.numel()
         costs = [_cost(weight, *option) for option in _options(weight)] if settings is config else []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edkm.core.reference import compute_dtype
 from edkm.progress import progress
-from edkm.train.targets import CONVOLUTIONS, first_stack, row_axes, transposed_linear
+from edkm.train.targets import CONVOLUTIONS, row_axes, transposed_linear
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -63,8 +63,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
 
     hooks = []
     for name, module in model.named_modules():
-        known = isinstance(module, (nn.Linear, *CONVOLUTIONS, *transposed_linear()))
-        key = "weight" if known else first_stack(module)
+        # The weight, or the first stack of matrices: a module's input is multiplied with that.
+        key = next((key for key in module._parameters if row_axes(module, key)), None)
         if key is not None:
             hooks.append(module.register_forward_pre_hook(watch(f"{name}.{key}".lstrip("."), key), with_kwargs=True))
     with removing(hooks), evaluating(model):

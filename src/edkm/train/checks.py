@@ -19,8 +19,8 @@ from edkm.core.assign import LUT_DTYPE
 from edkm.core.reference import NOT_FINITE, compute_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Largest share of the sum of its magnitudes that a weight may lose when its tables are rounded to 16 bits.
-MOST_ROUNDED = 0.05
+# Share of the sum of its magnitudes that a weight may lose when its tables are rounded to 16 bits.
+MOST_LOST = 0.05
 # Where quantized layers of GPTQ, AWQ, compressed-tensors and HQQ have the codes of their weights.
 _CODES = {"qweight", "weight_packed", "W_q"}
 _PIECE_WEIGHTS = 1 << 22
@@ -106,35 +106,17 @@ def _inside(value: Any, depth: int = 3) -> Iterator[Any]:
         yield value
 
 
-def check_values(name: str, matrix: Tensor, tables: int) -> None:
-    """Refuse a weight that is not finite, or whose tables float16 cannot hold: they would be infinite, or 0."""
+def check_values(name: str, matrix: Tensor, tables: int, *, most_lost: float = MOST_LOST) -> None:
+    """Refuse a weight that is not finite, or whose tables float16 cannot hold; warn of tables that lose much in it.
+
+    Args:
+        name: of the weight.
+        matrix: `[rows, cols]`.
+        tables: that share out its rows.
+        most_lost: share of the sum of magnitudes that all tables together may lose.
+    """
     if matrix.is_meta:
         raise ValueError(f"{name}: has no values yet (meta). Load the weights first.")
-    whole, worst = rounding_loss(name, matrix, tables)
-    if whole > MOST_ROUNDED:
-        raise ValueError(
-            f"{name}: tables are stored in float16, which would lose {100 * whole:.0f}% of weights as small as these. Rescale the weight "
-            "or add its name to skip."
-        )
-    warn_of_rounding(name, worst)
-
-
-def warn_of_rounding(name: str, worst: float) -> None:
-    """Warn of a weight that loses much to float16 in the table of its smallest rows, and little altogether."""
-    if worst > MOST_ROUNDED:
-        warnings.warn(
-            f"{name}: some of its rows are so small that float16 tables lose {100 * worst:.0f}% of them. They count for little among the "
-            "other rows; add the name to skip if they matter.",
-            stacklevel=3,
-        )
-
-
-def rounding_loss(name: str, matrix: Tensor, tables: int) -> tuple[float, float]:
-    """Compute the share of the sum of magnitudes that float16 loses: over all tables, and in the worst one; 0 for a table of zeros.
-
-    Raises:
-        ValueError: a weight is not finite or too large.
-    """
     flat = matrix.detach().reshape(tables, -1)
     wide = compute_dtype(flat.dtype)
     lost, total, largest = (flat.new_zeros(tables, dtype=wide) for _ in range(3))
@@ -143,7 +125,7 @@ def rounding_loss(name: str, matrix: Tensor, tables: int) -> tuple[float, float]
         lost += (values.to(LUT_DTYPE).to(wide) - values).abs().sum(1)
         total += values.abs().sum(1)
         largest = torch.maximum(largest, values.abs().amax(1))
-    highest = float(largest.max())
+    highest, tiny = float(largest.max()), torch.finfo(wide).tiny
     if not highest < float("inf"):
         raise ValueError(f"{name}: {NOT_FINITE}")
     if highest > torch.finfo(LUT_DTYPE).max:
@@ -151,8 +133,18 @@ def rounding_loss(name: str, matrix: Tensor, tables: int) -> tuple[float, float]
             f"{name}: has a weight of magnitude {highest:.6g}, and tables are stored in float16 (at most 65504). Rescale the weight or add "
             "its name to skip."
         )
-    tiny = torch.finfo(wide).tiny
-    return float(lost.sum() / total.sum().clamp_min(tiny)), float((lost / total.clamp_min(tiny)).max())
+    whole, worst = float(lost.sum() / total.sum().clamp_min(tiny)), float((lost / total.clamp_min(tiny)).max())
+    if whole > most_lost:
+        raise ValueError(
+            f"{name}: tables are stored in float16, which would lose {100 * whole:.0f}% of weights as small as these. Rescale the weight "
+            "or add its name to skip."
+        )
+    if worst > MOST_LOST:
+        warnings.warn(
+            f"{name}: some of its rows are so small that float16 tables lose {100 * worst:.0f}% of them. They count for little among the "
+            "other rows; add the name to skip if they matter.",
+            stacklevel=3,
+        )
 
 
 def check_patterns(config: ClusterConfig, names: Collection[str], clustered: Collection[Collection[str]]) -> None:

@@ -21,7 +21,7 @@ from edkm.core.assign import quantize
 from edkm.progress import progress
 from edkm.train.calibrate import call, evaluating, first_input, is_product, removing, without_cache
 from edkm.train.checks import naming
-from edkm.train.targets import Linears, decide, decoder_layers, linears_of
+from edkm.train.targets import decoder_layers, linears_of
 
 
 def fit(
@@ -59,19 +59,7 @@ def fit(
         Two forward passes over `batches`, whose hidden states are kept, and a third where layers return more than these; a product
         `x^T x` per linear input; a second copy of the fitted weights; for every weight the cost of `core.gptq.fit`.
     """
-    return fit_linears(model, linears_of(decide(model, config)), batches, turns=turns, importance=importance, report=report)
-
-
-def fit_linears(
-    model: nn.Module,
-    linears: Linears,
-    batches: Iterable[Any],
-    *,
-    turns: int = 4,
-    importance: Mapping[str, Tensor] | None = None,
-    report: Callable[[str, float], None] | None = None,
-) -> dict[str, Tensor]:
-    """Do the work of `fit` for linear layers that are known already."""
+    linears = linears_of(model, config)
     batches = list(batches)
     if not batches:
         raise ValueError("batches: fitting needs at least one batch.")

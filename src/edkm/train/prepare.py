@@ -12,24 +12,16 @@ from torch import Tensor, nn
 from edkm.compressed.packing import stored_bytes
 from edkm.compressed.pretrained import check_savable
 from edkm.config import ClusterConfig
-from edkm.core.assign import Frozen, as_matrix
+from edkm.core.assign import Frozen
 from edkm.progress import progress
-from edkm.train.allocate import choose_bits
+from edkm.train.allocate import allocate
 from edkm.train.calibrate import calibrate
-from edkm.train.checks import (
-    check_finite,
-    check_no_adapters,
-    check_not_quantized,
-    check_values,
-    naming,
-    rounding_loss,
-    warn_of_rounding,
-)
+from edkm.train.checks import check_finite, check_no_adapters, check_not_quantized, check_values, naming
 from edkm.train.clustering import Clustering
 from edkm.train.distributed import broadcast_from_rank0
-from edkm.train.fit import fit_linears
+from edkm.train.fit import fit
 from edkm.train.layers import clustered_keys, read_through, state_name, watch
-from edkm.train.targets import Decision, Target, decide, linears_of
+from edkm.train.targets import Target, decide
 
 
 @dataclass(frozen=True)
@@ -133,31 +125,31 @@ def prepare(
     """
     if target_bpw is not None and batches is None:
         raise ValueError("target_bpw: bits are chosen on data. Give batches, too, or set bits in the config.")
-    decisions = _check(model, config, backend)
-    _check_names(decisions, importance=importance, centroids=centroids)
+    targets = _check(model, config, backend)
+    weighing = _by_first_name(targets, "importance", importance or {})
+    start = _by_first_name(targets, "centroids", centroids or {})
     errors: dict[str, float] = {}
     if batches is not None:
         batches = list(batches)
-        importance = calibrate(model, batches) if importance is None else importance
+        if importance is None:
+            weighing = _by_first_name(targets, "importance", calibrate(model, batches))
         if target_bpw is not None:
-            config = choose_bits(model, config, linears_of(decisions), batches, target_bpw, importance)
-            decisions = decide(model, config, backend)
+            config = allocate(model, config, batches, target_bpw, importance=weighing)
+            targets = decide(model, config, backend)
         if centroids is None:
-            centroids = fit_linears(model, linears_of(decisions), batches, importance=importance, report=errors.__setitem__)
-            broadcast_from_rank0([*centroids.values(), *(model.get_parameter(name).data for name in centroids)])
+            start = fit(model, config, batches, importance=weighing, report=errors.__setitem__)
+            broadcast_from_rank0([*start.values(), *(model.get_parameter(name).data for name in start)])
     entries, made = [], []
-    with progress("tables", len(decisions), "parameters") as advance:
-        for one in decisions:
+    with progress("tables", len(targets), "parameters") as advance:
+        for target in targets:
+            if target.reason:
+                entries.append(_entry(target))
+            else:
+                clustering, note = _clustering(target, weighing, start, backend)
+                clustering.prepared_by = config
+                entries.append(_entry(target, note, errors.get(target.name)))
+                made.append((target, clustering))
             advance()
-            if one.target is None or one.settings is None:
-                entries.append(_entry(one))
-                continue
-            weigh, start = (_of_target(given, one.target) for given in (importance, centroids))
-            clustering, note = _clustering(one, weigh, start, backend)
-            clustering.prepared_by = config
-            note += "; tables by k-means" if centroids and start is None else ""
-            entries.append(_entry(one, note, errors.get(one.name)))
-            made.append((one.target, clustering))
     install(model, made)
     return Report(tuple(entries), config)
 
@@ -186,50 +178,49 @@ def plan(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Repo
     return Report(tuple(map(_entry, decide(model, config, backend))), config)
 
 
-def _check(model: nn.Module, config: ClusterConfig, backend: str) -> list[Decision]:
+def _check(model: nn.Module, config: ClusterConfig, backend: str) -> list[Target]:
     """Decide on every parameter, and check all values."""
     check_no_adapters(model)
     check_not_quantized(model)
-    decisions = decide(model, config, backend)
-    for one in decisions:
-        if one.target is not None and one.settings is not None:
-            check_values(one.name, as_matrix(one.parameter.detach(), one.target.row_axes), one.tables)
+    targets = decide(model, config, backend)
+    for target in targets:
+        if target.reason:
+            check_finite(target.name, target.weight)
         else:
-            check_finite(one.name, one.parameter)
+            check_values(target.name, target.matrix, target.tables)
     check_savable(model)
-    return decisions
+    return targets
 
 
-def _check_names(decisions: list[Decision], **given: Mapping[str, Tensor] | None) -> None:
-    """Refuse tensors for weights that the model does not have."""
-    known = {name for one in decisions if one.target for name in one.target.names}
-    for argument, tensors in given.items():
-        unknown = set(tensors or ()) - known
-        if unknown:
-            raise ValueError(f"{argument}: the model has no clusterable weight {sorted(unknown)[0]!r}. Calibrate the same model.")
+def _by_first_name(targets: list[Target], argument: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Key tensors by the first name of their weight; refuse those of weights that the model does not have."""
+    first = {name: target.name for target in targets if target.row_axes for name in target.names}
+    unknown = given.keys() - first.keys()
+    if unknown:
+        raise ValueError(f"{argument}: the model has no clusterable weight {min(unknown)!r}. Calibrate the same model.")
+    return {first[name]: tensor for name, tensor in given.items()}
 
 
-def _of_target(given: Mapping[str, Tensor] | None, target: Target) -> Tensor | None:
-    """Look up the tensor for a weight by any of its names."""
-    return next((given[name] for name in target.names if name in given), None) if given else None
+def _entry(target: Target, note: str = "", error: float | None = None) -> Entry:
+    shape = tuple(target.weight.shape)
+    if target.reason:
+        return Entry(target.name, shape, 0, 0, 1, target.reason)
+    return Entry(target.name, shape, target.settings.bits, target.tables, target.settings.dim, note, error)
 
 
-def _entry(decision: Decision, note: str = "", error: float | None = None) -> Entry:
-    name, parameter, _, settings, reason = decision
-    if settings is None:
-        return Entry(name, tuple(parameter.shape), 0, 0, 1, reason)
-    return Entry(name, tuple(parameter.shape), settings.bits, decision.tables, settings.dim, note, error)
-
-
-def _clustering(decision: Decision, importance: Tensor | None, start: Tensor | None, backend: str) -> tuple[Clustering, str]:
+def _clustering(target: Target, importance: Mapping[str, Tensor], centroids: Mapping[str, Tensor], backend: str) -> tuple[Clustering, str]:
     """Make the clustering of one weight, and a note on it for the report."""
-    name, _, target, settings, _ = decision
-    assert target is not None and settings is not None
+    name = target.name
     with naming(name):
-        clustering = Clustering(target.weight, settings, importance, backend, start, target.row_axes)
+        clustering = Clustering(target.weight, target.settings, importance.get(name), backend, centroids.get(name), target.row_axes)
     clustering.name = name
-    remarks = [": ".join(clustering.choice), "" if importance is not None else "no importance", target.note]
-    return clustering, "; ".join(remark for remark in remarks if remark)
+    remarks = [
+        ": ".join(clustering.choice),
+        "" if name in importance else "no importance",
+        target.note,
+        "tables by k-means" if centroids and name not in centroids else "",
+    ]
+    return clustering, "; ".join(filter(None, remarks))
 
 
 def install(model: nn.Module, made: Sequence[tuple[Target, nn.Module]]) -> None:
@@ -261,7 +252,7 @@ def freeze(model: nn.Module) -> dict[str, Frozen]:
         for name, parameter, clustering in found:
             # A weight that FSDP has sharded is gathered, one at a time, on all ranks.
             weight = whole(parameter)
-            warn_of_rounding(name, rounding_loss(name, clustering.matrix(weight), clustering.tables)[1])
+            check_values(name, clustering.matrix(weight), clustering.tables, most_lost=1.0)
             frozen[name] = clustering.freeze(weight)
             advance()
     return frozen

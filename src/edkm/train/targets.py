@@ -1,11 +1,9 @@
-"""Decide which parameters of a model are clustered, as which matrix and with which settings. The rules are here and nowhere else."""
+"""Decide which parameters of a model are clustered, as which matrix and with which settings."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +23,36 @@ NO_WEIGHT = "neither the weight of a Linear, Embedding, Conv1d or Conv2d nor a s
 
 @dataclass
 class Target:
-    """A parameter that can be clustered, and the modules that use it.
+    """One parameter of a model, and the settings it is clustered by.
 
     Attributes:
-        names: of the parameter, one for each module.
-        modules: that own it: one, or several if it is tied.
+        names: of the parameter, one for each module that owns it: several if it is tied.
+        modules: that own it.
         weight: the parameter.
-        row_axes: for `core.assign.as_matrix`.
+        row_axes: for `core.assign.as_matrix`; 0 for a parameter that cannot be clustered.
+        settings: that `decide` found.
+        reason: why it is left alone; "" for a parameter that is clustered.
     """
 
     names: list[str]
     modules: list[nn.Module]
     weight: nn.Parameter
-    row_axes: int
+    row_axes: int = 0
+    settings: ClusterConfig = field(default_factory=ClusterConfig)
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def matrix(self) -> Tensor:
+        return as_matrix(self.weight.detach(), self.row_axes)
+
+    @property
+    def tables(self) -> int:
+        """Number of lookup tables."""
+        return count_tables(self.weight.shape, self.row_axes, self.settings.rows_per_lut)
 
     @property
     def note(self) -> str:
@@ -48,17 +63,16 @@ class Target:
 
 
 def targets_of(model: nn.Module) -> list[Target]:
-    """Find every parameter that can be clustered, with all its names and the modules that use it."""
+    """List every parameter once, in the order of `named_parameters`, with all its names and the modules that own it."""
     found: dict[int, Target] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            target = found.setdefault(id(parameter), Target([], [], parameter, 0))
-            target.row_axes = target.row_axes or row_axes(module, key)
-            target.names.append(f"{prefix}.{key}".lstrip("."))
-            target.modules.append(module)
-    return [target for target in found.values() if target.row_axes]
+            if parameter is not None:
+                target = found.setdefault(id(parameter), Target([], [], parameter))
+                target.row_axes = target.row_axes or row_axes(module, key)
+                target.names.append(f"{prefix}.{key}".lstrip("."))
+                target.modules.append(module)
+    return list(found.values())
 
 
 def row_axes(module: nn.Module, key: str) -> int:
@@ -81,29 +95,7 @@ def transposed_linear() -> tuple[type[nn.Module], ...]:
     return () if module is None else (module.Conv1D,)
 
 
-def first_stack(module: nn.Module) -> str | None:
-    """Return the name of a module's first stack of matrices, the one its input is multiplied with."""
-    return next((key for key in module._parameters if row_axes(module, key) == 2), None)
-
-
-class Decision(NamedTuple):
-    """One parameter, with the settings it is clustered by, or None and the reason why it is left alone."""
-
-    name: str
-    parameter: Tensor
-    target: Target | None
-    settings: ClusterConfig | None
-    reason: str
-
-    @property
-    def tables(self) -> int:
-        """Number of lookup tables; 0 for a parameter that is left alone."""
-        if self.target is None or self.settings is None:
-            return 0
-        return count_tables(tuple(self.parameter.shape), self.target.row_axes, self.settings.rows_per_lut)
-
-
-def decide(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> list[Decision]:
+def decide(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> list[Target]:
     """Decide on every parameter, without looking at a value; at least one is clustered.
 
     Raises:
@@ -111,63 +103,52 @@ def decide(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> li
     """
     if any(isinstance(m, Clustering) for m in model.modules()):
         raise ValueError("model: it is prepared already. Load it afresh to cluster it differently.")
-    by_name = {target.names[0]: target for target in targets_of(model)}
-    found = []
-    for name, parameter in model.named_parameters():
-        target = by_name.get(name)
-        found.append(Decision(name, parameter, target, *_settings(config, parameter, target)))
-    clustered = [one for one in found if one.settings is not None]
-    for one in clustered:
-        check_kind(one.name, one.parameter)
+    targets = targets_of(model)
+    for target in targets:
+        target.settings, target.reason = _settings(config, target)
+    clustered = [target for target in targets if not target.reason]
+    for target in clustered:
+        check_kind(target.name, target.weight)
+    check_readers(model, {id(target.weight): target.name for target in clustered})
     aliases = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     modules = [name for name, _ in model.named_modules() if name]
-    check_readers(model, {id(one.parameter): one.name for one in clustered})
-    check_patterns(config, [*modules, *aliases], [one.target.names for one in clustered if one.target])
+    check_patterns(config, [*modules, *aliases], [target.names for target in clustered])
     if not clustered:
-        reasons = "; ".join(sorted({one.reason for one in found}))
+        reasons = "; ".join(sorted({target.reason for target in targets}))
         raise ValueError(f"model: no weight is clustered ({reasons or 'no parameters'}). Check skip and embedding_bits.")
-    for one in clustered:
-        with naming(one.name):
-            _check_fits(one, backend)
-    return found
+    for target in clustered:
+        with naming(target.name):
+            shape = (target.tables, 2**target.settings.bits, target.settings.dim)
+            check_shapes(target.matrix, torch.empty(shape, dtype=compute_dtype(target.weight.dtype), device="meta"), None)
+            pick_backend(backend, target.matrix, shape, torch.bfloat16)
+    return targets
 
 
-def _check_fits(decision: Decision, backend: str) -> None:
-    """Refuse settings that a weight's shape or dtype does not allow."""
-    _, parameter, target, settings, _ = decision
-    assert target is not None and settings is not None
-    matrix = as_matrix(parameter.detach(), target.row_axes)
-    shape = (decision.tables, 2**settings.bits, settings.dim)
-    check_shapes(matrix, torch.empty(shape, dtype=compute_dtype(matrix.dtype), device="meta"), None)
-    pick_backend(backend, matrix, shape, torch.bfloat16)
-
-
-def _settings(config: ClusterConfig, parameter: Tensor, target: Target | None) -> tuple[ClusterConfig | None, str]:
-    """Return the settings of a parameter, or None and why it is left alone."""
-    if target is None:
-        return None, "a vector" if parameter.ndim < 2 else NO_WEIGHT
+def _settings(config: ClusterConfig, target: Target) -> tuple[ClusterConfig, str]:
+    """Return the settings of a parameter, and why it is left alone if it is."""
+    if not target.row_axes:
+        return config, "a vector" if target.weight.ndim < 2 else NO_WEIGHT
     embedding = next((m for m in target.modules if isinstance(m, nn.Embedding)), None)
     if embedding is not None:
         if not config.embedding_bits:
-            return None, "an embedding, and embedding_bits is 0"
+            return config, "an embedding, and embedding_bits is 0"
         if embedding.max_norm is not None or embedding.sparse:
-            return None, "an embedding with max_norm or sparse gradients"
+            return config, "an embedding with max_norm or sparse gradients"
         config = replace(config, bits=config.embedding_bits, rows_per_lut=0, dim=1)
     settings = config.for_tensor(*target.names)
-    return settings, "matches skip" if settings is None else ""
+    return (config, "matches skip") if settings is None else (settings, "")
 
 
 Linears = dict[nn.Linear, tuple[str, ClusterConfig]]
 
 
-def linears_of(decisions: Iterable[Decision]) -> Linears:
+def linears_of(model: nn.Module, config: ClusterConfig) -> Linears:
     """Select the linear layers (also of subclasses) whose weights are clustered one by one, with the weights' names and settings."""
     found: Linears = {}
-    for name, _, target, settings, _ in decisions:
-        if target is not None and settings is not None and settings.dim == 1 and len(target.modules) == 1:
-            (module,) = target.modules
-            if isinstance(module, nn.Linear):
-                found[module] = name, settings
+    for target in decide(model, config):
+        module = target.modules[0]
+        if not target.reason and target.settings.dim == 1 and len(target.modules) == 1 and isinstance(module, nn.Linear):
+            found[module] = target.name, target.settings
     return found
 
 
