@@ -25,7 +25,7 @@ from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, M
 from coreai_opt.palettization.config.palettization_config import PATSchedule
 from coreai_opt.palettization.spec import DefaultTrainingSpec, PerGroupedChannelGranularity, PerTensorGranularity
 from coreai_opt.quantization.spec import QuantizationScheme, QuantizationSpec
-from test_measuring import saved_bytes
+from measuring import saved_bytes
 from torch import nn
 from torch.nn.utils import parametrize
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_measuring import peak_bytes, saved_bytes, saved_storages
+from measuring import peak_bytes, saved_bytes, saved_storages
 
 import edkm
 from edkm.core import blocks, histogram, native, op, reference

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_measuring import peak_bytes
+from measuring import peak_bytes
 
 import edkm
 from edkm.core import kmeans, native

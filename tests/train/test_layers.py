@@ -16,7 +16,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_measuring import saved_bytes
+from measuring import saved_bytes
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint

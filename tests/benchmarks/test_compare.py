@@ -27,7 +27,7 @@ from edkm.train.prepare import clusterings
 
 RECORDS = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 40)]
 MADE_HERE = ("rtn", "llm-qat", "dkm", "edkm")
-BASELINES = Path(__file__).resolve().parents[1] / ".venv-baselines" / "bin" / "python"
+BASELINES = Path(__file__).resolve().parents[2] / ".venv-baselines" / "bin" / "python"
 needs_baselines = pytest.mark.skipif(not BASELINES.is_file(), reason="make baselines was not run")
 
 
