@@ -31,7 +31,7 @@ from edkm.compressed.entries import (
 )
 from edkm.compressed.jsonfile import FormatError
 from edkm.compressed.packing import check_padding, pack_indices, stored_bytes, unpack_indices
-from edkm.compressed.weightfiles import Pending, Stored, description, file_names, open_files, write_files
+from edkm.compressed.weightfiles import Pending, Stored, description, files_of, open_files, write_files
 from edkm.core.assign import LUT_DTYPE, Frozen, Later, lookup
 
 __all__ = ["FormatError", "Item", "Packed", "dequantize", "open_items", "read", "summary", "write"]
@@ -147,14 +147,13 @@ def open_items(directory: str | Path) -> Iterator[dict[str, Item]]:
             check_stored(directory, name, entry, stored)
         # Sizes that still fit, as those of two 16-bit types, do not make them the same tensors.
         now = description(stored, {name: entry.about() for name, entry in entries.items()})
-        if odd := {tensor.file for tensor in stored.values() if tensor.described not in (None, now)}:
-            raise FormatError(f"{directory / min(odd)}: its header and config.json are not of one model. Fetch both files again.")
+        if odd := {tensor.path for tensor in stored.values() if tensor.described not in (None, now)}:
+            raise FormatError(f"{min(odd)}: its header and config.json are not of one model. Fetch both files again.")
         items = {}
         for name, tensor in stored.items():
             if (entry := entries.get(name)) is not None:
-                lut = stored[name + LUT_SUFFIX]
-                parts = (f"{directory / tensor.file}: {name}", entry, tensor, lut)
-                items[name] = Item(entry.shape, None, partial(_load, *parts), partial(_check, *parts), entry, lut.shape[1])
+                parts = (entry, tensor, stored[name + LUT_SUFFIX])
+                items[name] = Item(entry.shape, None, partial(_load, *parts), partial(_check, *parts), entry, parts[2].shape[1])
             elif name.removesuffix(LUT_SUFFIX) not in entries:
                 items[name] = Item(tensor.shape, tensor.dtype, tensor.load, tensor.load)
         yield items
@@ -190,34 +189,26 @@ def summary(directory: str | Path) -> dict[str, Any]:
             row = {"name": name, "embedding": _is_embedding(name), "stored_bytes": size, "bits_per_weight": 8 * size / count}
             rows.append(row | entry.to_json())
     linear = [row for row in rows if not row["embedding"]]
+    in_linear = sum(math.prod(row["shape"]) for row in linear)
     weights = sum(dense) + sum(math.prod(row["shape"]) for row in rows)
-    file_bytes = sum((directory / file).stat().st_size for file in file_names(directory))
+    file_bytes = sum(path.stat().st_size for path in files_of(directory))
     return {
         "tensors": rows,
         "dense_tensors": len(dense),
         "dense_weights": sum(dense),
         "weights": weights,
         "file_bytes": file_bytes,
-        "bits_per_weight": bits_per_weight(file_bytes, weights),
-        "clustered_bits_per_weight": bits_per_weight(
-            sum(row["stored_bytes"] for row in linear), sum(math.prod(row["shape"]) for row in linear)
-        ),
+        "bits_per_weight": 8 * file_bytes / weights if weights else None,
+        "clustered_bits_per_weight": 8 * sum(row["stored_bytes"] for row in linear) / in_linear if linear else None,
         "bytes_in_16_bits": 2 * weights,
     }
 
 
-def bits_per_weight(size_bytes: int, weights: int) -> float | None:
-    """Divide; None for no weights."""
-    return 8 * size_bytes / weights if weights else None
-
-
 def _pending(name: str, frozen: Frozen | Later, entry: Entry) -> dict[str, Pending]:
-    """Announce the two stored tensors of a clustered one; indices are packed when they are written."""
+    """Announce the two stored tensors of a clustered one."""
 
     def pack() -> Tensor:
-        if isinstance(frozen, Frozen):
-            return pack_indices(frozen.indices, entry.bits)
-        indices = frozen.make()
+        indices = frozen.indices if isinstance(frozen, Frozen) else frozen.make()
         check_indices(name, entry, indices, frozen.lut.shape[1])
         return pack_indices(indices, entry.bits)
 
@@ -227,22 +218,23 @@ def _pending(name: str, frozen: Frozen | Later, entry: Entry) -> dict[str, Pendi
     }
 
 
-def _load(where: str, entry: Entry, packed: Stored, lut: Stored) -> Frozen:
-    stream, tables, count = packed.load(), lut.load(), math.prod(entry.grid)
-    check_padding(where, stream, entry.bits, count)
+def _check(entry: Entry, packed: Stored, lut: Stored) -> tuple[Tensor, Tensor]:
+    """Read and check stream and tables; indices are decoded only where a table has none for some of them."""
+    stream, tables, where = packed.load(), lut.load(), f"{packed.path}: {packed.name}"
+    check_padding(where, stream, entry.bits, math.prod(entry.grid))
     check_centroids(where, tables)
-    indices = unpack_indices(stream, entry.bits, count).view(entry.grid)
-    check_indices(where, entry, indices, tables.shape[1])
-    return Frozen(indices, tables, entry.shape, float(entry.error))
+    if tables.shape[1] < 1 << entry.bits:
+        check_indices(where, entry, _unpack(stream, entry), tables.shape[1])
+    return stream, tables
 
 
-def _check(where: str, entry: Entry, packed: Stored, lut: Stored) -> None:
-    """Do the checks of `_load`, without decoding indices where every index has its centroid."""
-    if lut.shape[1] < 1 << entry.bits:
-        _load(where, entry, packed, lut)
-        return
-    check_padding(where, packed.load(), entry.bits, math.prod(entry.grid))
-    check_centroids(where, lut.load())
+def _load(entry: Entry, packed: Stored, lut: Stored) -> Frozen:
+    stream, tables = _check(entry, packed, lut)
+    return Frozen(_unpack(stream, entry), tables, entry.shape, float(entry.error))
+
+
+def _unpack(stream: Tensor, entry: Entry) -> Tensor:
+    return unpack_indices(stream, entry.bits, math.prod(entry.grid)).view(entry.grid)
 
 
 def _is_embedding(name: str) -> bool:

@@ -137,14 +137,14 @@ def check_stored(directory: Path, name: str, entry: Entry, stored: Mapping[str, 
     packed, lut = stored[name], stored[lut_name]
     if packed.dtype != torch.uint8 or packed.shape != (entry.packed_bytes,):
         raise FormatError(
-            f"{packed.file}: {name}: must be uint8 [{entry.packed_bytes}] for {entry.bits} bits and shape "
+            f"{packed.path}: {name}: must be uint8 [{entry.packed_bytes}] for {entry.bits} bits and shape "
             f"{show(list(entry.shape))}, got {_kind(packed)}. Fetch config.json and the file again."
         )
     k_range = range((1 << entry.bits - 1) + 1, (1 << entry.bits) + 1)
     fits = len(lut.shape) == 3 and lut.shape[0] == entry.luts and lut.shape[2] == entry.dim and lut.shape[1] in k_range
     if lut.dtype != LUT_DTYPE or not fits:
         raise FormatError(
-            f"{lut.file}: {lut_name}: must be float16 [{entry.luts}, {k_range[0]} to {k_range[-1]}, "
+            f"{lut.path}: {lut_name}: must be float16 [{entry.luts}, {k_range[0]} to {k_range[-1]}, "
             f"{entry.dim}], got {_kind(lut)}. Fetch config.json and the file again."
         )
 

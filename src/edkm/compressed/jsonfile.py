@@ -10,6 +10,7 @@ import json
 import math
 import reprlib
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,10 @@ def file_bytes(path: Path) -> int:
     """Measure a regular file, or the one that a link points to (a hub's cache has links); refuse pipes and devices, which never end."""
     try:
         status = path.stat()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FormatError(f"{path}: {reason}. Fetch the whole checkpoint, or give the directory that the model was saved to.") from error
+    except OSError as error:
+        raise FormatError(
+            f"{path}: {error.strerror}. Fetch the whole checkpoint, or give the directory that the model was saved to."
+        ) from error
     if not stat.S_ISREG(status.st_mode):
         raise FormatError(f"{path}: must be a regular file, or a link to one. Fetch the whole checkpoint.")
     return status.st_size
@@ -72,10 +74,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = parse_json(file.read(size).decode())
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror or 'not readable'}. Give the directory that the model was saved to.") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not a JSON file ({error}). Fetch the file again.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not a JSON file that can be read ({error}). Fetch the file again.") from error
     if not isinstance(content, dict):
         raise FormatError(f"{path}: must hold a JSON object, got {type(content).__name__}. Fetch the file again.")
     return content
@@ -109,7 +109,6 @@ def _refuse_constant(word: str) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {show(twice)} occurs twice")
     return content

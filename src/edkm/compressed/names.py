@@ -19,12 +19,14 @@ _REMEDY = "Use the class, the config and the tensors of one model."
 def match_names(
     model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], source: str, new: AbstractSet[str] = frozenset()
 ) -> dict[str, list[str]]:
-    """Find, for each name in a model's state, all names of its tensor: those of tied ones together.
+    """Find, for each name in a model's state, all names of its tensor.
 
     Raises:
         FormatError: a tensor does not have exactly one name in `shapes` and that shape; tensors in `new` may have none.
     """
-    targets, kind = _targets(model), type(model).__name__
+    state, kind = model.state_dict(keep_vars=True), type(model).__name__
+    # While transformers loads a model, the tensors that it ties are not tied yet.
+    targets = {name: state[model.all_tied_weights_keys.get(name, name)] for name in state}
     aliases = _by_tensor(targets)
     for names in aliases.values():
         if len(given := [name for name in names if name in shapes]) > 1:
@@ -39,26 +41,27 @@ def match_names(
     return {name: aliases[id(tensor)] for name, tensor in targets.items()}
 
 
-def names_in(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
+def names_in(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, str], set[str]]:
     """Find the name in the model for each tensor of a checkpoint that was saved from another class of the same architecture.
 
     As transformers does for ordinary checkpoints, the prefix of the base model is added or taken away, and whole parts (a head, a pooler,
-    a decoder) that only one of the two has are left out, or made new. Tensors that are left out are not in the result.
+    a decoder) that only one of the two has are left out, or made new.
+
+    Returns:
+        The names in the model, without those of tensors that are left out; the names of tensors that transformers makes and reports.
     """
     state, prefix = model.state_dict(keep_vars=True), f"{model.base_model_prefix}."
+
+    def part(name: str) -> str:
+        return name.removeprefix(prefix).partition(".")[0]
+
     found = {}
     for name in names:
         candidates = (name.removeprefix(prefix), prefix + name, name)
         found[name] = next((candidate for candidate in candidates if candidate in state), name)
-    parts = {_part(name, prefix) for name in state}
-    return {name: here for name, here in found.items() if _part(here, prefix) in parts}
-
-
-def new_parts(model: PreTrainedModel, names: set[str]) -> set[str]:
-    """Find the tensors of a model in parts of which a checkpoint has nothing: transformers makes and reports them."""
-    prefix = f"{model.base_model_prefix}."
-    stored = {_part(name, prefix) for name in names}
-    return {name for name in model.state_dict() if _part(name, prefix) not in stored}
+    wanted, stored = {part(name) for name in state}, {part(name) for name in found.values()}
+    kept = {name: here for name, here in found.items() if part(here) in wanted}
+    return kept, {name for name in state if part(name) not in stored}
 
 
 def tied_groups(model: nn.Module) -> set[frozenset[str]]:
@@ -71,16 +74,6 @@ def _by_tensor(state: Mapping[str, Tensor]) -> dict[int, list[str]]:
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
     return names
-
-
-def _targets(model: PreTrainedModel) -> dict[str, Tensor]:
-    state = model.state_dict(keep_vars=True)
-    # While transformers loads a model, the tensors that it ties are not tied yet.
-    return {name: state[model.all_tied_weights_keys.get(name, name)] for name in state}
-
-
-def _part(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix).partition(".")[0]
 
 
 def _list(names: list[str]) -> str:

@@ -24,8 +24,8 @@ from edkm.compressed.entries import CONFIG_KEYS, QUANT_METHOD
 from edkm.compressed.jsonfile import FormatError, show
 from edkm.compressed.modelconfig import check_config
 from edkm.compressed.modules import PackedModule, pack_module, tie_module, unpack_modules
-from edkm.compressed.names import match_names, names_in, new_parts
-from edkm.compressed.weightfiles import checksum, description, file_names, metadata
+from edkm.compressed.names import match_names, names_in
+from edkm.compressed.weightfiles import checksum, description, files_of, metadata
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -63,14 +63,12 @@ class EdkmQuantizer(HfQuantizer):
         files, dtype = kwargs.get("checkpoint_files"), kwargs.get("dtype")
         if not files:
             raise FormatError("from_pretrained: a packed model is read from its files. Give its directory, not a state dict.")
-        folders = {Path(file).parent for file in files}
-        if len(folders) > 1:
-            raise FormatError(f"from_pretrained: the files lie in {len(folders)} directories. Put the packed model into one.")
-        folder = folders.pop()
+        folder = Path(files[0]).parent
         # The files that are checked must be those that are read: no variant, and no pickle that lies beside them.
-        if odd := {Path(file).name for file in files} ^ set(file_names(folder)):
+        if odd := {Path(file) for file in files} ^ files_of(folder).keys():
             raise FormatError(
-                f"{folder}: from_pretrained reads other files than the packed model's ({min(odd)}). Leave out variant and use_safetensors."
+                f"{folder}: from_pretrained reads other files than the packed model's ({min(odd).name}). Leave out variant and "
+                "use_safetensors."
             )
         _pack_modules(model, folder, dtype or torch.get_default_dtype(), self.quantization_config)
         return model
@@ -83,15 +81,13 @@ class EdkmQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # as save_pretrained leaves it in the config
-            dtype = getattr(torch, dtype)
-        assert not isinstance(dtype, str)
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name, as save_pretrained leaves it in the config
         _refuse_offloaded(model, "dequantize")
-        unpack_modules(model, dtype)
+        unpack_modules(model, kind)
         # Not the buffers that are made anew for each model: rotary frequencies stay float32, as from_pretrained leaves them.
-        for tensor in model.state_dict(keep_vars=True).values() if dtype is not None else ():
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(dtype)
+        for tensor in model.state_dict(keep_vars=True).values():
+            if kind is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(kind)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # pyright: ignore
@@ -128,10 +124,9 @@ def _pack_modules(model: Any, directory: Path, dtype: torch.dtype, quantization:
     with checkpoint.open_items(directory) as items:
         new: set[str] = set()
         if [type(model).__name__] != model.config.architectures:  # the base model of the stored one, say, or another head on it
-            names = names_in(model, list(items))
+            names, new = names_in(model, list(items))
             items = {here: items[name] for name, here in names.items()}
             quantization.tensors = {names[name]: entry for name, entry in quantization.tensors.items() if name in names}
-            new = new_parts(model, set(items))
         aliases = match_names(model, {name: item.shape for name, item in items.items()}, str(directory), new)
         for name, item in items.items():
             item.check()

@@ -59,14 +59,27 @@ class Pending(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor in a file; `load` reads its bytes into memory and checks them. `described` is the `description` of the
-    checkpoint when the file was written; None in files that are older than it."""
+    """A tensor in an open file. `described` is the `description` of the checkpoint that it was written with; None in older files."""
 
-    file: str
+    path: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    load: Callable[[], Tensor]
+    crc32: int
     described: str | None
+    handle: Any
+
+    def load(self) -> Tensor:
+        """Read the bytes into memory and check them."""
+        try:
+            tensor = self.handle.get_tensor(self.name)
+        except Exception as error:  # a shape that torch does not have
+            raise FormatError(f"{self.path}: {self.name}: cannot be read ({error}). Fetch the file again.") from error
+        # A copy, since this may be a view of the file; of bytes, since copying booleans repairs damage.
+        data = tensor.reshape(-1).view(torch.uint8).clone()
+        if int(checksum(data), 16) != self.crc32:
+            raise FormatError(f"{self.path}: {self.name}: the bytes do not have their checksum. Fetch the file again.")
+        return data.view(tensor.dtype).view(tensor.shape)
 
 
 def write_files(directory: Path, tensors: dict[str, Pending]) -> None:
@@ -106,23 +119,38 @@ def open_files(directory: Path) -> Iterator[dict[str, Stored]]:
         FormatError: no file or both layouts, a name in the index that is not a plain file name, a damaged or truncated file, names or
             checksums that do not match the index or the header. `Stored.load` raises it for a tensor whose bytes do not have the checksum.
     """
-    weight_map = _weight_map(directory)
     stored: dict[str, Stored] = {}
     with ExitStack() as stack:
-        for file in _names(weight_map):
-            path = directory / file
+        for path, names in files_of(directory).items():
             found = _header(path, stack.enter_context(_opened(path)))
-            if weight_map is not None:
-                mapped = {name for name, where in weight_map.items() if where == file}
-                if odd := mapped ^ found.keys():
-                    raise FormatError(f"{path}: {INDEX} lists other tensors for this file, e.g. {min(odd)}. Fetch both files again.")
+            if names and (odd := names ^ found.keys()):
+                raise FormatError(f"{path}: {INDEX} lists other tensors for this file, e.g. {min(odd)}. Fetch both files again.")
             stored |= found
         yield dict(sorted(stored.items()))
 
 
-def file_names(directory: Path) -> list[str]:
-    """List the files that `open_files` reads, in order."""
-    return _names(_weight_map(directory))
+def files_of(directory: Path) -> dict[Path, set[str]]:
+    """List the files that `open_files` reads, with the tensors that the index names for each: none where there is no index."""
+    path = directory / INDEX
+    # lexists: a dangling link, or a directory of that name, is an index that cannot be read, not a missing one.
+    if not os.path.lexists(path):
+        return {directory / SINGLE: set()}
+    if (directory / SINGLE).is_file():
+        raise FormatError(f"{directory}: holds both {SINGLE} and {INDEX}. Remove the older one.")
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{path}: weight_map must be an object of tensor names. Fetch the file again.")
+    files: dict[Path, set[str]] = {}
+    for name, file in weight_map.items():
+        # Only a plain name stays inside the directory, on every system's rules for separators and drives.
+        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\:") and file.isprintable()
+        if not plain or file.startswith("."):
+            raise FormatError(
+                f"{path}: {name} must lie in a plain *.safetensors file of this directory, got {show(file)}. "
+                "Do not use this checkpoint unless you know where it comes from."
+            )
+        files.setdefault(directory / file, set()).add(name)
+    return dict(sorted(files.items()))
 
 
 def description(tensors: Mapping[str, Pending | Stored | Tensor], about: Mapping[str, str]) -> str:
@@ -196,32 +224,6 @@ def _write_file(path: Path, tensors: Mapping[str, Pending], described: str, adva
         file.write(header())  # of the same length: checksums have a fixed width
 
 
-def _names(weight_map: Mapping[str, str] | None) -> list[str]:
-    return [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
-
-
-def _weight_map(directory: Path) -> dict[str, str] | None:
-    """Read the index's map from tensors to files; None where the checkpoint is a single file."""
-    path = directory / INDEX
-    # lexists: a dangling link, or a directory of that name, is an index that cannot be read, not a missing one.
-    if not os.path.lexists(path):
-        return None
-    if (directory / SINGLE).is_file():
-        raise FormatError(f"{directory}: holds both {SINGLE} and {INDEX}. Remove the older one.")
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{path}: weight_map must be an object of tensor names. Fetch the file again.")
-    for name, file in weight_map.items():
-        # Only a plain name stays inside the directory, on every system's rules for separators and drives.
-        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\:") and file.isprintable()
-        if not plain or file.startswith("."):
-            raise FormatError(
-                f"{path}: {name} must lie in a plain *.safetensors file of this directory, got {show(file)}. "
-                "Do not use this checkpoint unless you know where it comes from."
-            )
-    return weight_map
-
-
 def _opened(path: Path) -> Any:
     """Open a whole safetensors file; waits for no pipe."""
     try:
@@ -263,20 +265,5 @@ def _header(path: Path, handle: Any) -> dict[str, Stored]:
             raise FormatError(f"{path}: {name}: dtype {dtype} is unknown. Use a newer edkm.")
         if name not in checksums:  # there may be more of them: transformers writes those of all tensors into each file
             raise FormatError(f"{path}: {name} has no checksum. Fetch the file again.")
-        found[name] = Stored(path.name, _DTYPES[dtype], shape, _loader(path, handle, name, checksums[name]), described)
+        found[name] = Stored(path, name, _DTYPES[dtype], shape, checksums[name], described, handle)
     return found
-
-
-def _loader(path: Path, handle: Any, name: str, expected: int) -> Callable[[], Tensor]:
-    def load() -> Tensor:
-        try:
-            tensor = handle.get_tensor(name)
-        except Exception as error:  # a shape that torch does not have
-            raise FormatError(f"{path}: {name}: cannot be read ({error}). Fetch the file again.") from error
-        # A copy, since this may be a view of the file; of bytes, since copying booleans repairs damage.
-        data = tensor.reshape(-1).view(torch.uint8).clone()
-        if int(checksum(data), 16) != expected:
-            raise FormatError(f"{path}: {name}: the bytes do not have their checksum. Fetch the file again.")
-        return data.view(tensor.dtype).view(tensor.shape)
-
-    return load
