@@ -10,8 +10,6 @@
 
 import gc
 from contextlib import contextmanager
-from itertools import count
-from typing import ClassVar
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from edkm.offload import saved_tensors, transfer
+from edkm.offload import marshal, saved_tensors, transfer
 from edkm.offload.hooks import WriteWatch
 from edkm.offload.marshal import Ledger
 from edkm.offload.transfer import OffloadedCopy
@@ -301,14 +299,14 @@ def test_a_view_of_another_dtype_that_is_not_aligned_to_the_copy_is_copied():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse", "ignore:torch.quantize")
-@pytest.mark.parametrize("marshal", [True, False])
-def test_tensors_that_are_more_than_strided_memory_are_copied_whole(marshal):
+@pytest.mark.parametrize("share", [True, False])
+def test_tensors_that_are_more_than_strided_memory_are_copied_whole(share):
     z, matrix = activation(4, 3, dtype=torch.complex64), torch.eye(4)
     nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
     tensors = [z, z.conj(), z.conj().imag, activation(), activation(0, 3), activation(5)[2:2], torch.arange(3), activation(3) > 0]
     tensors += [activation(9).unfold(0, 4, 2), matrix.to_sparse(), matrix.to_sparse_csr(), matrix.to_sparse_bsc((2, 2)), matrix.to_mkldnn()]
     tensors += [torch.quantize_per_tensor(matrix, 0.1, 0, torch.qint8), nested]
-    with saved_tensors(marshal=marshal) as stats:
+    with saved_tensors(marshal=share) as stats:
         y = save(*tensors)
     assert_accounted(stats)
     for restored, saved in zip(restore(y), tensors, strict=True):
@@ -438,30 +436,17 @@ def test_freeing_the_graph_frees_the_copies_without_the_garbage_collector():
 # --- CUDA's path, with streams that only record their calls ---
 
 
-class Stream:
-    log: ClassVar[list] = []
-    events: ClassVar = count()
-
-    def __init__(self, name):
-        self.name = name
-
-    def wait_stream(self, other):
-        self.log.append((self.name, "waits for", other.name))
-
-    def wait_event(self, event):
-        self.log.append((self.name, "waits for", event.name))
-
-
-class Event:
-    def record(self, stream):
-        self.name = f"event {next(Stream.events)}"
-        Stream.log.append((stream.name, "records", self.name))
-
-
 @pytest.fixture
 def streams(monkeypatch):
     """Let `OffloadedCopy` take tensors for CUDA tensors. Copies are made at once; the test checks who waits for whom."""
-    main, side, current = Stream("main"), Stream("side"), []
+    log, current = [], []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append((self.name, "waits for", other.name))
 
     @contextmanager
     def on(stream):
@@ -469,35 +454,31 @@ def streams(monkeypatch):
         yield
         current.pop()
 
-    empty = torch.empty
+    main, empty = Stream("main"), torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: Stream.log.append((stream.name, "uses", tensor.numel())))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append((stream.name, "uses", tensor.numel())))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1] if current else main)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(transfer, "_side_stream", lambda device: side)
-    monkeypatch.setattr(OffloadedCopy, "_is_streamed", lambda copy, device: True)
-    monkeypatch.setattr(Stream, "log", [])
-    monkeypatch.setattr(Stream, "events", count())
-    return Stream.log
+    monkeypatch.setattr(transfer, "_SIDE_STREAMS", {torch.device("cpu"): Stream("side")})
+    monkeypatch.setattr(transfer, "_is_streamed", lambda origin, device: True)
+    return log
 
 
 def test_a_copy_waits_for_its_source_and_an_overwrite_for_the_copy(streams):
+    copied, settled = [("side", "waits for", "main"), ("side", "uses", 4)], [("main", "waits for", "side")]
     x = activation(4)
     with saved_tensors():
         y = save(x)
-        assert streams == [("side", "waits for", "main"), ("side", "records", "event 0"), ("side", "uses", 4)]
-        del streams[:]
+        assert streams == copied
         x.data.add_(1.0)
         x.data.add_(1.0)
-        assert streams == [("main", "waits for", "event 0")]
+        assert streams == copied + settled
         z = save(x)
-        del streams[:]
     # After the block nobody watches writes, and without marshal nobody does in it.
-    assert streams == [("main", "waits for", "event 1")]
-    with saved_tensors(marshal=False):
+    assert streams == 2 * (copied + settled)
+    with saved_tensors(marshal=False, uniquify=False):
         save(x)
-    assert streams[-2:] == [("side", "uses", 4), ("main", "waits for", "event 2")]
+        assert streams[-3:] == copied + settled
     assert torch.equal(restore(y)[0], activation(4))
     del z
 
@@ -505,7 +486,7 @@ def test_a_copy_waits_for_its_source_and_an_overwrite_for_the_copy(streams):
 @pytest.mark.parametrize("when", ["written", "written by data", "written by a sparse tensor", "block ended"])
 def test_an_overwrite_waits_for_the_copy_however_it_is_made(when, monkeypatch):
     x, sparse, seen = activation(4), torch.eye(3).to_sparse().coalesce(), []
-    monkeypatch.setattr(OffloadedCopy, "settle", lambda copy: seen.append(x.detach().clone()))
+    monkeypatch.setattr(marshal, "settle", lambda: seen.append(x.detach().clone()))
     with saved_tensors():
         y = save(x)
         del seen[:]
@@ -523,15 +504,21 @@ def test_backward_fetches_one_copy_ahead(streams):
     with saved_tensors():
         outputs = [save(activation(n)) for n in (2, 3, 4)]
     fetched = []
-    for n in (4, 3, 2):
-        del streams[:]
-        assert torch.equal(restore(outputs.pop())[0], activation(n))
-        fetched.append([entry for entry in streams if entry[1] != "waits for"])
+    bring = OffloadedCopy._bring
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            OffloadedCopy, "_bring", lambda copy, part: streams.append(("side", "brings", copy.n_bytes // 4)) or bring(copy, part)
+        )
+        for n in (4, 3, 2):
+            del streams[:]
+            assert torch.equal(restore(outputs.pop())[0], activation(n))
+            fetched.append(streams[:])
+    waits = ("main", "waits for", "side")
     # The first is fetched on demand. Then the next one is on its way already.
     assert fetched == [
-        [("side", "records", "event 3"), ("main", "uses", 4), ("side", "records", "event 4")],
-        [("main", "uses", 3), ("side", "records", "event 5")],
-        [("main", "uses", 2)],
+        [("side", "brings", 4), waits, ("main", "uses", 4), ("side", "brings", 3)],
+        [waits, ("main", "uses", 3), ("side", "brings", 2)],
+        [waits, ("main", "uses", 2)],
     ]
 
 

@@ -6,9 +6,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edkm.offload import shard, uniquify
 from edkm.offload.marshal import Cutting, KeptView, Ledger, StridedView, is_plain, unseen
-from edkm.offload.transfer import OffloadedCopy, Source, Stats
+from edkm.offload.transfer import OffloadedCopy, Source, Stats, settle
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,6 +25,10 @@ if TYPE_CHECKING:
 _CLONES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 _COPY = torch.ops.aten.copy_.default
 _PLAIN_DISPATCH = torch._C._disabled_torch_dispatch_impl
+
+# Held by the graph in place of a saved tensor, and called to bring it back. It owns the copies that it needs: they are freed when backward
+# has used the last of them.
+_Handle = Callable[[], Tensor]
 
 
 @contextmanager
@@ -84,10 +87,9 @@ def saved_tensors(
         raise ValueError(f"saved_tensors: hops={hops}: must not be negative. Use 0 to follow views alone.")
     stats = Stats()
     keeper = _Keeper(stats, torch.device(device), marshal, uniquify, shard, Ledger(hops), resident)
-    hooks = torch.autograd.graph.saved_tensors_hooks(_timed(keeper.save, stats), _timed(_restore, stats))
     with ExitStack() as block:
         block.callback(keeper.close)
-        block.enter_context(hooks)
+        block.enter_context(torch.autograd.graph.saved_tensors_hooks(_timed(keeper.save, stats), _timed(_restore, stats)))
         if marshal or uniquify:
             block.enter_context(WriteWatch(keeper.ledger))
         yield stats
@@ -96,7 +98,7 @@ def saved_tensors(
 def _restore(handle: _Handle) -> Tensor:
     # In a double backward gradients are on, and restoring a tensor is no part of the graph.
     with torch.no_grad():
-        return handle.restore()
+        return handle()
 
 
 def _timed(hook: Callable[[Any], Any], stats: Stats) -> Callable[[Any], Any]:
@@ -110,56 +112,23 @@ def _timed(hook: Callable[[Any], Any], stats: Stats) -> Callable[[Any], Any]:
     return timed
 
 
-class _Reference(NamedTuple):
-    """A tensor that lives on anyway. Hooks switch autograd's own check for changes off, so it is made here."""
-
-    tensor: Tensor
-    version: int
-
-    def restore(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                f"saved tensor {list(self.tensor.shape)} {self.tensor.dtype}, referenced and not copied: was changed in place between "
-                f"forward and backward: it is at version {self.tensor._version}, saved was version {self.version}. Change parameters "
-                "(and buffers of resident=) after backward, or pass a clone to the operation."
-            )
-        return self.tensor
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    """Return a tensor that lives on anyway. Hooks switch autograd's own check for changes off, so it is made here."""
+    if tensor._version != version:
+        raise RuntimeError(
+            f"saved tensor {list(tensor.shape)} {tensor.dtype}, referenced and not copied: was changed in place between forward and "
+            f"backward: it is at version {tensor._version}, saved was version {version}. Change parameters (and buffers of resident=) "
+            "after backward, or pass a clone to the operation."
+        )
+    return tensor
 
 
-class _WholeCopy:
-    """A tensor copied by itself. Subclasses are not taken apart: the memory of an asynchronous collective may not be filled yet."""
-
-    __slots__ = ("_copy", "_n_bytes", "_origin", "_stats")
-
-    def __init__(self, tensor: Tensor, device: torch.device, stats: Stats):
-        self._origin, self._stats, self._n_bytes = tensor.device, stats, tensor.numel() * tensor.itemsize
-        self._copy = _moved(tensor, device)
-        stats.hold(self._n_bytes)
-
-    def restore(self) -> Tensor:
-        return _moved(self._copy, self._origin)
-
-    def __del__(self):
-        # Not set when making the copy failed.
-        if hasattr(self, "_copy"):
-            self._stats.release(self._n_bytes)
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    # `to(copy=True)` is missing for some layouts.
-    return tensor.clone() if tensor.device == device else tensor.to(device)
-
-
-# Held by the graph in place of a saved tensor. It owns the copies that it needs: they are freed when backward has used the last of them.
-_Handle = _Reference | _WholeCopy | Cutting
-
-
-@dataclass(eq=False)
 class _Keeper:
     """Choose for each saved tensor of a block, in this order.
 
     1. A parameter, or a view of one: a reference, which must not change until backward.
-    2. A tensor that is more than strided memory: a copy of the whole.
+    2. A tensor that is more than strided memory: a copy of the whole. Subclasses are not taken apart: the memory of an asynchronous
+       collective may not be filled yet.
     3. A part of what is kept, or a copy of it: cut from that (marshal).
     4. A function of a 16-bit weight, as declared: a table and an index (uniquify).
     5. Anything else: a new copy.
@@ -168,20 +137,23 @@ class _Keeper:
     not, so such a block holds its copies until it ends.
     """
 
-    stats: Stats
-    device: torch.device
-    marshal: bool
-    uniquify: bool
-    group: ProcessGroup | None
-    ledger: Ledger
-    resident: torch.nn.Module | None
-
-    def __post_init__(self):
+    def __init__(
+        self,
+        stats: Stats,
+        device: torch.device,
+        marshal: bool,
+        uniquify: bool,
+        group: ProcessGroup | None,
+        ledger: Ledger,
+        resident: torch.nn.Module | None,
+    ):
+        self.stats, self.device, self.marshal, self.uniquify = stats, device, marshal, uniquify
+        self.group, self.ledger = group, ledger
         self._last: weakref.ref[OffloadedCopy] | None = None
-        self._held: list[Any] = []
-        owned = () if self.resident is None else self.resident.buffers()
+        self._held: list[KeptView] = []
+        buffers = () if resident is None else resident.buffers()
         # The weak references keep addresses from being used again.
-        self._resident = {t.untyped_storage()._cdata: StorageWeakRef(t.untyped_storage()) for t in owned if is_plain(t)}
+        self._resident = {t.untyped_storage()._cdata: StorageWeakRef(t.untyped_storage()) for t in buffers if is_plain(t)}
 
     def save(self, tensor: Tensor) -> _Handle:
         """Return the substitute of a saved tensor."""
@@ -190,11 +162,11 @@ class _Keeper:
         self.stats.requested_bytes += n_bytes
         if self._lives_on(tensor):
             self.stats.avoid("reference", n_bytes)
-            return _Reference(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
+            return partial(_unchanged, tensor if tensor.is_leaf else tensor.detach(), tensor._version)
         if not is_plain(tensor):
-            return _WholeCopy(tensor.detach(), self.device, self.stats)
+            return OffloadedCopy(tensor.detach(), self.device, self.stats, streamed=False).fetch
         with unseen():
-            return self._keep(tensor.detach(), StridedView.of(tensor))
+            return self._keep(tensor.detach(), StridedView.of(tensor)).restore
 
     def _lives_on(self, tensor: Tensor) -> bool:
         owner = tensor if tensor._base is None else tensor._base
@@ -225,48 +197,49 @@ class _Keeper:
     def _new(self, tensor: Tensor, view: StridedView, stored: StridedView) -> KeptView:
         """Keep a table for `view` of a tensor, or a copy of its view `stored`."""
         values = _seen_as(tensor, stored)
-        if self.group is not None and self._is_sharded(tensor):
+        group = self._group_of(tensor)
+        if group is not None:
             name = f"saved tensor {list(tensor.shape)} {tensor.dtype}, number {self.stats.tensors - 1} of the block"
-            shard.require_replicated(self.group, values, name)
+            shard.require_replicated(group, values, name)
         # Tensors too small to be compared over the ranks get no table.
-        declared = self.uniquify and uniquify.is_declared() and (self.group is None or self._is_sharded(tensor))
-        table = self._table(_seen_as(tensor, view)) if declared else None
+        table = self._table(_seen_as(tensor, view)) if self.uniquify and group is self.group else None
         kept = KeptView(*(table or (stored, self._store(values))))
         if self.group is not None:
             self._held.append(kept)
         return kept
 
-    def _is_sharded(self, values: Tensor) -> bool:
-        return self.group is not None and values.numel() * values.itemsize >= shard.WHOLE_BYTES
+    def _group_of(self, values: Tensor) -> ProcessGroup | None:
+        """Return the group that a tensor is split over; a small one is whole on every rank."""
+        return self.group if values.numel() * values.itemsize >= shard.WHOLE_BYTES else None
 
     def _store(self, values: Tensor) -> Source:
-        if self.group is not None and self._is_sharded(values):
-            return shard.RankSlice(values, self.device, self.stats, self.group)
-        # Without the ledger nobody would tell when the tensor is about to be overwritten.
-        copy = OffloadedCopy(values, self.device, self.stats, None if self._last is None else self._last(), overlap=self.marshal)
+        group = self._group_of(values)
+        if group is not None:
+            return shard.RankSlice(values, self.device, self.stats, group)
+        copy = OffloadedCopy(values, self.device, self.stats, None if self._last is None else self._last())
         self._last = weakref.ref(copy)
+        if not self.marshal:  # without the ledger nobody would tell when the tensor is about to be overwritten
+            settle()
         return copy
 
     def _table(self, tensor: Tensor) -> tuple[StridedView, Source] | None:
         """Keep a map as a table, if it was declared to be a function and the table is smaller."""
-        ways = uniquify.readings(tensor)
-        if not ways:
+        declared, ways = uniquify.readings(tensor)
+        if declared is None:
             return None
-        declared = ways[0][0]
         content = self.ledger.content(declared.weight)
         ranks = declared.ranks(content)
         ref = content.index_lists.get(declared.key)  # left by a map before this one
         index = None if ref is None else ref()
-        n, u, map_bytes = len(ranks.rank), len(ranks.first), tensor.numel() * tensor.itemsize
-        new_bytes = map_bytes // n * u + (2 * n if index is None else 0)
+        n, map_bytes = len(ranks.rank), tensor.numel() * tensor.itemsize
+        new_bytes = map_bytes // n * len(ranks.first) + (2 * n if index is None else 0)
         if new_bytes >= map_bytes:
             return None
-        by_weight = next((view for _, view in ways if uniquify.is_function(view.reshape(n, -1), ranks)), None)
-        if by_weight is None:
-            raise uniquify.refusal(tensor, declared)
+        by_weight = uniquify.require_function(tensor, declared, ways, ranks)
         if index is None:
-            if self.group is not None and self._is_sharded(ranks.rank):
-                shard.require_replicated(self.group, ranks.rank, f"function_of: weight {list(declared.weight.shape)}")
+            group = self._group_of(ranks.rank)
+            if group is not None:
+                shard.require_replicated(group, ranks.rank, f"function_of: weight {list(declared.weight.shape)}")
             index = self._store(ranks.rank.to(torch.int16))
             content.index_lists[declared.key] = weakref.ref(index)
         self.stats.avoid("uniquify", map_bytes - new_bytes)

@@ -1,6 +1,6 @@
 """Keep one copy of tensors that are views or copies of one another.
 
-*Which bytes.* `StridedView` is what `as_strided` takes; its `Region` is the set of bytes it touches, in a form that is the same for
+*Which bytes.* `StridedView` is what `as_strided` takes; `region` is the set of bytes it touches, in a form that is the same for
 transposes, expansions and views of another dtype. An interval of bytes serves all that lies within it, another region only its equals.
 
 *Which values.* `Content` is a storage between two writes. Autograd's version counter tells most writes; it misses those through `.data`,
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from edkm.offload.transfer import OffloadedCopy, Source
+from edkm.offload.transfer import OffloadedCopy, Source, settle
 
 _PRUNE_AFTER = 256
 
@@ -50,7 +50,7 @@ class StridedView(NamedTuple):
 
     @property
     def span(self) -> int:
-        """Elements from the first to the last, both included."""
+        """Number of elements from the first to the last, both included."""
         return 1 + sum(step * (n - 1) for n, step in zip(self.size, self.stride, strict=True))
 
     def distinct(self) -> StridedView:
@@ -72,27 +72,9 @@ class StridedView(NamedTuple):
         return False
 
 
-class Region(NamedTuple):
-    """Bytes `start + sum_d i_d * stride_d`; `dims` are (stride, size) in bytes, the outermost first, the last of stride 1."""
-
-    start: int
-    dims: tuple[tuple[int, int], ...]
-    item: int  # bytes of an element
-
-    @property
-    def end(self) -> int:
-        return self.start + 1 + sum(stride * (size - 1) for stride, size in self.dims)
-
-    def covers(self, inner: Region) -> bool:
-        """Tell whether a tensor of region `inner` can be cut from a copy of this one."""
-        if len(self.dims) == 1:
-            return self.start <= inner.start and inner.end <= self.end and (inner.start - self.start) % inner.item == 0
-        return inner.start == self.start and inner.dims == self.dims
-
-
 @lru_cache(maxsize=4096)
-def region(view: StridedView) -> Region:
-    """Find the bytes of a view: dimensions sorted by stride, neighbours merged, repetitions dropped."""
+def region(view: StridedView) -> StridedView:
+    """Find the bytes of a view: dimensions sorted by stride, neighbours merged, repetitions dropped. An interval has one dimension."""
     item = view.dtype.itemsize
     steps = sorted(((step * item, n) for n, step in zip(view.size, view.stride, strict=True) if n > 1 and step > 0), reverse=True)
     dims: list[tuple[int, int]] = []
@@ -101,7 +83,17 @@ def region(view: StridedView) -> Region:
             dims[-1] = (stride, dims[-1][1] * size)
         else:
             dims.append((stride, size))
-    return Region(view.offset * item, tuple(dims), item)
+    strides, sizes = zip(*dims, strict=True)
+    return StridedView(sizes, strides, view.offset * item, torch.uint8)
+
+
+def covers(outer: StridedView, inner: StridedView) -> bool:
+    """Tell whether `inner` can be cut from a copy of `outer`, both views of one storage."""
+    have, want = region(outer), region(inner)
+    if len(have.size) > 1:
+        return have == want
+    first = want.offset - have.offset
+    return 0 <= first <= have.span - want.span and first % inner.dtype.itemsize == 0
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -137,19 +129,19 @@ def _cut(flat: Tensor, start: int, view: StridedView) -> Tensor:
 class KeptView:
     """A view of a storage whose values are kept by `source`."""
 
-    __slots__ = ("__weakref__", "region", "source", "view")
+    __slots__ = ("__weakref__", "source", "view")
 
     def __init__(self, view: StridedView, source: Source):
-        self.view, self.source, self.region = view, source, region(view)
+        self.view, self.source = view, source
 
     def restore(self, view: StridedView) -> Tensor:
         """Bring back the tensor of `view`, which must lie within."""
+        start, item = region(self.view).offset, self.view.dtype.itemsize
         if not (isinstance(self.source, OffloadedCopy) and self.view.stride == (1,)):
-            return _cut(_flat(self.source.fetch(), self.view), self.region.start, view)
-        wanted, item = region(view), self.view.dtype.itemsize
-        first = (wanted.start - self.region.start) // item
-        last = -((self.region.start - wanted.end) // item)
-        return _cut(self.source.fetch(slice(first, last)), self.region.start + first * item, view)
+            return _cut(_flat(self.source.fetch(), self.view), start, view)
+        first = (region(view).offset - start) // item
+        last = -((start - region(view).offset - region(view).span) // item)
+        return _cut(self.source.fetch(slice(first, last)), start + first * item, view)
 
 
 class CopyStep(NamedTuple):
@@ -176,7 +168,7 @@ class Cutting(NamedTuple):
             return self.kept.restore(view)
         target, source = steps[0]
         values = self._restore(steps[1:], source).clone(memory_format=torch.contiguous_format)
-        return _cut(_flat(values, target), region(target).start, view)
+        return _cut(_flat(values, target), region(target).offset, view)
 
 
 class Content:
@@ -189,13 +181,6 @@ class Content:
         self.kept: list[tuple[weakref.ref[KeptView], tuple[CopyStep, ...]]] = []
         self.index_lists: dict[tuple[StridedView, torch.dtype], weakref.ref[Source]] = {}  # for uniquify
 
-    def settle(self) -> None:
-        """Let the current stream wait until the storage may be overwritten."""
-        for ref, steps in self.kept:
-            kept = ref()
-            if kept is not None and not steps and isinstance(kept.source, OffloadedCopy):
-                kept.source.settle()
-
 
 class Ledger:
     """Contents of the storages seen in a block. Kept views are held weakly: what autograd holds owns them."""
@@ -203,38 +188,34 @@ class Ledger:
     def __init__(self, hops: int):
         self._hops = hops
         self._until_prune = _PRUNE_AFTER
-        self._contents: dict[int, tuple[StorageWeakRef, dict[int, Content]]] = {}  # by address, then by version
+        self._contents: dict[int, tuple[StorageWeakRef, int, Content]] = {}  # by address: storage, version, values
 
     def content(self, tensor: Tensor, version: int | None = None) -> Content:
         """Find the content of the tensor's storage as it is now."""
-        storage = tensor.untyped_storage()
+        storage, version = tensor.untyped_storage(), tensor._version if version is None else version
         # The weak reference keeps the address from being used again.
-        versions = self._contents.setdefault(storage._cdata, (StorageWeakRef(storage), {}))[1]
-        version = tensor._version if version is None else version
-        if version not in versions:
-            versions[version] = Content()
+        _, known, content = self._contents.get(storage._cdata, (None, None, None))
+        if content is None or known != version:
+            content = Content()
+            self._contents[storage._cdata] = StorageWeakRef(storage), version, content
             self._until_prune -= 1
             if not self._until_prune:
                 self._contents = {address: entry for address, entry in self._contents.items() if not entry[0].expired()}
                 self._until_prune = max(_PRUNE_AFTER, len(self._contents))
-        return versions[version]
+        return content
 
     def written(self, tensor: Tensor) -> None:
         """Forget the content of a storage that is about to change."""
+        # A sparse tensor writes into memory that others may be views of.
         if not torch._C._has_storage(tensor):
-            # A sparse tensor writes into memory that others may be views of.
             self.forget()
-            return
-        _, versions = self._contents.pop(tensor.untyped_storage()._cdata, (None, {}))
-        for content in versions.values():
-            content.settle()
+        elif self._contents.pop(tensor.untyped_storage()._cdata, None) is not None:
+            settle()
 
     def forget(self) -> None:
         """Forget all contents: any storage may change from here on."""
-        for _, versions in self._contents.values():
-            for content in versions.values():
-                content.settle()
         self._contents.clear()
+        settle()
 
     def copied(self, source: Tensor, result: Tensor, version: int | None = None) -> None:
         """Remember that `result` was made with the values of `source`."""
@@ -248,25 +229,25 @@ class Ledger:
 
     def keep(self, content: Content, kept: KeptView) -> None:
         """Remember a kept view for its content, and for those that its content is a copy of."""
-        steps, covered = (), kept.region
+        steps, covered = (), kept.view
         while True:
             content.kept = [*(entry for entry in content.kept if entry[0]() is not None), (weakref.ref(kept), steps)]
-            if content.origin is None or len(steps) == self._hops or not covered.covers(region(content.origin[1].target)):
+            if content.origin is None or len(steps) == self._hops or not covers(covered, content.origin[1].target):
                 return
             content, step = content.origin
-            steps, covered = (CopyStep(step.source, step.target), *steps), region(step.source)
+            steps, covered = (CopyStep(step.source, step.target), *steps), step.source
 
     def find(self, content: Content, view: StridedView) -> Cutting | None:
         """Find a kept view that holds `view` of a content, at most `hops` copies away."""
-        here, needed, steps = content, region(view), ()
+        needed, steps = view, ()
         while True:
-            for ref, further in here.kept:
+            for ref, further in content.kept:
                 kept = ref()
                 if kept is None or len(steps) + len(further) > self._hops:
                     continue
-                if (region(further[0].target) if further else kept.region).covers(needed):
+                if covers(further[0].target if further else kept.view, needed):
                     return Cutting(kept, (*steps, *further), view)
-            if here.origin is None or len(steps) == self._hops or not region(here.origin[1].target).covers(needed):
+            if content.origin is None or len(steps) == self._hops or not covers(content.origin[1].target, needed):
                 return None
-            here, step = here.origin
-            steps, needed = (*steps, step), region(step.source)
+            content, step = content.origin
+            steps, needed = (*steps, step), step.source

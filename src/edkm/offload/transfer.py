@@ -1,9 +1,9 @@
 """Move a tensor away, bring it back, and count the bytes.
 
-On CUDA a copy goes to pinned memory on a side stream, so that it overlaps with the forward pass: the side stream waits for the stream
-that made the tensor, `record_stream` keeps the allocator from reusing the memory meanwhile, and `settle` must be called before the tensor
-is overwritten. On the way back the current stream waits for the side stream, which then already fetches the copy made just before:
-backward wants them in reverse. Within one stream copies run in order, so host memory is never read before it has arrived.
+On CUDA copies go to pinned memory on a side stream, so that they overlap with the forward pass: the side stream waits for the stream that
+made the tensor, `record_stream` keeps the allocator from reusing the memory meanwhile, and `settle` must be called before the tensor is
+overwritten. On the way back the current stream waits for the side stream, which then already fetches the copy made just before: backward
+wants them in reverse. Within one stream copies run in order, so host memory is never read before it has arrived.
 
 From the CPU to the CPU the copy is a real one. It stands for the transfer, so that bytes can be counted without a GPU.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from functools import cache
 from types import EllipsisType
 from typing import Protocol
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 _MIB = 1 << 20
+_SIDE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
 @dataclass
@@ -75,86 +75,77 @@ class Source(Protocol):
 
 
 class OffloadedCopy:
-    """A contiguous copy of `values` on `device`, counted in `stats` until it is freed.
+    """A copy of `values` on `device`, counted in `stats` until it is freed.
 
     Args:
-        values: any strided tensor.
+        values: any tensor.
         device: where the copy is kept.
         stats: counts its bytes.
         before: the copy made before this one, to be fetched ahead.
-        overlap: whether the caller calls `settle` before `values` is overwritten. Otherwise it is done here.
+        streamed: whether a copy from CUDA to the CPU may overlap with what follows; tensors that are more than strided memory must not.
     """
 
-    __slots__ = ("__weakref__", "_arriving", "_before", "_done", "_host", "_origin", "_stats", "n_bytes")
+    __slots__ = ("__weakref__", "_arriving", "_before", "_host", "_origin", "_stats", "_streamed", "n_bytes")
 
-    def __init__(self, values: Tensor, device: torch.device, stats: Stats, before: OffloadedCopy | None = None, overlap: bool = False):
+    def __init__(self, values: Tensor, device: torch.device, stats: Stats, before: OffloadedCopy | None = None, *, streamed: bool = True):
         self._origin, self._stats = values.device, stats
         self._before = None if before is None else weakref.ref(before)
-        self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
-        self._done: torch.cuda.Event | None = None
+        self._arriving: Tensor | None = None
+        self._streamed = streamed and _is_streamed(values.device, device)
         self.n_bytes = values.numel() * values.itemsize
-        if self._is_streamed(device):
-            self._host, self._done = _send(values)
-            if not overlap:
-                self.settle()
-        else:
-            self._host = torch.empty(values.shape, dtype=values.dtype, device=device).copy_(values)
+        self._host = _send(values) if self._streamed else _moved(values, device)
         stats.hold(self.n_bytes)
-
-    def _is_streamed(self, device: torch.device) -> bool:
-        return self._origin.type == "cuda" and device.type == "cpu"
-
-    def settle(self) -> None:
-        """Let the current stream wait until `values` may be overwritten."""
-        if self._done is not None:
-            torch.cuda.current_stream(self._origin).wait_event(self._done)
-            self._done = None
 
     def fetch(self, part: slice | EllipsisType = ...) -> Tensor:
         """Return `values[part]` as a new tensor on the device they came from."""
-        if not self._is_streamed(self._host.device):
-            return self._host[part].to(self._origin, copy=True)
-        arriving, self._arriving = self._arriving, None
-        values, ready = self._bring(part) if arriving is None else (arriving[0][part], arriving[1])
-        stream = torch.cuda.current_stream(values.device)
-        stream.wait_event(ready)
+        if not self._streamed:
+            return _moved(self._host if part is ... else self._host[part], self._origin)
+        values, self._arriving = self._bring(part) if self._arriving is None else self._arriving[part], None
+        stream = torch.cuda.current_stream(self._origin)
+        stream.wait_stream(_side_stream(self._origin))
         values.record_stream(stream)
         before = None if self._before is None else self._before()
-        if before is not None and before._arriving is None and before._is_streamed(before._host.device):
+        if before is not None and before._streamed and before._arriving is None:
             before._arriving = before._bring(...)
         return values
 
-    def _bring(self, part: slice | EllipsisType) -> tuple[Tensor, torch.cuda.Event]:
-        stream = _side_stream(self._origin)
-        with torch.cuda.stream(stream):
-            host = self._host[part]
-            values = torch.empty(host.shape, dtype=host.dtype, device=self._origin)
-            values.copy_(host, non_blocking=True)
-            return values, _event(stream)
+    def _bring(self, part: slice | EllipsisType) -> Tensor:
+        host = self._host[part]
+        with torch.cuda.stream(_side_stream(self._origin)):
+            return torch.empty(host.shape, dtype=host.dtype, device=self._origin).copy_(host, non_blocking=True)
 
     def __del__(self):
+        # Not set when making the copy failed.
         if hasattr(self, "_host"):
             self._stats.release(self.n_bytes)
 
 
-@cache
+def settle() -> None:
+    """Let the current streams wait for the copies queued so far, whose tensors are about to be overwritten."""
+    for device, stream in _SIDE_STREAMS.items():
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _is_streamed(origin: torch.device, device: torch.device) -> bool:
+    return origin.type == "cuda" and device.type == "cpu"
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    # `to(copy=True)` is missing for some layouts.
+    return tensor.clone() if tensor.device == device else tensor.to(device)
+
+
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    if device not in _SIDE_STREAMS:
+        _SIDE_STREAMS[device] = torch.cuda.Stream(device)
+    return _SIDE_STREAMS[device]
 
 
-def _send(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """Start copying a CUDA tensor to pinned memory; return the copy and the event of its arrival."""
+def _send(values: Tensor) -> Tensor:
+    """Start copying a CUDA tensor to pinned memory."""
     stream = _side_stream(values.device)
     stream.wait_stream(torch.cuda.current_stream(values.device))
     with torch.cuda.stream(stream):
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values.contiguous(), non_blocking=True)
-        done = _event(stream)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values.contiguous(), non_blocking=True)
     values.record_stream(stream)
-    return host, done
-
-
-def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event()
-    event.record(stream)
-    return event
+    return host

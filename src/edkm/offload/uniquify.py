@@ -109,41 +109,42 @@ def find_ranks(weight: Tensor, dtype: torch.dtype) -> Ranks:
     return Ranks(rank, first)
 
 
-def is_declared() -> bool:
-    """Tell whether any weight is declared here."""
-    return bool(_DECLARED.get())
-
-
-def readings(tensor: Tensor) -> list[tuple[DeclaredWeight, Tensor]]:
-    """List the ways to read a tensor as a map with a row per element of the innermost declared weight that fits: `(weight, view)`."""
-    ways = []
+def readings(tensor: Tensor) -> tuple[DeclaredWeight | None, list[Tensor]]:
+    """Find the innermost declared weight that a tensor has a row for each element of, and the ways to view it as `[n, ...]`."""
     for declared in reversed(_DECLARED.get()):
-        n = declared.weight.numel()
+        n, shape = declared.weight.numel(), tensor.shape
         if tensor.device != declared.weight.device or tensor.itemsize not in _BITS or n <= 1:
             continue
-        ways += [(declared, tensor.movedim(dim, 0)) for dim, size in enumerate(tensor.shape) if size == n]
-        if any(prod(tensor.shape[:lead]) == n for lead in range(2, tensor.dim() + 1)) and n not in tensor.shape:
-            ways.append((declared, tensor))
+        ways = [tensor.movedim(dim, 0) for dim, size in enumerate(shape) if size == n]
+        if not ways and any(prod(shape[:lead]) == n for lead in range(2, len(shape) + 1)):
+            ways = [tensor]
         if ways:
-            break
-    return ways
+            return declared, ways
+    return None, []
 
 
-def is_function(rows: Tensor, ranks: Ranks) -> bool:
+def require_function(tensor: Tensor, declared: DeclaredWeight, ways: list[Tensor], ranks: Ranks) -> Tensor:
+    """Return the first of `ways` to view a map in which equal weights have equal rows.
+
+    Raises:
+        ValueError: none of them is such a function.
+    """
+    for view in ways:
+        if _is_function(view.reshape(len(ranks.rank), -1), ranks):
+            return view
+    raise ValueError(
+        f"function_of: saved tensor {list(tensor.shape)} {tensor.dtype}: has a row per element of the weight "
+        f"{list(declared.weight.shape)}, so equal weights (as {declared.dtype}) must have equal rows, and they do not. Compute it outside "
+        "of function_of, or use saved_tensors(uniquify=False)."
+    )
+
+
+def _is_function(rows: Tensor, ranks: Ranks) -> bool:
     """Tell whether equal ranks have equal rows, bit for bit; `rows [n, r]`."""
     bits = rows.view(_BITS[rows.itemsize])
     table, step = bits[ranks.first], max(1, _BLOCK_ELEMENTS // bits.shape[1])  # [u, r]
     blocks = zip(ranks.rank.split(step), bits.split(step), strict=True)
     return all(torch.equal(table.index_select(0, rank), block) for rank, block in blocks)
-
-
-def refusal(tensor: Tensor, declared: DeclaredWeight) -> ValueError:
-    """Make the error for a map that is not the function it was declared to be."""
-    return ValueError(
-        f"function_of: saved tensor {list(tensor.shape)} {tensor.dtype}: has a row per element of the weight "
-        f"{list(declared.weight.shape)}, so equal weights (as {declared.dtype}) must have equal rows, and they do not. Compute it outside "
-        "of function_of, or use saved_tensors(uniquify=False)."
-    )
 
 
 class RowTable(NamedTuple):
