@@ -3,22 +3,24 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from edkm._version import __version__
+from edkm._version import __version__ as __version__
 from edkm.register import register
 
 if TYPE_CHECKING:
-    from edkm import offload
-    from edkm.config import ClusterConfig
-    from edkm.core.kmeans import initial_centroids
-    from edkm.core.op import choose_backend, cluster
-    from edkm.train.allocate import allocate
-    from edkm.train.calibrate import calibrate
-    from edkm.train.callback import Callback
-    from edkm.train.clustering import soft_weights
-    from edkm.train.fit import fit
-    from edkm.train.prepare import freeze, prepare
-    from edkm.train.save import save
-    from edkm.train.sharding import distribute
+    from edkm import offload as offload
+    from edkm.config import ClusterConfig as ClusterConfig
+    from edkm.core.kmeans import initial_centroids as initial_centroids
+    from edkm.core.op import choose_backend as choose_backend
+    from edkm.core.op import cluster as cluster
+    from edkm.train.allocate import allocate as allocate
+    from edkm.train.calibrate import calibrate as calibrate
+    from edkm.train.callback import Callback as Callback
+    from edkm.train.clustering import soft_weights as soft_weights
+    from edkm.train.fit import fit as fit
+    from edkm.train.prepare import freeze as freeze
+    from edkm.train.prepare import prepare as prepare
+    from edkm.train.save import save as save
+    from edkm.train.sharding import distribute as distribute
 
 # Imported when first used, so that `edkm --help` does not wait for torch.
 _HOME = {
@@ -37,23 +39,7 @@ _HOME = {
     "soft_weights": "edkm.train.clustering",
 }
 
-__all__ = [
-    "Callback",
-    "ClusterConfig",
-    "__version__",
-    "allocate",
-    "calibrate",
-    "choose_backend",
-    "cluster",
-    "distribute",
-    "fit",
-    "freeze",
-    "initial_centroids",
-    "offload",
-    "prepare",
-    "save",
-    "soft_weights",
-]
+__all__ = sorted([*_HOME, "__version__", "offload"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 an error of the user's making, one line on stderr (`--debu
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,8 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"edkm: error: {printable(message)}", file=sys.stderr)
+        print(f"edkm: error: {printable(_with_option(message, args))}", file=sys.stderr)
         return 1
+
+
+def _with_option(message: str, args: argparse.Namespace) -> str:
+    """Name the option where the library's message begins with the setting: `--finetune-steps: ...`."""
+    options = vars(args).keys() - {"model", "directory", "prompt"}
+    return re.sub(r"^\w+(?=[:=])", lambda found: f"--{found[0].replace('_', '-')}" if found[0] in options else found[0], message)
 
 
 def _parser() -> argparse.ArgumentParser:

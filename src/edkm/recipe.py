@@ -33,6 +33,7 @@ from edkm.models import load_model
 from edkm.progress import say
 from edkm.run import Run, begin, calibration_batches, check_out, load, print_report, show_plan
 from edkm.train import checkpoints, distributed, loop, runstate
+from edkm.train.optimizers import optimizer_class
 from edkm.train.prepare import plan, prepare
 from edkm.train.save import write as write_packed
 
@@ -58,13 +59,13 @@ class Recipe:
         target_bpw: average bits per linear weight, tables included; None keeps the bits of the config.
         steps: optimizer steps; None for as many as `epochs` passes over the data take.
         finetune_steps: the first of these steps, which train the model as it is.
-        lr, distill, precision, fsdp, save_every, report_to: as in `loop.TrainSettings`.
+        lr, optimizer, distill, precision, fsdp, save_every, report_to: as in `loop.TrainSettings`.
         block_tokens: tokens of a training block; `batch` blocks make a micro-batch, `grad_accumulation` micro-batches a rank's step.
         timeout_s: seconds that ranks wait for each other.
         backend: as in `edkm.prepare`.
 
     Raises:
-        ValueError: a number out of range, an unknown preset, `target_bpw` for vectors.
+        ValueError: a number out of range, an unknown preset or optimizer, `target_bpw` for vectors.
     """
 
     config: ClusterConfig = field(default_factory=lambda: ClusterConfig(rows_per_lut=1))
@@ -74,6 +75,7 @@ class Recipe:
     epochs: float = 1.0
     finetune_steps: int | None = None
     lr: float = 2e-4
+    optimizer: str = "adamw"
     distill: float = 0.0
     block_tokens: int = 512
     batch: int = 2
@@ -99,6 +101,7 @@ class Recipe:
             raise ValueError(f"distill: from 0 to 1, got {self.distill}.")
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {', '.join(PRESETS)}, got {self.preset!r}.")
+        optimizer_class(self.optimizer)
         if self.config.dim != 1 and self.chooses_bits:
             raise ValueError("dim: bits are chosen for single weights. Use dim 1, or neither target_bpw nor the preset best.")
 
@@ -109,7 +112,7 @@ class Recipe:
     def training(self, steps: int, **more: Any) -> loop.TrainSettings:
         """Return the settings of the training loop for so many steps."""
         more |= {"accumulate": self.grad_accumulation, "checkpointing": self.gradient_checkpointing}
-        same = {name: getattr(self, name) for name in ("lr", "batch", "precision", "seed", "save_every", "fsdp", "report_to")}
+        same = {name: getattr(self, name) for name in ("lr", "batch", "precision", "seed", "save_every", "fsdp", "optimizer", "report_to")}
         return loop.TrainSettings(steps=steps, **same, **more)
 
     def settled(self, blocks: int) -> Recipe:
@@ -120,7 +123,7 @@ class Recipe:
         if first > steps:
             raise ValueError(f"finetune_steps: at most the {steps} steps there are, got {first}.")
         if self.distill and first == steps:
-            raise ValueError("distill: is for clustered steps, and there are none. Leave it out, or give fewer finetune_steps.")
+            raise ValueError("distill: is for clustered steps, and there are none. Leave it out, or fine-tune for fewer steps.")
         return replace(self, config=replace(self.config, anneal_steps=steps - first), steps=steps, finetune_steps=first)
 
 
@@ -223,11 +226,7 @@ def compress(
 
 
 def _train(run: Run, settings: loop.TrainSettings, phase: str, work: Path) -> None:
-    """Train from the last checkpoint in `work`, if there is one.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C ended it, and its state is saved; ValueError: it diverged.
-    """
+    """Train from the last checkpoint in `work`, if there is one; after Ctrl-C raise KeyboardInterrupt when the state is saved."""
     resume = runstate.last_checkpoint(work) is not None
     result = loop.train(run.model, run.blocks, settings, work, resume=resume, teacher=run.teacher, name=phase, log_dir=run.out / "runs")
     run.recorder.phase(phase, result.seconds)

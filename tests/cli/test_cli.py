@@ -122,15 +122,15 @@ def test_generate_prints_the_answer(tiny_dir, capsys):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["generate", "a", "--temperature", "-1"], "temperature=-1.0: must be 0"),
-        (["generate", "a", "--max-new-tokens", "0"], "max_new_tokens=0: must be at least 1"),
-        (["eval", "--text", "TEXT", "--window", "1"], "window=1: must be at least 2"),
-        (["eval", "--text", "TEXT", "--window", "8", "--stride", "9"], "stride=9: must be 1 to window"),
-        (["eval", "--text", "TEXT", "--max-windows", "0"], "max_windows=0: must be at least 1"),
-        (["eval", "--tasks", "piqa", "--limit", "0"], "limit=0: must be at least 1"),
+        (["generate", "a", "--temperature", "-1"], "--temperature=-1.0: must be 0"),
+        (["generate", "a", "--max-new-tokens", "0"], "--max-new-tokens=0: must be at least 1"),
+        (["eval", "--text", "TEXT", "--window", "1"], "--window=1: must be at least 2"),
+        (["eval", "--text", "TEXT", "--window", "8", "--stride", "9"], "--stride=9: must be 1 to window"),
+        (["eval", "--text", "TEXT", "--max-windows", "0"], "--max-windows=0: must be at least 1"),
+        (["eval", "--tasks", "piqa", "--limit", "0"], "--limit=0: must be at least 1"),
         (["eval", "--tasks", "piqa", "--batch", "0"], "batch_size=0: must be at least 1"),
-        (["compress", "--data", "TEXT", "--out", "OUT", "--bits", "9"], "bits: an integer from 1 to 8, got 9"),
-        (["compress", "--data", "TEXT", "--out", "OUT", "--lr", "nan"], "lr: a positive number"),
+        (["compress", "--data", "TEXT", "--out", "OUT", "--bits", "9"], "--bits: an integer from 1 to 8, got 9"),
+        (["compress", "--data", "TEXT", "--out", "OUT", "--lr", "nan"], "--lr: a positive number"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_a_model_is_loaded(text_file, tmp_path, capsys, command, said):

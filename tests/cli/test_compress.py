@@ -167,7 +167,7 @@ def test_a_dry_run_prints_that_bits_are_not_chosen_yet(tiny_dir, data, tmp_path,
     ("target", "more", "said"),
     [
         ("3.2", ("--rows-per-lut", "16"), "--target-bpw: chooses rows per table too"),
-        ("nan", (), "target_bpw: a positive number"),
+        ("nan", (), "--target-bpw: a positive number"),
         ("1.5", (), "target: 1.5 bits a weight are too few"),
     ],
 )
@@ -201,7 +201,7 @@ def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsy
     assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 1
     assert "--resume" in capsys.readouterr().err
     assert main(arguments(tiny_dir, data, out, "--steps", "4", "--resume", "--lr", "1e-5")) == 1
-    assert "lr: the interrupted run had 0.0002, this one has 1e-05" in capsys.readouterr().err
+    assert "--lr: the interrupted run had 0.0002, this one has 1e-05" in capsys.readouterr().err
     other, tokenizer = load_model(tiny_dir)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|start|>", "<|start|>in another way, ")
     other.save_pretrained(tmp_path / "way")
@@ -248,12 +248,12 @@ def test_steps_zero_clusters_without_training(tiny_dir, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--bits", "9"), "bits: an integer from 1 to 8, got 9"),
+        (("--bits", "9"), "--bits: an integer from 1 to 8, got 9"),
         (("--rows-per-lut", "7"), "model.layers.0.self_attn.q_proj.weight: 64 rows do not divide into tables of 7 rows"),
-        (("--steps", "-1"), "steps: at least 0"),
-        (("--steps", "2", "--finetune-steps", "3"), "finetune_steps: at most the 2 steps there are, got 3"),
-        (("--lr", "0"), "lr: a positive number"),
-        (("--steps", "2", "--finetune-steps", "2", "--distill", "0.5"), "distill: is for clustered steps, and there are none"),
+        (("--steps", "-1"), "--steps: at least 0"),
+        (("--steps", "2", "--finetune-steps", "3"), "--finetune-steps: at most the 2 steps there are, got 3"),
+        (("--lr", "0"), "--lr: a positive number"),
+        (("--steps", "2", "--finetune-steps", "2", "--distill", "0.5"), "--distill: is for clustered steps, and there are none"),
         (("--skip", "*"), "no weight is clustered"),
     ],
 )
@@ -267,7 +267,7 @@ def test_options_and_output_are_checked_before_the_model_is_loaded(tiny_dir, dat
     (tmp_path / "file").write_text("")
     for out, more, said in (
         (tmp_path / "out", ("--fsdp",), "--fsdp: there is one process"),
-        (tmp_path / "out", ("--seed", "-1"), "seed: at least 0"),
+        (tmp_path / "out", ("--seed", "-1"), "--seed: at least 0"),
         (tmp_path / "file" / "out", (), f"cannot be written: {tmp_path / 'file'} is no directory"),
     ):
         assert main(arguments(tiny_dir, data, out, *more)) == 1
@@ -283,7 +283,7 @@ def test_what_the_model_cannot_take_is_refused_before_any_work(tiny_dir, data, t
     for more, said in (
         (("--eval-text", str(short)), f"{short}: has 1 token(s)"),
         (("--eval-text", str(text), "--block-tokens", "300"), "the model's context is 256 tokens"),
-        (("--block-tokens", "300"), "block_tokens=300: the model's context is 256 tokens. Use 256 or fewer."),
+        (("--block-tokens", "300"), "--block-tokens=300: the model's context is 256 tokens. Use 256 or fewer."),
     ):
         assert main(arguments(tiny_dir, data, tmp_path / "out", *more)) == 1
         printed = capsys.readouterr()
@@ -305,7 +305,7 @@ def test_the_fields_of_the_data_are_printed(tiny_dir, tmp_path, capsys):
 def test_a_share_of_the_loss_is_distillation(tiny_dir, data, tmp_path, capsys):
     assert main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "2", "--distill", "0.5")) == 0
     assert main(arguments(tiny_dir, data, tmp_path / "none", "--distill", "2")) == 1
-    assert "distill: from 0 to 1" in capsys.readouterr().err
+    assert "--distill: from 0 to 1" in capsys.readouterr().err
 
 
 def test_clustered_steps_go_on_in_the_data_where_plain_ones_stopped(tiny_dir, data, tmp_path, monkeypatch):

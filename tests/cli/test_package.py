@@ -94,8 +94,8 @@ def test_the_fields_of_the_configuration_are_these():
 def test_recipe_fields():
     from edkm.recipe import PRESETS, Recipe
 
-    names = "config preset target_bpw steps epochs finetune_steps lr distill block_tokens batch grad_accumulation gradient_checkpointing"
-    names += " precision fsdp timeout_s seed save_every report_to backend"
+    names = "config preset target_bpw steps epochs finetune_steps lr optimizer distill block_tokens batch grad_accumulation"
+    names += " gradient_checkpointing precision fsdp timeout_s seed save_every report_to backend"
     assert [f.name for f in dataclasses.fields(Recipe)] == names.split()
     assert list(PRESETS) == ["fast", "balanced", "best"]
 

@@ -100,6 +100,7 @@ def test_a_stage_put_in_sees_the_run(tiny_dir, data, tmp_path):
         ({"target_bpw": float("nan")}, "target_bpw: a positive number"),
         ({"epochs": 0}, "epochs: a positive number"),
         ({"distill": 2}, "distill: from 0 to 1"),
+        ({"optimizer": "adamm"}, "optimizer: there is no 'adamm'. Use one of adadelta, "),
         ({"preset": "slow"}, "preset: fast, balanced, best, got 'slow'"),
         ({"config": edkm.ClusterConfig(dim=2), "preset": "best"}, "dim: bits are chosen for single weights"),
         ({"config": edkm.ClusterConfig(dim=2), "target_bpw": 3.0}, "dim: bits are chosen for single weights"),
@@ -108,6 +109,21 @@ def test_a_stage_put_in_sees_the_run(tiny_dir, data, tmp_path):
 def test_a_recipe_that_cannot_be_is_refused(more, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**more)
+
+
+def test_settings_reach_the_training_loop():
+    settings = {
+        "lr": 0.1,
+        "optimizer": "sgd",
+        "batch": 3,
+        "precision": "fp32",
+        "seed": 5,
+        "save_every": 7,
+        "fsdp": True,
+        "report_to": ("all",),
+    }
+    found = Recipe(grad_accumulation=4, gradient_checkpointing=True, **settings).training(9, first_step=2)
+    assert found == loop.TrainSettings(steps=9, first_step=2, accumulate=4, checkpointing=True, **settings)
 
 
 @pytest.mark.parametrize(

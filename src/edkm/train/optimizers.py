@@ -13,10 +13,8 @@ from torch import nn
 _NOT_THESE = {"optimizer", "lbfgs", "sparseadam"}
 
 
-def make_optimizer(name: str, params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Make an optimizer of `torch.optim`, by the name of its class in any case.
-
-    Betas are 0.9 and 0.95 and there is no weight decay, for those that have them.
+def optimizer_class(name: str) -> Any:
+    """Find an optimizer of `torch.optim` by the name of its class, in any case.
 
     Raises:
         ValueError: no such optimizer.
@@ -24,7 +22,16 @@ def make_optimizer(name: str, params: Iterable[nn.Parameter], lr: float) -> torc
     kinds: dict[str, Any] = {key.lower(): kind for key, kind in vars(torch.optim).items() if inspect.isclass(kind)}
     if name.lower() not in kinds.keys() - _NOT_THESE:
         raise ValueError(f"optimizer: there is no {name!r}. Use one of {', '.join(sorted(kinds.keys() - _NOT_THESE))}.")
-    kind = kinds[name.lower()]
+    return kinds[name.lower()]
+
+
+def make_optimizer(name: str, params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Make an optimizer of `torch.optim`; betas are 0.9 and 0.95 and there is no weight decay, for those that have them.
+
+    Raises:
+        ValueError: no such optimizer.
+    """
+    kind = optimizer_class(name)
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0}
     accepted = inspect.signature(kind).parameters
     return kind(params, lr=lr, **{key: value for key, value in options.items() if key in accepted})
