@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -51,7 +50,7 @@ class ClusterConfig:
         object.__setattr__(self, "overrides", {k: dict(v) for k, v in self.overrides.items()})
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            integer = isinstance(getattr(type(self), name), int)
+            integer = isinstance(low, int)
             if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or not low <= value <= high:
                 kind = "an integer" if integer else "a number"
                 raise ValueError(f"{name}: {kind} from {low} to {high}, got {value!r}.")
@@ -63,7 +62,7 @@ class ClusterConfig:
                     "to leave a tensor alone use skip."
                 )
             try:
-                dataclasses.replace(self, overrides={}, **values)
+                replace(self, overrides={}, **values)
             except ValueError as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from None
 
@@ -72,7 +71,7 @@ class ClusterConfig:
         if any(matches(pattern, name) for pattern in self.skip for name in names):
             return None
         pattern = self.override_of(*names)
-        return self if pattern is None else dataclasses.replace(self, overrides={}, **self.overrides[pattern])
+        return self if pattern is None else replace(self, overrides={}, **self.overrides[pattern])
 
     def override_of(self, *names: str) -> str | None:
         """Return the pattern of `overrides` that applies to a weight, if there is one."""
@@ -80,7 +79,7 @@ class ClusterConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to a dict of JSON types; `from_json` reads it back to an equal config."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ClusterConfig:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ from edkm.config import ClusterConfig
 from edkm.core.assign import quantize, round_lut
 from edkm.core.kmeans import initial_centroids
 from edkm.progress import progress
-from edkm.train.calibrate import evaluating, first_input, is_product, removing, run_batches, without_cache
+from edkm.train.calibrate import evaluating, first_input, is_product, run_batches, without_cache
 from edkm.train.distributed import broadcast_from_rank0
 from edkm.train.targets import Linears, linears_of
 
@@ -110,37 +112,34 @@ def allocate(
 def squared_gradients(
     model: nn.Module, linears: Linears, batches: Iterable[Any], loss: Callable[[Any], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Sum the squared gradients of the loss at each output of linear layers over all tokens (the Fisher diagonal), `[rows]` float32.
-
-    Arguments and errors are those of `allocate`. Weights that no gradient reached are absent.
-    """
+    """Sum the squared gradients of the loss at each output of linear layers, `[rows]` float32; without those that no gradient reached."""
     scale = _HALF_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
     found: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[..., Any]:
-        def add(gradient: Tensor) -> None:
-            square = (gradient.flatten(0, -2).float() / scale).square().sum(0)
-            if not bool(square.isfinite().all()):
-                raise ValueError(f"{name}: the gradient at its output is NaN or infinite. Work in float32, or check the data.")
-            found[name] = found[name] + square if name in found else square
+    def add(name: str, gradient: Tensor) -> None:
+        square = (gradient.flatten(0, -2).float() / scale).square().sum(0)
+        if not bool(square.isfinite().all()):
+            raise ValueError(f"{name}: the gradient at its output is NaN or infinite. Work in float32, or check the data.")
+        found[name] = found[name] + square if name in found else square
 
-        def hook(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
-            if not is_product(module, first_input(args, kwargs), out):
-                return out
+    def watch(name: str, module: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        if is_product(module, first_input(args, kwargs), out):
             # The first that are reached start the graph; later operations may write into them, which leaves do not allow.
             out = out if out.requires_grad else out.detach().requires_grad_().clone()
-            out.register_hook(add)
-            return out
+            out.register_hook(partial(add, name))
+        return out
 
-        return hook
+    def backward(batch: Any) -> None:
+        (scale * (own_loss(model, batch) if loss is None else loss(batch))).backward()
 
-    hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for module, (name, _) in linears.items()]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in trained:
             p.requires_grad_(False)
-        with removing(hooks), evaluating(model), without_cache(model), torch.enable_grad():
-            run_batches("gradients", batches, lambda batch: (scale * (own_loss(model, batch) if loss is None else loss(batch))).backward())
+        with ExitStack() as hooks, evaluating(model), without_cache(model), torch.enable_grad():
+            for module, (name, _) in linears.items():
+                hooks.enter_context(module.register_forward_hook(partial(watch, name), with_kwargs=True))
+            run_batches("gradients", batches, backward)
     finally:
         for p in trained:
             p.requires_grad_()
@@ -163,7 +162,7 @@ def bits_of(model: nn.Module, config: ClusterConfig) -> float:
 
 
 def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None:
-    """Refuse a target that no choice meets; the error has the least that is possible."""
+    """Refuse a target that no choice meets, and name the least that is possible."""
     least = size = 0
     for module, (_, settings) in linears_of(model, config).items():
         weight = module.weight

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,43 +42,34 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+
+    def watch(name: str, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_input(args, kwargs)
+        if not (isinstance(x, Tensor) and x.is_floating_point()) or _input_axis(module, key, x.shape[-1]) is None:
+            return
+        square, count = _sum_of_squares(module, x)
+        if not bool(square.isfinite().all()):
+            raise ValueError(
+                f"{name}: its input is NaN or infinite. Calibrate in float32, or check the data and the weights of the layers before."
+            )
+        totals[name] = totals.get(name, 0) + square
+        counts[name] = counts.get(name, 0) + count
+
     owners: dict[str, tuple[nn.Module, str]] = {}
-
-    def watch(name: str, key: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = first_input(args, kwargs)
-            if not (isinstance(x, Tensor) and x.is_floating_point()):
-                return
-            if row_axes(module, key) == 2 and _input_axis(module, key, x.shape[-1]) is None:
-                return
-            owners[name] = module, key
-            square, count = _sum_of_squares(module, x)
-            if not bool(square.isfinite().all()):
-                raise ValueError(
-                    f"{name}: its input is NaN or infinite. Calibrate in float32, or check the data and the weights of the layers before."
-                )
-            totals[name] = totals.get(name, 0) + square
-            counts[name] = counts.get(name, 0) + count
-
-        return hook
-
-    hooks = []
-    for name, module in model.named_modules():
+    for prefix, module in model.named_modules():
         # The weight, or the first stack of matrices: a module's input is multiplied with that.
         key = next((key for key in module._parameters if row_axes(module, key)), None)
         if key is not None:
-            hooks.append(module.register_forward_pre_hook(watch(f"{name}.{key}".lstrip("."), key), with_kwargs=True))
-    with removing(hooks), evaluating(model):
-        run_batches("calibration", batches, lambda batch: call(model, batch))
+            owners[f"{prefix}.{key}".lstrip(".")] = module, key
+    with ExitStack() as hooks, evaluating(model):
+        for name, (module, key) in owners.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(watch, name, key), with_kwargs=True))
+        run_batches("calibration", batches, partial(call, model))
     return {name: _of_matrix(*owners[name], (totals[name] / counts[name]).float()).cpu() for name in totals}
 
 
 def run_batches(label: str, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:
-    """Call a function on each batch, with a progress bar.
-
-    Raises:
-        ValueError: there is no batch.
-    """
+    """Call a function on each batch, at least one, with a progress bar."""
     ran = False
     with progress(label, len(batches) if isinstance(batches, Sized) else None, "batches") as advance:
         for batch in batches:
@@ -86,16 +78,6 @@ def run_batches(label: str, batches: Iterable[Any], run: Callable[[Any], Any]) -
             advance()
     if not ran:
         raise ValueError(f"batches: {label} needs at least one batch.")
-
-
-@contextmanager
-def removing(hooks: Iterable[Any]) -> Iterator[None]:
-    """Remove hooks when the block ends."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -122,11 +104,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def end_autocast(model: Any) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """Remove the autocast that Accelerate puts around a model's `forward`, for good.
-
-    Returns:
-        The modules that had it, with the attributes which put it back.
-    """
+    """Remove the autocast that Accelerate puts around a model's `forward`; return the attributes of each module which put it back."""
     found = []
     for module in model.modules():
         forward = vars(module).get("forward")
@@ -154,20 +132,19 @@ def _without_autocast(forward: Any) -> Any:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Keep no keys and values within the block, where layers are run more than once; also in a model within the model."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
-    before = {key: config.use_cache for key, config in configs.items()}
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
     try:
-        for config in configs.values():
+        for config, _ in before:
             config.use_cache = False
         yield
     finally:
-        for key, config in configs.items():
-            config.use_cache = before[key]
+        for config, used in before:
+            config.use_cache = used
 
 
 def call(model: nn.Module, batch: Any) -> None:
-    """Call a model with a batch: a mapping (keyword arguments), a tuple or list (positional arguments), or one tensor."""
+    """Call a model with a batch, of a kind that `calibrate` takes."""
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)):
@@ -207,7 +184,7 @@ def _input_axis(module: nn.Module, key: str, length: int) -> int | None:
     """Find the axis of a weight's matrix (or of each matrix of a stack) that is `length` inputs: 0 rows, 1 columns, None neither."""
     if row_axes(module, key) == 1:
         return 0 if isinstance(module, transposed_linear()) else 1
-    _, rows, cols = getattr(module, key).shape
+    _, rows, cols = module.get_parameter(key).shape
     # transformers' experts say which way round they are; it counts where both would fit.
     if cols == length and not getattr(module, "is_transposed", False):
         return 1
@@ -218,5 +195,5 @@ def _of_matrix(module: nn.Module, key: str, mean: Tensor) -> Tensor:
     """Shape the importance of inputs so that it broadcasts to the weight's matrix."""
     if _input_axis(module, key, len(mean)) == 1:
         return mean.unsqueeze(0)
-    weight = getattr(module, key)
+    weight = module.get_parameter(key)
     return mean.repeat(len(weight) if weight.ndim == 3 else 1).unsqueeze(1)

@@ -157,12 +157,10 @@ def check_patterns(config: ClusterConfig, names: Collection[str], clustered: Col
     for field, patterns in (("skip", config.skip), ("overrides", config.overrides)):
         for pattern in patterns:
             if not any(matches(pattern, name) for name in names):
-                near = difflib.get_close_matches(pattern, names, 3)
-                near = [f"*{pattern}*"] if any(matches(f"*{pattern}*", name) for name in names) else near
-                hint = (
-                    f" Did you mean {' or '.join(map(repr, near))}?" if near else " The report of a dry run or edkm.prepare has the names."
-                )
-                raise ValueError(f"{field}: {pattern!r} matches no weight or module of the model.{hint}")
+                around = f"*{pattern}*"
+                near = [around] if any(matches(around, name) for name in names) else difflib.get_close_matches(pattern, names, 3)
+                hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "The report of a dry run or edkm.prepare has the names."
+                raise ValueError(f"{field}: {pattern!r} matches no weight or module of the model. {hint}")
     used = {config.override_of(*names) for names in clustered}
     for pattern in config.overrides:
         if pattern not in used:

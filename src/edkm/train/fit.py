@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from edkm.config import ClusterConfig
 from edkm.core import gptq
 from edkm.core.assign import quantize
 from edkm.progress import progress
-from edkm.train.calibrate import call, evaluating, first_input, is_product, removing, without_cache
+from edkm.train.calibrate import call, evaluating, first_input, is_product, without_cache
 from edkm.train.checks import naming
 from edkm.train.targets import decoder_layers, linears_of
 
@@ -117,26 +117,28 @@ def _moments(modules: list[nn.Linear], run: Callable[[], Any]) -> dict[nn.Linear
         counts[module] = counts.get(module, 0) + len(x)
 
     if modules:
-        with removing([module.register_forward_hook(watch, with_kwargs=True) for module in modules]):
+        with ExitStack() as hooks:
+            for module in modules:
+                hooks.enter_context(module.register_forward_hook(watch, with_kwargs=True))
             run()
     return {module: total / counts[module] for module, total in totals.items()}
 
 
-_Calls = dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _StopForward(Exception):
     """End a model's forward where the rest of it is not needed."""
 
 
-def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Calls]:
+def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], dict[nn.Module, list[_Call]]]:
     """Return the layers that can be run one after another, and the arguments of each for each batch; none if they are no chain.
 
     A chain's layers are called once each, and their first argument is the first, or only, thing that the layer before returned. Where it
     is the only one, only the first batch is computed: for the others layers return their input, which is enough to see the calls.
     """
     layers = decoder_layers(model)
-    calls: _Calls = {layer: [] for layer in layers}
+    calls: dict[nn.Module, list[_Call]] = {layer: [] for layer in layers}
     output: list[Any] = [None]
     rest: dict[nn.Module, tuple[None, ...] | None] = {}  # returned after the hidden states; None: these are returned alone
 
@@ -181,9 +183,8 @@ def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], _Call
     return (layers, calls) if calls else ([], {})
 
 
-def _through(layer: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Tensor]:
-    """Run a layer once per call, and return the hidden states."""
-    # A layer may write into its input, and is run again.
+def _through(layer: nn.Module, calls: list[_Call]) -> list[Tensor]:
+    """Run a layer once per call on copies of its inputs, which it may overwrite, and return the hidden states."""
     return [_hidden(layer(args[0].clone(), *args[1:], **kwargs)) for args, kwargs in calls]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from edkm.compressed.packing import stored_bytes
@@ -65,11 +65,8 @@ class Report:
     @property
     def packed_bytes(self) -> int:
         """Estimate the size of the packed weights: indices and float16 tables, skipped weights in float32."""
-        total = 0
-        for e in self.entries:
-            n = torch.Size(e.shape).numel()
-            total += stored_bytes(n, e.bits, e.tables, e.dim) if e.tables else n * 4
-        return total
+        sizes = [(math.prod(e.shape), e) for e in self.entries]
+        return sum(stored_bytes(n, e.bits, e.tables, e.dim) if e.tables else 4 * n for n, e in sizes)
 
     def __str__(self) -> str:
         width = max(len(e.name) for e in self.entries)
@@ -93,16 +90,14 @@ def prepare(
     """Cluster a model's weights from now on, in place: linear layers, embeddings, Conv1d/2d, and stacks of matrices such as experts.
 
     Given `batches` the model is first calibrated on them, bits are chosen (with `target_bpw`), and its linear weights are fitted. Each
-    matrix of a stack has its own tables (`rows_per_lut` divides its rows; 0 is one table for each). Parameters stay the same objects, so
-    optimizers and tied weights do too; a tied tensor is clustered once. A tensor is refused before anything is changed. While a forward
-    pass of the model or of a part of it runs, a weight that is read instead of called (`F.linear(x, self.tokens.weight)`) is the clustered
-    one; outside it is the parameter: call `model(x)`, not `model.forward(x)`, and put a loss which multiplies by `model.lm_head.weight`
-    into a `forward`. A frozen weight (`requires_grad` False) is clustered like any other, and annealed with them; `config.skip` leaves
-    weights alone.
+    matrix of a stack has its own tables. Parameters stay the same objects, so optimizers and tied weights do too; a tied tensor is
+    clustered once, a frozen one (`requires_grad` False) like any other. While a forward pass of the model or of a part of it runs, a
+    weight that is read instead of called (`F.linear(x, self.tokens.weight)`) is the clustered one; outside it is the parameter: call
+    `model(x)`, not `model.forward(x)`, and put a loss which multiplies by `model.lm_head.weight` into a `forward`.
 
     Args:
-        model: any module.
-        config: `config.for_tensor(name)` decides for each weight.
+        model: any module; not changed if a tensor is refused.
+        config: `config.for_tensor(name)` decides for each weight; `config.skip` leaves weights alone.
         batches: as for `edkm.calibrate`; on every rank the same. None starts from k-means, without data.
         target_bpw: average bits per linear weight, tables included, for `edkm.allocate`; None keeps the bits of the config.
         importance: parameter name -> non-negative, broadcastable to the weight as `core.assign.as_matrix` sees it, as `edkm.calibrate`
@@ -116,8 +111,8 @@ def prepare(
 
     Raises:
         ValueError: a tensor that cannot be clustered as asked (named): its shape, its kind (quantized, sharded), NaN, values that float16
-            cannot hold; a pattern of the config without effect, an unknown name in `importance`, PEFT adapters, a model that was prepared
-            already, or one in which nothing is clustered; `target_bpw` without batches or too low; batches as for `edkm.fit`.
+            cannot hold; a pattern of the config without effect, an unknown name in `importance` or `centroids`, PEFT adapters, a model
+            that was prepared already, or one in which nothing is clustered; `target_bpw` without batches or too low; no batches.
 
     Cost:
         A few passes over each weight, and with batches the cost of `edkm.calibrate`, `edkm.allocate` and `edkm.fit`; in training as stated
