@@ -88,7 +88,7 @@ def assert_same(problem, backend, round_to, max_iters=3):
 
 
 def tiny_blocks(monkeypatch, entries=40, block=24):
-    monkeypatch.setattr(blocks, "map_entries", lambda device: entries)
+    monkeypatch.setattr(blocks, "block_entries", lambda device: entries)
     monkeypatch.setattr(histogram, "BLOCK_WEIGHTS", block)
 
 
@@ -125,7 +125,7 @@ def test_equals_reference_on_hard_values(groups, d, kind, round_to):
 def test_equals_reference_in_many_blocks(groups, d, importance, max_iters, monkeypatch):
     tiny_blocks(monkeypatch)
     problem = make(groups, d, vectors=7, cols=9, importance=importance, seed=3)
-    assert len(blocks.chunks(groups, 7, 9 * 4, 40)[0]) > 1
+    assert len(blocks.cut(groups, 7, 9 * 4, 40)[0]) > 1
     for backend in backends(groups, d, torch.bfloat16):
         assert_same(problem, backend, torch.bfloat16, max_iters)
 
@@ -317,12 +317,12 @@ def test_blocks_peak_at_a_block():
     for rows in (512, 2048):
         weight = torch.randn(rows, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
         centroids = torch.linspace(-2, 2, 8).view(1, 8, 1)
-        assert len(blocks.chunks(1, rows, 256 * 8, blocks.map_entries(weight.device))[0]) > 1
+        assert len(blocks.cut(1, rows, 256 * 8, blocks.block_entries(weight.device))[0]) > 1
         peak = peak_bytes(step(weight, centroids, 0.1, torch.ones_like(weight), "blocks"))
         # The output and the gradient.
         peaks.append(peak - 2 * weight.numel() * 4)
     assert abs(peaks[1] - peaks[0]) <= 64 << 10
-    assert peaks[0] <= 5 * 4 * blocks.map_entries(torch.device("cpu"))
+    assert peaks[0] <= 5 * 4 * blocks.block_entries(torch.device("cpu"))
 
 
 # PyTorch's own machinery.
@@ -504,6 +504,19 @@ def test_histogram_is_refused_where_it_cannot_be(change):
     with pytest.raises(ValueError, match=r"^backend: histogram needs one table of single 16-bit values.*Use auto"):
         edkm.cluster(**arguments, backend="histogram")
     assert edkm.cluster(**arguments, backend="auto").weight.isfinite().all()
+
+
+
+@pytest.mark.parametrize("value, refused", [(2.0**62, False), (2.0**63, True)])
+def test_a_histogram_with_empty_bins_takes_values_up_to_2_62_and_refuses_larger_ones(value, refused, monkeypatch):
+    monkeypatch.setattr(histogram, "drops_empty_bins", lambda device: False)  # as on a GPU
+    weight = W.clone()
+    weight[0, 0] = value
+    if refused:
+        with pytest.raises(ValueError, match="^weight: NaN or infinite values, or values beyond"):
+            edkm.cluster(weight, C, temperature=0.1, backend="histogram")
+    else:
+        assert edkm.cluster(weight, C, temperature=0.1, backend="histogram").centroids.max() == value
 
 
 # The native kernels.

@@ -16,8 +16,8 @@ and the last iteration carries the output's own terms, with `v = dL/dout`:
 
 Rows of dZ sum to zero, so that `sum_j dZ_ij (w_i - c_j) = -sum_j dZ_ij c_j`, which is a product of small matrices.
 
-`histogram` clusters the values of its bins instead of weights. A bin stands for many weights, so `reverse` takes a multiplicity `m` for
-the sum of `v` over them; D is then per unit of `v`. Maps are laid out [g, k, n], long dimension last: operations run at vector width.
+`histogram` clusters the values of its bins instead of weights: `v` is then the sum over the weights of a bin, and `reverse` gives D per
+unit of `v`. Matrices are laid out [g, k, n], long dimension last: operations run at vector width.
 """
 
 from __future__ import annotations
@@ -30,6 +30,33 @@ import torch
 from torch import Tensor
 
 from edkm.core.reference import Problem, compute_dtype, group_importance, group_vectors, mass_floor, update_centroids
+
+# The three functions that every backend has; op.py documents them.
+
+
+def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, None]:
+    groups, _, d = centroids.shape
+    return iterate(Points.of(weight, problem, groups, d), centroids, iters), None
+
+
+def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
+    _, groups, _, d = trajectory.shape
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    soft_values(Points.of(weight, problem._replace(importance=None), groups, d), trajectory, group_vectors(out, groups, d))
+    return out
+
+
+def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
+    _, groups, _, d = trajectory.shape
+    points = Points.of(weight, problem, groups, d)
+    dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    grouped = group_vectors(dw, groups, d)
+    for block, direct, path in reverse(points, trajectory, group_vectors(grad, groups, d)):
+        s = points.read_importance(block, compute_dtype(weight.dtype))
+        into = grouped[block.groups, :, block.rows]
+        term = path if s is None else path * s
+        into += (term if direct is None else term + direct).view(into.shape)
+    return dw
 
 
 class Block(NamedTuple):
@@ -57,222 +84,131 @@ class Points(NamedTuple):
         return values.to(dtype).flatten(2), self.read_importance(block, dtype), self.temperature[block.groups].view(-1, 1, 1)
 
     def read_importance(self, block: Block, dtype: torch.dtype) -> Tensor | None:
-        return None if self.importance is None else _flat(self.importance, block, dtype)
-
-
-def map_entries(device: torch.device) -> int:
-    """Entries of A made at a time: 2 MiB in float32 stays in a CPU cache; a GPU wants long kernels."""
-    return 1 << 24 if device.type == "cuda" else 1 << 19
-
-
-def chunks(groups: int, rows: int, per_row: int, budget: int) -> list[list[Block]]:
-    """Cut groups of `rows` rows into blocks of at most `budget` entries, at least one row.
-
-    Each inner list covers its groups completely: several whole groups in one block, or one group in several.
-    """
-    if rows * per_row <= budget:
-        step = budget // (rows * per_row)
-        return [[Block(slice(g, min(g + step, groups)), slice(0, rows))] for g in range(0, groups, step)]
-    step = max(1, budget // per_row)
-    starts = range(0, rows, step)
-    return [[Block(slice(g, g + 1), slice(r, min(r + step, rows))) for r in starts] for g in range(groups)]
-
-
-class Maps:
-    """Three buffers for maps [g, k, n], allocated once: fresh ones every time cost more in page faults than the arithmetic."""
-
-    def __init__(self, like: Tensor, cut: list[list[Block]], per_row: int) -> None:
-        sizes = [(b.groups.stop - b.groups.start) * (b.rows.stop - b.rows.start) * per_row for chunk in cut for b in chunk]
-        self.buffers = like.new_empty(3, max(sizes))
-
-    def shaped(self, w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Views for a block of points `w [g, d, n]`."""
-        groups, _, n = w.shape
-        a, x, y = (buffer[: groups * k * n].view(groups, k, n) for buffer in self.buffers)
-        return a, x, y
-
-
-def _plan(points: Points, centroids: Tensor) -> tuple[list[list[Block]], Maps]:
-    """Blocks of the points, and buffers for their maps."""
-    groups, _, rows, cols = points.values.shape
-    per_row = cols * centroids.shape[1]
-    cut = chunks(groups, rows, per_row, map_entries(centroids.device))
-    return cut, Maps(centroids, cut, per_row)
-
-
-def _flat(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-    """A block of `x [g, rows, cols]` as `[g', 1, n]`."""
-    return x[block.groups, block.rows].to(dtype).flatten(1).unsqueeze(1)
-
-
-def assignment(w: Tensor, c: Tensor, tau: Tensor, a: Tensor, spare: Tensor) -> Tensor:
-    """`A [g, k, n]`, made in `a`, of points `w [g, d, n]`, centroids `c [g, k, d]`, temperature `tau [g, 1, 1]`."""
-    torch.sub(w[:, :1], c[..., :1], out=a).square_()
-    for e in range(1, w.shape[1]):
-        a += torch.sub(w[:, e : e + 1], c[..., e : e + 1], out=spare).square_()
-    a.sub_(a.amin(1, keepdim=True)).div_(-tau)
-    # Below eps^3 an entry is noise even to a centroid at `mass_floor`; left to underflow it would cost 50 times the rest.
-    a.clamp_min_(3 * math.log(torch.finfo(a.dtype).eps)).exp_()
-    return a.div_(a.sum(1, keepdim=True))
-
-
-def moments(x: Tensor, w: Tensor, about: Tensor | None, spare: Tensor) -> Tensor:
-    """`sum_i x_ij (w_i - about_j)`, `[g, k, d]`, of a map `x [g, k, n]`; `about` None stands for zero."""
-    parts = []
-    for e in range(w.shape[1]):
-        point = w[:, e : e + 1]
-        if about is None:
-            torch.mul(x, point, out=spare)
-        else:
-            torch.sub(point, about[..., e : e + 1], out=spare).mul_(x)
-        parts.append(spare.sum(-1))
-    return torch.stack(parts, -1)
-
-
-def sums(points: Points, centroids: Tensor) -> Tensor:
-    """Mass and weighted sum that every centroid receives in one iteration, `[g, k, 1 + d]`: for `update_centroids`."""
-    cut, maps = _plan(points, centroids)
-    return torch.cat([_sums(points, chunk, maps, centroids[chunk[0].groups]) for chunk in cut])
-
-
-def _sums(points: Points, chunk: list[Block], maps: Maps, c: Tensor) -> Tensor:
-    out = c.new_zeros(*c.shape[:2], 1 + c.shape[2])
-    for block in chunk:
-        w, s, tau = points.read(block, c.dtype)
-        a, x, _ = maps.shaped(w, c.shape[1])
-        assignment(w, c, tau, a, x)
-        if s is not None:
-            a *= s
-        out[..., 0].add_(a.sum(-1))
-        out[..., 1:].add_(moments(a, w, None, x))
-    return out
+        return None if self.importance is None else self.importance[block.groups, block.rows].to(dtype).flatten(1).unsqueeze(1)
 
 
 def iterate(points: Points, centroids: Tensor, iters: int) -> Tensor:
-    """The trajectory `[iters + 1, g, k, d]`."""
+    """Run the iterations: the trajectory `[iters + 1, g, k, d]`."""
     trajectory = centroids.repeat(iters + 1, 1, 1, 1)
-    cut, maps = _plan(points, centroids)
-    for chunk in cut:
-        of = chunk[0].groups
+    plan, buffers = _plan(points, centroids)
+    for blocks in plan:
+        groups = blocks[0].groups
         for t in range(iters):
-            c = trajectory[t, of]
-            trajectory[t + 1, of].copy_(update_centroids(_sums(points, chunk, maps, c), c))
+            c = trajectory[t, groups]
+            trajectory[t + 1, groups].copy_(update_centroids(_sums(points, blocks, buffers, c), c))
     return trajectory
+
+
+def sums(points: Points, centroids: Tensor) -> Tensor:
+    """Mass and weighted sum of every centroid in one iteration, `[g, k, 1 + d]`: for `update_centroids`."""
+    plan, buffers = _plan(points, centroids)
+    return torch.cat([_sums(points, blocks, buffers, centroids[blocks[0].groups]) for blocks in plan])
+
+
+def _sums(points: Points, blocks: list[Block], buffers: Tensor, c: Tensor) -> Tensor:
+    out = c.new_zeros(*c.shape[:2], 1 + c.shape[2])
+    for block in blocks:
+        w, s, tau = points.read(block, c.dtype)
+        a, spare, _ = _views(buffers, w, c)
+        assignment(w, c, tau, a, spare)
+        if s is not None:
+            a *= s
+        out[..., 0].add_(a.sum(-1))
+        out[..., 1:].add_(moments(a, w, None, spare))
+    return out
 
 
 def soft_values(points: Points, trajectory: Tensor, out: Tensor) -> None:
     """Write `sum_j A_ij c'_j` of the last iteration into `out`, shaped like the points' values."""
-    cut, maps = _plan(points, trajectory[0])
-    for chunk in cut:
-        for block in chunk:
-            w, _, tau = points.read(block, trajectory.dtype)
-            a, x, _ = maps.shaped(w, trajectory.shape[2])
-            assignment(w, trajectory[-2, block.groups], tau, a, x)
-            part = out[block.groups, :, block.rows]
-            part.copy_((trajectory[-1, block.groups].mT @ a).view(part.shape))
+    plan, buffers = _plan(points, trajectory[0])
+    for block in (block for blocks in plan for block in blocks):
+        w, _, tau = points.read(block, trajectory.dtype)
+        c, c_next = trajectory[-2:, block.groups]
+        a, spare, _ = _views(buffers, w, c)
+        assignment(w, c, tau, a, spare)
+        into = out[block.groups, :, block.rows]
+        into.copy_((c_next.mT @ a).view(into.shape))
 
 
 class Gradient(NamedTuple):
-    """The terms that one visit of a block adds to the gradient: `direct [g, d, n]` (last iteration only) and `path [g, d, n]`."""
+    """The terms that one visit of a block adds to the gradient: D (last iteration only) and P, `[g, d, n]`."""
 
     block: Block
     direct: Tensor | None
     path: Tensor
 
 
-def reverse(points: Points, trajectory: Tensor, grad: Tensor | None, multiplicity: Tensor | None = None) -> Iterator[Gradient]:
-    """Reverse all iterations; see the module's text.
+def reverse(points: Points, trajectory: Tensor, grad: Tensor, *, summed: bool = False) -> Iterator[Gradient]:
+    """Reverse all iterations, yielding every block once per iteration; see the module's text.
 
     Args:
-        grad: `v`, like the points' values; None stands for ones.
-        multiplicity: `m [g, rows, cols]`, how much of `v` a point stands for; None stands for ones.
-
-    Yields:
-        Every block, once per iteration, with what to add to its gradient.
+        grad: `v`, like the points' values.
+        summed: `v` is the sum over the weights of a bin; D is per unit of it.
     """
-    k, dtype = trajectory.shape[2], trajectory.dtype
-    cut, buffers = _plan(points, trajectory[0])
-
-    def upstream(block: Block) -> tuple[Tensor | None, Tensor | None]:
-        v = None if grad is None else grad[block.groups, :, block.rows].to(dtype).flatten(2)
-        return v, None if multiplicity is None else _flat(multiplicity, block, dtype)
-
-    for chunk in cut:
-        gc = torch.zeros_like(trajectory[0, chunk[0].groups])
+    dtype = trajectory.dtype
+    plan, buffers = _plan(points, trajectory[0])
+    for blocks in plan:
+        gc = torch.zeros_like(trajectory[0, blocks[0].groups])
         for t in range(len(trajectory) - 1, 0, -1):
-            c, c_next = trajectory[t - 1 : t + 1, chunk[0].groups]
+            c, c_next = trajectory[t - 1 : t + 1, blocks[0].groups]
             last = t == len(trajectory) - 1
             mass = torch.zeros_like(gc[..., 0])
-            for block in chunk:
+            for block in blocks:
                 w, s, tau = points.read(block, dtype)
-                a, x, _ = buffers.shaped(w, k)
-                assignment(w, c, tau, a, x)
-                mass += (a if s is None else torch.mul(a, s, out=x)).sum(-1)
+                a, spare, _ = _views(buffers, w, c)
+                assignment(w, c, tau, a, spare)
+                mass += (a if s is None else torch.mul(a, s, out=spare)).sum(-1)
                 if last:
-                    v, m = upstream(block)
-                    total = v if m is None else m if v is None else v * m
-                    assert total is not None
-                    gc += moments(a, total, None, x)
+                    gc += moments(a, grad[block.groups, :, block.rows].to(dtype).flatten(2), None, spare)
             h, gc = update_adjoint(gc, mass)
-            for block in chunk:
+            for block in blocks:
                 w, s, tau = points.read(block, dtype)
-                maps = buffers.shaped(w, k)
-                if len(chunk) > 1:  # else A is still there
-                    assignment(w, c, tau, *maps[:2])
+                views = _views(buffers, w, c)
+                if len(blocks) > 1:  # else A is still there
+                    assignment(w, c, tau, *views[:2])
                 direct = None
                 if last:
-                    direct, share = _output_adjoint(w, maps, c, c_next, *upstream(block), 2 / tau)
+                    v = grad[block.groups, :, block.rows].to(dtype).flatten(2)
+                    direct, share = _output_adjoint(w, views, c, c_next, v, 2 / tau, summed)
                     gc += share
-                path, share = _iteration_adjoint(w, s, maps, c, c_next, h, 2 / tau)
+                path, share = _iteration_adjoint(w, s, views, c, c_next, h, 2 / tau)
                 gc += share
                 yield Gradient(block, direct, path)
 
 
 def update_adjoint(grad: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """The adjoint of `update_centroids`: `dL/d(weighted sum)`, and the part of `dL/d(centroids before)` that centroids which stayed hand
-    on; both `[g, k, d]`.
+    """The adjoint of `update_centroids`.
 
     Args:
         grad: `dL/d(centroids after)`, `[g, k, d]`.
         mass: `[g, k]`.
+
+    Returns:
+        `dL/d(weighted sum)`, and the part of `dL/d(centroids before)` from centroids that stayed; both `[g, k, d]`.
     """
     alive = (mass > mass_floor(mass)).unsqueeze(-1)
     return torch.where(alive, grad / torch.where(alive, mass.unsqueeze(-1), 1), 0), torch.where(alive, 0, grad)
 
 
-def _output_adjoint(
-    w: Tensor,
-    maps: tuple[Tensor, Tensor, Tensor],
-    c: Tensor,
-    c_next: Tensor,
-    v: Tensor | None,
-    m: Tensor | None,
-    rate: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Output's own terms: `(D [g, d, n], its share of gc_prev [g, k, d])`. `v` None stands for ones (d = 1)."""
-    a, dz, spare = maps
+def _output_adjoint(w: Tensor, views: Tensor, c: Tensor, c_next: Tensor, v: Tensor, rate: Tensor, summed: bool) -> tuple[Tensor, Tensor]:
+    """The output's own terms: `(D [g, d, n], its share of gc_prev [g, k, d])`."""
+    a, dz, spare = views
     out = c_next.mT @ a  # [g, d, n]
     torch.sub(c_next[..., :1], out[:, :1], out=dz)
-    if v is not None:
+    if not summed:
         dz *= v[:, :1]
         for e in range(1, w.shape[1]):
             dz += torch.sub(c_next[..., e : e + 1], out[:, e : e + 1], out=spare).mul_(v[:, e : e + 1])
     dz *= a
     direct = rate * (c.mT @ dz)
-    return direct, rate * moments(dz if m is None else dz.mul_(m), w, c, spare)
+    return direct, rate * moments(dz.mul_(v) if summed else dz, w, c, spare)
 
 
 def _iteration_adjoint(
-    w: Tensor,
-    s: Tensor | None,
-    maps: tuple[Tensor, Tensor, Tensor],
-    c: Tensor,
-    c_next: Tensor,
-    h: Tensor,
-    rate: Tensor,
+    w: Tensor, s: Tensor | None, views: Tensor, c: Tensor, c_next: Tensor, h: Tensor, rate: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The iteration's terms: `(P [g, d, n], its share of gc_prev [g, k, d])`."""
-    a, dz, spare = maps
+    a, dz, spare = views
     torch.sub(w[:, :1], c_next[..., :1], out=dz).mul_(h[..., :1])
     for e in range(1, w.shape[1]):
         dz += torch.sub(w[:, e : e + 1], c_next[..., e : e + 1], out=spare).mul_(h[..., e : e + 1])
@@ -282,29 +218,58 @@ def _iteration_adjoint(
     return path, rate * moments(dz if s is None else dz.mul_(s), w, c, spare)
 
 
-# The three functions that every backend has; op.py documents them.
+def assignment(w: Tensor, c: Tensor, tau: Tensor, a: Tensor, spare: Tensor) -> None:
+    """Compute `A [g, k, n]`, in `a`, of points `w [g, d, n]`, centroids `c [g, k, d]` and temperature `tau [g, 1, 1]`."""
+    torch.sub(w[:, :1], c[..., :1], out=a).square_()
+    for e in range(1, w.shape[1]):
+        a += torch.sub(w[:, e : e + 1], c[..., e : e + 1], out=spare).square_()
+    a.sub_(a.amin(1, keepdim=True)).div_(-tau)
+    # Below eps^3 an entry is noise even to a centroid at `mass_floor`; left to underflow it would cost 50 times the rest.
+    a.clamp_min_(3 * math.log(torch.finfo(a.dtype).eps)).exp_()
+    a.div_(a.sum(1, keepdim=True))
 
 
-def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, None]:
-    groups, _, d = centroids.shape
-    return iterate(Points.of(weight, problem, groups, d), centroids, iters), None
+def moments(x: Tensor, w: Tensor, about: Tensor | None, spare: Tensor) -> Tensor:
+    """Compute `sum_i x_ij (w_i - about_j)`, `[g, k, d]`, of `x [g, k, n]`; `about` None stands for zero."""
+    found = []
+    for e in range(w.shape[1]):
+        value = w[:, e : e + 1]
+        if about is None:
+            torch.mul(x, value, out=spare)
+        else:
+            torch.sub(value, about[..., e : e + 1], out=spare).mul_(x)
+        found.append(spare.sum(-1))
+    return torch.stack(found, -1)
 
 
-def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
-    _, groups, _, d = trajectory.shape
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    soft_values(Points.of(weight, problem._replace(importance=None), groups, d), trajectory, group_vectors(out, groups, d))
-    return out
+def block_entries(device: torch.device) -> int:
+    """Entries of A made at a time: 2 MiB in float32 stays in a CPU cache; a GPU wants long kernels."""
+    return 1 << 24 if device.type == "cuda" else 1 << 19
 
 
-def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
-    _, groups, _, d = trajectory.shape
-    points = Points.of(weight, problem, groups, d)
-    dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    into = group_vectors(dw, groups, d)
-    for block, direct, path in reverse(points, trajectory, group_vectors(grad, groups, d)):
-        s = points.read_importance(block, compute_dtype(weight.dtype))
-        part = into[block.groups, :, block.rows]
-        piece = path if s is None else path * s
-        part += (piece if direct is None else piece + direct).view(part.shape)
-    return dw
+def cut(groups: int, rows: int, per_row: int, entries: int) -> list[list[Block]]:
+    """Cut groups of `rows` rows into blocks of at most `entries` entries, at least one row.
+
+    Each inner list covers its groups completely: several whole groups in one block, or one group in several.
+    """
+    if rows * per_row <= entries:
+        step = entries // (rows * per_row)
+        return [[Block(slice(g, min(g + step, groups)), slice(0, rows))] for g in range(0, groups, step)]
+    step = max(1, entries // per_row)
+    starts = range(0, rows, step)
+    return [[Block(slice(g, g + 1), slice(r, min(r + step, rows))) for r in starts] for g in range(groups)]
+
+
+def _plan(points: Points, centroids: Tensor) -> tuple[list[list[Block]], Tensor]:
+    """Blocks of the points, and buffers for three matrices: fresh ones every time cost more in page faults than the arithmetic."""
+    groups, _, rows, cols = points.values.shape
+    per_row = cols * centroids.shape[1]
+    plan = cut(groups, rows, per_row, block_entries(centroids.device))
+    sizes = [(b.groups.stop - b.groups.start) * (b.rows.stop - b.rows.start) * per_row for blocks in plan for b in blocks]
+    return plan, centroids.new_empty(3, max(sizes))
+
+
+def _views(buffers: Tensor, w: Tensor, c: Tensor) -> Tensor:
+    """Views of the buffers for a block of points `w [g, d, n]`, `[3, g, k, n]`."""
+    shape = len(w), c.shape[1], w.shape[2]
+    return buffers[:, : math.prod(shape)].view(3, *shape)

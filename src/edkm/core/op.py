@@ -32,10 +32,23 @@ from edkm.core.reference import NOT_FINITE, Problem, compute_dtype
 
 BACKENDS = {"histogram": histogram, "blocks": blocks, "native": native}
 
-# Measured on a CPU, forward and backward, in ns (benchmarks op): a point and centroid of the maps, a weight's way through a histogram.
-_NS_PER_MAP_ENTRY = 14.0
+# Measured on a CPU, forward and backward, in ns (benchmarks op): an entry of A in `blocks` and in `native`, a weight of a histogram.
+_NS_PER_ENTRY = 14.0
 _NS_PER_NATIVE_ENTRY = 6.0
 _NS_PER_WEIGHT = 30.0
+
+
+def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int, backend: str) -> Solution:
+    """Run the iterations, without gradient. Reads nothing from the weight's device; centroids of weights that are not finite are NaN.
+
+    Args:
+        weight: `[rows, cols]`, detached.
+        centroids: `[g, k, d]` in the compute dtype of the weight, where to start.
+        backend: one of `BACKENDS`, which can cluster this weight (`pick_backend`).
+    """
+    problem = problem.for_weight(weight)
+    trajectory, kept = BACKENDS[backend].solve(weight.contiguous(), centroids, problem, iters)
+    return Solution(trajectory, problem, backend, kept)
 
 
 class Solution(NamedTuple):
@@ -57,21 +70,6 @@ class Solution(NamedTuple):
     def adjoint(self, grad: Tensor, weight: Tensor) -> Tensor:
         """`dL/dweight` from `dL/dout`."""
         return BACKENDS[self.backend].adjoint(grad, weight.contiguous(), self.trajectory, self.problem, self.kept)
-
-
-def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int, backend: str) -> Solution:
-    """Run the iterations, without gradient.
-
-    Args:
-        weight: `[rows, cols]`, detached.
-        centroids: `[g, k, d]` in the compute dtype of the weight, where to start.
-        backend: one of `BACKENDS`, which can cluster this weight (`pick_backend`).
-
-    Nothing is read from the weight's device. Centroids of weights that are not finite are NaN.
-    """
-    problem = problem.for_weight(weight)
-    trajectory, kept = BACKENDS[backend].solve(weight.contiguous(), centroids, problem, iters)
-    return Solution(trajectory, problem, backend, kept)
 
 
 class Clustered(NamedTuple):
@@ -146,7 +144,7 @@ def _cluster(
     round_to: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`(soft weight, trajectory)`; a custom op, so that torch.compile calls it as it is."""
+    """Compute `(soft weight, trajectory)`; a custom op, so that torch.compile calls it as it is."""
     backend, _ = pick_backend(backend, weight, centroids.shape, round_to)
     solution = solve(weight, centroids, Problem(temperature, importance, round_to), iters, backend)
     _check_problem(importance, temperature, solution.trajectory)
@@ -168,7 +166,7 @@ def _cluster_adjoint(
     round_to: torch.dtype | None,
     backend: str,
 ) -> Tensor:
-    """`dL/dweight` from `dL/dout`."""
+    """Compute `dL/dweight` from `dL/dout`."""
     backend, _ = pick_backend(backend, weight, trajectory.shape[1:], round_to)
     problem = Problem(temperature, importance, round_to).for_weight(weight)
     return Solution(trajectory, problem, backend).adjoint(grad, weight)
@@ -196,8 +194,8 @@ def choose_backend(
 ) -> tuple[str, str]:
     """Choose the fastest backend for a weight `[rows, cols]`, as `auto` does; `device` is where it will be, if not where it is.
 
-    Compares the map entries that the backends would compute for a table, plus the cost per weight of a histogram. Shape, dtype and device
-    decide, not the values: the choice is the same in every step and in a run that is resumed, and costs nothing.
+    Compares the entries of A that each would compute, plus the cost per weight of a histogram. Shape, dtype and device decide, not the
+    values: the choice is the same in every step and in a resumed run, and costs nothing.
 
     Returns:
         `(backend, reason)`.
@@ -207,10 +205,10 @@ def choose_backend(
         costs = {n * k * _NS_PER_NATIVE_ENTRY: ("native", f"{k} centroids, on a CPU with a compiler")}
     else:
         why = f"vectors of {d} values" if d > 1 else f"{groups} tables" if groups > 1 else "weights wider than 16 bits"
-        costs = {n * k * _NS_PER_MAP_ENTRY: ("blocks", why)}
+        costs = {n * k * _NS_PER_ENTRY: ("blocks", why)}
     if not _no_histogram(weight, groups, d, round_to):
         distinct = min(n, histogram.usual_values(device))
-        cost = distinct * k * _NS_PER_MAP_ENTRY + n * _NS_PER_WEIGHT
+        cost = distinct * k * _NS_PER_ENTRY + n * _NS_PER_WEIGHT
         costs[cost] = "histogram", f"one table of {k} centroids, about {distinct:,} distinct values in {n:,} weights"
     return costs[min(costs)]
 
@@ -218,13 +216,10 @@ def choose_backend(
 def pick_backend(
     name: str, weight: Tensor, shape: Sequence[int], round_to: torch.dtype | None, device: torch.device | None = None
 ) -> tuple[str, str]:
-    """Resolve the name of a backend: `choose_backend` for `auto`; refuse one that is unknown or cannot cluster this weight.
+    """Resolve the name of a backend as `(backend, reason)`: `choose_backend` for `auto`; refuse an unknown or impossible one.
 
     Args:
         shape: of the centroids, `(g, k, d)`.
-
-    Returns:
-        `(backend, reason)`.
     """
     groups, k, d = shape
     if name == "auto":
@@ -243,7 +238,7 @@ def pick_backend(
 
 
 def _no_histogram(weight: Tensor, groups: int, d: int, round_to: torch.dtype | None) -> str | None:
-    """The reason why a weight has no histogram; None if it has."""
+    """Tell why a weight has no histogram; None if it has."""
     if groups > 1 or d > 1:
         return f"{groups} tables, d={d}"
     wide = weight.dtype.itemsize > 2 and (round_to is None or round_to.itemsize > 2)
@@ -287,6 +282,7 @@ def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, m
 
 
 def check_importance(importance: Tensor | None) -> None:
+    """Refuse importance that is negative or not finite."""
     if importance is not None and not bool(((importance >= 0) & importance.isfinite()).all()):
         raise ValueError("importance: must be finite and not negative. Mean squared inputs and squared gradients are.")
 

@@ -7,8 +7,8 @@ with its own table of `k` centroids; `s_i` is the importance of vector `i`, `tau
     c'_j  = sum_i s_i A_ij w_i / sum_i s_i A_ij          update, repeated T times
     out_i = sum_j A_ij c'_j                              A of the last iteration, centroids after it
 
-Every other backend computes this function, and the tests hold it to these lines. It keeps T maps of [n, k] for backward, which
-is the problem that this library exists to remove.
+The sum `sum_i s_i A_ij` is the mass of a centroid. Every other backend computes this function, and the tests hold it to these lines.
+It keeps T matrices `A [n, k]` for backward, which is the problem that this library exists to remove.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NOT_FINITE = "NaN or infinite values, or values beyond the range of 16 bits. Was the learning rate too high, or the checkpoint damaged?"
+NOT_FINITE = (
+    "NaN or infinite values, or values beyond the range of 16 bits or whose squares overflow. Was the learning rate too high, or the "
+    "checkpoint damaged?"
+)
 
 
 class Problem(NamedTuple):
@@ -35,69 +38,16 @@ class Problem(NamedTuple):
     round_to: torch.dtype | None = torch.bfloat16
 
     def for_weight(self, weight: Tensor) -> Problem:
-        """The same problem without a rounding that the weight, being of 16 bits, does not need."""
+        """Drop the rounding where the weight has 16 bits already."""
         return self._replace(round_to=None) if weight.dtype.itemsize == 2 else self
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Clustering runs in float32, or in float64 for a float64 weight."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def group_vectors(weight: Tensor, groups: int, d: int) -> Tensor:
-    """`[rows, cols]` seen as `[g, d, vectors, cols]`: a vector is `d` consecutive values along the rows."""
-    return weight.unflatten(0, (groups, -1, d)).transpose(1, 2)
-
-
-def group_importance(importance: Tensor | None, shape: torch.Size, groups: int, d: int) -> Tensor | None:
-    """Importance of every vector, `[g, vectors, cols]` (an expanded view when `d = 1`): the mean over its `d` values."""
-    if importance is None:
-        return None
-    grouped = group_vectors(importance.expand(shape), groups, d)
-    return grouped.squeeze(1) if d == 1 else grouped.mean(1)
-
-
-def mass_floor(mass: Tensor) -> Tensor:
-    """The mass at or below which a centroid counts as having received none and stays where it was.
-
-    Relative to the group's total: a ratio of two sums near underflow is noise, and a backend may then leave out whatever
-    cannot matter.
-    """
-    return torch.finfo(mass.dtype).eps ** 2 * mass.sum(-1, keepdim=True)
-
-
-def soft_assignment(vectors: Tensor, centroids: Tensor, temperature: Tensor) -> Tensor:
-    """`A [g, n, k]` from vectors `[g, n, d]`, centroids `[g, k, d]` and temperature `[g]`."""
-    distance = (vectors.unsqueeze(2) - centroids.unsqueeze(1)).square().sum(-1)  # [g, n, k]
-    # Softmax does not see a constant; without it a small temperature would overflow.
-    distance = distance - distance.detach().amin(-1, keepdim=True)
-    return torch.softmax(-distance / temperature.view(-1, 1, 1), dim=-1)
-
-
-def update_centroids(sums: Tensor, centroids: Tensor) -> Tensor:
-    """The next centroids `[g, k, d]` from the mass and the weighted sum that each received, `[g, k, 1 + d]`.
-
-    Every backend updates its centroids here; the adjoint is `blocks.update_adjoint` and its twin in kernels.c.
-    """
-    mass, total = sums[..., 0], sums[..., 1:]
-    alive = ~(mass <= mass_floor(mass))  # NaN lives on, to be reported
-    return torch.where(alive.unsqueeze(-1), total / torch.where(alive, mass, 1).unsqueeze(-1), centroids)
-
-
-def iterate(vectors: Tensor, importance: Tensor, centroids: Tensor, temperature: Tensor, iters: int):
-    """`(out [g, n, d], trajectory [iters + 1, g, k, d])`: the three equations, differentiable."""
-    trajectory = [centroids]
-    assignment = vectors.new_empty(0)
-    for _ in range(iters):
-        assignment = soft_assignment(vectors, trajectory[-1], temperature)
-        weighted = importance.unsqueeze(-1) * assignment  # [g, n, k]
-        sums = torch.cat([weighted.sum(1).unsqueeze(-1), weighted.transpose(1, 2) @ vectors], -1)  # [g, k, 1 + d]
-        trajectory.append(update_centroids(sums, trajectory[-1]))
-    return assignment @ trajectory[-1], torch.stack(trajectory)
-
-
 def cluster(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, Tensor]:
-    """`(out like weight, trajectory [iters + 1, g, k, d])`, differentiable in `weight` by plain autograd."""
+    """Cluster a weight `[rows, cols]` from centroids `[g, k, d]`, differentiably by plain autograd.
+
+    Returns:
+        `(out like weight, trajectory [iters + 1, g, k, d])`, the centroids before the first and after every iteration.
+    """
     temperature, importance, round_to = problem.for_weight(weight)
     groups, _, d = centroids.shape
     if round_to is not None:
@@ -108,3 +58,59 @@ def cluster(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> 
     out, trajectory = iterate(vectors, weights, centroids, temperature, iters)
     out = out.unflatten(1, (-1, weight.shape[1])).transpose(2, 3).reshape(weight.shape)
     return out.to(weight.dtype), trajectory
+
+
+def iterate(vectors: Tensor, importance: Tensor, centroids: Tensor, temperature: Tensor, iters: int):
+    """Compute the three equations: `(out [g, n, d], trajectory [iters + 1, g, k, d])`."""
+    trajectory = [centroids]
+    assignment = vectors.new_empty(0)
+    for _ in range(iters):
+        assignment = soft_assignment(vectors, trajectory[-1], temperature)
+        weighted = importance.unsqueeze(-1) * assignment  # [g, n, k]
+        sums = torch.cat([weighted.sum(1).unsqueeze(-1), weighted.transpose(1, 2) @ vectors], -1)  # [g, k, 1 + d]
+        trajectory.append(update_centroids(sums, trajectory[-1]))
+    return assignment @ trajectory[-1], torch.stack(trajectory)
+
+
+def soft_assignment(vectors: Tensor, centroids: Tensor, temperature: Tensor) -> Tensor:
+    """Compute `A [g, n, k]` from vectors `[g, n, d]`, centroids `[g, k, d]` and temperature `[g]`."""
+    distance = (vectors.unsqueeze(2) - centroids.unsqueeze(1)).square().sum(-1)  # [g, n, k]
+    # Softmax does not see a constant; without it a small temperature would overflow.
+    distance = distance - distance.detach().amin(-1, keepdim=True)
+    return torch.softmax(-distance / temperature.view(-1, 1, 1), dim=-1)
+
+
+def update_centroids(sums: Tensor, centroids: Tensor) -> Tensor:
+    """Compute the next centroids `[g, k, d]` from the mass and the weighted sum of each, `[g, k, 1 + d]`.
+
+    Every backend updates its centroids here; the adjoint is `blocks.update_adjoint` and its twin in kernels.c.
+    """
+    mass, total = sums[..., 0], sums[..., 1:]
+    alive = ~(mass <= mass_floor(mass))  # NaN lives on, to be reported
+    return torch.where(alive.unsqueeze(-1), total / torch.where(alive, mass, 1).unsqueeze(-1), centroids)
+
+
+def mass_floor(mass: Tensor) -> Tensor:
+    """The mass at or below which a centroid stays where it was, `[g, 1]`.
+
+    Relative to the group's total: a ratio of two sums near underflow is noise, and a backend may leave out whatever cannot matter.
+    """
+    return torch.finfo(mass.dtype).eps ** 2 * mass.sum(-1, keepdim=True)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a weight is clustered in: float32, or float64 for a float64 weight."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def group_vectors(weight: Tensor, groups: int, d: int) -> Tensor:
+    """View `[rows, cols]` as `[g, d, vectors, cols]`: a vector is `d` consecutive values along the rows."""
+    return weight.unflatten(0, (groups, -1, d)).transpose(1, 2)
+
+
+def group_importance(importance: Tensor | None, shape: torch.Size, groups: int, d: int) -> Tensor | None:
+    """The importance of every vector, `[g, vectors, cols]`: the mean over its `d` values."""
+    if importance is None:
+        return None
+    grouped = group_vectors(importance.expand(shape), groups, d)
+    return grouped.squeeze(1) if d == 1 else grouped.mean(1)

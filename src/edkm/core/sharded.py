@@ -10,7 +10,6 @@ that two ranks share is put together first: there are fewer such vectors than ra
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,11 +18,9 @@ from torch import Tensor
 from edkm.core import blocks, histogram, native
 from edkm.core.assign import quantize
 from edkm.core.blocks import Points
-from edkm.core.histogram import Histogram
+from edkm.core.histogram import Reduce
 from edkm.core.op import Solution
 from edkm.core.reference import Problem, compute_dtype, update_centroids
-
-Reduce = Callable[[Tensor], Tensor]
 
 
 class Rows(NamedTuple):
@@ -101,26 +98,19 @@ def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: 
     """
     problem = problem.for_weight(rows.values)
     if backend == "histogram":
-        found = _histogram(rows, problem, centroids.dtype, reduce)
+        mine = problem._replace(importance=_of_rows(problem.importance, rows, rows.start, rows.values))
+        counted = histogram.needs_count(problem.importance)  # of the whole: the same on all ranks
+        found = histogram.count(rows.values, mine, centroids.dtype, counted=counted, reduce=reduce)
         trajectory = blocks.iterate(found.points(problem.temperature), centroids, iters)
         return Solution(trajectory, problem, backend, found)
-    groups, _, d = centroids.shape
-    trajectory, mine = centroids.repeat(iters + 1, 1, 1, 1), parts(rows, groups, d, reduce)
+    groups, k, d = centroids.shape
+    trajectory, own_parts = centroids.repeat(iters + 1, 1, 1, 1), parts(rows, groups, d, reduce)
     for t in range(iters):
-        total = trajectory.new_zeros(*centroids.shape[:2], 1 + d)
-        for part in mine:
+        total = trajectory.new_zeros(groups, k, 1 + d)
+        for part in own_parts:
             total[part.groups] += _sums(part, rows, trajectory[t, part.groups], problem, backend)
         trajectory[t + 1] = update_centroids(reduce(total), trajectory[t])
     return Solution(trajectory, problem, backend)
-
-
-def _histogram(rows: Rows, problem: Problem, dtype: torch.dtype, reduce: Reduce) -> Histogram:
-    """The histogram of the whole weight."""
-    key = histogram.key_dtype(rows.values, problem.round_to)
-    terms: list[Tensor | None] = [_of_rows(problem.importance, rows, rows.start, rows.values)]
-    if histogram.needs_count(problem.importance):
-        terms.append(None)
-    return histogram.from_totals(reduce(histogram.totals(rows.values, key, terms, dtype)), key)
 
 
 def _sums(part: Part, rows: Rows, centroids: Tensor, problem: Problem, backend: str) -> Tensor:
