@@ -506,7 +506,6 @@ def test_histogram_is_refused_where_it_cannot_be(change):
     assert edkm.cluster(**arguments, backend="auto").weight.isfinite().all()
 
 
-
 @pytest.mark.parametrize("value, refused", [(2.0**62, False), (2.0**63, True)])
 def test_a_histogram_with_empty_bins_takes_values_up_to_2_62_and_refuses_larger_ones(value, refused, monkeypatch):
     monkeypatch.setattr(histogram, "drops_empty_bins", lambda device: False)  # as on a GPU
