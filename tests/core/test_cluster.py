@@ -512,7 +512,7 @@ def test_a_histogram_with_empty_bins_takes_values_up_to_2_62_and_refuses_larger_
     weight = W.clone()
     weight[0, 0] = value
     if refused:
-        with pytest.raises(ValueError, match="^weight: NaN or infinite values, or values beyond"):
+        with pytest.raises(ValueError, match=r"^weight: NaN or infinite values, or values beyond"):
             edkm.cluster(weight, C, temperature=0.1, backend="histogram")
     else:
         assert edkm.cluster(weight, C, temperature=0.1, backend="histogram").centroids.max() == value
