@@ -86,7 +86,7 @@ def saved_tensors(
     if hops < 0:
         raise ValueError(f"saved_tensors: hops={hops}: must not be negative. Use 0 to follow views alone.")
     stats = Stats()
-    keeper = _Keeper(stats, torch.device(device), marshal, uniquify, shard, Ledger(hops), resident)
+    keeper = _Keeper(stats, Ledger(hops), torch.device(device), shard, resident, marshal=marshal, uniquify=uniquify)
     with ExitStack() as block:
         block.callback(keeper.close)
         block.enter_context(torch.autograd.graph.saved_tensors_hooks(_timed(keeper.save, stats), _timed(_restore, stats)))
@@ -140,15 +140,16 @@ class _Keeper:
     def __init__(
         self,
         stats: Stats,
+        ledger: Ledger,
         device: torch.device,
+        group: ProcessGroup | None,
+        resident: torch.nn.Module | None,
+        *,
         marshal: bool,
         uniquify: bool,
-        group: ProcessGroup | None,
-        ledger: Ledger,
-        resident: torch.nn.Module | None,
     ):
-        self.stats, self.device, self.marshal, self.uniquify = stats, device, marshal, uniquify
-        self.group, self.ledger = group, ledger
+        self.stats, self.ledger, self.device, self.group = stats, ledger, device, group
+        self.marshal, self.uniquify = marshal, uniquify
         self._last: weakref.ref[OffloadedCopy] | None = None
         self._held: list[KeptView] = []
         buffers = () if resident is None else resident.buffers()

@@ -78,12 +78,10 @@ def function_of(weight: Tensor, *, round_to: torch.dtype = torch.bfloat16) -> It
     Cost: once per weight and version, a few passes over the weight and 2 bytes per weight kept, shared by all maps; for every map one pass
     to check it, and `u` rows kept.
     """
-    if not weight.is_floating_point():
-        raise TypeError(f"function_of: weight {list(weight.shape)}: needs a floating-point weight, got {weight.dtype}.")
-    if weight.layout != torch.strided or is_traceable_wrapper_subclass(weight):
-        kind = f"{type(weight).__name__} of {weight.layout}"
+    if not weight.is_floating_point() or weight.layout != torch.strided or is_traceable_wrapper_subclass(weight):
         raise TypeError(
-            f"function_of: weight {list(weight.shape)}: needs a plain strided tensor, got {kind}. Use its dense or local tensor."
+            f"function_of: weight {list(weight.shape)}: needs a plain strided tensor of floating-point numbers, got "
+            f"{type(weight).__name__} of {weight.layout} and {weight.dtype}. Use its dense or local tensor."
         )
     if not round_to.is_floating_point or round_to.itemsize != 2:
         raise TypeError(f"function_of: round_to={round_to}: needs a 16-bit type. Use torch.bfloat16 or torch.float16.")

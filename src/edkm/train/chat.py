@@ -41,10 +41,8 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
     # A template is somebody's program: it raises errors of jinja2, and any of Python's own.
     except Exception as error:
-        raise ChatError(
-            f"{_template_of(tokenizer)} cannot write this conversation ({_reason(error)}). "
-            "Give it the roles and the order that it asks for, or correct the template."
-        ) from error
+        rule = f"cannot write this conversation ({_reason(error)}). Give it the roles and the order that it asks for, or correct it"
+        raise _refused(tokenizer, rule) from error
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> Any:
@@ -110,7 +108,7 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message], answers: Se
         # Some tokenizers give a token no length.
         mask = [marks and 1 in own[begin : max(end, begin + 1)] for marks, (begin, end) in zip(mask, offsets)]
     if not any(mask):
-        raise ChatError(f"{_template_of(tokenizer)} marks no token as the assistant's, so there is nothing to train on. Correct it.")
+        raise _refused(tokenizer, "marks no token as the assistant's, so there is nothing to train on. Correct it")
     return found["input_ids"], mask
 
 
@@ -135,10 +133,10 @@ class _Turns:
                 continue
             other = {**message, "content": message["content"] + _OTHER}
             if render(self.tokenizer, self._with(index, other)) == self.text:
-                raise ChatError(
-                    f"{_template_of(self.tokenizer)} leaves out message {index + 1}, of the role {message['role']!r}. "
-                    "Put its text into a message that is written, or remove it."
+                rule = (
+                    f"leaves out message {index + 1}, of the role {message['role']!r}. Put its text into one that is written, or remove it"
                 )
+                raise _refused(self.tokenizer, rule)
 
     def span(self, index: int) -> tuple[int, int]:
         """Return the characters of the assistant's message `index`: from the end of the prompt for it to the end of its turn."""
@@ -151,19 +149,15 @@ class _Turns:
         other = self._with(index, {"role": "assistant", "content": _OTHER})  # without a thought of its own
         before, found, after = render(self.tokenizer, other).partition(_OTHER)
         if not found:
-            raise ChatError(
-                f"{_template_of(self.tokenizer)} does not write the assistant's answer, so there is nothing to train on. Correct it."
-            )
+            raise _refused(self.tokenizer, "does not write the assistant's answer, so there is nothing to train on. Correct it")
         stop = len(self.text) - len(after)
         if start is None:
             history = self._written(self.messages[:index])
             same = _shared(before, self.text)
             start = same if same >= len(history if history and self.text.startswith(history) else before) else None
         if start is None or start > stop or not self.text.endswith(after):
-            raise ChatError(
-                f"{_template_of(self.tokenizer)} does not show which text is the assistant's: the rest changes with the answer. "
-                "Put {% generation %} and {% endgeneration %} around it in the template."
-            )
+            rule = "does not show which text is the assistant's: the rest changes with the answer. "
+            raise _refused(self.tokenizer, rule + "Put {% generation %} and {% endgeneration %} around it in the template")
         if end is None or end < stop:
             ending = (self._written(other[: index + 1]) or "").partition(_OTHER)[2]
             same = stop + _shared(ending, self.text[stop:])
@@ -186,7 +180,7 @@ def _own_mask(tokenizer: Any, messages: Sequence[Message]) -> list[bool]:
     try:
         found = tokenizer.apply_chat_template(list(messages), return_dict=True, return_assistant_tokens_mask=True)
     except Exception as error:
-        raise ChatError(f"{_template_of(tokenizer)} gives no mask of the assistant's tokens ({error}). Correct it.") from error
+        raise _refused(tokenizer, f"gives no mask of the assistant's tokens ({error}). Correct it") from error
     return [bool(own) for own in found["assistant_masks"]]
 
 
@@ -206,8 +200,8 @@ def _name(tokenizer: Any) -> str:
     return getattr(tokenizer, "name_or_path", "") or "this model"
 
 
-def _template_of(tokenizer: Any) -> str:
-    return f"the chat template of {_name(tokenizer)}"
+def _refused(tokenizer: Any, rule: str) -> ChatError:
+    return ChatError(f"the chat template of {_name(tokenizer)} {rule}.")
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,7 @@ from edkm.output import replacing
 from edkm.progress import progress
 from edkm.train.chat import ChatError, beginning, begun, encode, encode_conversation, has_template, unused_fields
 from edkm.train.limits import check_length, check_tokens, end_tokens
-from edkm.train.records import DataError, Record, fields, read_records
+from edkm.train.records import DataError, Record, counted, fields, read_records
 
 IGNORED = -100
 
@@ -199,7 +199,7 @@ def _notes(tokenizer: Any, records: Sequence[Record]) -> Iterator[str]:
     if has_template(tokenizer):
         unused = Counter(name for record in records for name in unused_fields(tokenizer, record.messages))
         if unused:
-            yield "fields of messages that the chat template does not use: " + ", ".join(f"{name} ({n:,})" for name, n in unused.items())
+            yield f"fields of messages that the chat template does not use: {counted(unused)}"
     written = sum(message["role"] == "assistant" for record in records for message in record.messages)
     answers = [record.messages[index]["content"] for record in records for index in record.answers]
     if len(answers) < written:

@@ -1,6 +1,7 @@
 """Check tokens against a model before any work: rows of its embedding, its longest context, the tokens that it stops at."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def check_length(model: Any, length: int, option: str) -> None:
 
 def check_tokens(model: Any, tokenizer: Any, ids: Tensor | Sequence[int], source: str) -> None:
     """Refuse, with a LimitError, token ids of the text `source` that have no row in the model's embedding."""
-    rows = _embedding_rows(model)
+    rows = None
+    with suppress(AttributeError, NotImplementedError):  # a model that does not name its embedding
+        rows = model.get_input_embeddings().num_embeddings
     largest = int(torch.as_tensor(ids).max())
     if rows is not None and largest >= rows:
         raise LimitError(
@@ -41,15 +44,6 @@ def check_tokens(model: Any, tokenizer: Any, ids: Tensor | Sequence[int], source
             f"rows, for 0 to {rows - 1}. Resize the model (resize_token_embeddings({len(tokenizer)})) and save it with its tokenizer, or "
             "take the model's own tokenizer."
         )
-
-
-def _embedding_rows(model: Any) -> int | None:
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    rows = getattr(embedding, "num_embeddings", None)
-    return getattr(getattr(embedding, "weight", None), "shape", [None])[0] if rows is None else rows
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -90,11 +90,14 @@ def read_records(path: Path) -> list[Record]:
 
 def fields(records: Sequence[Record]) -> list[str]:
     """List the fields that are used, and those that are not, in a line each, with the number of records that have them."""
-    lines = {
-        "fields used": Counter(name for record in records for name in record.used),
-        "fields not used": Counter(name for record in records for name in record.unused),
-    }
-    return [f"{title}: " + ", ".join(f"{name} ({n:,})" for name, n in counts.items()) for title, counts in lines.items() if counts]
+    used = Counter(name for record in records for name in record.used)
+    unused = Counter(name for record in records for name in record.unused)
+    return [f"{title}: {counted(names)}" for title, names in (("fields used", used), ("fields not used", unused)) if names]
+
+
+def counted(names: Counter[str]) -> str:
+    """Write names with their counts in a line."""
+    return ", ".join(f"{name} ({n:,})" for name, n in names.items())
 
 
 def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -120,9 +123,7 @@ def _parse(where: str, text: str) -> Any:
 
 
 def _record(where: str, value: Any) -> Record:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: is a {type(value).__name__}, expected an object. {_EXPECTED}.")
-    given = _without_empty(value)
+    given = _without_empty(_typed(f"{where}:", value, dict, f"an object. {_EXPECTED}"))
     form = next((form for form in _FORMS if given.keys() >= {*form}), None)
     if form is None:
         found = ", ".join(f"{key} (empty)" if key not in given else key for key in value) or "none"
@@ -176,15 +177,12 @@ def _prompt_and_completion(where: str, prompt: Any, completion: Any) -> tuple[li
 
 
 def _messages(where: str, field: str, value: Any) -> list[Message]:
-    if not isinstance(value, list):
-        raise DataError(f"{where}: field {field!r} is a {type(value).__name__}, expected a list of messages.")
-    return [_message(f"{where}: {field} {number}", message) for number, message in enumerate(value, start=1)]
+    listed = _typed(f"{where}: field {field!r}", value, list, "a list of messages")
+    return [_message(f"{where}: {field} {number}", message) for number, message in enumerate(listed, start=1)]
 
 
 def _message(where: str, message: Any) -> Message:
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: is a {type(message).__name__}, expected an object with role and content.")
-    given = _without_empty(message)
+    given = _without_empty(_typed(f"{where}:", message, dict, "an object with role and content"))
     _check_no_tools(where, given)
     role_name, content_name = ("from", "value") if "from" in given else ("role", "content")
     role, content = given.pop(role_name, None), given.pop(content_name, None)
@@ -194,8 +192,7 @@ def _message(where: str, message: Any) -> Message:
         raise DataError(f"{where}: has the {role_name} {role!r}, expected one of {', '.join(_ROLES)}. Rename it.")
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict) and content[0].get("type") == "text":
         content = content[0].get("text", content[0].get("value"))
-    if not isinstance(content, str):
-        raise DataError(f"{where}: its {content_name} is a {type(content).__name__}, expected a string, or a list of one part of text.")
+    content = _typed(f"{where}: its {content_name}", content, str, "a string, or a list of one part of text")
     trained = [given.pop(name) for name in _TRAINED if name in given]
     if any(value not in (0, 1) for value in trained):
         raise DataError(f"{where}: one of its {', '.join(_TRAINED)} is neither 0 nor 1, false nor true. Write one of these, or remove it.")
@@ -213,6 +210,11 @@ def _check_no_tools(where: str, given: dict[str, Any]) -> None:
 
 
 def _string(where: str, field: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r} is a {type(value).__name__}, expected a string.")
+    return _typed(f"{where}: field {field!r}", value, str, "a string")
+
+
+def _typed(subject: str, value: Any, kind: type, expected: str) -> Any:
+    """Return `value` if it is of the Python type `kind`, or refuse it in a sentence that begins with `subject`."""
+    if not isinstance(value, kind):
+        raise DataError(f"{subject} is a {type(value).__name__}, expected {expected}.")
     return value
