@@ -1,5 +1,8 @@
 """Small packed models of random indices and tables, and the dense models that they stand for."""
 
+import json
+import math
+
 import torch
 
 from edkm.compressed import pretrained
@@ -21,20 +24,20 @@ TINY = {
 }
 
 
-def freeze(shape, bits, luts=1, dim=1, k=None, seed=0):
+def freeze(shape, bits, luts=1, dim=1, k=None, seed=0, row_axes=1):
     generator = torch.Generator().manual_seed(seed)
-    k = k or 2**bits
-    indices = torch.randint(k, (shape[0] // dim, torch.Size(shape[1:]).numel()), generator=generator, dtype=torch.uint8)
+    k, rows, cols = k or 2**bits, math.prod(shape[:row_axes]), math.prod(shape[row_axes:])
+    indices = torch.randint(k, (rows // dim, cols), generator=generator, dtype=torch.uint8)
     lut = torch.randn(luts, k, dim, generator=generator).sort(1).values.mul_(0.05).half()
-    return Frozen(indices, lut, tuple(shape), 0.0)
+    return Frozen(indices, lut, tuple(shape), 0.25)
 
 
 def packed(frozen):
     return PackedWeight(pack_indices(frozen.indices, frozen.bits), frozen.lut, entry_of("weight", frozen))
 
 
-def pack(model, directory, bits=3):
-    """Every matrix at some bits, a table per row (one for embeddings); the dense model that it stands for comes back."""
+def parts(model, bits=3):
+    """Clustered and dense tensors: every matrix at some bits, a table per row (one for embeddings). The model takes their values."""
     frozen, dense = {}, {}
     for name, weight in model.named_parameters():
         if weight.dim() >= 2 and not name.endswith(("cls_token", "position_embeddings")):
@@ -45,9 +48,21 @@ def pack(model, directory, bits=3):
             dense[name] = weight.detach()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     dense |= {name: buffer for name, buffer in model.state_dict().items() if name not in parameters}
+    return frozen, dense
+
+
+def pack(model, directory, bits=3, tokenizer=None):
+    """Write a packed model; the dense model that it stands for comes back."""
     model.config.architectures = [type(model).__name__]
-    pretrained.save_pretrained(directory, frozen, dense, {"bits": bits}, model)
+    pretrained.save_pretrained(directory, *parts(model, bits), {"bits": bits}, model, tokenizer)
     return model.eval()
+
+
+def edit_json(path, change=dict.update, **fields):
+    """Change the content of a JSON file in place, or set some of its fields."""
+    content = json.loads(path.read_text())
+    change(content, **fields)
+    path.write_text(json.dumps(content))
 
 
 def same(found, expected):

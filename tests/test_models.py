@@ -10,20 +10,20 @@ import importlib.util
 import json
 import re
 import shutil
-import types
 
 import pytest
 import torch
+from packed import edit_json
 from safetensors.torch import load_file, save_file
 
-from edkm.models import ModelError, _forget_quantization, load_model
+from edkm.models import ModelError, load_model
+
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def edit_config(source, target, **changes):
     """A copy of a checkpoint with other values in its config.json."""
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | changes))
+    edit_json(shutil.copytree(source, target) / "config.json", **changes)
     return target
 
 
@@ -66,13 +66,6 @@ def test_a_packed_directory_without_tokenizer_is_refused(packed_dir, tmp_path):
         load_model(directory)
 
 
-def test_damaged_weights_are_refused(tiny_dir, tmp_path):
-    directory = edit_config(tiny_dir, tmp_path / "damaged")
-    (directory / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ModelError, match=r"damaged: the checkpoint cannot be loaded: .*Save model and tokenizer"):
-        load_model(directory)
-
-
 def test_a_gguf_file_loads_and_saves_as_an_ordinary_model(tmp_path, tiny_model, capfd):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model)
     capfd.readouterr()
@@ -88,6 +81,13 @@ def test_a_gguf_file_loads_and_saves_as_an_ordinary_model(tmp_path, tiny_model, 
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def close_gguf(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def write_gguf(path, model, without=(), parts=1, more=()):
@@ -119,39 +119,28 @@ def write_gguf(path, model, without=(), parts=1, more=()):
         if name == "lm_head.weight" or name in without:
             continue
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = permute(tensor, config, "q_proj" in name)
+            # llama.cpp interleaves the two halves of a rotary head; transformers undoes it.
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy().copy())
     for name in more:
         writer.add_tensor(name, torch.ones(64).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close_gguf(writer)
     return path
-
-
-def permute(weight, config, query):
-    """llama.cpp interleaves the two halves of a rotary head; transformers undoes it."""
-    heads = config.num_attention_heads if query else config.num_key_value_heads
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def test_a_gguf_file_that_is_not_a_whole_model_is_refused(tmp_path, tiny_model):
     import gguf
 
-    name = "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(ModelError, match=rf"a\.gguf: 1 weights of LlamaForCausalLM are not in the checkpoint, first {name}; they would be"):
-        load_model(write_gguf(tmp_path / "a.gguf", tiny_model, without=[name]))
+    with pytest.raises(ModelError, match=rf"a\.gguf: 1 weights of LlamaForCausalLM are not in the checkpoint, first {UP}; they would be"):
+        load_model(write_gguf(tmp_path / "a.gguf", tiny_model, without=[UP]))
     with pytest.raises(ModelError, match=r"b\.gguf: is one of 2 parts of a GGUF model\. Join them first \(llama-gguf-split --merge"):
         load_model(write_gguf(tmp_path / "b.gguf", tiny_model, parts=2))
     # transformers would build a model of 7B parameters for these.
     for kind, message in (("adapter", r"holds no model \(adapter\)"), ("model", "holds no weights")):
         writer = gguf.GGUFWriter(tmp_path / f"{kind}.gguf", "llama")
         writer.add_type(kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        close_gguf(writer)
         with pytest.raises(ModelError, match=message):
             load_model(tmp_path / f"{kind}.gguf")
 
@@ -234,16 +223,24 @@ def test_parts_that_the_class_does_not_have_are_left_out_with_a_warning(tiny_dir
         load_model(directory)
 
 
-def test_integers_in_the_place_of_weights_are_refused(tiny_dir, tmp_path):
-    directory = edit_config(tiny_dir, tmp_path / "codes")
-    add_tensors(directory, **{"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.int8)})
-    with pytest.raises(ModelError, match=r"codes: model\.layers\.1\.mlp\.up_proj\.weight holds integers, codes of a quantized weight"):
-        load_model(directory)
-
-
-def test_a_shape_of_another_config_is_refused(tiny_dir, tmp_path):
-    directory = edit_config(tiny_dir, tmp_path / "other", vocab_size=310)
-    with pytest.raises(ModelError, match=r"embed_tokens\.weight: LlamaForCausalLM has shape \[310, 64\], the checkpoint \[300, 64\]"):
+@pytest.mark.parametrize(
+    ("changes", "weights", "message"),
+    [
+        ({}, b"damaged", "source: the checkpoint cannot be loaded: .*Save model and tokenizer"),
+        ({}, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", r"model\.safetensors is a pointer of Git LFS"),
+        ({}, {UP: torch.ones(128, 64, dtype=torch.int8)}, rf"source: {UP} holds integers, codes of a quantized weight"),
+        ({"num_hidden_layers": 3}, {}, r"9 weights of LlamaForCausalLM are not .* first model\.layers\.2\."),
+        ({"vocab_size": 310}, {}, r"embed_tokens\.weight: LlamaForCausalLM has shape \[310, 64\], the checkpoint \[300, 64\]"),
+    ],
+    ids=["damaged", "pointer", "integers", "missing", "shape"],
+)
+def test_a_checkpoint_that_lacks_weights_or_has_others_is_refused(tiny_dir, tmp_path, changes, weights, message):
+    directory = edit_config(tiny_dir, tmp_path / "source", **changes)
+    if isinstance(weights, bytes):
+        (directory / "model.safetensors").write_bytes(weights)
+    else:
+        add_tensors(directory, **weights)
+    with pytest.raises(ModelError, match=message):
         load_model(directory)
 
 
@@ -298,21 +295,6 @@ def test_directories_of_other_kinds_are_explained(tmp_path, files, message):
         load_model(tmp_path)
 
 
-def test_a_pointer_of_git_lfs_is_named(tiny_dir, tmp_path):
-    directory = edit_config(tiny_dir, tmp_path / "pointer")
-    (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
-    with pytest.raises(ModelError, match=r"model\.safetensors is a pointer of Git LFS"):
-        load_model(directory)
-
-
-def test_every_trace_of_quantization_is_removed():
-    config = types.SimpleNamespace(quantization_config={})
-    model = types.SimpleNamespace(config=config, hf_quantizer=1, quantization_method=2, is_quantized=True)
-    _forget_quantization(model)
-    assert vars(model) == {"config": config, "is_quantized": False, "_weight_conversions": None}
-    assert vars(config) == {}
-
-
 def test_missing_paths_and_other_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "weights.bin").write_bytes(b"")
@@ -327,12 +309,6 @@ def test_missing_paths_and_other_files_are_refused(tmp_path, monkeypatch):
         with pytest.raises(ModelError, match=message) as caught:
             load_model(source)
         assert "\n" not in str(caught.value)
-
-
-def test_missing_weights_are_never_made_up(tiny_dir, tmp_path):
-    directory = edit_config(tiny_dir, tmp_path / "deeper", num_hidden_layers=3)
-    with pytest.raises(ModelError, match=r"9 weights of LlamaForCausalLM are not .* first model\.layers\.2\."):
-        load_model(directory)
 
 
 @pytest.mark.parametrize("package", ["transformers", "gguf"])

@@ -6,19 +6,16 @@
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from packed import TINY, TOKENS, logits
+from packed import TINY, edit_json, logits, pack, parts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from edkm.compressed import pretrained, weightfiles
 from edkm.compressed.checkpoint import FormatError, dequantize, read
-from edkm.core.assign import Frozen, assign, round_lut
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -28,29 +25,12 @@ def build(tie: bool = True, dtype: torch.dtype = torch.float32) -> LlamaForCausa
     return LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=tie)).to(dtype).eval()
 
 
-def parts(model: LlamaForCausalLM) -> tuple[dict[str, Frozen], dict[str, torch.Tensor]]:
-    frozen, dense = {}, {}
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            levels = torch.linspace(0, 1, 2 ** (8 if "embed" in name else 3))
-            lut = round_lut(torch.quantile(weight.detach().float().flatten(), levels).view(1, -1, 1))
-            frozen[name] = Frozen(assign(weight, lut), lut, tuple(weight.shape), 0.01)
-        else:
-            dense[name] = weight.detach()
-    return frozen, dense
-
-
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def saved(request, tmp_path, tiny_tokenizer):
     """A packed model on disk, and the same model with looked-up weights in memory."""
     model = build(request.param)
-    frozen, dense = parts(model)
     model.generation_config = GenerationConfig(max_new_tokens=17)
-    pretrained.save_pretrained(tmp_path / "packed", frozen, dense, {"bits": 3}, model, tiny_tokenizer)
-    with torch.no_grad():
-        for name, tensor in frozen.items():
-            model.get_parameter(name).copy_(dequantize(tensor))
-    return tmp_path / "packed", model
+    return tmp_path / "packed", pack(model, tmp_path / "packed", tokenizer=tiny_tokenizer)
 
 
 def test_a_loaded_model_computes_with_the_clustered_values(saved, capfd):
@@ -67,15 +47,6 @@ def test_a_loaded_model_computes_with_the_clustered_values(saved, capfd):
     narrow = pretrained.load(directory, torch.bfloat16)
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
     assert torch.equal(narrow.get_parameter(UP), expected.get_parameter(UP).bfloat16())
-
-
-def test_a_fresh_process_loads_a_model_and_imports_transformers_only_then(tmp_path):
-    model = build()
-    pretrained.save_pretrained(tmp_path, *parts(model), {}, model)
-    code = "import sys, torch; from edkm.compressed import pretrained; assert 'transformers' not in sys.modules\n"
-    code += f"print(pretrained.load(sys.argv[1])(torch.tensor({TOKENS.tolist()})).logits.double().sum().item())"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert float(done.stdout) == pytest.approx(logits(pretrained.load(tmp_path)).double().sum().item(), rel=1e-6)
 
 
 def test_the_directory_names_the_class_and_has_the_tokenizer(saved):
@@ -133,15 +104,12 @@ def test_names_and_shapes_must_be_those_of_the_model(tmp_path: Path):
 
 
 def test_the_config_of_another_model_is_refused(tmp_path):
-    model = build()
-    pretrained.save_pretrained(tmp_path, *parts(model), {}, model)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
+    pack(build(), tmp_path)
     for layers, message in (
         (3, r"missing model.layers.2.\S+(, \S+)* and 4 more; unexpected none"),
         (1, r"missing none; unexpected model.layers.1"),
     ):
-        path.write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        edit_json(tmp_path / "config.json", num_hidden_layers=layers)
         with pytest.raises(FormatError, match=message):
             pretrained.load(tmp_path)
 

@@ -12,11 +12,11 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+import types
 
 import pytest
 import torch
-from packed import TINY, TOKENS, freeze, logits, pack, packed, same
+from packed import TINY, TOKENS, edit_json, freeze, logits, pack, packed, same
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline
@@ -36,8 +36,14 @@ def saved(request, tmp_path_factory):
 
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("packed")
-    model = pack(LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=request.param)), directory)
-    return directory, model
+    return directory, pack(LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=request.param)), directory)
+
+
+@pytest.fixture
+def with_tokenizer(saved, tiny_tokenizer, tmp_path):
+    """The packed directory with a tokenizer."""
+    tiny_tokenizer.save_pretrained(shutil.copytree(saved[0], tmp_path / "model"))
+    return str(tmp_path / "model")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
@@ -133,8 +139,7 @@ def test_dequantize_gives_an_ordinary_model(saved, tmp_path):
 
 def test_a_device_map_and_a_dtype_are_obeyed(saved):
     directory, model = saved
-    auto = AutoModelForCausalLM.from_pretrained(directory, device_map="auto")
-    same(auto, model)
+    same(AutoModelForCausalLM.from_pretrained(directory, device_map="auto"), model)
     for narrow in (
         AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16),
         AutoModelForCausalLM.from_pretrained(directory).to(torch.bfloat16),
@@ -145,37 +150,24 @@ def test_a_device_map_and_a_dtype_are_obeyed(saved):
         torch.testing.assert_close(logits(narrow).float(), logits(model), rtol=0.1, atol=0.02)
 
 
-def test_generate_and_pipelines_work(saved, tiny_tokenizer, tmp_path):
+def test_generate_and_pipelines_work(saved, with_tokenizer, tiny_tokenizer):
     directory, model = saved
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(loaded.generate(TOKENS[:1], **options), model.generate(TOKENS[:1], **options))
-    folder = tmp_path / "model"
-    shutil.copytree(directory, folder)
-    tiny_tokenizer.save_pretrained(folder)
-    said = pipeline("text-generation", model=str(folder))("the quick", max_new_tokens=4, do_sample=False)
-    expected = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)("the quick", max_new_tokens=4, do_sample=False)
-    assert said == expected
+    found = pipeline("text-generation", model=with_tokenizer)("the quick", max_new_tokens=4, do_sample=False)
+    assert found == pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)("the quick", max_new_tokens=4, do_sample=False)
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")  # lm-eval hands transformers the file's own
-def test_lm_eval_scores_as_with_the_dense_model(saved, tiny_tokenizer, tmp_path):
+def test_lm_eval_scores_as_with_the_dense_model(saved, with_tokenizer, tiny_tokenizer):
     from lm_eval.models.huggingface import HFLM
 
-    directory, model = saved
-    folder = tmp_path / "model"
-    shutil.copytree(directory, folder)
-    tiny_tokenizer.save_pretrained(folder)
-    request = [("", ("the quick", " brown fox")), ("", ("over", " the lazy dog"))]
-
-    class Request:
-        def __init__(self, args):
-            self.args = args
-
+    requests = [types.SimpleNamespace(args=args) for args in (("the quick", " brown fox"), ("over", " the lazy dog"))]
     found = []
-    for source in (str(folder), model):
+    for source in (with_tokenizer, saved[1]):
         lm = HFLM(pretrained=source, tokenizer=tiny_tokenizer, device="cpu", dtype="float32", batch_size=1)
-        found.append(lm.loglikelihood([Request(args) for _, args in request], disable_tqdm=True))
+        found.append(lm.loglikelihood(requests, disable_tqdm=True))
     assert all(loss == pytest.approx(dense, rel=1e-5) and greedy == same for (loss, greedy), (dense, same) in zip(*found))
     assert found[0][0][0] < 0
 
@@ -190,9 +182,6 @@ def test_packed_experts_compute_as_the_dense_ones(tmp_path, implementation):
     torch.testing.assert_close(logits(loaded), logits(model))
     names = {name for m in loaded.modules() if isinstance(m, PackedModule) for name in m.packed_entries}
     assert {"gate_up_proj", "down_proj"} <= names
-    loaded.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
-    torch.testing.assert_close(logits(loaded.dequantize()), logits(model))
 
 
 def test_a_vision_transformer_loads_with_packed_convolutions(tmp_path):
@@ -242,37 +231,26 @@ def test_a_class_that_lacks_weights_within_a_part_is_refused(saved):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "damage", "message"),
     [
-        (lambda d: flip(d / "model.safetensors"), "checksum"),
-        (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]), "not a whole safetensors file"),
-        (lambda d: edit(d, lambda c: c["quantization_config"].update(format_version=99)), "format_version"),
-        (lambda d: edit(d, lambda c: c["quantization_config"]["tensors"].pop("model.layers.0.mlp.up_proj.weight")), "not of one model"),
-        (lambda d: edit(d, lambda c: c.update(num_hidden_layers=10**6)), "num_hidden_layers must be at most 4096"),
+        ("model.safetensors", lambda data: data[:-5] + bytes([data[-5] ^ 4]) + data[-4:], "checksum"),
+        ("model.safetensors", lambda data: data[:-1], "not a whole safetensors file"),
+        ("config.json", lambda c: c["quantization_config"].update(format_version=99), "format_version"),
+        ("config.json", lambda c: c["quantization_config"]["tensors"].pop("model.layers.0.mlp.up_proj.weight"), "not of one model"),
+        ("config.json", lambda c: c.update(num_hidden_layers=10**6), "num_hidden_layers must be at most 4096"),
     ],
     ids=["flipped", "truncated", "version", "entry", "layers"],
 )
-def test_a_damaged_directory_is_refused(saved, tmp_path, damage, message):
-    folder = tmp_path / "model"
-    shutil.copytree(saved[0], folder)
-    damage(folder)
+def test_a_damaged_directory_is_refused(saved, tmp_path, file, damage, message):
+    folder = shutil.copytree(saved[0], tmp_path / "model")
+    if file == "config.json":
+        edit_json(folder / file, damage)
+    else:
+        (folder / file).write_bytes(damage((folder / file).read_bytes()))
     for load in (AutoModelForCausalLM.from_pretrained, pretrained.load):
         with pytest.raises(FormatError, match=message) as caught:
             load(folder)
         assert "\n" not in str(caught.value)
-
-
-def flip(path: Path):
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 4
-    path.write_bytes(data)
-
-
-def edit(directory: Path, change):
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
 
 
 def test_a_dense_model_is_not_compressed_while_it_is_loaded(tiny_dir):
@@ -282,17 +260,20 @@ def test_a_dense_model_is_not_compressed_while_it_is_loaded(tiny_dir):
         AutoModelForCausalLM.from_pretrained(tiny_dir, quantization_config=EdkmConfig())
 
 
-@pytest.mark.parametrize("first", ["edkm", "transformers"])
-def test_edkm_and_transformers_may_be_imported_in_either_order(packed_dir, first):
-    lines = ["import edkm, sys; assert 'transformers' not in sys.modules and 'torch' not in sys.modules"]
-    lines = (
-        [*lines, "from transformers import AutoModelForCausalLM"]
-        if first == "edkm"
-        else ["from transformers import AutoModelForCausalLM", "import edkm"]
-    )
-    lines.append(f"print(type(AutoModelForCausalLM.from_pretrained({str(packed_dir)!r}).model.layers[0].mlp.up_proj).__name__)")
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "PackedLinear"
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("import edkm, sys; assert not {'torch', 'transformers'} & sys.modules.keys(); import transformers", "PackedLinear"),
+        ("import transformers; transformers.AutoModelForCausalLM; import edkm", "PackedLinear"),
+        ("import sys; from edkm.compressed.pretrained import load; assert 'transformers' not in sys.modules", "Linear"),
+    ],
+    ids=["edkm first", "transformers first", "pretrained.load"],
+)
+def test_edkm_and_transformers_may_be_imported_in_either_order(packed_dir, code, kind):
+    load = "load" if "load" in code else "transformers.AutoModelForCausalLM.from_pretrained"
+    code += f"; print(type({load}({str(packed_dir)!r}).model.layers[0].mlp.up_proj).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == kind
 
 
 MEMORY = """

@@ -45,6 +45,10 @@ def pack(model, directory, *more):
     return model
 
 
+def compress(source, data, out, steps, *more):
+    return main(["compress", str(source), "--data", data, "--out", str(out), "--steps", steps, "--block-tokens", "64", *more])
+
+
 class WithGate(LlamaForCausalLM):
     """A class of somebody's own, which transformers does not find by name."""
 
@@ -130,7 +134,7 @@ def test_an_untied_head_under_a_config_that_ties_is_trained_and_kept(tiny_dir, d
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.5
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    assert main(["compress", str(source), "--data", data, "--out", str(tmp_path / "out"), "--steps", "4", "--block-tokens", "64"]) == 0
+    assert compress(source, data, tmp_path / "out", "4") == 0
     packed, _ = load_model(tmp_path / "out")
     assert (packed.lm_head.weight - packed.model.embed_tokens.weight).mean() > 0.4
 
@@ -142,26 +146,6 @@ def data(tmp_path):
     return str(tmp_path / "train.json")
 
 
-def tie_two_layers(model):
-    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
-
-
-def drop_a_layer(model):
-    model.model.layers = model.model.layers[:1]
-
-
-def widen_the_head(model):
-    model.lm_head = nn.Linear(64, 310)
-
-
-def complex_buffer(model):
-    model.register_buffer("rotations", torch.zeros(3, dtype=torch.complex64))
-
-
-def infinite_weight(model):
-    model.model.norm.weight.data[2] = torch.inf
-
-
 def test_many_long_labels_are_kept(tmp_path):
     names = {i: f"number {i} of the labels ".ljust(180, ".") for i in range(3000)}
     model = LlamaForSequenceClassification(LlamaConfig(**TINY | {"id2label": names, "pad_token_id": 0, "hidden_size": 512})).eval()
@@ -169,23 +153,20 @@ def test_many_long_labels_are_kept(tmp_path):
     assert pretrained.load(tmp_path).config.id2label == names
 
 
-def long_config(model):
-    model.config.notes = "x" * (1 << 24)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            tie_two_layers,
+            lambda m: setattr(m.model.layers[1].self_attn.q_proj, "weight", m.model.layers[0].self_attn.q_proj.weight),
             r"layers\.0\.self_attn\.q_proj\.weight and \S+layers\.1\.self_attn\.q_proj\.weight are one tensor, and would",
         ),
-        (drop_a_layer, r"does not fit LlamaForCausalLM: missing model\.layers\.1"),
-        (widen_the_head, r"unexpected lm_head\.bias"),
-        (complex_buffer, r"rotations: torch\.complex64 cannot be stored"),
-        (infinite_weight, r"model\.norm\.weight: NaN or infinite values"),
-        (long_config, r"its config and names take \d+ bytes of text"),
+        (lambda m: m.model.layers.pop(1), r"does not fit LlamaForCausalLM: missing model\.layers\.1"),
+        (lambda m: setattr(m, "lm_head", nn.Linear(64, 310)), r"unexpected lm_head\.bias"),
+        (lambda m: m.register_buffer("turns", torch.zeros(3, dtype=torch.complex64)), r"turns: torch\.complex64 cannot be stored"),
+        (lambda m: m.model.norm.weight.data.fill_(torch.inf), r"model\.norm\.weight: NaN or infinite values"),
+        (lambda m: setattr(m.config, "notes", "x" * (1 << 24)), r"its config and names take \d+ bytes of text"),
     ],
+    ids=["ties", "layer", "head", "complex", "infinite", "config"],
 )
 def test_a_model_that_could_not_be_loaded_again_is_not_prepared(change, message):
     model = llama()
@@ -199,27 +180,24 @@ def test_a_state_that_is_no_tensor_is_refused():
         edkm.prepare(nn.Sequential(nn.Linear(32, 32), Counting(32, 32)), CONFIG)
 
 
-@pytest.mark.parametrize("steps", ["0", "4"])
-def test_a_weight_that_is_not_a_number_is_named_before_the_training(tiny_dir, data, tmp_path, steps, capsys):
-    source = tmp_path / "source"
-    model = AutoModelForCausalLM.from_pretrained(tiny_dir)
-    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
-    model.save_pretrained(source)
-    load_model(tiny_dir)[1].save_pretrained(source)
-    assert main(["compress", str(source), "--data", data, "--out", str(tmp_path / "out"), "--steps", steps, "--block-tokens", "64"]) == 1
-    printed = capsys.readouterr()
-    assert "layers.1.mlp.up_proj.weight: NaN or infinite values" in printed.err and printed.out == ""
-
-
-def test_finite_weights_that_overflow_are_not_blamed_on_the_learning_rate(tiny_dir, data, tmp_path, capsys):
-    source = tmp_path / "source"
+@pytest.mark.parametrize(
+    ("steps", "name", "where", "factor", "message"),
+    [
+        ("0", "mlp.up_proj", (3, 4), torch.nan, "layers.1.mlp.up_proj.weight: NaN or infinite values"),
+        ("4", "mlp.up_proj", (3, 4), torch.nan, "layers.1.mlp.up_proj.weight: NaN or infinite values"),
+        ("4", "input_layernorm", ..., 1e30, "layers.1.self_attn.q_proj.weight: its input is NaN or infinite"),
+    ],
+)
+def test_weights_that_are_not_finite_or_overflow_are_named(tiny_dir, data, tmp_path, steps, name, where, factor, message, capsys):
     model, tokenizer = load_model(tiny_dir)
-    model.model.layers[1].input_layernorm.weight.data.mul_(1e30)
-    model.save_pretrained(source)
-    tokenizer.save_pretrained(source)
-    assert main(["compress", str(source), "--data", data, "--out", str(tmp_path / "out"), "--steps", "4", "--block-tokens", "64"]) == 1
-    error = capsys.readouterr().err
-    assert "layers.1.self_attn.q_proj.weight: its input is NaN or infinite" in error and "--lr" not in error
+    model.get_parameter(f"model.layers.1.{name}.weight").data[where] *= factor
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "source")
+    assert compress(tmp_path / "source", data, tmp_path / "out", steps) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err and "--lr" not in printed.err
+    if name == "mlp.up_proj":  # seen before anything is prepared
+        assert printed.out == ""
 
 
 def test_a_config_names_code_only_if_its_files_are_there(tmp_path):
@@ -267,8 +245,7 @@ def test_files_beside_the_weights_are_kept(tiny_dir, data, tmp_path):
     for directory in (out, dense):  # of a run that was killed while it copied
         directory.mkdir()
         (directory / "LICENSE").write_text("ter")
-    command = ["compress", str(source), "--data", data, "--out", str(out), "--steps", "0", "--block-tokens", "64", "--overwrite"]
-    assert main(command) == 0
+    assert compress(source, data, out, "0", "--overwrite") == 0
     pretrained.unpack(out, dense)
     for directory in (out, dense):
         assert all((directory / name).is_file() for name in kept) and (directory / "LICENSE").read_text() == "terms"
