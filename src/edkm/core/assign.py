@@ -1,11 +1,11 @@
-"""View a weight as a matrix, assign it to tables and look it up again: the form that inference uses and files hold.
+"""Assign a weight to the nearest centroids of its tables and look it up again: the form that inference uses and files hold.
+
+Tables are stored in 16 bits, and the nearest centroid is looked for among the values *as stored*: evaluation, freezing and the packed file
+then agree to the bit.
 
 A weight of any shape is a matrix `[rows, cols]`. Its first `row_axes` axes are rows, the others columns: one axis of rows for a linear
 layer, an embedding and a convolution `[out, in, kernel ...]`, two for a stack of matrices `[experts, rows, cols]`, whose rows are those of
-all the matrices in order. Tables share out the rows, and none spans two matrices.
-
-After training every weight takes its nearest centroid. Tables are stored in 16 bits, so the nearest is looked for among the values *as
-stored*: evaluation, freezing and the packed file then agree to the bit.
+all the matrices in order. Consecutive rows share a table, and no table spans two matrices.
 """
 
 from __future__ import annotations
@@ -21,6 +21,119 @@ from edkm.core.reference import compute_dtype
 
 LUT_DTYPE = torch.float16
 _BLOCK_WEIGHTS = 1 << 20
+
+
+def quantize(weight: Tensor, lut: Tensor, dtype: torch.dtype | None = None) -> Quantized:
+    """Put a weight `[rows, cols]` on its nearest centroids in `lut [g, k, d]`; values in the compute dtype of the weight, or `dtype`."""
+    indices = assign(weight, lut)
+    return Quantized(indices, lookup(indices, lut, dtype or compute_dtype(weight.dtype)))
+
+
+class Quantized(NamedTuple):
+    """A weight on its nearest centroids.
+
+    Attributes:
+        indices: `[rows // d, cols]` uint8.
+        values: `[rows, cols]`, the weight that the indices stand for.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+    def errors(self, weight: Tensor) -> Tensor:
+        """The squared error of every weight, `[rows, cols]` in the compute dtype."""
+        return (weight.detach().to(compute_dtype(weight.dtype)) - self.values).square_()
+
+
+def assign(weight: Tensor, lut: Tensor) -> Tensor:
+    """Find the index of the nearest centroid of every weight (of every vector of `d` rows); halfway between two the lower one.
+
+    Args:
+        weight: `[rows, cols]`, any float dtype.
+        lut: `[g, k, d]`; with `d = 1` ascending within each table, as `round_lut` returns it.
+
+    Returns:
+        `[rows // d, cols]` uint8.
+
+    Cost:
+        One pass over the weight; transient memory is bounded by a block.
+    """
+    groups, k, d = lut.shape
+    rows, cols = weight.shape
+    vectors = rows // (groups * d)  # rows of vectors in a group
+    dtype = compute_dtype(weight.dtype)
+    tables = lut.to(dtype)
+    midpoints = (tables[:, 1:, 0] + tables[:, :-1, 0]) / 2
+    grouped = weight.detach().view(groups, vectors, d, cols)
+    indices = torch.empty(groups, vectors, cols, dtype=torch.uint8, device=weight.device)
+    # Vectors need distances to all k centroids, single values only a binary search between midpoints.
+    step = max(1, _BLOCK_WEIGHTS // (cols * d * (k if d > 1 else 1)))
+    for g in range(groups):
+        for start in range(0, vectors, step):
+            block = grouped[g, start : start + step].to(dtype)  # [v, d, cols]
+            if d == 1:
+                nearest = torch.bucketize(block.squeeze(1), midpoints[g], out_int32=True)
+            else:
+                nearest = (block.unsqueeze(1) - tables[g].view(1, k, d, 1)).square().sum(2).argmin(1)  # [v, cols]
+            indices[g, start : start + step].copy_(nearest)
+    return indices.view(groups * vectors, cols)
+
+
+def lookup(indices: Tensor, lut: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Look up the weight `[rows, cols]` in `dtype` that indices `[rows // d, cols]` uint8 and tables `[g, k, d]` stand for.
+
+    Cost:
+        One gather; transient memory 8 bytes an index at most.
+    """
+    groups, k, d = lut.shape
+    rows, cols = indices.shape
+    keys = indices.to(torch.int32).view(groups, -1)
+    keys += k * torch.arange(groups, dtype=torch.int32, device=keys.device).unsqueeze(1)
+    if d == 1:
+        return lut.to(dtype).reshape(-1).index_select(0, keys.view(-1)).view(rows, cols)
+    vectors = lut.to(dtype).reshape(groups * k, d).index_select(0, keys.view(-1))  # [rows * cols, d]
+    return vectors.view(rows, cols, d).transpose(1, 2).reshape(rows * d, cols)
+
+
+def round_lut(centroids: Tensor) -> Tensor:
+    """Round centroids `[g, k, d]` as a packed file stores them: float16, ascending within each table when `d = 1`.
+
+    Raises:
+        ValueError: a centroid does not fit float16 (|value| > 65,504).
+    """
+    lut = as_stored(centroids)
+    if not lut.isfinite().all():
+        largest = centroids.abs().max().item()
+        raise ValueError(
+            f"centroids: tables are stored in float16 (at most 65504), got a centroid of magnitude {largest:.6g}. "
+            "Rescale the weight or leave it out of the clustering (skip)."
+        )
+    return lut
+
+
+def as_stored(centroids: Tensor) -> Tensor:
+    """Do what `round_lut` does without reading from the device; values that do not fit become infinite."""
+    lut = centroids.detach().to(LUT_DTYPE)
+    return lut.sort(dim=1).values if lut.shape[2] == 1 else lut
+
+
+def as_matrix(weight: Tensor, row_axes: int) -> Tensor:
+    """View a weight as `[rows, cols]`."""
+    return weight.flatten(0, row_axes - 1).flatten(1)
+
+
+def count_tables(shape: Sequence[int], row_axes: int, rows_per_lut: int) -> int:
+    """Count the tables of a weight, when `rows_per_lut` rows share one (0: all rows of a matrix do).
+
+    Raises:
+        ValueError: the rows of a matrix do not divide.
+    """
+    rows = shape[row_axes - 1]
+    per_lut = rows_per_lut or rows
+    if rows % per_lut:
+        each = " of each matrix" if row_axes > 1 else ""
+        raise ValueError(f"{rows} rows{each} do not divide into tables of {per_lut} rows. Choose another rows_per_lut or skip it.")
+    return math.prod(shape[:row_axes]) // per_lut
 
 
 class Frozen(NamedTuple):
@@ -59,137 +172,3 @@ class Later(NamedTuple):
     @property
     def bits(self) -> int:
         return (self.lut.shape[1] - 1).bit_length()
-
-
-def as_matrix(weight: Tensor, row_axes: int) -> Tensor:
-    """`[rows, cols]`; a view of a contiguous weight."""
-    return weight.flatten(0, row_axes - 1).flatten(1)
-
-
-def count_tables(shape: Sequence[int], row_axes: int, rows_per_lut: int) -> int:
-    """Tables of a weight, when `rows_per_lut` rows share one (0: all rows of a matrix do).
-
-    Raises:
-        ValueError: the rows of a matrix do not divide.
-    """
-    rows = shape[row_axes - 1]
-    per_lut = rows_per_lut or rows
-    if rows % per_lut:
-        each = " of each matrix" if row_axes > 1 else ""
-        raise ValueError(f"{rows} rows{each} do not divide into tables of {per_lut} rows. Choose another rows_per_lut or skip it.")
-    return math.prod(shape[:row_axes]) // per_lut
-
-
-def round_lut(centroids: Tensor) -> Tensor:
-    """Centroids as a packed file stores them: float16, ascending within each table when `d = 1`.
-
-    Args:
-        centroids: `[g, k, d]`, any float dtype.
-
-    Returns:
-        `[g, k, d]` float16.
-
-    Raises:
-        ValueError: a centroid does not fit float16 (|value| > 65,504).
-
-    Cost:
-        Nothing that depends on the weight.
-    """
-    lut = as_stored(centroids)
-    if not lut.isfinite().all():
-        largest = centroids.abs().max().item()
-        raise ValueError(
-            f"centroids: tables are stored in float16 (at most 65504), got a centroid of magnitude {largest:.6g}. "
-            "Rescale the weight or leave it out of the clustering (skip)."
-        )
-    return lut
-
-
-def as_stored(centroids: Tensor) -> Tensor:
-    """Round tables to float16 without reading a value from their device; values that do not fit become infinite."""
-    lut = centroids.detach().to(LUT_DTYPE)
-    return lut.sort(dim=1).values if lut.shape[2] == 1 else lut
-
-
-def assign(weight: Tensor, lut: Tensor) -> Tensor:
-    """Index of the nearest centroid of every weight (of every vector of `d` rows); halfway between two the lower one.
-
-    Args:
-        weight: `[rows, cols]`, any float dtype.
-        lut: `[g, k, d]`; with `d = 1` ascending within each table, as `round_lut` returns it.
-
-    Returns:
-        `[rows // d, cols]` uint8.
-
-    Cost:
-        One pass over the weight; transient memory is bounded by a block.
-    """
-    groups, k, d = lut.shape
-    cols = weight.shape[1]
-    vectors = weight.shape[0] // (groups * d)  # rows of vectors in a group
-    dtype = compute_dtype(weight.dtype)
-    table = lut.to(dtype)
-    grouped = weight.detach().view(groups, vectors, d, cols)
-    indices = torch.empty(groups, vectors, cols, dtype=torch.uint8, device=weight.device)
-    # Vectors need a [k, ...] map of distances, scalars only a binary search between midpoints.
-    step = max(1, _BLOCK_WEIGHTS // (cols * d * (k if d > 1 else 1)))
-    for g in range(groups):
-        for start in range(0, vectors, step):
-            block = grouped[g, start : start + step].to(dtype)  # [v, d, cols]
-            if d == 1:
-                midpoints = (table[g, 1:, 0] + table[g, :-1, 0]) / 2
-                nearest = torch.bucketize(block.squeeze(1), midpoints, out_int32=True)
-            else:
-                nearest = (block.unsqueeze(1) - table[g].view(1, k, d, 1)).square().sum(2).argmin(1)  # [v, cols]
-            indices[g, start : start + step].copy_(nearest)
-    return indices.view(groups * vectors, cols)
-
-
-def lookup(indices: Tensor, lut: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight that indices and tables stand for.
-
-    Args:
-        indices: `[rows // d, cols]` uint8.
-        lut: `[g, k, d]`.
-        dtype: of the result.
-
-    Returns:
-        `[rows, cols]`.
-
-    Cost:
-        One gather; transient memory 8 bytes an index at most.
-    """
-    groups, k, d = lut.shape
-    rows, cols = indices.shape
-    keys = indices.to(torch.int32).view(groups, -1)
-    keys += k * torch.arange(groups, dtype=torch.int32, device=keys.device).unsqueeze(1)
-    if d == 1:
-        return lut.to(dtype).reshape(-1).index_select(0, keys.view(-1)).view(rows, cols)
-    vectors = lut.to(dtype).reshape(groups * k, d).index_select(0, keys.view(-1))  # [rows * cols, d]
-    return vectors.view(rows, cols, d).transpose(1, 2).reshape(rows * d, cols)
-
-
-class Quantized(NamedTuple):
-    """A weight on its nearest centroids.
-
-    Attributes:
-        indices: `[rows // d, cols]` uint8.
-        values: `[rows, cols]`, the weight that the indices stand for.
-    """
-
-    indices: Tensor
-    values: Tensor
-
-    def errors(self, weight: Tensor) -> Tensor:
-        """The squared error of every weight, `[rows, cols]` in the compute dtype."""
-        return (weight.detach().to(compute_dtype(weight.dtype)) - self.values).square_()
-
-
-def quantize(weight: Tensor, lut: Tensor, dtype: torch.dtype | None = None) -> Quantized:
-    """Put a weight `[rows, cols]` on its nearest centroids in `lut [g, k, d]`; values in the compute dtype of the weight, or `dtype`.
-
-    Cost:
-        That of `assign` and `lookup`.
-    """
-    indices = assign(weight, lut)
-    return Quantized(indices, lookup(indices, lut, dtype or compute_dtype(weight.dtype)))

@@ -1,4 +1,4 @@
-"""Where clustering starts when it knows more than the importance of columns: the full second moment of the inputs.
+"""Fit tables and indices to the second moment of a layer's inputs: where training starts.
 
 A layer turns inputs `x` into `W x`. With `H = E[x x^T]` the error that replacing `W` by `Q` makes is, exactly,
 
@@ -10,13 +10,13 @@ where importance sees only the diagonal of `H`. Every `q` is a centroid of its r
 - *indices*, for given tables: one column after another. With the other columns held, the best real value of column `j` is
   `w_j - (1/H_jj) sum_{i != j} H_ij (q_i - w_i)`, its *target*, and the best centroid is the one nearest to it.
 
-The first pass over the columns knows no `q` to the right and takes what they will make good into account, as GPTQ does
-(arXiv:2210.17323). A rounding error in column `j` then costs only what they cannot make good: its square times `1 / U_jj^2`, with
+The first pass over the columns knows no `q` to the right and takes into account that they will compensate, as GPTQ does
+(arXiv:2210.17323). A rounding error in column `j` then costs only what they cannot compensate: its square times `1 / U_jj^2`, with
 `inv(H) = U^T U`, the variance of input `j` given the inputs to the right. That is the importance with which k-means finds the first
-tables. Later passes are plain coordinate descent (as in LNQ, arXiv:2505.07004). The targets of the last pass are what
-training starts from, once each centroid's targets have been moved together so that their mean, weighted as training weighs it, is the
-centroid: the indices are their nearest centroids then, and the tables are a fixed point of k-means, which would otherwise drift back from
-the least squares.
+tables. Later passes are plain coordinate descent (as in LNQ, arXiv:2505.07004).
+
+Training starts from the targets of the last pass, after those of each centroid were moved together so that their mean, weighted as training
+weighs it, is the centroid: the nearest centroids are then the indices found, and the tables a fixed point of k-means.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from edkm.core.assign import round_lut
 from edkm.core.kmeans import initial_centroids
 from edkm.core.reference import compute_dtype
 
-# Columns that are worked through before the rest is told of their error.
+# Columns that are rounded before their errors reach the rest.
 _BLOCK = 64
 _TABLE_STEPS = 4
 _CENTERING_STEPS = 4
@@ -86,14 +86,13 @@ def fit(
     # Columns go one by one; Metal lacks the factorizations, and is slow at thousands of small steps.
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
     given, h = weight.detach().to(device, dtype), _shrunk(moment.to(device, dtype), shrinkage)
-    # The columns that matter most go first: there is still much to the right that can make their errors good.
+    # The columns that matter most go first: most of the others can then compensate their errors.
     order = h.diagonal().argsort(descending=True, stable=True)
     h = h[order][:, order]
     w = given[:, order].T.contiguous()  # [cols, rows]
     scale = ((h @ w) * w).sum().clamp_min(torch.finfo(dtype).tiny)
-    # What columns leave of each other: [j, j] is the deviation of input j given those after it, the rest their shares in it.
     upper = _inverse_root(h)
-    variance, upper = upper.diagonal().pow(-2), upper / upper.diagonal().unsqueeze(1)
+    variance, upper = upper.diagonal().pow(-2), upper / upper.diagonal().unsqueeze(1)  # of each input given those to the right
     start = initial_centroids(w.T, bits, rows_per_lut=rows_per_lut, importance=variance.unsqueeze(0))
     tables = _Tables(start, w.shape[1])
     q, target = _first_pass(w, upper, tables)
@@ -105,8 +104,8 @@ def fit(
         slope = h @ (q - w)
         errors.append(float((slope * (q - w)).sum() / scale))
     whole = torch.empty_like(given, dtype=weight.dtype)
-    mass = h.diagonal() if importance is None else importance.to(h.device, dtype).reshape(-1)[order]
-    whole[:, order] = tables.centered(target, q, mass.unsqueeze(1), weight.dtype).T
+    weighting = h.diagonal() if importance is None else importance.to(h.device, dtype).reshape(-1)[order]
+    whole[:, order] = tables.centered(target, q, weighting.unsqueeze(1), weight.dtype).T
     return Fit(whole.to(weight.device), tables.centroids.unsqueeze(2).to(weight.device), errors)
 
 
@@ -124,23 +123,19 @@ def _check(weight: Tensor, moment: Tensor, shrinkage: float) -> None:
 
 
 def _shrunk(moment: Tensor, shrinkage: float) -> Tensor:
-    """The moment with correlations of `1 - shrinkage` times the size, symmetric to the bit, and positive definite.
+    """Shrink the moment towards its diagonal (Schäfer and Strimmer, 2005, target D); symmetric to the bit, positive definite.
 
-    Shrinkage towards the own diagonal (Schäfer and Strimmer, 2005, target D), which knows the scale of every input: GPTQ's damping adds a
-    share of the mean to all, and drowns the small ones.
+    The diagonal knows the scale of every input: GPTQ's damping adds a share of the mean to all, and drowns the small ones.
     """
-    mass = moment.diagonal()
+    diagonal = moment.diagonal()
     h = (moment + moment.T) * ((1 - shrinkage) / 2)
-    h.diagonal().copy_(mass.clamp_min(1e-4 * mass.mean() + torch.finfo(h.dtype).tiny))
+    h.diagonal().copy_(diagonal.clamp_min(1e-4 * diagonal.mean() + torch.finfo(h.dtype).tiny))
     return h
 
 
 def _inverse_root(h: Tensor) -> Tensor:
-    """Factor `inv(h) = U^T U`, with `U` upper triangular.
-
-    With `h = R R^T` and `R` upper triangular, `U` is the inverse of `R`. The factorization runs in one thread: its last bits depend on
-    the number of threads (the products and the solver do not), and indices are decisions, which would turn them into another model.
-    """
+    """Factor `inv(h) = U^T U`, with `U` upper triangular: the inverse of `R` in `h = R R^T`."""
+    # In one thread: its last bits depend on their number (those of products and solver do not), and indices are decisions.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -151,7 +146,7 @@ def _inverse_root(h: Tensor) -> Tensor:
 
 
 class _Tables:
-    """A table for every group of rows, and what rows see of it. Entries are always as float16 stores them."""
+    """A table for every group of rows, in values that float16 holds."""
 
     def __init__(self, centroids: Tensor, rows: int) -> None:
         self.groups = len(centroids)
@@ -164,15 +159,13 @@ class _Tables:
         self.midpoints = ((self.by_row[:, 1:] + self.by_row[:, :-1]) / 2).contiguous()
 
     def round_columns(self, target: Tensor, before: Tensor, coupling: Tensor) -> Tensor:
-        """Put columns on the nearest centroids of their rows' tables, one after another, each moving the targets of those that follow.
+        """Round columns to the nearest centroids of their rows' tables, one after another, each moving the targets of those that follow.
+
+        In place, `target_i += coupling_ji (before_j - nearest_j)` for `i > j`. Halfway between two centroids the lower one is nearest.
 
         Args:
-            target: `[columns, rows]`, contiguous; in place, `target_i += coupling_ji (before_j - nearest_j)` for `i > j`.
-            before: like `target`, and may be the same.
+            target, before: `[columns, rows]`, contiguous; they may be the same.
             coupling: `[columns, columns]`.
-
-        Returns:
-            The centroids, like `target`; for a value halfway between two the lower one.
         """
         if target.device.type == "cpu" and native.available():
             return native.columns(target, before, coupling.contiguous(), self.by_row.T.contiguous(), self.midpoints.T.contiguous())
@@ -183,28 +176,27 @@ class _Tables:
         return nearest
 
     def indices(self, q: Tensor) -> Tensor:
-        """Index, among the centroids of all tables, of each weight `[cols, rows]`."""
+        """Find the indices of `q [cols, rows]` among the centroids of all tables."""
         return torch.searchsorted(self.midpoints, q.T.contiguous()).T.contiguous() + self.centroids.shape[1] * self.of_row
 
     def sums_by_centroid(self, x: Tensor, indices: Tensor) -> Tensor:
-        """Sums of `x [cols, rows]` over the weights of each centroid, `[g, k]`."""
+        """Sum `x [cols, rows]` over the weights of each centroid: `[g, k]`."""
         return x.new_zeros(self.centroids.numel()).index_add_(0, indices.reshape(-1), x.reshape(-1)).view_as(self.centroids)
 
-    def centered(self, target: Tensor, q: Tensor, mass: Tensor, dtype: torch.dtype) -> Tensor:
-        """Move the targets of each centroid together, within its cell, so that their mean weighted by `mass [cols, 1]` is the centroid.
+    def centered(self, target: Tensor, q: Tensor, importance: Tensor, dtype: torch.dtype) -> Tensor:
+        """Shift the targets of each centroid until their mean, weighted by `importance [cols, 1]`, is the centroid.
 
-        Returns:
-            `[cols, rows]` in `dtype`, the weight's.
+        None moves to another centroid. Returns `[cols, rows]` in `dtype`, the weight's.
         """
-        indices, mass = self.indices(q), mass.expand_as(q)
+        indices, importance = self.indices(q), importance.expand_as(q)
         ends = self.centroids.new_full((self.groups, 1), torch.inf)
         between = (self.centroids[:, 1:] + self.centroids[:, :-1]) / 2
         # A weight halfway between two centroids belongs to the lower one.
         low = torch.cat([-ends, between.nextafter(ends)], 1).view(-1)[indices]
         high = torch.cat([between, ends], 1).view(-1)[indices]
-        total = self.sums_by_centroid(mass, indices)
+        total = self.sums_by_centroid(importance, indices)
         for _ in range(_CENTERING_STEPS):
-            mean = self.sums_by_centroid(mass * (target - q), indices) / torch.where(total > 0, total, 1)
+            mean = self.sums_by_centroid(importance * (target - q), indices) / torch.where(total > 0, total, 1)
             target = (target - mean.view(-1)[indices]).maximum(low).minimum(high)
         rounded = target.to(dtype)
         # 16 bits may carry a weight past the middle, to another centroid.
@@ -213,24 +205,24 @@ class _Tables:
     def refit(self, h: Tensor, q: Tensor, slope: Tensor) -> None:
         """Solve the least squares in the centroids, with every weight staying on its centroid; `slope` is `h @ (q - w)`."""
         indices = self.indices(q)
-        # Conjugate gradients in the change of the centroids, all tables at once, preconditioned by each centroid's diagonal mass.
-        mass = self.sums_by_centroid(h.diagonal().unsqueeze(1).expand_as(q), indices).clamp_min(torch.finfo(q.dtype).tiny)
+        # Conjugate gradients in the change of the centroids, all tables at once, preconditioned by the diagonal.
+        diagonal = self.sums_by_centroid(h.diagonal().unsqueeze(1).expand_as(q), indices).clamp_min(torch.finfo(q.dtype).tiny)
         residual, change = -self.sums_by_centroid(slope, indices), torch.zeros_like(self.centroids)
-        z = residual / mass
+        z = residual / diagonal
         direction, size = z, (residual * z).sum(1, keepdim=True)
         for _ in range(min(_TABLE_STEPS, self.centroids.shape[1])):
-            image = self.sums_by_centroid(h @ direction.reshape(-1)[indices], indices)
-            bend = (direction * image).sum(1, keepdim=True)
-            step = torch.where(bend > 0, size / torch.where(bend > 0, bend, 1), 0)
-            change, residual = change + step * direction, residual - step * image
-            z, before = residual / mass, size
+            product = self.sums_by_centroid(h @ direction.reshape(-1)[indices], indices)
+            curvature = (direction * product).sum(1, keepdim=True)
+            step = torch.where(curvature > 0, size / torch.where(curvature > 0, curvature, 1), 0)
+            change, residual = change + step * direction, residual - step * product
+            z, before = residual / diagonal, size
             size = (residual * z).sum(1, keepdim=True)
             direction = z + torch.where(before > 0, size / torch.where(before > 0, before, 1), 0) * direction
         self._set(self.centroids + change)
 
 
 def _first_pass(w: Tensor, upper: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
-    """GPTQ's update: the error of each column is spread over those to its right, as they will make it good."""
+    """Round as GPTQ does: the error of each column is passed on to those to its right, which compensate it."""
     target, q = w.clone(), torch.empty_like(w)
     for start in range(0, len(w), _BLOCK):
         here = slice(start, start + _BLOCK)

@@ -1,7 +1,7 @@
-/* The loops of native.py: differentiable k-means of single values, one table after another.
+/* Loops of native.py: differentiable k-means of single values, one table after another.
 
    Points are the weights of a group, rows x cols, contiguous. A tile of them and its assignment A [k, tile] stay in the first cache,
-   and every inner loop runs along the tile, at vector width. The equations are those of blocks.py, which has them in full.
+   and every inner loop runs along the tile, at vector width. blocks.py states the equations.
 
    Plain C, built by native.py with the compiler of the machine: for float32, and with -DDOUBLE for float64. */
 
@@ -22,9 +22,9 @@ typedef float real;
 
 #define TILE 256
 
-typedef real Map[MOST][TILE]; /* MOST, of the centroids of a table, is given by native.py */
+typedef real Matrix[MOST][TILE]; /* [k, tile]; native.py defines MOST, of the centroids of a table */
 
-/* Points and what is known of them. `importance` has a row of its own every `importance_stride` values (0: one row for all), or is 0. */
+/* Points to cluster. `importance` has a row every `importance_stride` values (0: one row for all), or is 0. */
 typedef struct {
     const real *weight;
     const real *importance;
@@ -76,7 +76,7 @@ static void read_points(const Points *p, int64_t at, int length, real *w) {
 }
 
 /* A [k, length] of the points w. */
-static void assignment(const real *w, int length, const real *c, int k, real tau, Map a) {
+static void assignment(const real *w, int length, const real *c, int k, real tau, Matrix a) {
     const real rate = 1 / tau;
     real least[TILE], total[TILE];
     for (int i = 0; i < length; i++) {
@@ -131,7 +131,7 @@ static real sum_of(const real *x, int length) {
 
 /* mass [groups, k] and total [groups, k] of one iteration, for the groups from `first` to before `stop`. */
 void edkm_sums(const Points *p, const real *centroids, const real *tau, real *mass, real *total, int64_t first, int64_t stop) {
-    Map a;
+    Matrix a;
     real w[TILE];
     int k = (int)p->k;
     for (int64_t g = first; g < stop; g++) {
@@ -157,7 +157,7 @@ void edkm_sums(const Points *p, const real *centroids, const real *tau, real *ma
 
 /* out = sum_j A_j next_j. */
 void edkm_decode(const Points *p, const real *centroids, const real *next, const real *tau, real *out, int64_t first, int64_t stop) {
-    Map a;
+    Matrix a;
     real w[TILE];
     int k = (int)p->k;
     for (int64_t g = first; g < stop; g++)
@@ -172,7 +172,7 @@ void edkm_decode(const Points *p, const real *centroids, const real *next, const
         }
 }
 
-/* The twin of blocks.update_adjoint: dL/d(weighted sum) in h, and in `kept` what a centroid that stayed hands on. */
+/* As blocks.update_adjoint: dL/d(weighted sum) in h, and in `kept` the part of dL/d(centroids before) from centroids that stayed. */
 static void update_adjoint(int k, const double *grad, const double *mass, real *h, double *kept) {
     double all = 0;
     for (int j = 0; j < k; j++) all += mass[j];
@@ -186,7 +186,7 @@ static void update_adjoint(int k, const double *grad, const double *mass, real *
 /* dw = dL/dw from v = dL/dout; trajectory [iters + 1, groups, k]. */
 void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_t iters, const real *tau, real *dw, int64_t first,
                   int64_t stop) {
-    Map a, dz;
+    Matrix a, dz;
     real w[TILE];
     int k = (int)p->k;
     for (int64_t g = first; g < stop; g++) {
@@ -246,10 +246,10 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
     }
 }
 
-/* The loops of gptq.py: columns of a weight to centroids of their tables, one column after another. Arrays have a row for every
-   column of the weight, so that the inner loops run along its rows, each of which has a table of its own.
+/* Loop of gptq.py: round the columns of a weight to the nearest centroids, one column after another. Arrays have a row for every
+   column of the weight, so that the inner loops run along its rows, each of which has a table.
 
-   target, from, out [columns, rows]; coupling [columns, columns]; centroids [k, rows] ascending and midpoints [k - 1, rows] between them. */
+   target, from, out [columns, rows]; coupling [columns, columns]; centroids [k, rows] ascending; midpoints [k - 1, rows]. */
 #define LANES 64
 
 void edkm_columns(int64_t columns, int64_t rows, int64_t k, real *target, const real *from, const real *coupling, const real *centroids,
@@ -273,10 +273,9 @@ void edkm_columns(int64_t columns, int64_t rows, int64_t k, real *target, const 
         }
 }
 
-/* The loops of kmeans.py: k-means of single values, to the optimum. Clusters are segments of the m ascending values. One that holds
-   mass w and total x takes x^2 / w off the squared error, so `most[j][b]`, the most that j segments of the first b values can take off, is
-   the best over their last boundary a of most[j - 1][a] + x^2 / w. The best a never falls as b rises: halve the range of b and a
-   together (Gronlund et al. 2017, arXiv:1701.07204). */
+/* Loop of kmeans.py: the optimal k-means of single values; `segments` there has the method. most[j][b] is the most that j segments of the
+   first b values take off the squared error: the best over their last boundary a of most[j - 1][a] + x^2 / w, for a last segment of
+   mass w and weighted sum x. */
 
 typedef struct {
     const double *mass, *total; /* of all values before, [m + 1] */
@@ -304,20 +303,20 @@ static void cut(const Cuts *c, int64_t low, int64_t high, int64_t from, int64_t 
 }
 
 /* means [groups, k], ascending, from ascending values and their mass [groups, m]; a segment without mass takes the value at its left
-   end. Sums are in double. work [4 (m + 1)] and origin [k (m + 1)] are a thread's own. */
+   end. Sums are in double. work [4, m + 1] and origin [k, m + 1] are scratch memory of the thread. */
 void edkm_segments(int64_t m, int64_t k, const real *values, const real *weights, real *means, double *work, int32_t *origin,
                    int64_t first, int64_t stop) {
     const int64_t n = m + 1;
     for (int64_t g = first; g < stop; g++) {
         const real *value = values + g * m, *weight = weights + g * m;
         double *mass = work, *total = work + n, *before = work + 2 * n, *most = work + 3 * n;
-        double all = 0, middle = 0;
-        for (int64_t b = 0; b < m; b++) all += weight[b], middle += (double)weight[b] * value[b];
-        middle /= all;
+        double all = 0, center = 0;
+        for (int64_t b = 0; b < m; b++) all += weight[b], center += (double)weight[b] * value[b];
+        center /= all;
         mass[0] = total[0] = before[0] = 0;
         for (int64_t b = 0; b < m; b++) {
             mass[b + 1] = mass[b] + weight[b];
-            total[b + 1] = total[b] + (double)weight[b] * (value[b] - middle);
+            total[b + 1] = total[b] + (double)weight[b] * (value[b] - center);
             before[b + 1] = mass[b + 1] > 0 ? total[b + 1] * total[b + 1] / mass[b + 1] : 0;
         }
         for (int64_t j = 1; j < k; j++) {
@@ -330,7 +329,7 @@ void edkm_segments(int64_t m, int64_t k, const real *values, const real *weights
         for (int64_t j = k, end = m; j > 0; j--) {
             const int64_t start = j > 1 ? origin[(j - 1) * n + end] : 0;
             const double w = mass[end] - mass[start];
-            mean[j - 1] = (real)(w > 0 ? middle + (total[end] - total[start]) / w : value[start < m ? start : m - 1]);
+            mean[j - 1] = (real)(w > 0 ? center + (total[end] - total[start]) / w : value[start < m ? start : m - 1]);
             end = start;
         }
         for (int64_t j = 1; j < k; j++)

@@ -1,4 +1,4 @@
-"""Find the centroids that clustering starts from, by importance-weighted k-means, and the temperature that goes with them.
+"""Find the centroids and the temperature that clustering starts from, by importance-weighted k-means.
 
 One-dimensional clusters are segments of the sorted values: dynamic programming finds the optimum, in C where there is a compiler
 (`native.segments`) and with the same bits in numpy (`segments`). Large tables are clustered on the histogram of their 16-bit values.
@@ -33,11 +33,10 @@ def initial_centroids(
     rows_per_lut: int | None = None,
     importance: Tensor | None = None,
 ) -> Tensor:
-    """Start centroids of every table of a weight, by importance-weighted k-means. Deterministic.
+    """Find the start centroids of every table of a weight, by importance-weighted k-means. Deterministic.
 
     Args:
-        weight: `[rows, cols]`, any float dtype; where more than 65,536 scalars share a table, wider ones are clustered by their bfloat16
-            rounding.
+        weight: `[rows, cols]`, any float dtype; where more than 65,536 scalars share a table, wider ones are rounded to bfloat16.
         bits: of an index, 1 to 8; a table has `2**bits` centroids.
         dim: consecutive rows that one index stands for.
         rows_per_lut: rows that share a table; None for one table.
@@ -85,10 +84,10 @@ def initial_centroids(
 
 
 def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None, softness: float) -> Tensor:
-    """`tau = 2 softness D` per table, `D` the importance-weighted mean squared distance to the nearest centroid.
+    """Compute `tau = 2 softness D` per table, `D` the importance-weighted mean squared distance to the nearest centroid.
 
     An absolute temperature means nothing across layers whose weights differ in scale; softness is the ratio of the softmax's
-    variance to the quantisation error, so that 0.5 blurs a weight by about as much as rounding moves it.
+    variance to the quantization error, so that 0.5 blurs a weight by about as much as rounding moves it.
 
     Args:
         weight: `[rows, cols]`. centroids: `[g, k, d]` as `initial_centroids` returns them. softness: > 0.
@@ -109,12 +108,12 @@ def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None
 
 
 def _total(x: Tensor) -> Tensor:
-    """The sum `[g]` of `x [g, rows, cols]`, in an order that does not depend on the number of threads."""
+    """Sum `x [g, rows, cols]` to `[g]`, in an order that does not depend on the number of threads."""
     return x.sum(2).cumsum(1)[:, -1]
 
 
 def _histogram(rows: Tensor, importance: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Distinct 16-bit values, ascending, and their mass, both `[1, m]`, of the weights of a table."""
+    """Find the distinct 16-bit values of a table, ascending, and their mass, both `[1, m]`."""
     key = histogram.key_dtype(rows, torch.bfloat16)
     totals = histogram.totals(rows, key, [importance, None], dtype)
     found = histogram.from_totals(totals, key)
@@ -127,12 +126,12 @@ def _or_density(mass: Tensor, count: Tensor) -> Tensor:
 
 
 def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
-    """Find the optimal one-dimensional k-means of every table, by dynamic programming: what `native.segments` computes, to the bit.
+    """Find the optimal one-dimensional k-means of every table, by dynamic programming; `native.segments` gives the same bits.
 
     Clusters are segments of the `m` ascending values. A segment of mass `w` and weighted sum `x` takes `x^2 / w` off the squared error. The
-    most that `j` segments of the first `b` values can take off is the best over their last boundary `a`, and the best `a` never falls as
-    `b` rises: the range of `b` is halved again and again, and that of `a` with it (Gronlund et al. 2017, arXiv:1701.07204). All tables and
-    all parts of a halving are searched at once.
+    most that `j` segments of the first `b` values take off is the best over their last boundary `a`, and the best `a` never falls as `b`
+    rises: the range of `b` is halved again and again, and that of `a` with it (Gronlund et al. 2017, arXiv:1701.07204). All tables and all
+    parts of a halving are searched at once.
 
     Args:
         values, mass: `[g, m]`, values ascending; each table has mass.
@@ -151,79 +150,74 @@ def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
 
 def _segments(values: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
     groups, m = values.shape
-
-    def before(x: np.ndarray) -> np.ndarray:
-        return np.pad(x.cumsum(1), ((0, 0), (1, 0)))
-
-    middle = (weights * values).cumsum(1)[:, -1:] / weights.cumsum(1)[:, -1:]
-    mass, total = before(weights), before(weights * (values - middle))  # [g, m + 1]
-    most, origins = _ratio(total * total, mass), []
+    mean = (weights * values).cumsum(1)[:, -1:] / weights.cumsum(1)[:, -1:]
+    mass, total = (np.pad(x.cumsum(1), ((0, 0), (1, 0))) for x in (weights, weights * (values - mean)))  # of all values before, [g, m + 1]
+    gain, origins = _ratio(total * total, mass), [np.zeros((groups, m + 1), np.int64)]  # the first segment starts at 0
     for j in range(1, k):
-        most, origin = _best_last_boundary(mass, total, most, _halvings(0 if j + 1 < k else m, m))
+        gain, origin = _best_last_boundary(mass, total, gain, _halvings(0 if j + 1 < k else m, m))
         origins.append(origin)
-    origins.insert(0, np.zeros((groups, m + 1), np.int64))  # the first segment starts at 0
     rows, end, means = np.arange(groups), np.full(groups, m), []
     for origin in reversed(origins):
         start = origin[rows, end]
         w, x = mass[rows, end] - mass[rows, start], total[rows, end] - total[rows, start]
-        means.append(np.where(w > 0, middle[:, 0] + _ratio(x, w), values[rows, start.clip(max=m - 1)]))
+        means.append(np.where(w > 0, mean[:, 0] + _ratio(x, w), values[rows, start.clip(max=m - 1)]))
         end = start
     return np.stack(means[::-1], 1)
 
 
 def _ratio(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """`x / w`, zero where there is no mass `w`."""
+    """Compute `x / w`, zero where there is no mass `w`."""
     return np.divide(x, w, out=np.zeros_like(x), where=w > 0)
 
 
 @functools.cache
 def _halvings(low: int, high: int) -> list[np.ndarray]:
-    """Rounds in which the ends between `low` and `high` are searched, each `[3, ends]`: the ends, and the ends of rounds before whose best
-    last boundaries bound theirs from below and from above (-1: none)."""
+    """List the rounds in which the ends from `low` to `high` are searched, each `[3, ends]`.
+
+    They are the ends, and the ends of earlier rounds whose best last boundaries bound theirs from below and from above (-1: none).
+    """
     rounds, parts = [], [(low, high, -1, -1)]
     while parts:
-        middles = [(first + last) // 2 for first, last, *_ in parts]
-        rounds.append(np.array([middles, [part[2] for part in parts], [part[3] for part in parts]]))
-        halves = [
-            half
-            for b, (first, last, below, above) in zip(middles, parts, strict=True)
-            for half in ((first, b - 1, below, b), (b + 1, last, b, above))
-        ]
+        rounds.append(np.array([((first + last) // 2, below, above) for first, last, below, above in parts]).T)
+        halves = []
+        for first, last, below, above in parts:
+            b = (first + last) // 2
+            halves += (first, b - 1, below, b), (b + 1, last, b, above)
         parts = [half for half in halves if half[0] <= half[1]]
     return rounds
 
 
 def _best_last_boundary(mass: np.ndarray, total: np.ndarray, before: np.ndarray, rounds: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The most that one segment more takes off for every end, and where that segment starts; both `[g, m + 1]`."""
+    """Find the most that segments take off for every end with one segment more, and where that one starts; both `[g, m + 1]`."""
     groups, n = mass.shape
-    most, origin = np.zeros_like(before), np.zeros((groups, n), np.int64)
-    rows = n * np.arange(groups)[:, None]  # where a table begins in the flattened arrays
+    gain, origin = np.zeros_like(before), np.zeros((groups, n), np.int64)
+    table = n * np.arange(groups)[:, None]  # where each table begins in the flattened arrays
     for b, below, above in rounds:
         low = np.where(below < 0, 0, origin[:, below])
         high = np.minimum(np.where(above < 0, n - 1, origin[:, above]), b)
-        # Candidates for all ends, one after another: those of end i begin at first[i].
+        # The boundaries to try for all ends, one after another: those of end i begin at first[i].
         count = (high - low + 1).ravel()
         first = count.cumsum() - count
-        a = np.arange(count.sum()) + ((rows + low).ravel() - first).repeat(count)
+        a = np.arange(count.sum()) + ((table + low).ravel() - first).repeat(count)
         w = mass[:, b].ravel().repeat(count) - mass.ravel()[a]
         x = total[:, b].ravel().repeat(count) - total.ravel()[a]
         value = before.ravel()[a] + _ratio(x * x, w)
         best = np.maximum.reduceat(value, first)
         equal = np.flatnonzero(value == best.repeat(count))
         chosen = a[equal[np.searchsorted(equal, first)]]  # the first of equals
-        most[:, b] = best.reshape(groups, -1)
-        origin[:, b] = chosen.reshape(groups, -1) - rows
-    return most, origin
+        gain[:, b] = best.reshape(groups, -1)
+        origin[:, b] = chosen.reshape(groups, -1) - table
+    return gain, origin
 
 
 def _vector_centroids(weight: Tensor, groups: int, k: int, d: int, importance: Tensor | None) -> Tensor:
-    """k-means++ on a sample and Lloyd on all vectors: `[g, k, d]`."""
+    """Take k-means++ on a sample, and Lloyd's steps on all vectors: `[g, k, d]`."""
     dtype = compute_dtype(weight.dtype)
     s = group_importance(importance, weight.shape, groups, d)
     generator = torch.Generator().manual_seed(0)
     tables = []
-    for g, grid in enumerate(group_vectors(weight, groups, d)):
-        vectors = grid.to(dtype).flatten(1).T.contiguous()  # [n, d]
+    for g, table in enumerate(group_vectors(weight, groups, d)):
+        vectors = table.to(dtype).flatten(1).T.contiguous()  # [n, d]
         mass = vectors.new_ones(len(vectors)) if s is None else s[g].to(dtype).flatten()
         if float(mass.sum()) <= 0:
             mass = torch.ones_like(mass)
@@ -236,7 +230,7 @@ def _vector_centroids(weight: Tensor, groups: int, k: int, d: int, importance: T
 
 
 def _plus_plus(vectors: Tensor, mass: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii 2007): each next centroid drawn by its share of the error left."""
+    """Draw centroids by k-means++ (Arthur & Vassilvitskii 2007): each next one by its share of the error left."""
     draws = torch.rand(k, generator=generator, dtype=torch.float64)
     distance = vectors.new_full((len(vectors),), 1.0)
     centroids = []
@@ -252,6 +246,7 @@ def _plus_plus(vectors: Tensor, mass: Tensor, k: int, generator: torch.Generator
 
 
 def _lloyd_step(vectors: Tensor, mass: Tensor, centroids: Tensor) -> Tensor:
+    """Move centroids to the means of the vectors nearest to them; those of none stay."""
     k = len(centroids)
     total, weight = torch.zeros_like(centroids), centroids.new_zeros(k)
     for part, m in zip(vectors.split(_VECTOR_BLOCK // k), mass.split(_VECTOR_BLOCK // k), strict=True):

@@ -2,7 +2,7 @@
 
 `kernels.c` is built with the machine's compiler on first use, in a second or two, and kept in the user's cache. Without a compiler
 `available` is false, and training takes `blocks`: the same numbers up to the rounding of sums. The loops of kmeans.py and gptq.py are here
-too, and give the same bits as their forms in torch. No result depends on the number of threads.
+too, with the same bits as their forms in Python. No result depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -36,42 +36,6 @@ FAILURES = (OSError, subprocess.SubprocessError)
 _WEIGHTS_PER_THREAD = 1 << 15
 
 
-class _Points(ctypes.Structure):
-    """`Points` of kernels.c."""
-
-    _fields_ = [
-        ("weight", ctypes.c_void_p),
-        ("importance", ctypes.c_void_p),
-        ("importance_stride", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("to_bf16", ctypes.c_int64),
-    ]
-
-
-def takes(device: torch.device, k: int, d: int) -> bool:
-    """Whether this backend can cluster a weight on this device of this machine."""
-    return device.type == "cpu" and k <= MOST_CENTROIDS and d == 1 and available()
-
-
-@functools.cache
-def available() -> bool:
-    """Whether the kernels could be built. Warns once if there is a compiler and it failed."""
-    try:
-        return _library(torch.float32) is not None
-    except FAILURES as error:
-        warnings.warn(f"edkm: kernels.c could not be built, training will be slower: {why(error)}", stacklevel=2)
-        return False
-
-
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for float32 or float64; None without a compiler."""
-    # Without fused multiply-adds `segments` and `columns` round as torch does.
-    return library(_SOURCE, "-ffp-contract=off", f"-DMOST={MOST_CENTROIDS}", *(["-DDOUBLE"] if dtype == torch.float64 else []))
-
-
 # The three functions that every backend has; op.py documents them.
 
 
@@ -84,7 +48,7 @@ def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tu
 
 
 def sums(weight: Tensor, centroids: Tensor, problem: Problem) -> Tensor:
-    """Mass and weighted sum that every centroid receives in one iteration, `[g, k, 2]`: for `update_centroids`."""
+    """Mass and weighted sum of every centroid in one iteration, `[g, k, 2]`: for `update_centroids`."""
     return _Call(weight, centroids, problem).sums(centroids)
 
 
@@ -100,6 +64,36 @@ def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, 
     dw = torch.empty_like(call.weight)
     call("edkm_adjoint", grad.to(dw.dtype), trajectory, len(trajectory) - 1, problem.temperature, dw)
     return dw.to(weight.dtype)
+
+
+def takes(device: torch.device, k: int, d: int) -> bool:
+    """Whether this backend can cluster a weight on this device of this machine."""
+    return device.type == "cpu" and k <= MOST_CENTROIDS and d == 1 and available()
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels could be built; warn once if there is a compiler and it failed."""
+    try:
+        return _library(torch.float32) is not None
+    except FAILURES as error:
+        warnings.warn(f"edkm: kernels.c could not be built, training will be slower: {why(error)}", stacklevel=2)
+        return False
+
+
+class _Points(ctypes.Structure):
+    """`Points` of kernels.c."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("importance", ctypes.c_void_p),
+        ("importance_stride", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("to_bf16", ctypes.c_int64),
+    ]
 
 
 class _Call:
@@ -141,29 +135,22 @@ class _Call:
 
 
 def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
-    """The means, `[g, k]` ascending, of the `k` segments of ascending values that have the least squared error in all.
-
-    Args:
-        values, mass: `[g, m]` float32 or float64 on a CPU; each group has mass.
-
-    Cost:
-        `k m log m` rounds of some ten operations for every table.
-    """
+    """Do what `kmeans.segments` does, in float32 or float64 on a CPU."""
     groups, count = values.shape
     values, mass, means = values.contiguous(), mass.contiguous(), values.new_empty(groups, k)
     assert values.dtype == mass.dtype
     kernel = _kernel("edkm_segments", values.dtype)
 
     def work(first: int, stop: int) -> None:
-        own = torch.empty(4 * 8 * (count + 1), dtype=torch.uint8), torch.empty(k, count + 1, dtype=torch.int32)
-        kernel(*_passed([count, k, values, mass, means, *own, first, stop]))
+        scratch = torch.empty(4, count + 1, dtype=torch.float64), torch.empty(k, count + 1, dtype=torch.int32)
+        kernel(*_passed([count, k, values, mass, means, *scratch, first, stop]))
 
     _in_threads(work, groups, groups * count * k)
     return means
 
 
 def columns(target: Tensor, before: Tensor, coupling: Tensor, centroids: Tensor, midpoints: Tensor) -> Tensor:
-    """Do the loop of `gptq._Tables.round_columns`, in float32 or float64 on a CPU."""
+    """Do what `gptq._Tables.round_columns` does, in float32 or float64 on a CPU."""
     rows = target.shape[1]
     out = torch.empty_like(target)
     arguments = [*target.shape, len(centroids), target, before, coupling, centroids, midpoints, out]
@@ -171,6 +158,12 @@ def columns(target: Tensor, before: Tensor, coupling: Tensor, centroids: Tensor,
     kernel, passed = _kernel("edkm_columns", target.dtype), _passed(arguments)
     _in_threads(lambda first, stop: kernel(*passed, *_passed([first, stop])), rows, target.numel())
     return out
+
+
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Load the kernels for float32 or float64; None without a compiler."""
+    # Without fused multiply-adds `segments` and `columns` round as torch does.
+    return library(_SOURCE, "-ffp-contract=off", f"-DMOST={MOST_CENTROIDS}", *(["-DDOUBLE"] if dtype == torch.float64 else []))
 
 
 def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
@@ -182,7 +175,7 @@ def _passed(arguments: Sequence[Tensor | int]) -> list[Any]:
 
 
 def _in_threads(work: Callable[[int, int], None], count: int, size: int) -> None:
-    """`work(first, stop)` on parts of `count` in as many threads as torch would use; ctypes lets go of the interpreter's lock meanwhile."""
+    """Call `work(first, stop)` on parts of `count` in as many threads as torch would use; ctypes releases the interpreter's lock."""
     threads = max(1, min(torch.get_num_threads(), count, size // _WEIGHTS_PER_THREAD))
     bounds = [count * i // threads for i in range(threads + 1)]
     if threads == 1:
@@ -193,11 +186,11 @@ def _in_threads(work: Callable[[int, int], None], count: int, size: int) -> None
 
 @functools.cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """The threads of this process: they do not survive a fork."""
+    """Threads by process: they do not survive a fork."""
     return ThreadPoolExecutor(threads, thread_name_prefix="edkm")
 
 
-# Building: also for compressed/cpu.py.
+# Building; compressed/cpu.py does it here, too.
 
 
 @functools.cache
@@ -220,7 +213,7 @@ def library(source: Path, *flags: str) -> ctypes.CDLL | None:
     all_flags = [*_FLAGS, *flags]
     key = hashlib.sha256(source.read_bytes() + repr((compiler, all_flags, _TUNING, _cpu())).encode()).hexdigest()[:16]
     folder = cache_folder()
-    # The name says how long it is: loading one that was cut off would end the process.
+    # The size is in the name: loading a file that was cut off would end the process.
     for built in folder.glob(f"{source.stem}-{key}-*.so"):
         if built.stem.endswith(f"-{built.stat().st_size}"):
             return ctypes.CDLL(str(built))
@@ -235,7 +228,7 @@ def library(source: Path, *flags: str) -> ctypes.CDLL | None:
 
 
 def why(error: BaseException) -> str:
-    """The message of an error of `library`: the compiler's, if it gave one."""
+    """Get the message of an error of `library`: the compiler's, if it gave one."""
     return (getattr(error, "stderr", None) or str(error)).strip()
 
 
@@ -248,7 +241,7 @@ def _build(command: list[str], source: Path, out: Path) -> None:
 
 
 def _cpu() -> str:
-    """The processor that the built code depends on: a home directory may be shared by different machines."""
+    """Describe the processor, which the code is built for: different machines may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # macOS
@@ -259,7 +252,7 @@ def _cpu() -> str:
 
 
 def cache_folder() -> Path:
-    """`edkm` in `$XDG_CACHE_HOME` or `~/.cache`; it need not be there yet. Raises OSError if there is neither."""
+    """Name the folder of the cache, `edkm` in `$XDG_CACHE_HOME` or `~/.cache`. Raises OSError if there is neither."""
     folder = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(folder) if folder else Path.home() / ".cache") / "edkm"

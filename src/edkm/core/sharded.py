@@ -1,11 +1,11 @@
 """Cluster a weight whose rows lie on several ranks: every rank reads its own rows, and only sums travel.
 
-An iteration needs of the weight nothing but `sum_i s_i A_ij` and `sum_i s_i A_ij w_i`, one number and one vector per centroid. Each
-rank adds up its own rows, the sums are added over the ranks, and all ranks take the same step from the same numbers. The caller gives
-`reduce`, which takes a tensor of the same shape on every rank and returns the sum over the ranks, the same bits everywhere.
+An iteration needs only `sum_i s_i A_ij` and `sum_i s_i A_ij w_i`, one number and one vector per centroid. Each rank adds up its own
+rows, the sums are added over the ranks, and all ranks take the same step from the same numbers. The caller gives `reduce`, which takes a
+tensor of the same shape on every rank and returns the sum over the ranks, the same bits everywhere.
 
-Rows are cut without regard to tables or vectors. A table that two ranks share is simply added up from both. A vector of `d` rows
-that two ranks share is put together first: there are fewer such vectors than ranks.
+Rows are cut without regard to tables or vectors. A table that two ranks share is added up from both. A vector of `d` rows that two ranks
+share is put together first: there are fewer such vectors than ranks.
 """
 
 from __future__ import annotations
@@ -35,62 +35,8 @@ class Rows(NamedTuple):
     total: int
 
 
-class Part(NamedTuple):
-    """Rows that divide evenly over `groups` (whole ones, or a piece of one), starting at row `start` of the matrix."""
-
-    groups: slice
-    start: int
-    values: Tensor  # [r, cols]
-
-
-def parts(rows: Rows, groups: int, d: int, reduce: Reduce) -> list[Part]:
-    """A rank's share of the vectors, in order: each vector belongs to the rank that has its first row."""
-    first, stop = rows.start, rows.start + len(rows.values)
-    values, start = rows.values, first
-    if d > 1:
-        tail, tail_start = _shared_vectors(rows, d, reduce)
-        start = min(-(-first // d) * d, stop)
-        whole = max(start, stop // d * d)
-        values = torch.cat([values[start - first : whole - first], tail])
-        start = start if whole > start else tail_start
-    per, found, end = rows.total // groups, [], start + len(values)
-    while start < end:
-        g = start // per
-        # Whole groups are worked through together.
-        many = max(1, (end - start) // per) if start % per == 0 else 1
-        upto = min((g + many) * per, end)
-        found.append(Part(slice(g, g + many), start, values[: upto - start]))
-        values, start = values[upto - start :], upto
-    return found
-
-
-def _shared_vectors(rows: Rows, d: int, reduce: Reduce) -> tuple[Tensor, int]:
-    """The rows `[0 or d, cols]` of the vector that begins on this rank and ends on another, and where they begin."""
-    first, stop = rows.start, rows.start + len(rows.values)
-    cut = rows.values.new_zeros(rows.total // d, dtype=torch.float32)
-    for edge in (first, stop):
-        if edge % d and len(rows.values):
-            cut[edge // d] = 1
-    shared = reduce(cut).nonzero().flatten().tolist()
-    whole = rows.values.new_zeros(len(shared), d, rows.values.shape[1])
-    for slot, vector in enumerate(shared):
-        low, high = max(vector * d, first), min(vector * d + d, stop)
-        if low < high:
-            whole[slot, low - vector * d : high - vector * d] = rows.values[low - first : high - first]
-    whole = reduce(whole) if shared else whole
-    for slot, vector in enumerate(shared):
-        if first <= vector * d < stop:
-            return whole[slot], vector * d
-    return rows.values[:0], stop
-
-
 def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: str, reduce: Reduce) -> Solution:
-    """Run the iterations over all ranks' rows; every rank gets the same solution, for the whole weight.
-
-    Args:
-        centroids, problem, iters, backend: as for `op.solve` of the whole weight `[total, cols]`, the same on all ranks.
-
-    Centroids of weights that are not finite are NaN, on all ranks.
+    """Run the iterations over all ranks' rows: `op.solve` for the whole weight, with its arguments and result the same on all ranks.
 
     Cost:
         One pass over this rank's rows per iteration, and a sum of `g k (d + 1)` numbers over the ranks. `histogram`: one pass, and one sum
@@ -113,28 +59,11 @@ def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: 
     return Solution(trajectory, problem, backend)
 
 
-def _sums(part: Part, rows: Rows, centroids: Tensor, problem: Problem, backend: str) -> Tensor:
-    """Mass and weighted sum that the centroids of a part receive from it, `[g, k, 1 + d]`."""
-    importance = _of_rows(problem.importance, rows, part.start, part.values)
-    problem = Problem(problem.temperature[part.groups], importance, problem.round_to)
-    if backend == "native":
-        return native.sums(part.values, centroids, problem)
-    groups, _, d = centroids.shape
-    return blocks.sums(Points.of(part.values, problem, groups, d), centroids)
-
-
-def _of_rows(importance: Tensor | None, rows: Rows, start: int, values: Tensor) -> Tensor | None:
-    """The importance of the rows `values` from `start` on."""
-    return None if importance is None else importance.expand(rows.total, values.shape[1])[start : start + len(values)]
-
-
 def freeze(rows: Rows, lut: Tensor, reduce: Reduce) -> tuple[Tensor, float]:
-    """Indices of this rank's vectors `[vectors, cols]` uint8, and the relative squared error of the whole weight.
+    """Assign this rank's vectors to `lut [g, k, d]` from `round_lut`, the same on all ranks.
 
-    The ranks' indices one after another are those of the whole weight.
-
-    Args:
-        lut: `[g, k, d]` from `round_lut`, the same on all ranks.
+    Returns:
+        Indices `[vectors, cols]` uint8, those of the whole weight if put one after another, and the relative squared error of the whole.
     """
     dtype = compute_dtype(rows.values.dtype)
     found, sums = [rows.values.new_empty(0, rows.values.shape[1], dtype=torch.uint8)], lut.new_zeros(2, dtype=dtype)
@@ -144,3 +73,67 @@ def freeze(rows: Rows, lut: Tensor, reduce: Reduce) -> tuple[Tensor, float]:
         found.append(quantized.indices)
     error, norm = reduce(sums).tolist()
     return torch.cat(found), error / norm if norm > 0 else 0.0
+
+
+def _sums(part: Part, rows: Rows, centroids: Tensor, problem: Problem, backend: str) -> Tensor:
+    """Mass and weighted sum of the centroids of a part in one iteration, `[g, k, 1 + d]`."""
+    importance = _of_rows(problem.importance, rows, part.start, part.values)
+    problem = Problem(problem.temperature[part.groups], importance, problem.round_to)
+    if backend == "native":
+        return native.sums(part.values, centroids, problem)
+    groups, _, d = centroids.shape
+    return blocks.sums(Points.of(part.values, problem, groups, d), centroids)
+
+
+def _of_rows(importance: Tensor | None, rows: Rows, start: int, values: Tensor) -> Tensor | None:
+    """Cut the importance to the rows `values`, which begin at `start`."""
+    return None if importance is None else importance.expand(rows.total, values.shape[1])[start : start + len(values)]
+
+
+class Part(NamedTuple):
+    """Rows that divide evenly over `groups` (whole ones, or a piece of one), starting at row `start` of the matrix."""
+
+    groups: slice
+    start: int
+    values: Tensor  # [r, cols]
+
+
+def parts(rows: Rows, groups: int, d: int, reduce: Reduce) -> list[Part]:
+    """List a rank's share of the vectors, in order: each vector belongs to the rank that has its first row."""
+    first, stop = rows.start, rows.start + len(rows.values)
+    values, start = rows.values, first
+    if d > 1:
+        tail, tail_start = _shared_vectors(rows, d, reduce)
+        start = min(-(-first // d) * d, stop)
+        whole = max(start, stop // d * d)
+        values = torch.cat([values[start - first : whole - first], tail])
+        start = start if whole > start else tail_start
+    per, found, end = rows.total // groups, [], start + len(values)
+    while start < end:
+        g = start // per
+        # Whole groups are worked through together.
+        many = max(1, (end - start) // per) if start % per == 0 else 1
+        upto = min((g + many) * per, end)
+        found.append(Part(slice(g, g + many), start, values[: upto - start]))
+        values, start = values[upto - start :], upto
+    return found
+
+
+def _shared_vectors(rows: Rows, d: int, reduce: Reduce) -> tuple[Tensor, int]:
+    """Put together the vector that begins on this rank and ends on another: its rows `[0 or d, cols]`, and where they begin."""
+    first, stop = rows.start, rows.start + len(rows.values)
+    cut = rows.values.new_zeros(rows.total // d, dtype=torch.float32)
+    for edge in (first, stop):
+        if edge % d and len(rows.values):
+            cut[edge // d] = 1
+    shared = reduce(cut).nonzero().flatten().tolist()
+    whole = rows.values.new_zeros(len(shared), d, rows.values.shape[1])
+    for slot, vector in enumerate(shared):
+        low, high = max(vector * d, first), min(vector * d + d, stop)
+        if low < high:
+            whole[slot, low - vector * d : high - vector * d] = rows.values[low - first : high - first]
+    whole = reduce(whole) if shared else whole
+    for slot, vector in enumerate(shared):
+        if first <= vector * d < stop:
+            return whole[slot], vector * d
+    return rows.values[:0], stop
