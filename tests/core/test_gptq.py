@@ -123,7 +123,7 @@ def test_the_fit_is_the_same_to_the_bit_without_a_compiler_and_with_threads(dtyp
         assert torch.equal(other.weight, found[0].weight) and torch.equal(other.centroids, found[0].centroids)
 
 
-def test_importance_of_columns_in_the_start_pays(monkeypatch):
+def test_importance_of_columns_in_the_start_lowers_the_error(monkeypatch):
     weight, moment, _ = problem(cols=150)
     found = gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)
     start = edkm.initial_centroids(weight, 3, rows_per_lut=8)

@@ -3,9 +3,8 @@
 1. a layer of any kind computes with the soft weight that `edkm.cluster` gives, and has its gradients, tied weights and vectors too;
 2. a weight that is read anywhere in a forward pass is the clustered one, outside it is the parameter; what would escape is refused;
 3. layers keep for backward what plain layers keep, and centroids are found once per optimizer step;
-4. evaluation, looking, copies and other optimizers move no state, and a resumed run is the same run;
-5. `eval()` is what `freeze` packs; annealing goes from the start to the factor; 16 bits are as precise as in plain layers;
-6. `prepare` reports every parameter with a reason, refuses with names, and leaves the model untouched when it does.
+4. evaluation, copies and other optimizers move no state, and a resumed run is the same run;
+5. `eval()` is what `freeze` packs; annealing goes from the start to the factor; 16 bits are as precise as in plain layers.
 """
 
 import copy
@@ -17,29 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from measuring import saved_bytes
+from tied import CONFIG, IDS, Tied, assert_equal_states, loss_of, prepared, random, seeded, states
 from torch import nn
-from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import edkm
 from edkm.core.assign import lookup
 from edkm.train import clustering as clustering_module
-from edkm.train.calibrate import calibrate
-from edkm.train.clustering import Clustering
 from edkm.train.layers import ClusteredEmbedding, ClusteredLinear
 from edkm.train.prepare import clusterings, unclustered
-
-CONFIG = edkm.ClusterConfig(bits=2, rows_per_lut=4, embedding_bits=3)
-
-
-def seeded(make, dtype=torch.float64):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make().to(dtype)
-
-
-def random(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def soft(weight, clustering, backend="reference"):
@@ -55,177 +40,88 @@ def soft(weight, clustering, backend="reference"):
     return result.weight.view_as(weight), result.centroids
 
 
-class Tied(nn.Module):
-    """Embedding, two layers, and a head that shares the embedding's weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(12, 8)
-        self.hidden = nn.Linear(8, 8)
-        self.norm = nn.LayerNorm(8)
-        self.head = nn.Linear(8, 12, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        return self.head(self.norm(x + torch.tanh(self.hidden(x))))
-
-
-IDS = torch.tensor([[0, 3, 3, 11], [7, 1, 5, 0]])
-
-
-def loss_of(model, ids=IDS):
-    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-def states(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal_states(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+def assert_clustered(make, x, config=CONFIG, *, plain=None, **options):
+    """A prepared model computes, with all gradients, as a plain one with its soft weights; in evaluation with those that are written."""
+    model, plain = prepared(make, config, **options), seeded(plain or make)
+    found = {name: clustering for name, _, clustering in clusterings(model)}
+    leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in plain.named_parameters()}
+    soft_weights = {name: soft(leaves[name], clustering) for name, clustering in found.items()}
+    inputs, others = ((x.clone().requires_grad_(x.is_floating_point()),) for _ in range(2))
+    expected = torch.func.functional_call(plain, leaves | {name: weight for name, (weight, _) in soft_weights.items()}, others)
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    out = model(*inputs)
+    out.backward(upstream)
+    assert torch.allclose(out, expected, rtol=1e-10)
+    for name, parameter in model.named_parameters():
+        gradient = leaves[name].grad
+        assert (gradient is None) == (parameter.grad is None), name
+        assert gradient is None or torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12), name
+    assert all(leaves[name].grad.norm() > 0 for name in found)
+    assert not x.is_floating_point() or torch.allclose(inputs[0].grad, others[0].grad, rtol=1e-9, atol=1e-12)
+    for name, (_, centroids) in soft_weights.items():
+        assert torch.allclose(found[name].centroids.double(), centroids, rtol=1e-10), name
+    written = {name: lookup(f.indices, f.lut, torch.float64).view(f.shape) for name, f in edkm.freeze(model).items()}
+    with torch.no_grad():
+        expected = torch.func.functional_call(plain.eval(), written, (x,))
+        for other in (model.eval(), copy.deepcopy(model)):
+            assert torch.allclose(other(x), expected, rtol=1e-10)
+    return model
 
 
-# The same numbers.
+# Layers.
 
 
 @pytest.mark.parametrize("importance", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "histogram", "blocks", "native", "auto"])
+@pytest.mark.parametrize("backend", ["histogram", "blocks", "native", "auto"])
 def test_linear(backend, bias, importance):
-    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8, bias=bias)))
-    s = {"0.weight": random(1, 6).square()} if importance else None
-    used = "blocks" if backend == "reference" else backend
     config = edkm.ClusterConfig(bits=2, rows_per_lut=0) if backend == "histogram" else CONFIG
-    edkm.prepare(model, config, importance=s, backend=used)
-    (linear,), x, upstream = model, random(3, 5, 6), random(3, 5, 8, seed=2)
-    weight = linear.weight.detach().clone().requires_grad_()
-    truth, centroids = soft(weight, linear.clustering, backend)
-    other = x.clone().requires_grad_()
-    expected = F.linear(other, truth, linear.bias)
-    grads = torch.autograd.grad(expected, [other, weight, *([linear.bias] if bias else [])], upstream)
-    x.requires_grad_()
-    out = model(x)
-    out.backward(upstream)
-    assert isinstance(linear, ClusteredLinear)
-    assert torch.allclose(out, expected, rtol=1e-10)
-    assert torch.allclose(linear.clustering.centroids.double(), centroids, rtol=1e-10)
-    mine = [x.grad, linear.weight.grad, *([linear.bias.grad] if bias else [])]
-    for got, grad in zip(mine, grads, strict=True):
-        assert torch.allclose(got, grad, rtol=1e-9, atol=1e-12)
+    s = {"0.weight": random(1, 6).square()} if importance else None
+    model = assert_clustered(lambda: nn.Sequential(nn.Linear(6, 8, bias=bias)), random(3, 5, 6), config, importance=s, backend=backend)
+    assert isinstance(model[0], ClusteredLinear)
 
 
+@pytest.mark.parametrize("rows_per_lut, tables", [(0, 1), (4, 3)])
 @pytest.mark.parametrize("bits", [2, 3])
-def test_embedding(bits):
-    model = seeded(lambda: nn.Sequential(nn.Embedding(12, 8, padding_idx=3)))
-    edkm.prepare(model, edkm.ClusterConfig(embedding_bits=bits))
-    (embedding,) = model
-    weight = embedding.weight.detach().clone().requires_grad_()
-    truth, _ = soft(weight, embedding.clustering)
-    upstream = random(2, 4, 8)
-    (expected,) = torch.autograd.grad(F.embedding(IDS, truth, padding_idx=3), weight, upstream)
-    out = model(IDS)
-    out.backward(upstream)
-    assert isinstance(embedding, ClusteredEmbedding)
-    assert torch.allclose(out, truth[IDS], rtol=1e-10)
-    assert torch.allclose(embedding.weight.grad, expected, rtol=1e-9, atol=1e-12)
+def test_embedding(bits, rows_per_lut, tables):
+    config = edkm.ClusterConfig(embedding_bits=bits, overrides={"*": {"rows_per_lut": rows_per_lut}})
+    model = assert_clustered(lambda: nn.Sequential(nn.Embedding(12, 8, padding_idx=3)), IDS, config)
+    assert isinstance(model[0], ClusteredEmbedding) and model[0].clustering.tables == tables
 
 
-def test_embedding_with_several_tables():
-    model = seeded(lambda: nn.Sequential(nn.Embedding(12, 8)))
-    edkm.prepare(model, edkm.ClusterConfig(embedding_bits=2, overrides={"*": {"rows_per_lut": 4}}))
-    assert model[0].clustering.tables == 3
-    truth, _ = soft(model[0].weight.detach(), model[0].clustering)
-    assert torch.allclose(model(IDS), truth[IDS], rtol=1e-10)
-    assert torch.equal(model.eval()(IDS), model[0].clustering.hard(model[0].weight)[IDS])
+class OwnAttention(nn.MultiheadAttention):
+    """Its `out_proj` is a subclass of `nn.Linear`, whose weight is given to a function."""
+
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+VECTORS = edkm.ClusterConfig(bits=2, dim=2, rows_per_lut=0)
 
 
 @pytest.mark.parametrize(
-    "make, shape",
+    "make, shape, config",
     [
-        (lambda: nn.Conv1d(4, 8, 3, padding=1), (2, 4, 10)),
-        (lambda: nn.Conv2d(4, 8, 3, groups=2), (2, 4, 5, 5)),
+        (lambda: nn.Sequential(nn.Conv1d(4, 8, 3, padding=1)), (2, 4, 10), CONFIG),
+        (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), (2, 4, 5, 5), CONFIG),
+        (lambda: OwnAttention(8, 2, batch_first=True), (2, 3, 8), CONFIG),
+        (lambda: nn.Sequential(nn.Linear(6, 8)), (5, 6), VECTORS),
     ],
 )
-def test_convolution(make, shape):
-    model = seeded(lambda: nn.Sequential(make()))
-    edkm.prepare(model, CONFIG)
-    (conv,), x = model, random(*shape)
-    _, parameter, clustering = clusterings(model)[0]
-    weight = parameter.detach().clone().requires_grad_()
-    truth, _ = soft(weight, clustering)
-    expected = conv._conv_forward(x, truth, conv.bias)
-    upstream = torch.randn_like(expected)
-    (grad,) = torch.autograd.grad(expected, weight, upstream)
-    out = model(x)
-    out.backward(upstream)
-    assert torch.allclose(out, expected, rtol=1e-10)
-    assert torch.allclose(parameter.grad, grad, rtol=1e-9, atol=1e-12)
-    assert torch.equal(model.eval()(x), conv._conv_forward(x, clustering.hard(parameter), conv.bias))
+def test_convolutions_subclasses_and_vectors(make, shape, config):
+    assert len(clusterings(assert_clustered(make, random(*shape), config))) == 1
 
 
-def test_linear_subclass_goes_through_the_parametrization():
-    model = seeded(lambda: nn.MultiheadAttention(8, 2, batch_first=True))
-    report = edkm.prepare(model, CONFIG)
-    assert [e.name for e in report.clustered] == ["out_proj.weight"]
-    (_, parameter, clustering), x = clusterings(model)[0], random(2, 3, 8)
-    weight = parameter.detach().clone().requires_grad_()
-    truth, _ = soft(weight, clustering)
-    plain = seeded(lambda: nn.MultiheadAttention(8, 2, batch_first=True))
-    functional = {"out_proj.weight": truth}
-    expected, _ = torch.func.functional_call(plain, functional, (x, x, x))
-    out, _ = model(x, x, x)
-    assert torch.allclose(out, expected, rtol=1e-10)
-    (grad,) = torch.autograd.grad(expected.sum(), weight)
-    out.sum().backward()
-    assert torch.allclose(parameter.grad, grad, rtol=1e-9, atol=1e-12)
-
-
-def test_vectors():
-    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8)))
-    edkm.prepare(model, edkm.ClusterConfig(bits=2, dim=2, rows_per_lut=0))
-    weight = model[0].weight.detach().clone().requires_grad_()
-    truth, _ = soft(weight, model[0].clustering)
-    x = random(5, 6)
-    (grad,) = torch.autograd.grad(F.linear(x, truth).sum(), weight)
-    model(x).sum().backward()
-    assert torch.allclose(model[0].weight.grad, grad, rtol=1e-9, atol=1e-12)
-
-
-# Tied weights.
-
-
-def test_tied_weight_gets_the_sum_of_both_uses_and_one_state():
-    model = seeded(Tied)
-    report = edkm.prepare(model, CONFIG)
-    assert [e.name for e in report.clustered] == ["embed.weight", "hidden.weight"]
+def test_tied_weight_has_one_state_and_is_found_once():
+    model = assert_clustered(Tied, IDS)
+    names = ["embed.weight", "hidden.weight"]
+    assert [name for name, _, _ in clusterings(model)] == names and set(edkm.freeze(model)) == set(names)
     assert model.head.clustering is model.embed.clustering
     assert [n for n in model.state_dict() if n.endswith("clustering.centroids")] == [
         "embed.clustering.centroids",
         "hidden.clustering.centroids",
     ]
-    plain, weights = seeded(Tied), {}
-    for name, module in (("embed.weight", model.embed), ("hidden.weight", model.hidden)):
-        leaf = module.weight.detach().clone().requires_grad_()
-        weights[name] = leaf, soft(leaf, module.clustering)[0]
-    replaced = {name: clustered for name, (_, clustered) in weights.items()}
-    expected = torch.func.functional_call(plain, replaced | {"head.weight": replaced["embed.weight"]}, (IDS,))
-    upstream = torch.randn_like(expected)
-    grads = torch.autograd.grad(expected, [leaf for leaf, _ in weights.values()], upstream)
-    out = model(IDS)
-    out.backward(upstream)
-    assert torch.allclose(out, expected, rtol=1e-9)
-    assert torch.allclose(model.embed.weight.grad, grads[0], rtol=1e-8, atol=1e-11)
-    assert torch.allclose(model.hidden.weight.grad, grads[1], rtol=1e-8, atol=1e-11)
-
-
-def test_tied_weight_is_found_once():
-    model = seeded(Tied)
-    edkm.prepare(model, CONFIG)
-    names = [name for name, _, _ in clusterings(model)]
-    assert names == ["embed.weight", "hidden.weight"] and set(edkm.freeze(model)) == set(names)
     assert set(unclustered(model)) == {"hidden.bias", "norm.weight", "norm.bias"}
 
 
@@ -290,25 +186,8 @@ READERS = [TiedByUse, ReadInBackward, SharedWithOthers, Attention, lambda: nn.Se
 
 @pytest.mark.parametrize("make", READERS)
 def test_a_weight_that_is_read_is_the_clustered_one(make):
-    """In evaluation that which is written, in training the soft one with its gradient, whoever reads it."""
     # `functional_call` does not last until backward.
-    model, plain = seeded(make), seeded(TiedByUse if make is ReadInBackward else make)
-    edkm.prepare(model, CONFIG)
-    leaves = {name: weight.detach().clone().requires_grad_() for name, weight, _ in clusterings(model)}
-    replaced = {name: soft(leaves[name], clustering)[0] for name, _, clustering in clusterings(model)}
-    expected = torch.func.functional_call(plain, replaced, (IDS,))
-    upstream = torch.randn_like(expected)
-    gradients = torch.autograd.grad(expected, list(leaves.values()), upstream)
-    out = model(IDS)
-    out.backward(upstream)
-    assert torch.allclose(out, expected, rtol=1e-8)
-    for (name, weight, _), gradient in zip(clusterings(model), gradients, strict=True):
-        assert gradient.norm() > 0 and torch.allclose(weight.grad, gradient, rtol=1e-7, atol=1e-10), name
-    written = {name: lookup(f.indices, f.lut, torch.float64).view(f.shape) for name, f in edkm.freeze(model).items()}
-    with torch.no_grad():
-        expected = torch.func.functional_call(plain.eval(), written, (IDS,))
-        for other in (model.eval(), copy.deepcopy(model)):
-            assert torch.allclose(other(IDS), expected, rtol=1e-10)
+    assert_clustered(make, IDS, plain=TiedByUse if make is ReadInBackward else None)
 
 
 @pytest.mark.parametrize("hold", [lambda w: w, lambda w: [w], lambda w: (None, w), lambda w: {"w": w}, lambda w: {"a": [(w,)]}])
@@ -345,8 +224,7 @@ def test_a_forward_that_writes_to_its_weight_is_refused(kind):
 
 
 def test_outside_of_a_forward_pass_a_weight_is_the_parameter():
-    model = seeded(TiedByUse)
-    edkm.prepare(model, CONFIG)
+    model = prepared(TiedByUse)
     parameters = dict(model.named_parameters())
     for _ in range(2):
         assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
@@ -357,28 +235,27 @@ def test_outside_of_a_forward_pass_a_weight_is_the_parameter():
 
 
 def test_a_pickled_model_is_the_same_model():
-    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(64, 8))
-    edkm.prepare(model, CONFIG)
+    model = prepared(lambda: nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(64, 8)), dtype=torch.float32)
     again, x = pickle.loads(pickle.dumps(model.eval())), torch.randn(3, 4, 10)
     assert torch.equal(again(x), model(x)) and str(again) == str(model)
-    train_of = torch.optim.SGD(again.train().parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(again.train().parameters(), lr=0.1)
     again(x).sum().backward()
-    train_of.step()
+    optimizer.step()
     assert not torch.equal(again.eval()(x), model(x))
 
 
-# What a layer returns.
+# Outputs.
 
 
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 3, 4, 8), (0, 8)])
 @pytest.mark.parametrize("make", [lambda: nn.Linear(8, 12), lambda: nn.Linear(8, 12, bias=False)])
-def test_what_a_linear_layer_returned_can_be_changed_in_place(make, shape):
+def test_the_output_of_a_linear_layer_can_be_changed_in_place(make, shape):
     assert_changes_in_place(make, random(*shape))
 
 
 @pytest.mark.parametrize("ids", [torch.tensor(3), torch.tensor([]).long(), IDS, IDS[:, :0], IDS.int()])
 @pytest.mark.parametrize("rows", [0, 4])
-def test_what_an_embedding_returned_can_be_changed_in_place(ids, rows):
+def test_the_output_of_an_embedding_can_be_changed_in_place(ids, rows):
     assert_changes_in_place(lambda: nn.Embedding(12, 8), ids, overrides={"0.weight": {"rows_per_lut": rows}})
 
 
@@ -388,8 +265,8 @@ def assert_changes_in_place(make, x, **settings):
         out[..., :2] = out[..., :2].tanh()
         return out.mul_(0.5).relu_()
 
-    model, plain = seeded(lambda: nn.Sequential(make())), seeded(lambda: nn.Sequential(make()))
-    edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4, embedding_bits=3, **settings))
+    config = dataclasses.replace(CONFIG, **settings)
+    model, plain = prepared(lambda: nn.Sequential(make()), config), seeded(lambda: nn.Sequential(make()))
     leaf = model[0].weight.detach().clone().requires_grad_()
     expected = changed(torch.func.functional_call(plain, {"0.weight": soft(leaf, model[0].clustering)[0]}, (x,)))
     out = changed(model(x))
@@ -441,8 +318,7 @@ def solves(monkeypatch):
 
 
 def test_one_solve_per_step_whatever_the_number_of_micro_batches(solves):
-    model = seeded(Tied, torch.float32)
-    edkm.prepare(model, CONFIG)
+    model = prepared(Tied, dtype=torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(1, 4):
         for micro in range(3):
@@ -454,9 +330,7 @@ def test_one_solve_per_step_whatever_the_number_of_micro_batches(solves):
 
 
 def test_micro_batches_add_up_to_the_batch():
-    one, many = seeded(Tied), seeded(Tied)
-    for model in (one, many):
-        edkm.prepare(model, CONFIG)
+    one, many = prepared(Tied), prepared(Tied)
     upstream = random(2, 4, 12)
     (one(IDS) * upstream).sum().backward()
     for i in range(2):
@@ -478,8 +352,7 @@ def test_activation_checkpoints_change_nothing(use_reentrant, solves):
 
     results = []
     for recompute in (False, True):
-        model = seeded(Block)
-        edkm.prepare(model, CONFIG)
+        model = prepared(Block)
         model.recompute = recompute
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
         for step in range(1, 3):
@@ -501,9 +374,8 @@ def test_activation_checkpoints_change_nothing(use_reentrant, solves):
 # State.
 
 
-def test_looking_moves_no_state():
-    model = seeded(Tied)
-    edkm.prepare(model, CONFIG)
+def test_evaluation_and_soft_weights_move_no_state():
+    model = prepared(Tied)
     before = states(model)
     with torch.no_grad():
         model(IDS)
@@ -520,8 +392,7 @@ def test_looking_moves_no_state():
 
 
 def test_soft_weights_are_the_weights_of_training():
-    model = seeded(Tied)
-    edkm.prepare(model, CONFIG)
+    model = prepared(Tied)
     with torch.no_grad():
         training = model(IDS)
     model.eval()
@@ -549,8 +420,7 @@ class ThroughData(torch.optim.Optimizer):
 
 
 def test_an_optimizer_that_writes_through_data_is_noticed(solves):
-    model = seeded(Tied)
-    edkm.prepare(model, CONFIG)
+    model = prepared(Tied)
     optimizer = ThroughData(model.parameters())
     loss_of(model).backward()
     optimizer.step()
@@ -593,8 +463,7 @@ def test_a_resumed_run_is_the_same_run(dtype):
     importance = {"hidden.weight": random(1, 8).square().float()}
 
     def fresh():
-        model = seeded(Tied, dtype)
-        edkm.prepare(model, config, importance=importance)
+        model = prepared(Tied, config, dtype, importance=importance)
         return model, torch.optim.AdamW(model.parameters(), lr=0.02)
 
     whole, optimizer = fresh()
@@ -614,9 +483,8 @@ def test_a_resumed_run_is_the_same_run(dtype):
     assert int(second.embed.clustering.step) == 6
 
 
-def test_a_copy_goes_its_own_way():
-    model = seeded(Tied)
-    edkm.prepare(model, CONFIG)
+def test_a_copy_is_trained_apart_from_the_original():
+    model = prepared(Tied)
     train(model, torch.optim.SGD(model.parameters(), lr=0.5), 1)
     other = copy.deepcopy(model)
     assert_equal_states(states(model), states(other))
@@ -632,8 +500,7 @@ def test_a_copy_goes_its_own_way():
 
 
 def test_a_narrower_model_keeps_its_centroids():
-    model = seeded(Tied, torch.float32)
-    edkm.prepare(model, CONFIG, importance={"hidden.weight": torch.rand(1, 8)})
+    model = prepared(Tied, dtype=torch.float32, importance={"hidden.weight": torch.rand(1, 8)})
     before = states(model)
     model.to(torch.bfloat16)
     assert model.hidden.weight.dtype == torch.bfloat16
@@ -649,8 +516,7 @@ def test_a_narrower_model_keeps_its_centroids():
 
 
 def test_evaluation_is_what_freeze_packs():
-    model = seeded(Tied, torch.float32)
-    edkm.prepare(model, CONFIG)
+    model = prepared(Tied, dtype=torch.float32)
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
     model.eval()
     frozen = edkm.freeze(model)
@@ -666,8 +532,7 @@ def test_evaluation_is_what_freeze_packs():
 
 
 def test_softness_0_is_straight_through():
-    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8)))
-    edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4, softness=0.0))
+    model = prepared(lambda: nn.Sequential(nn.Linear(6, 8)), edkm.ClusterConfig(bits=2, rows_per_lut=4, softness=0.0))
     x, upstream = random(5, 6), random(5, 8, seed=2)
     out = model(x)
     out.backward(upstream)
@@ -682,8 +547,7 @@ def test_softness_0_is_straight_through():
 
 
 def test_annealing_is_geometric_from_the_start_to_the_factor(solves):
-    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8)))
-    edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4, anneal=0.01, anneal_steps=4))
+    model = prepared(lambda: nn.Sequential(nn.Linear(6, 8)), edkm.ClusterConfig(bits=2, rows_per_lut=4, anneal=0.01, anneal_steps=4))
     clustering, start = model[0].clustering, model[0].clustering.temperature.clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(5):
@@ -696,16 +560,14 @@ def test_annealing_is_geometric_from_the_start_to_the_factor(solves):
 
 
 def test_no_annealing_without_steps():
-    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8)))
-    edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4, anneal=0.01))
+    model = prepared(lambda: nn.Sequential(nn.Linear(6, 8)), edkm.ClusterConfig(bits=2, rows_per_lut=4, anneal=0.01))
     clustering = model[0].clustering
     clustering.step += 100
     assert torch.equal(clustering.current_temperature(), clustering.temperature)
 
 
 def test_autocast_is_as_precise_as_that_of_a_plain_linear():
-    model = seeded(lambda: nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 12)), torch.float32)
-    edkm.prepare(model, CONFIG)
+    model = prepared(lambda: nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 12)), dtype=torch.float32)
     x, upstream = random(6, 16, dtype=torch.float32), random(6, 12, seed=2, dtype=torch.float32)
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight, _ in clusterings(model)}
     state = {name: copy.deepcopy(clustering) for name, _, clustering in clusterings(model)}
@@ -743,270 +605,10 @@ def test_bfloat16_gradients_are_near_float32():
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
 def test_no_gradient_where_none_is_wanted(frozen):
-    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8)))
-    edkm.prepare(model, CONFIG)
+    model = prepared(lambda: nn.Sequential(nn.Linear(6, 8)))
     x = random(3, 6).requires_grad_(frozen != "input")
     for name, parameter in model[0].named_parameters():
         parameter.requires_grad_(name != frozen)
     model(x).sum().backward()
     grads = {"weight": model[0].weight.grad, "bias": model[0].bias.grad, "input": x.grad}
     assert {name for name, grad in grads.items() if grad is None} == {frozen}
-
-
-# prepare.
-
-
-class Zoo(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(8, 4)
-        self.limited = nn.Embedding(8, 4, max_norm=1.0)
-        self.conv = nn.Conv1d(4, 8, 3)
-        self.grid = nn.Parameter(torch.randn(4, 4))
-        self.positions = nn.Parameter(torch.randn(1, 4, 4))
-        self.norm = nn.LayerNorm(4)
-        self.up = nn.Linear(4, 8)
-        self.down = nn.Linear(8, 4)
-
-
-def test_report_has_every_parameter_and_a_reason():
-    model = seeded(Zoo, torch.float32)
-    names = [name for name, _ in model.named_parameters()]
-    shapes = [tuple(p.shape) for p in model.parameters()]
-    report = edkm.prepare(
-        model, edkm.ClusterConfig(bits=2, rows_per_lut=2, embedding_bits=4, skip=("down*",)), importance={"up.weight": torch.ones(1, 4)}
-    )
-    assert [e.name for e in report.entries] == names and [e.shape for e in report.entries] == shapes
-    notes = {e.name: e.note for e in report.entries}
-    assert notes["down.weight"] == "matches skip"
-    assert notes["limited.weight"] == "an embedding with max_norm or sparse gradients"
-    assert notes["grid"] == notes["positions"]
-    assert notes["grid"] == "neither the weight of a Linear, Embedding, Conv1d or Conv2d nor a stack of matrices"
-    assert notes["norm.weight"] == notes["up.bias"] == "a vector"
-    assert {e.name: (e.bits, e.tables, e.dim) for e in report.clustered} == {
-        "embed.weight": (4, 1, 1),
-        "conv.weight": (2, 4, 1),
-        "up.weight": (2, 4, 1),
-    }
-    assert all(e.note for e in report.entries)
-    assert "no importance" in notes["conv.weight"] and "no importance" not in notes["up.weight"]
-    assert set(report.clustered) | set(report.skipped) == set(report.entries)
-    assert all(name in str(report) and notes[name] in str(report) for name in names)
-    packed = (32 * 4 + 7) // 8 + 16 * 2 + (96 * 2) // 8 + 4 * 4 * 2 + (32 * 2) // 8 + 4 * 4 * 2
-    assert report.packed_bytes == packed + 4 * sum(torch.Size(e.shape).numel() for e in report.skipped)
-
-
-def test_overrides_and_embedding_bits():
-    config = edkm.ClusterConfig(
-        bits=2, rows_per_lut=0, embedding_bits=0, overrides={"up*": {"bits": 3, "rows_per_lut": 4}, "*.weight": {"dim": 2}}
-    )
-    report = edkm.prepare(seeded(Zoo, torch.float32), config)
-    assert {e.name: (e.bits, e.tables, e.dim) for e in report.clustered} == {
-        "conv.weight": (2, 1, 2),
-        "up.weight": (3, 2, 1),
-        "down.weight": (2, 1, 2),
-    }
-    notes = {e.name: e.note for e in report.skipped}
-    assert notes["embed.weight"] == notes["limited.weight"] == "an embedding, and embedding_bits is 0"
-
-
-def test_embedding_bits_0_leaves_a_tied_head_alone():
-    model = seeded(Tied)
-    report = edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4, embedding_bits=0))
-    assert [e.name for e in report.clustered] == ["hidden.weight"]
-    assert type(model.head) is nn.Linear and type(model.embed) is nn.Embedding
-
-
-@pytest.mark.parametrize("pattern", ["embed.weight", "head.weight"])
-def test_skip_matches_any_name_of_a_tied_weight(pattern):
-    report = edkm.prepare(seeded(Tied), edkm.ClusterConfig(bits=2, rows_per_lut=4, skip=(pattern,)))
-    assert [e.name for e in report.clustered] == ["hidden.weight"]
-
-
-@pytest.mark.parametrize(
-    "config, importance, message",
-    [
-        ({"bits": 8, "rows_per_lut": 2}, None, "up.weight: 256 centroids need at least 256 weights.*skip"),
-        ({"bits": 2, "rows_per_lut": 3}, None, "up.weight: 8 rows do not divide into tables of 3 rows.*skip"),
-        ({"bits": 2, "rows_per_lut": 2}, {"left.weight": torch.ones(1, 4)}, "importance: .*'left.weight'.*Calibrate"),
-        ({"bits": 2, "rows_per_lut": 2}, {"down.weight": torch.ones(1, 5)}, "down.weight: importance: .*broadcast"),
-        ({"skip": ("*",), "bits": 2}, None, r"model: no weight is clustered \(.*matches skip.*\).*Check skip"),
-    ],
-)
-def test_errors_leave_the_model_untouched(config, importance, message):
-    model = seeded(lambda: nn.Sequential(), torch.float32)
-    model.up, model.down = nn.Linear(4, 8), nn.Linear(8, 4)
-    before = states(model)
-    with pytest.raises(ValueError, match=f"^{message}"):
-        edkm.prepare(model, edkm.ClusterConfig(**config), importance=importance)
-    assert type(model.up) is type(model.down) is nn.Linear
-    assert_equal_states(before, states(model))
-
-
-def test_non_finite_weights_are_named_and_the_others_untouched():
-    model = seeded(Tied, torch.float32)
-    with torch.no_grad():
-        model.hidden.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"^hidden\.weight: NaN or infinite"):
-        edkm.prepare(model, CONFIG)
-    assert type(model.embed) is nn.Embedding and "embed.clustering.centroids" not in model.state_dict()
-
-
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [
-        (lambda w: w.mul_(1e-9), "stored in float16, which would lose 100%.*skip"),
-        (lambda w: w[0, 0].fill_(1e5), r"a weight of magnitude.*at most 65504.*skip"),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_that_float16_tables_cannot_hold_are_refused(weight, message, dtype):
-    model = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 8)).to(dtype)
-    weight(model[1].weight.data)
-    with pytest.raises(ValueError, match=rf"^1\.weight: .*{message}"):
-        edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=1))
-    report = edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=1, skip=("1",)))
-    assert [entry.name for entry in report.clustered] == ["0.weight"]
-
-
-def test_small_weights_that_float16_resolves_and_zeros_are_kept():
-    model = nn.Sequential(nn.Linear(256, 8, bias=False))
-    with torch.no_grad():
-        model[0].weight.normal_(std=1e-6)
-        model[0].weight[3] = 0
-    edkm.prepare(model, edkm.ClusterConfig(bits=4, rows_per_lut=1))
-    assert edkm.freeze(model)["0.weight"].error < 0.02
-    with torch.no_grad():
-        model[0].weight[1] *= 1e-3
-    with pytest.warns(UserWarning, match=r"0\.weight: some of its rows are so small that float16 tables lose 100%"):
-        edkm.freeze(model)
-
-
-def test_a_row_that_is_nearly_dead_is_warned_of():
-    model = nn.Sequential(nn.Linear(256, 8, bias=False))
-    model[0].weight.data[2] *= 1e-9
-    with pytest.warns(UserWarning, match=r"0\.weight: some of its rows are so small.*skip"):
-        edkm.prepare(model, edkm.ClusterConfig(bits=4, rows_per_lut=1))
-
-
-def test_nan_in_a_parameter_that_is_left_alone_is_named():
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-    model[1].weight.data[3] = torch.nan
-    with pytest.raises(ValueError, match=r"^1\.weight: NaN or infinite values"):
-        edkm.prepare(model, CONFIG)
-
-
-def as_parameter(weight):
-    return nn.Parameter(weight, requires_grad=weight.is_floating_point() and weight.dtype.itemsize > 1)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w.to(torch.uint8), r"^1\.weight: .*torch\.uint8.*Dequantize"),
-        (lambda w: w.to(torch.int8), r"^1\.weight: .*torch\.int8.*Dequantize"),
-        (lambda w: w.to(torch.float8_e4m3fn), r"^1\.weight: .*torch\.float8_e4m3fn.*Dequantize"),
-        (lambda w: w.to(torch.complex64), r"^1\.weight: .*torch\.complex64"),
-        (lambda w: w.to_sparse(), r"^1\.weight: .*sparse.*to_dense"),
-        (lambda w: w.to("meta"), r"^1\.weight: .*meta.*Load the weights"),
-        (lambda w: TwoTensor(w, w), r"^1\.weight: .*TwoTensor.*Dequantize"),
-    ],
-)
-def test_what_is_no_plain_weight_is_refused(change, message):
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    model[1].weight = as_parameter(change(model[1].weight.detach()))
-    with pytest.raises(ValueError, match=message):
-        edkm.prepare(model, CONFIG)
-    assert type(model[0]) is nn.Linear
-    if model[1].weight.dtype.itemsize == 1:  # of a kind that can be written as it is
-        assert len(edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4, skip=("1.weight",))).clustered) == 1
-
-
-def test_quantized_layers_of_others_are_refused():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Identity())
-    model[1].register_buffer("qweight", torch.zeros(8, 1, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"^1: its weight is packed or quantized already\. Load the model dequantized"):
-        edkm.prepare(model, CONFIG)
-    lazy = nn.Sequential(nn.LazyLinear(8))
-    with pytest.raises(ValueError, match=r"^0\.weight: has no shape yet"):
-        edkm.prepare(lazy, CONFIG)
-
-
-@pytest.mark.parametrize(("backend", "message"), [("none", "is not one of"), ("histogram", "histogram needs one table")])
-def test_a_backend_that_would_fail_in_training_is_refused(backend, message):
-    with pytest.raises(ValueError, match=message):
-        edkm.prepare(seeded(Tied), edkm.ClusterConfig(bits=2, dim=2, rows_per_lut=4, embedding_bits=0), backend=backend)
-
-
-def test_prepare_twice_and_freeze_before():
-    model = seeded(Tied)
-    with pytest.raises(ValueError, match=r"^model: nothing in it is clustered. Call edkm.prepare first."):
-        edkm.freeze(model)
-    edkm.prepare(model, CONFIG)
-    with pytest.raises(ValueError, match=r"^model: it is prepared already.*afresh"):
-        edkm.prepare(model, CONFIG)
-    with pytest.raises(ValueError, match=r"^model: no weight is clustered"):
-        edkm.prepare(nn.LayerNorm(4), CONFIG)
-    assert sum(isinstance(m, Clustering) for m in model.modules()) == 2
-
-
-def test_prepare_keeps_parameters_and_names():
-    model = seeded(Tied)
-    before = dict(model.named_parameters())
-    edkm.prepare(model, CONFIG)
-    after = dict(model.named_parameters())
-    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
-
-
-# calibrate.
-
-
-class Watched(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv1d(4, 6, 3, groups=2)
-        self.drop = nn.Dropout(0.5)
-        self.linear = nn.Linear(6, 3)
-        self.unused = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.linear(self.drop(self.conv(x).mT))
-
-
-def test_calibrate_is_the_mean_of_squares():
-    model = seeded(Watched, torch.float32)
-    model.drop.eval()
-    batches = [random(2, 4, 7, seed=i, dtype=torch.float32) for i in range(3)]
-    batches[1] = batches[1][:1]
-    importance = calibrate(model, batches)
-    assert set(importance) == {"conv.weight", "linear.weight"}
-    with torch.no_grad():
-        inputs = torch.cat([model.conv(b).mT.flatten(0, 1) for b in batches])
-    assert importance["linear.weight"].shape == (1, 6) and importance["linear.weight"].dtype == torch.float32
-    assert torch.allclose(importance["linear.weight"][0], inputs.square().mean(0), rtol=1e-5)
-    channels = torch.cat([b.mT.flatten(0, 1) for b in batches]).square().mean(0)  # [4]
-    assert torch.allclose(importance["conv.weight"][0], channels.view(2, 2).mean(0).repeat_interleave(3), rtol=1e-5)
-    assert not model.drop.training and model.training and model.linear.training
-    edkm.prepare(model, edkm.ClusterConfig(bits=1, rows_per_lut=0), importance=importance)
-
-
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"x": x}])
-def test_calibrate_takes_tensors_sequences_and_mappings(wrap):
-    model, x = seeded(Watched, torch.float32), random(2, 4, 7, dtype=torch.float32)
-    expected = calibrate(model, [x])
-    got = calibrate(model, [wrap(x)])
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
-
-
-def test_calibrate_cleans_up_after_a_failure():
-    model = seeded(Watched, torch.float32)
-    model.linear.eval()
-    flags = [m.training for m in model.modules()]
-    with pytest.raises(ValueError, match=r"^linear\.weight: its input is NaN or infinite|^conv\.weight: its input"):
-        calibrate(model, [torch.full((1, 4, 7), torch.nan)])
-    with pytest.raises(ValueError, match=r"^batches: calibration needs at least one batch"):
-        calibrate(model, [])
-    with pytest.raises(RuntimeError):
-        calibrate(model, [torch.ones(1, 5, 7)])
-    assert [m.training for m in model.modules()] == flags
-    assert not any(m._forward_pre_hooks for m in model.modules())
