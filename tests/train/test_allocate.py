@@ -7,7 +7,7 @@
 5. Targets that no choice meets and an importance of another model are refused.
 """
 
-import functools
+import contextlib
 import itertools
 
 import pytest
@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edkm
-from edkm.models import load_model
 from edkm.train import allocate
 from edkm.train.allocate import Choice, squared_gradients
 from edkm.train.prepare import plan
@@ -32,13 +31,11 @@ class Pair(torch.nn.Linear):
         return super().forward(x), x
 
 
-def batches(count=2):
-    generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(0, 300, (2, 32), generator=generator)} for _ in range(count)]
+BATCHES = [{"input_ids": ids} for ids in torch.randint(0, 300, (2, 2, 32), generator=torch.Generator().manual_seed(0))]
 
 
 def allocated(model, config, target):
-    return edkm.allocate(model, config, batches(), target, importance=edkm.calibrate(model, batches()))
+    return edkm.allocate(model, config, BATCHES, target, importance=edkm.calibrate(model, BATCHES))
 
 
 def bits_of(model, config):
@@ -49,47 +46,42 @@ def bits_of(model, config):
 
 
 @pytest.mark.parametrize("target", [2.6, 3.2, 4.5])
-def test_the_budget_is_kept_and_nearly_spent(tiny_dir, target):
-    model = load_model(tiny_dir)[0]
-    config = allocated(model, edkm.ClusterConfig(), target)
+def test_the_budget_is_kept_and_nearly_spent(tiny_model, target):
+    config = allocated(tiny_model, edkm.ClusterConfig(), target)
     assert len(config.overrides) == 14
-    assert target - 0.1 < bits_of(model, config) <= target
-    edkm.prepare(model, config)
+    assert target - 0.1 < bits_of(tiny_model, config) <= target
+    edkm.prepare(tiny_model, config)
 
 
-def test_the_bits_of_a_config_are_a_target_that_is_kept(tiny_dir):
-    model = load_model(tiny_dir)[0]
+def test_the_bits_of_a_config_are_a_target_that_is_kept(tiny_model):
     config = edkm.ClusterConfig(bits=4, rows_per_lut=2, overrides={"*down_proj*": {"bits": 8}})
-    target = allocate.bits_of(model, config)
-    assert target == pytest.approx(bits_of(model, config), abs=1e-12)
-    assert bits_of(model, allocated(model, config, target)) <= target
+    target = allocate.bits_of(tiny_model, config)
+    assert target == pytest.approx(bits_of(tiny_model, config), abs=1e-12)
+    assert bits_of(tiny_model, allocated(tiny_model, config, target)) <= target
 
 
-def test_bits_go_where_the_loss_depends_on_them(tiny_dir):
-    model = load_model(tiny_dir)[0]
+def test_bits_go_where_the_loss_depends_on_them(tiny_model):
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in tiny_model.named_parameters():
             if "layers.1" in name and ("o_proj" in name or "down_proj" in name):
                 p *= 1e-4  # the layer hardly adds anything
-    found = allocated(model, edkm.ClusterConfig(), 3.2).overrides
+    found = allocated(tiny_model, edkm.ClusterConfig(), 3.2).overrides
     first, second = (sum(found[name]["bits"] for name in found if f"layers.{i}." in name) for i in (0, 1))
     assert first >= second + 7
 
 
-def test_overrides_of_the_user_stay_and_count(tiny_dir):
-    model = load_model(tiny_dir)[0]
-    config = allocated(model, edkm.ClusterConfig(overrides={"*down_proj*": {"bits": 8}}, skip=("*q_proj*",)), 4.5)
+def test_overrides_of_the_user_stay_and_count(tiny_model):
+    config = allocated(tiny_model, edkm.ClusterConfig(overrides={"*down_proj*": {"bits": 8}}, skip=("*q_proj*",)), 4.5)
     assert config.for_tensor("model.layers.0.mlp.down_proj.weight").bits == 8
     assert not any("q_proj" in name or "0.mlp.down_proj" in name for name in config.overrides)
-    assert 4.2 < bits_of(model, config) <= 4.5
+    assert 4.2 < bits_of(tiny_model, config) <= 4.5
 
 
-def test_weights_that_no_batch_reached_keep_their_bits(tiny_dir):
-    model = load_model(tiny_dir)[0]
-    importance = edkm.calibrate(model, batches())
+def test_weights_that_no_batch_reached_keep_their_bits(tiny_model):
+    importance = edkm.calibrate(tiny_model, BATCHES)
     del importance["model.layers.0.mlp.up_proj.weight"]
-    found = edkm.allocate(model, edkm.ClusterConfig(bits=4), batches(), 3.2, importance=importance)
-    assert len(found.overrides) == 13 and bits_of(model, found) <= 3.2
+    found = edkm.allocate(tiny_model, edkm.ClusterConfig(bits=4), BATCHES, 3.2, importance=importance)
+    assert len(found.overrides) == 13 and bits_of(tiny_model, found) <= 3.2
     assert found.for_tensor("model.layers.0.mlp.up_proj.weight").bits == 4
 
 
@@ -97,34 +89,26 @@ def squares(model, batches, loss=None):
     return squared_gradients(model, linears_of(model, CONFIG), batches, loss)
 
 
-def keep(kept, name, module, args, out):
-    kept[name] = out
-    out.retain_grad()
-
-
-def test_squared_gradients_are_those_of_the_loss_at_the_outputs(tiny_dir):
+def test_squared_gradients_are_those_of_the_loss_at_the_outputs(tiny_model):
     """Of the labels of a batch; of the next tokens where no label counts (a mean over none is NaN)."""
-    model, (ids, *_) = load_model(tiny_dir)[0].train(), batches()[0].values()
+    model, (ids, *_) = tiny_model.train(), BATCHES[0].values()
     answer, first = ids.clone(), torch.full_like(ids, -100)
     answer[:, :20] = -100
     first[:, 0] = ids[:, 0]
-    layers = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
+    names = {module: name for name, module in model.named_modules() if name.endswith("_proj")}
     for labels, counting in ((None, ids), (ids, ids), (answer, answer), (first, ids), (torch.full_like(ids, -100), ids)):
         given = {"input_ids": ids, **({} if labels is None else {"labels": labels})}
         found = squares(model, [given, given])
-        assert (
-            model.training and not any(p.grad is not None for p in model.parameters()) and all(p.requires_grad for p in model.parameters())
-        )
-        kept, handles = {}, []
-        for name, layer in layers.items():
-            hook = functools.partial(keep, kept, name)
-            handles.append(layer.register_forward_hook(hook))
-        model(input_ids=ids, labels=counting).loss.backward()
-        model.zero_grad()
-        assert found.keys() == {f"{name}.weight" for name in layers} and len(found) == 14
-        for handle, (name, out) in zip(handles, kept.items(), strict=True):
-            handle.remove()
-            torch.testing.assert_close(found[f"{name}.weight"], 2 * out.grad.flatten(0, -2).square().sum(0), rtol=1e-4, atol=1e-12)
+        assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())
+        outputs = []
+        with contextlib.ExitStack() as hooks:
+            for layer in names:
+                hooks.enter_context(layer.register_forward_hook(lambda module, args, out, outputs=outputs: outputs.append((module, out))))
+            loss = model(input_ids=ids, labels=counting).loss
+        assert found.keys() == {f"{name}.weight" for name in names.values()} and len(found) == 14
+        reached = [names[module] for module, _ in outputs]
+        for name, grad in zip(reached, torch.autograd.grad(loss, [out for _, out in outputs]), strict=True):
+            torch.testing.assert_close(found[f"{name}.weight"], 2 * grad.flatten(0, -2).square().sum(0), rtol=1e-4, atol=1e-12)
 
 
 def test_weights_without_a_gradient_and_other_products_have_no_squares():
@@ -145,13 +129,12 @@ def test_weights_without_a_gradient_and_other_products_have_no_squares():
         squares(model, [torch.ones(2, 8)], loss=lambda x: model(x) * torch.nan)
 
 
-def test_no_choice_takes_what_the_dense_weight_takes(tiny_dir):
+def test_no_choice_takes_what_the_dense_weight_takes(tiny_model):
     """A row of 64 with a table of its own takes 22 bits a weight at 6; one of 4 takes 18 at 2."""
-    model = load_model(tiny_dir)[0]
-    found = allocated(model, edkm.ClusterConfig(), 30).overrides
+    found = allocated(tiny_model, edkm.ClusterConfig(), 30).overrides
     assert len(found) == 14
     for name, values in found.items():
-        sharing = values["rows_per_lut"] * model.get_parameter(name).shape[1]
+        sharing = values["rows_per_lut"] * tiny_model.get_parameter(name).shape[1]
         assert values["bits"] + 2 ** values["bits"] * 16 / sharing < 16
     small = torch.nn.Sequential(torch.nn.Linear(64, 4), torch.nn.Linear(4, 1))
     data, config = [torch.randn(8, 64)], edkm.ClusterConfig(bits=1, rows_per_lut=1)
@@ -160,12 +143,11 @@ def test_no_choice_takes_what_the_dense_weight_takes(tiny_dir):
     assert list(chosen.overrides) == ["0.weight"]
 
 
-def test_a_target_too_low_and_an_importance_of_another_model_are_refused(tiny_dir):
-    model = load_model(tiny_dir)[0]
+def test_a_target_too_low_and_an_importance_of_another_model_are_refused(tiny_model):
     with pytest.raises(ValueError, match=r"target: 1 bits a weight are too few, 2\.\d+ is the least"):
-        allocated(model, edkm.ClusterConfig(), 1)
+        allocated(tiny_model, edkm.ClusterConfig(), 1)
     with pytest.raises(ValueError, match=r"importance: has none of the weights .* Calibrate"):
-        edkm.allocate(model, edkm.ClusterConfig(), batches(), 3, importance={})
+        edkm.allocate(tiny_model, edkm.ClusterConfig(), BATCHES, 3, importance={})
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 50)), min_size=1, max_size=5), min_size=1, max_size=4), st.data())

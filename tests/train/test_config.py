@@ -20,32 +20,22 @@ import edkm
 from edkm import ClusterConfig
 from edkm.train.prepare import plan
 
-per_tensor = st.fixed_dictionaries(
-    {},
-    optional={
-        "bits": st.integers(1, 8),
-        "dim": st.integers(1, 64),
-        "rows_per_lut": st.integers(0, 4096),
-        "softness": st.floats(0, 100),
-    },
-)
+RANGES = {
+    "bits": (1, 8),
+    "dim": (1, 64),
+    "rows_per_lut": (0, 1 << 30),
+    "softness": (0.0, 100.0),
+    "anneal": (1e-6, 1.0),
+    "anneal_steps": (0, 1 << 40),
+    "max_iters": (1, 1000),
+    "embedding_bits": (0, 8),
+}
+PER_TENSOR = ("bits", "dim", "rows_per_lut", "softness")
+NUMBERS = {name: (st.integers if isinstance(low, int) else st.floats)(low, high) for name, (low, high) in RANGES.items()}
+OVERRIDES = st.dictionaries(st.text(), st.fixed_dictionaries({}, optional={name: NUMBERS[name] for name in PER_TENSOR}), max_size=3)
 
 
-@given(
-    st.builds(
-        ClusterConfig,
-        bits=st.integers(1, 8),
-        dim=st.integers(1, 64),
-        rows_per_lut=st.integers(0, 1 << 30),
-        softness=st.floats(0, 100),
-        anneal=st.floats(1e-6, 1),
-        anneal_steps=st.integers(0, 1 << 40),
-        max_iters=st.integers(1, 1000),
-        embedding_bits=st.integers(0, 8),
-        skip=st.lists(st.text(), max_size=3).map(tuple),
-        overrides=st.dictionaries(st.text(), per_tensor, max_size=3),
-    )
-)
+@given(st.builds(ClusterConfig, **NUMBERS, skip=st.lists(st.text(), max_size=3).map(tuple), overrides=OVERRIDES))
 def test_a_config_converts_to_json_and_back(config):
     text = json.dumps(config.to_json())
     again = ClusterConfig.from_json(json.loads(text))
@@ -54,26 +44,9 @@ def test_a_config_converts_to_json_and_back(config):
     assert json.dumps(again.to_json()) == text
 
 
-def test_from_json_refuses_unknown_fields():
-    with pytest.raises(ValueError, match=r"^config: unknown field a, b\. Was it written by a newer edkm\?"):
-        ClusterConfig.from_json({"bits": 3, "b": 1, "a": 2})
-    assert ClusterConfig.from_json({}) == ClusterConfig()
-
-
-@pytest.mark.parametrize(
-    "name, low, high",
-    [
-        ("bits", 1, 8),
-        ("dim", 1, 64),
-        ("rows_per_lut", 0, 1 << 30),
-        ("softness", 0.0, 100.0),
-        ("anneal", 1e-6, 1.0),
-        ("anneal_steps", 0, 1 << 40),
-        ("max_iters", 1, 1000),
-        ("embedding_bits", 0, 8),
-    ],
-)
-def test_numbers_are_of_their_kind_and_in_range(name, low, high):
+@pytest.mark.parametrize("name", RANGES)
+def test_numbers_are_of_their_kind_and_in_range(name):
+    low, high = RANGES[name]
     integer = isinstance(low, int)
     wrong = (low - 1, high + 1, 1.5, 2.0) if integer else (low - 1e-6, high * 1.01, float("nan"), float("inf"))
     for value in (low, high, 1):
@@ -84,17 +57,21 @@ def test_numbers_are_of_their_kind_and_in_range(name, low, high):
             ClusterConfig(**{name: value})
 
 
-def test_skip_is_a_tuple_of_patterns():
-    with pytest.raises(ValueError, match=r"^skip: a tuple of patterns, got the string 'lm_head'\. Write \('lm_head',\)\."):
-        ClusterConfig(skip="lm_head")
-    assert ClusterConfig(skip=["a", "b"]).skip == ("a", "b")
-
-
-def test_overrides_are_checked():
-    with pytest.raises(ValueError, match=r"^overrides\['a\*'\]: anneal, max_iters cannot differ by tensor\. Only bits, .*use skip"):
-        ClusterConfig(overrides={"a*": {"max_iters": 2, "anneal": 0.5}})
-    with pytest.raises(ValueError, match=r"^overrides\['a\*'\]: bits: an integer from 1 to 8, got 9\."):
-        ClusterConfig(overrides={"a*": {"bits": 9}})
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 3, "b": 1, "a": 2}, r"^config: unknown field a, b\. Was it written by a newer edkm\?"),
+        ({"skip": "lm_head"}, r"^skip: a tuple of patterns, got the string 'lm_head'\. Write \('lm_head',\)\."),
+        (
+            {"overrides": {"a*": {"max_iters": 2, "anneal": 0.5}}},
+            r"^overrides\['a\*'\]: anneal, max_iters cannot differ by tensor\. Only bits, .*use skip",
+        ),
+        ({"overrides": {"a*": {"bits": 9}}}, r"^overrides\['a\*'\]: bits: an integer from 1 to 8, got 9\."),
+    ],
+)
+def test_other_fields_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ClusterConfig.from_json(fields)
 
 
 def test_a_config_is_frozen_and_shares_nothing():
@@ -106,6 +83,7 @@ def test_a_config_is_frozen_and_shares_nothing():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.bits = 4
     assert ClusterConfig().overrides is not ClusterConfig().overrides
+    assert ClusterConfig.from_json({}) == ClusterConfig() and ClusterConfig(skip=["a", "b"]).skip == ("a", "b")
 
 
 def test_the_first_matching_override_gives_the_settings_of_a_tensor():
@@ -160,20 +138,14 @@ def test_every_field_changes_something():
         assert not same(outcome(**base), outcome(**base | {name: value})), name
 
 
-@pytest.mark.parametrize("name, value", [("bits", 2), ("dim", 2), ("rows_per_lut", 8), ("softness", 0.1)])
-def test_every_override_changes_something(name, value):
-    assert not same(outcome(), outcome(overrides={"1.weight": {name: value}}))
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+@pytest.mark.parametrize("name", PER_TENSOR)
+def test_every_override_changes_something(name):
+    assert not same(outcome(), outcome(overrides={"1.weight": {name: OFF_DEFAULT[name]}}))
 
 
 def blocks():
     model = nn.Module()
-    model.blocks = nn.ModuleList([Block(), Block()])
+    model.blocks = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for _ in range(2)])
     model.tokens, model.lm_head = nn.Embedding(16, 8), nn.Linear(8, 16)
     return model
 

@@ -51,22 +51,21 @@ def not_the_cpu(monkeypatch):
     monkeypatch.setattr(native, "takes", lambda device, k, d: False)
 
 
-def batch():
-    ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "labels": ids}
+IDS = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS, "labels": IDS}
 
 
 def prepared(model, backend="auto", **config):
     model = copy.deepcopy(model)
     config = edkm.ClusterConfig(**{"bits": 2, "rows_per_lut": 0, "embedding_bits": 4, "max_iters": 2, **config})
-    edkm.prepare(model.train(), config, importance=edkm.calibrate(model, [batch()]), backend=backend)
+    edkm.prepare(model.train(), config, importance=edkm.calibrate(model, [BATCH]), backend=backend)
     return model
 
 
 def reads_of_a_step(model, optimizer):
-    """Of forward and backward, and of the optimizer."""
+    """Count the reads of forward and backward, and those of the optimizer."""
     with CountReads() as passes:
-        model(**batch()).loss.backward()
+        model(**BATCH).loss.backward()
     with CountReads() as stepping:
         optimizer.step()
     optimizer.zero_grad()
@@ -76,16 +75,24 @@ def reads_of_a_step(model, optimizer):
 # Reads.
 
 
-@pytest.mark.parametrize("config", [{"anneal_steps": 4}, {"softness": 0.0}])
+ELSEWHERE = [("histogram", 0, 2), ("auto", 32, 1), ("blocks", 0, 1), ("blocks", 16, 2), ("auto", 1, 1)]
+ON_A_CPU = [("histogram", 0, 1), ("native", 0, 1), ("auto", 0, 1)]
+CASES = [("elsewhere", *case, config) for case in ELSEWHERE for config in ({"anneal_steps": 4}, {"softness": 0.0})]
+
+
 @pytest.mark.parametrize(
-    ("backend", "rows_per_lut", "accumulate"),
-    [("histogram", 0, 2), ("auto", 32, 1), ("blocks", 0, 1), ("blocks", 16, 2), ("auto", 1, 1)],
+    ("device", "backend", "rows_per_lut", "accumulate", "config"), CASES + [("cpu", *case, {"anneal_steps": 0}) for case in ON_A_CPU]
 )
-def test_clustering_reads_nothing_and_a_step_one_number_for_all_layers(tiny_model, not_the_cpu, backend, rows_per_lut, accumulate, config):
+def test_clustering_reads_nothing_and_a_step_one_number_for_all_layers(
+    tiny_model, request, device, backend, rows_per_lut, accumulate, config
+):
     def step(model, optimizer):
-        model(**batch()).loss.backward() if accumulate > 1 else None
+        if accumulate > 1:
+            model(**BATCH).loss.backward()
         return reads_of_a_step(model, optimizer)
 
+    if device == "elsewhere":
+        request.getfixturevalue("not_the_cpu")
     plain, clustered = tiny_model.train(), prepared(tiny_model, backend, rows_per_lut=rows_per_lut, **config)
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in (plain, clustered)]
     expected, _ = step(plain, optimizers[0])
@@ -93,17 +100,6 @@ def test_clustering_reads_nothing_and_a_step_one_number_for_all_layers(tiny_mode
     for _ in range(2):
         assert step(clustered, optimizers[1]) == (expected, 1)
     assert {int(c.step) for *_, c in clusterings(clustered)} == {3}
-
-
-@pytest.mark.parametrize("backend", ["histogram", "native", "auto"])
-def test_nor_does_it_on_a_cpu(tiny_model, backend):
-    if backend == "native" and not native.available():
-        pytest.skip("no C compiler")
-    model = prepared(tiny_model, backend)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    reads_of_a_step(model, optimizer)
-    expected, _ = reads_of_a_step(tiny_model.train(), torch.optim.SGD(tiny_model.parameters(), lr=1e-3))
-    assert reads_of_a_step(model, optimizer) == (expected, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -130,40 +126,35 @@ def test_histograms_of_all_values_give_the_results_of_those_that_occur(dtype, mo
 
 
 def test_a_backend_that_is_not_there_is_refused_before_training(tiny_model, tmp_path):
-    with pytest.raises(ValueError, match=r"backend: 'dense' is not one of"):
-        prepared(tiny_model, "dense")
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj\.weight: backend: histogram needs one table"):
-        edkm.prepare(tiny_model, edkm.ClusterConfig(dim=2, embedding_bits=0), backend="histogram")
+    for backend, message in (
+        ("dense", r"backend: 'dense' is not one of"),
+        ("histogram", r"^model\.layers\.0\.self_attn\.q_proj\.weight: backend: histogram needs one table"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            edkm.prepare(tiny_model, edkm.ClusterConfig(dim=2, embedding_bits=0), backend=backend)
     with pytest.raises(ValueError, match="backend: histogram, blocks, native or auto, got 'dense'"):
         edkm.Callback(tmp_path / "packed", backend="dense")
 
 
 @pytest.mark.parametrize(("backend", "rows"), [("histogram", 0), ("blocks", 0), ("blocks", 16), ("native", 0), ("native", 16)])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_weight_that_is_not_finite_is_named_at_the_end_of_the_step(tiny_model, backend, value, rows):
+def test_a_weight_that_is_not_finite_is_named_at_the_end_of_the_step_and_not_written(tiny_model, backend, value, rows):
     model = prepared(tiny_model, backend, rows_per_lut=rows)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = value
-    model(**batch()).loss.backward()
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: NaN or infinite values.*learning rate"):
-        optimizer.step()
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_weight_that_is_not_finite_is_not_written(tiny_model, value):
-    model = prepared(tiny_model)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: NaN or infinite values"):
         edkm.freeze(model)
+    model(**BATCH).loss.backward()
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: NaN or infinite values.*learning rate"):
+        optimizer.step()
 
 
 def test_a_step_looks_at_the_weights_that_it_moves(tiny_model):
     model, linear = prepared(tiny_model), nn.Linear(2, 2)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
-    model(**batch())
+    model(**BATCH)
     linear(torch.ones(2)).sum().backward()
     torch.optim.SGD(linear.parameters(), lr=1e-3).step()
     with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.up_proj\.weight: NaN"):
@@ -180,17 +171,17 @@ def test_no_float64_from_calibration_to_freezing(tiny_model, tiny_tokenizer, bac
         pytest.skip("no C compiler: the host's sums are float64 tensors")
     model, config = tiny_model.to(dtype), edkm.ClusterConfig(bits=2, rows_per_lut=16, embedding_bits=4, anneal_steps=3)
     with RefuseFloat64():
-        importance = edkm.calibrate(model, [batch()])
-        chosen = edkm.allocate(model, config, [batch()], 3.3, importance=importance)
-        centroids = edkm.fit(model, chosen, [batch()], importance=importance)
+        importance = edkm.calibrate(model, [BATCH])
+        chosen = edkm.allocate(model, config, [BATCH], 3.3, importance=importance)
+        centroids = edkm.fit(model, chosen, [BATCH], importance=importance)
         edkm.prepare(model, chosen, importance=importance, centroids=centroids, backend=backend)
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
         for _ in range(2):
-            model(**batch()).loss.backward()
+            model(**BATCH).loss.backward()
             optimizer.step()
         perplexity(model, tiny_tokenizer, TEXT, window=16)
         with edkm.soft_weights(model):
-            model.eval()(**batch())
+            model.eval()(**BATCH)
         edkm.freeze(model)
 
 

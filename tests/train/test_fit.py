@@ -8,6 +8,7 @@
 6. Missing batches, bad values and tables of other shapes are refused.
 """
 
+import copy
 from typing import NamedTuple
 
 import pytest
@@ -17,57 +18,47 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import edkm
 from edkm.core.assign import lookup
-from edkm.models import load_model
 from edkm.train import fit
 from edkm.train.calibrate import without_cache
 
 CONFIG = edkm.ClusterConfig(bits=2, rows_per_lut=16)
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
-def batches(count=4):
-    generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(0, 300, (2, 32), generator=generator)} for _ in range(count)]
+BATCHES = [{"input_ids": ids} for ids in torch.randint(0, 300, (4, 2, 32), generator=torch.Generator().manual_seed(0))]
 
 
-def divergence(model, other):
-    with torch.no_grad():
-        a, b = (m(**batches()[0]).logits.log_softmax(-1) for m in (model, other))
-    return float((b.exp() * (b - a)).sum(-1).mean())
+def test_a_fitted_model_is_closer_to_the_original(tiny_model):
+    def divergence(centroids):
+        model = copy.deepcopy(tiny_model)
+        start = edkm.fit(model, CONFIG, BATCHES) if centroids is None else centroids
+        edkm.prepare(model, CONFIG, importance=importance, centroids=start)
+        with torch.no_grad():
+            a, b = (m.eval()(**BATCHES[0]).logits.log_softmax(-1) for m in (model, tiny_model))
+        return float((b.exp() * (b - a)).sum(-1).mean())
+
+    importance = edkm.calibrate(tiny_model, BATCHES)
+    assert divergence(None) < 0.8 * divergence({})
 
 
-def compressed(tiny_dir, fitted, config=CONFIG):
-    model = load_model(tiny_dir)[0]
-    start = edkm.fit(model, config, batches()) if fitted else None
-    edkm.prepare(model, config, importance=edkm.calibrate(load_model(tiny_dir)[0], batches()), centroids=start)
-    return model.eval(), start
-
-
-def test_a_fitted_model_is_closer_to_the_original(tiny_dir):
-    original = load_model(tiny_dir)[0]
-    plain, fitted = compressed(tiny_dir, False)[0], compressed(tiny_dir, True)[0]
-    assert divergence(fitted, original) < 0.8 * divergence(plain, original)
-
-
-def test_the_packed_weights_are_the_ones_that_were_fitted(tiny_dir):
+def test_the_packed_weights_are_the_ones_that_were_fitted(tiny_model):
     reports = {}
-    model = load_model(tiny_dir)[0]
-    start = edkm.fit(model, CONFIG, batches(), report=reports.__setitem__)
+    start = edkm.fit(tiny_model, CONFIG, BATCHES, report=reports.__setitem__)
     assert set(reports) == set(start) and all(0 < e < 1 for e in reports.values())
-    assert len(start) == 14 and not model.training and model.config.use_cache
-    edkm.prepare(model, CONFIG, centroids=start)
-    frozen = edkm.freeze(model)
+    assert len(start) == 14 and not tiny_model.training and tiny_model.config.use_cache
+    edkm.prepare(tiny_model, CONFIG, centroids=start)
+    frozen = edkm.freeze(tiny_model)
     for name, centroids in start.items():
         assert torch.equal(frozen[name].lut, centroids.half())
-        assert not torch.equal(lookup(frozen[name].indices, frozen[name].lut), dict(model.named_parameters())[name])
+        assert not torch.equal(lookup(frozen[name].indices, frozen[name].lut), dict(tiny_model.named_parameters())[name])
 
 
-def test_layers_see_the_inputs_of_the_model_as_compressed_so_far(tiny_dir):
-    together = load_model(tiny_dir)[0]
+def test_layers_see_the_inputs_of_the_model_as_compressed_so_far(tiny_model):
+    together = copy.deepcopy(tiny_model)
     together._no_split_modules = []
-    at_once = edkm.fit(together, CONFIG, batches())
-    in_turn = edkm.fit(load_model(tiny_dir)[0], CONFIG, batches())
-    first, second = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"
-    assert torch.equal(at_once[first], in_turn[first]) and not torch.equal(at_once[second], in_turn[second])
+    at_once, in_turn = (edkm.fit(model, CONFIG, BATCHES) for model in (together, tiny_model))
+    second = QUERY.replace("0", "1")
+    assert torch.equal(at_once[QUERY], in_turn[QUERY]) and not torch.equal(at_once[second], in_turn[second])
 
 
 def test_any_module_can_be_fitted():
@@ -78,39 +69,41 @@ def test_any_module_can_be_fitted():
     assert set(start) == {"0.weight", "2.weight"} and model.training and not torch.equal(model[0].weight, before)
 
 
-def test_skipped_weights_and_vectors_are_left_as_they_are(tiny_dir):
-    model = load_model(tiny_dir)[0]
+def test_skipped_weights_and_vectors_are_left_as_they_are(tiny_model):
     config = edkm.ClusterConfig(bits=2, rows_per_lut=16, skip=("*q_proj*",), overrides={"*k_proj*": {"dim": 2}})
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    start = edkm.fit(model, config, batches())
+    before = {name: p.clone() for name, p in tiny_model.named_parameters()}
+    start = edkm.fit(tiny_model, config, BATCHES)
     assert len(start) == 10
-    for name, p in model.named_parameters():
+    for name, p in tiny_model.named_parameters():
         assert torch.equal(before[name], p) == (name not in start)
 
 
-def test_missing_batches_and_tables_of_other_shapes_are_refused(tiny_dir):
-    model = load_model(tiny_dir)[0]
-    with pytest.raises(ValueError, match="at least one batch"):
-        edkm.fit(model, CONFIG, [])
-    with pytest.raises(ValueError, match="rows do not divide"):
-        edkm.fit(model, edkm.ClusterConfig(rows_per_lut=7), batches())
-    start = edkm.fit(model, CONFIG, batches())
-    with pytest.raises(ValueError, match=r"q_proj.weight: centroids: expected \[4, 8, 1\]"):
-        edkm.prepare(model, edkm.ClusterConfig(bits=3, rows_per_lut=16), centroids=start)
-    with pytest.raises(ValueError, match="no clusterable weight 'nothing'"):
-        edkm.prepare(model, CONFIG, centroids={"nothing": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"^target_bpw: bits are chosen on data\. Give batches"):
-        edkm.prepare(model, CONFIG, target_bpw=3.2)
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (CONFIG, {"batches": []}, "at least one batch"),
+        (edkm.ClusterConfig(rows_per_lut=7), {"batches": BATCHES}, "rows do not divide"),
+        (edkm.ClusterConfig(bits=3), {"centroids": {QUERY: torch.ones(4, 4, 1)}}, r"q_proj.weight: centroids: expected \[4, 8, 1\]"),
+        (CONFIG, {"centroids": {"nothing": torch.ones(1)}}, "^centroids: the model has no clusterable weight 'nothing'"),
+        (CONFIG, {"importance": {"nothing": torch.ones(1)}}, "^importance: the model has no clusterable weight 'nothing'"),
+        (CONFIG, {"target_bpw": 3.2}, r"^target_bpw: bits are chosen on data\. Give batches"),
+    ],
+)
+def test_missing_batches_and_tables_of_other_shapes_are_refused(tiny_model, config, options, message):
+    with pytest.raises(ValueError, match=message):
+        edkm.prepare(tiny_model, config, **options)
+    if "batches" in options:
+        with pytest.raises(ValueError, match=message):
+            edkm.fit(tiny_model, config, options["batches"])
 
 
-def test_later_batches_are_called_as_the_first_and_the_model_is_left_as_it_was(tiny_dir):
-    model = load_model(tiny_dir)[0]
-    mine = model.model.layers[0].forward = model.model.layers[0].forward  # as a library does that wraps it
-    layers, calls = fit._chain(model, batches(3))
+def test_later_batches_are_called_as_the_first_and_the_model_is_left_as_it_was(tiny_model):
+    mine = tiny_model.model.layers[0].forward = tiny_model.model.layers[0].forward  # as a library does that wraps it
+    layers, calls = fit._chain(tiny_model, BATCHES[:3])
     assert len(layers) == 2
     assert layers[0].forward is mine and "forward" not in vars(layers[1])
-    for i, batch in enumerate(batches(3)):
-        _, alone = fit._chain(model, [batch])
+    for i, batch in enumerate(BATCHES[:3]):
+        _, alone = fit._chain(tiny_model, [batch])
         for layer in layers:
             (args, kwargs), (args_alone, kwargs_alone) = calls[layer][i], alone[layer][0]
             assert (args[0] is None) == (layer is layers[1]) and kwargs.keys() == kwargs_alone.keys()
@@ -154,6 +147,7 @@ class Named(NamedTuple):
     state: torch.Tensor
 
 
+EXAMPLES = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 20, 16), (3, 9, 16))]
 WAYS = {
     "one of one": lambda x, state: (x,),
     "none beside": lambda x, state: (x, None),
@@ -168,15 +162,13 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_layers_may_return_several_things(way):
     """Fitted one after another, to the same result as if each returned its hidden states alone."""
-    examples = [torch.randn(2, 20, 16), torch.randn(3, 9, 16)]  # of different shapes
-    config = edkm.ClusterConfig(bits=2, rows_per_lut=16)
-    expected = edkm.fit(Layers(lambda x, state: x), config, examples)
-    alone = edkm.fit(Layers(lambda x, state: x), config, examples[:1])
+    expected = edkm.fit(Layers(lambda x, state: x), CONFIG, EXAMPLES)
+    alone = edkm.fit(Layers(lambda x, state: x), CONFIG, EXAMPLES[:1])
     for options in ({}, {"in_place": True}):
-        found = edkm.fit(Layers(WAYS[way], **options), config, examples)
+        found = edkm.fit(Layers(WAYS[way], **options), CONFIG, EXAMPLES)
         assert len(found) == 6 and all(torch.equal(found[name], expected[name]) for name in expected)
         assert not torch.equal(found["layers.2.down.weight"], alone["layers.2.down.weight"])
-    assert fit._chain(Layers(WAYS[way]), examples)[0]
+    assert fit._chain(Layers(WAYS[way]), EXAMPLES)[0]
 
 
 class Product(torch.nn.Linear):
@@ -218,54 +210,53 @@ def test_layers_run_twice_for_each_batch_and_once_for_the_first(way, times):
     """A third time for every batch only where what they return beside hidden states is needed to see how they are called."""
     model, ran = Layers(WAYS[way]), []
     model.layers[1].up.register_forward_hook(lambda *_: ran.append(1))
-    edkm.fit(model, edkm.ClusterConfig(bits=2, rows_per_lut=16), [torch.randn(2, 20, 16) for _ in range(5)])
+    edkm.fit(model, CONFIG, [torch.randn(2, 20, 16) for _ in range(5)])
     assert len(ran) == times
     assert all("forward" not in vars(layer) for layer in model.layers)
 
 
-@pytest.mark.parametrize("model", [lambda: Layers(WAYS["three"], again=2), lambda: Layers(lambda x, state: x, again=1)])
-def test_layers_that_are_run_again_are_no_chain(model):
-    examples = [torch.randn(2, 20, 16), torch.randn(3, 9, 16)]
-    assert fit._chain(model(), examples) == ([], {})
-    assert len(edkm.fit(model(), edkm.ClusterConfig(bits=2, rows_per_lut=16), examples)) == 6
+@pytest.mark.parametrize(("way", "again"), [("three", 2), ("one of one", 1)])
+def test_layers_that_are_run_again_are_no_chain(way, again):
+    model = Layers(WAYS[way], again=again)
+    assert fit._chain(model, EXAMPLES) == ([], {})
+    assert len(edkm.fit(model, CONFIG, EXAMPLES)) == 6
 
 
 def test_layers_may_pass_on_more_than_hidden_states():
-    model = Layers(WAYS["three"])
-    examples = [{"x": torch.randn(2, 20, 16), "use_state": True}, {"x": torch.randn(3, 9, 16), "use_state": True}]
+    model, examples = Layers(WAYS["three"]), [{"x": x, "use_state": True} for x in EXAMPLES]
     layers, calls = fit._chain(model, examples)
     assert [args[1].shape for args, _ in calls[layers[2]]] == [(2, 20, 1), (3, 9, 1)]
-    assert len(edkm.fit(model, edkm.ClusterConfig(bits=2, rows_per_lut=16), examples)) == 6
+    assert len(edkm.fit(model, CONFIG, examples)) == 6
 
 
-def test_a_model_within_a_model_keeps_no_cache(tiny_dir):
+def test_a_model_within_a_model_keeps_no_cache(tiny_model):
     outer = torch.nn.Module()
-    outer.text, outer.config = load_model(tiny_dir)[0], LlamaConfig(use_cache=True)
+    outer.text, outer.config = tiny_model, LlamaConfig(use_cache=True)
     with without_cache(outer):
         assert outer.config.use_cache is False and outer.text.config.use_cache is False
-        assert outer.text(**batches()[0]).past_key_values is None
+        assert outer.text(**BATCHES[0]).past_key_values is None
     assert outer.config.use_cache is True and outer.text.config.use_cache is True
 
 
-def test_prepare_with_batches_calibrates_allocates_and_fits_in_that_order(tiny_dir):
-    by_hand, at_once = load_model(tiny_dir)[0], load_model(tiny_dir)[0]
-    importance = edkm.calibrate(by_hand, batches())
-    config = edkm.allocate(by_hand, CONFIG, batches(), 3.2, importance=importance)
+def test_prepare_with_batches_calibrates_allocates_and_fits_in_that_order(tiny_model):
+    by_hand, at_once = tiny_model, copy.deepcopy(tiny_model)
+    importance = edkm.calibrate(by_hand, BATCHES)
+    config = edkm.allocate(by_hand, CONFIG, BATCHES, 3.2, importance=importance)
     errors = {}
-    start = edkm.fit(by_hand, config, batches(), importance=importance, report=errors.__setitem__)
+    start = edkm.fit(by_hand, config, BATCHES, importance=importance, report=errors.__setitem__)
     expected = edkm.prepare(by_hand, config, importance=importance, centroids=start)
-    found = edkm.prepare(at_once, CONFIG, iter(batches()), target_bpw=3.2)
+    found = edkm.prepare(at_once, CONFIG, iter(BATCHES), target_bpw=3.2)
     assert found.config == expected.config == config and str(found) == str(expected)
     assert {entry.name: entry.error for entry in found.entries if entry.error is not None} == errors
     assert by_hand.state_dict().keys() == at_once.state_dict().keys()
     assert all(torch.equal(tensor, at_once.state_dict()[name]) for name, tensor in by_hand.state_dict().items())
 
 
-def test_given_importance_and_centroids_are_not_made_again(tiny_dir):
-    given, plain = load_model(tiny_dir)[0], load_model(tiny_dir)[0]
+def test_given_importance_and_centroids_are_not_made_again(tiny_model):
+    given, plain = tiny_model, copy.deepcopy(tiny_model)
     weights = {name: p.clone() for name, p in given.named_parameters()}
-    importance = {name: tensor + 1 for name, tensor in edkm.calibrate(given, batches()).items()}
-    report = edkm.prepare(given, CONFIG, batches(), importance=importance, centroids={})
+    importance = {name: tensor + 1 for name, tensor in edkm.calibrate(given, BATCHES).items()}
+    report = edkm.prepare(given, CONFIG, BATCHES, importance=importance, centroids={})
     assert str(report) == str(edkm.prepare(plain, CONFIG, importance=importance))
     assert all(torch.equal(p, weights[name]) for name, p in given.named_parameters())
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in given.state_dict().items())

@@ -58,7 +58,7 @@ PRECISIONS = {
     "bfloat16": Precision(torch.bfloat16, False),
     "float16": Precision(torch.float16, False),
 }
-both_trainings = pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+CPU_ONLY = {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
 
 
 @pytest.fixture(params=PRECISIONS)
@@ -73,15 +73,9 @@ def own_state_of_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def rows(count=24, length=32):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 300, (count, length), generator=generator).tolist()
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def batches(count=4):
-    ids = torch.tensor([row["input_ids"] for row in rows(2 * count)]).view(count, 2, -1)
-    return [{"input_ids": part, "labels": part} for part in ids]
+IDS = torch.randint(0, 300, (24, 32), generator=torch.Generator().manual_seed(1))
+ROWS = [{"input_ids": row, "labels": row} for row in IDS.tolist()]
+BATCHES = [{"input_ids": part, "labels": part} for part in IDS[:8].view(4, 2, -1)]
 
 
 def logits(model):
@@ -90,25 +84,21 @@ def logits(model):
         return model(torch.arange(40).view(2, 20)).logits
 
 
-def arguments(tmp_path, **more):
-    defaults = {"output_dir": str(tmp_path / "run"), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
-    defaults |= {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
-    # AdamW's moments of small gradients are zero in float16.
-    return TrainingArguments(**{**defaults, "lr_scheduler_type": "constant", "optim": "sgd", **more})
-
-
 def train(model, tmp_path, precision, callbacks=(), resume=None, **more):
-    more = {"bf16": precision.autocast, **more}
-    Trainer(model=model, args=arguments(tmp_path, **more), train_dataset=rows(), callbacks=list(callbacks)).train(resume)
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "constant", **CPU_ONLY}
+    # AdamW's moments of small gradients are zero in float16.
+    settings |= {"bf16": precision.autocast, "optim": "sgd", **more}
+    args = TrainingArguments(str(tmp_path / "run"), **settings)
+    Trainer(model=model, args=args, train_dataset=ROWS, callbacks=list(callbacks)).train(resume)
 
 
 def findings(model, tokenizer):
     """Collect all that is computed with a model besides training it."""
-    importance = edkm.calibrate(model, batches())
-    config = edkm.allocate(model, CONFIG, batches(), 3.3, importance=importance)
+    importance = edkm.calibrate(model, BATCHES)
+    config = edkm.allocate(model, CONFIG, BATCHES, 3.3, importance=importance)
     errors = {}
     moved = copy.deepcopy(model) if "forward" not in vars(model) else model
-    centroids = edkm.fit(moved, CONFIG, batches(), importance=importance, report=errors.__setitem__)
+    centroids = edkm.fit(moved, CONFIG, BATCHES, importance=importance, report=errors.__setitem__)
     score = perplexity(moved, tokenizer, TEXT, window=64).nll
     return importance, config, centroids, errors, score, generate(moved, tokenizer, "the quick", max_new_tokens=5)
 
@@ -134,26 +124,22 @@ def loaded(model, dtype):
 
 def test_every_stage_is_right_within_the_rounding_of_its_precision(precision, tiny_model, tiny_tokenizer, tmp_path):
     reference, model = copy.deepcopy(tiny_model), loaded(tiny_model, precision.dtype)
-    exact = edkm.calibrate(copy.deepcopy(reference).double(), batches())
-    expected, importance = {}, edkm.calibrate(reference, batches())
-    centroids = edkm.fit(reference, CONFIG, batches(), importance=importance, report=expected.__setitem__)
-    edkm.prepare(reference, CONFIG, importance=importance, centroids=centroids)
+    exact = edkm.calibrate(copy.deepcopy(reference).double(), BATCHES)
+    expected = edkm.prepare(reference, CONFIG, BATCHES)
     with precision():
-        importance = edkm.calibrate(model, batches())
-        errors = {}
-        centroids = edkm.fit(model, CONFIG, batches(), importance=importance, report=errors.__setitem__)
-        edkm.prepare(model, CONFIG, importance=importance, centroids=centroids)
+        importance = edkm.calibrate(model, BATCHES)
+        found = edkm.prepare(model, CONFIG, BATCHES, importance=importance)
         fitted = perplexity(model, tiny_tokenizer, TEXT, window=64)
     for name, one in importance.items():
         torch.testing.assert_close(one, exact[name].float(), rtol=precision.error, atol=1e-6)
-    for name, error in errors.items():
-        assert error == pytest.approx(expected[name], rel=0.2)
+    errors, wanted = ({entry.name: entry.error for entry in report.clustered if entry.error} for report in (found, expected))
+    assert len(errors) == 14 and errors == pytest.approx(wanted, rel=0.2)
     # What was fitted is what is on the tables now.
     assert fitted.nll == pytest.approx(perplexity(reference, tiny_tokenizer, TEXT, window=64).nll, rel=precision.error * 2)
     losses = []
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
     for _ in range(3):
-        for batch in batches():
+        for batch in BATCHES:
             with precision():
                 loss = model(**batch).loss
             loss.backward()
@@ -175,12 +161,8 @@ def test_every_stage_is_right_within_the_rounding_of_its_precision(precision, ti
 
 
 def test_the_callback_writes_the_model_that_it_leaves_and_resumes_to_it(precision, tiny_model, tmp_path):
-    start = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
-
     def run(where, resume=None, **more):
-        model = type(tiny_model)(tiny_model.config)
-        model.load_state_dict(start)
-        model = loaded(model, precision.dtype)
+        model = loaded(tiny_model, precision.dtype)
         callback = edkm.Callback(tmp_path / where / "packed", CONFIG, plain_share=0.5, calibration_tokens=128)
         train(model, tmp_path / where, precision, [callback], resume, gradient_accumulation_steps=2, **more)
         return model
@@ -194,26 +176,26 @@ def test_the_callback_writes_the_model_that_it_leaves_and_resumes_to_it(precisio
 
 
 def squares(model, loss=None):
-    return squared_gradients(model, linears_of(model, CONFIG), batches(), loss)
+    return squared_gradients(model, linears_of(model, CONFIG), BATCHES, loss)
+
+
+def relative_error(found, expected):
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - square).abs().sum() / square.sum()) for name, square in expected.items())
 
 
 def test_squared_gradients_are_right_within_the_rounding_of_their_precision(precision, tiny_model):
-    exact = squares(tiny_model)
-    model = loaded(tiny_model, precision.dtype)
+    exact, model = squares(tiny_model), loaded(tiny_model, precision.dtype)
     with precision():
-        found = squares(model)
-        config = edkm.allocate(model, CONFIG, batches(), 3.3, importance=edkm.calibrate(model, batches()))
-    assert found.keys() == exact.keys() and len(config.overrides) == 14
-    for name, square in found.items():
-        assert float((square - exact[name]).abs().sum() / exact[name].sum()) < 3 * precision.error
+        assert relative_error(squares(model), exact) < 3 * precision.error
+        config = edkm.allocate(model, CONFIG, BATCHES, 3.3, importance=edkm.calibrate(model, BATCHES))
+    assert len(config.overrides) == 14
 
 
 def test_small_gradients_are_not_lost_in_float16(tiny_model):
     """A mean over 20,000 tokens makes gradients a hundred times smaller than these batches do."""
     model = loaded(tiny_model, torch.float16)
-    found, expected = (squares(m, lambda batch, m=m: m(**batch).loss / 100) for m in (model, tiny_model))
-    for name, square in expected.items():
-        assert float((found[name] - square).abs().sum() / square.sum()) < 0.03
+    assert relative_error(*(squares(m, lambda batch, m=m: m(**batch).loss / 100) for m in (model, tiny_model))) < 0.03
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -236,7 +218,7 @@ def test_rounding_leaves_fitted_weights_on_their_centroids(dtype, bits):
 def test_autocast_around_the_call_changes_no_result(tiny_model, tiny_tokenizer):
     expected = findings(tiny_model, tiny_tokenizer)
     with torch.autocast("cpu", torch.bfloat16):
-        tiny_model(**batches(1)[0])  # autocast keeps 16-bit copies of the weights
+        tiny_model(**BATCHES[0])  # autocast keeps 16-bit copies of the weights
         assert same(findings(tiny_model, tiny_tokenizer), expected)
 
 
@@ -274,38 +256,29 @@ def test_a_forward_wrapped_by_others_is_put_back(tiny_model, tmp_path):
 
 def test_the_evaluation_loss_of_trl_is_that_of_the_packed_model(tiny_model, chat_tokenizer, tmp_path):
     data = Dataset.from_list([{"prompt": "the quick brown", "completion": " fox jumps over"}] * 16)
-    settings = {"bf16": True, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 4, "learning_rate": 1e-2}
-    settings |= {"activation_checkpointing": True, "report_to": [], "use_cpu": True, "save_strategy": "no", "dataloader_pin_memory": False}
+    settings = {"bf16": True, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 4, "max_steps": 4, **CPU_ONLY}
+    args = SFTConfig(str(tmp_path / "run"), learning_rate=1e-2, activation_checkpointing=True, **settings)
+    more = {"args": args, "train_dataset": data, "eval_dataset": data, "processing_class": chat_tokenizer}
     callback = edkm.Callback(tmp_path / "packed", CONFIG, plain_share=0.5, calibration_tokens=64)
-    sft = SFTTrainer(
-        tiny_model,
-        args=SFTConfig(output_dir=str(tmp_path / "run"), max_steps=4, **settings),
-        train_dataset=data,
-        eval_dataset=data,
-        processing_class=chat_tokenizer,
-        callbacks=[callback],
-    )
+    sft = SFTTrainer(tiny_model, callbacks=[callback], **more)
     sft.train()
     packed = pretrained.load(tmp_path / "packed")
     assert torch.equal(logits(packed), logits(tiny_model))
     # The loss that the Trainer measured while it trained, in its autocast, is that of the packed model in the same.
     evaluated = next(entry["eval_loss"] for entry in sft.state.log_history if "eval_loss" in entry)
-    args = SFTConfig(output_dir=str(tmp_path / "run"), **settings)
-    again = SFTTrainer(packed, args=args, train_dataset=data, eval_dataset=data, processing_class=chat_tokenizer)
-    assert again.evaluate()["eval_loss"] == evaluated
+    assert SFTTrainer(packed, **more).evaluate()["eval_loss"] == evaluated
 
 
 # The packed model is the trained one, in a process that never saw the training.
 
 
-@both_trainings
-def test_a_fresh_process_measures_the_same_perplexity(tiny_dir, tmp_path, autocast):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_fresh_process_measures_the_same_perplexity(tiny_dir, tmp_path, precision):
     data, text, out = tmp_path / "train.json", tmp_path / "text.txt", tmp_path / "packed"
-    data.write_text(
-        json.dumps([{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)])
-    )
+    records = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)]
+    data.write_text(json.dumps(records))
     text.write_text(TEXT)
-    settings = Recipe(edkm.ClusterConfig(rows_per_lut=16), steps=4, lr=1e-3, block_tokens=64, precision="bf16" if autocast else "fp32")
+    settings = Recipe(edkm.ClusterConfig(rows_per_lut=16), steps=4, lr=1e-3, block_tokens=64, precision=precision)
     compress(tiny_dir, settings, out, data=data, eval_text=text)
     trained = next(s for s in json.loads((out / "metrics.json").read_text())["perplexities"] if s["model"] == "packed")
     script = (

@@ -90,19 +90,20 @@ def allocate(
     if not set(squares) & set(importance):
         raise ValueError("importance: has none of the weights that the batches reached. Calibrate the same model.")
     weights: dict[str, list[Choice]] = {}
-    kept: set[str] = set()
+    kept = 0.0  # bits of the weights that keep their settings
     with progress("choice of bits", len(linears), "weights") as advance:
         for module, (name, settings) in linears.items():
             weight = module.weight.detach()
             free = settings is config and name in importance and name in squares  # not the config itself: an override
-            weights[name] = _choices(weight, importance[name].to(weight.device), squares[name].to(weight.device)) if free else []
-            if not weights[name]:
-                kept.add(name)
-                weights[name] = [Choice(_cost(weight, settings.bits, settings.rows_per_lut), 0.0, settings.bits, settings.rows_per_lut)]
+            options = _choices(weight, importance[name].to(weight.device), squares[name].to(weight.device)) if free else []
+            if options:
+                weights[name] = options
+            else:
+                kept += _cost(weight, settings.bits, settings.rows_per_lut)
             advance()
     size = sum(module.weight.numel() for module in linears)
-    _check_least(sum(choices[0].cost for choices in weights.values()), target, size)
-    found = {name: choice for name, choice in spend(weights, target * size).items() if name not in kept}
+    _check_least(kept + sum(choices[0].cost for choices in weights.values()), target, size)
+    found = spend(weights, target * size - kept)
     choices = torch.tensor([[choice.bits, choice.rows_per_lut] for choice in found.values()], device=next(model.parameters()).device)
     broadcast_from_rank0([choices])
     given = {name: {"bits": bits, "rows_per_lut": rows} for name, (bits, rows) in zip(found, choices.tolist(), strict=True)}

@@ -59,7 +59,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     for prefix, module in model.named_modules():
         # The weight, or the first stack of matrices: a module's input is multiplied with that.
         key = next((key for key in module._parameters if row_axes(module, key)), None)
-        if key is not None:
+        if key is not None and not isinstance(module, nn.Embedding):
             owners[f"{prefix}.{key}".lstrip(".")] = module, key
     with ExitStack() as hooks, evaluating(model):
         for name, (module, key) in owners.items():

@@ -89,11 +89,11 @@ def check_readers(model: nn.Module, names: Mapping[int, str]) -> None:
     """
     for prefix, module in model.named_modules():
         for key, value in vars(module).items():
-            found = None if key == "_parameters" else next((names[id(one)] for one in _inside(value) if id(one) in names), None)
-            if found is not None:
+            found = [] if key == "_parameters" else [names[id(one)] for one in _inside(value) if id(one) in names]
+            if found:
                 where = f"{prefix}.{key}".lstrip(".")
                 raise ValueError(
-                    f"{found}: {where} holds it, too, and would give it unclustered. Read it from its module, or add it to skip."
+                    f"{found[0]}: {where} holds it, too, and would give it unclustered. Read it from its module, or add it to skip."
                 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def fit(
         layers, calls = _chain(model, batches)
         for layer, after in itertools.zip_longest(layers, layers[1:]):
             made = calls.pop(layer)
-            fit_within(layer, lambda layer=layer, made=made: _through(layer, made))
+            fit_within(layer, partial(_through, layer, made))
             if after is not None:
                 outputs = _through(layer, made)
                 calls[after] = [((x, *args[1:]), kwargs) for x, (args, kwargs) in zip(outputs, calls[after], strict=True)]
@@ -142,33 +143,30 @@ def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], dict[
     output: list[Any] = [None]
     rest: dict[nn.Module, tuple[None, ...] | None] = {}  # returned after the hidden states; None: these are returned alone
 
-    def watch(layer: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            first, given = layer is layers[0], args[0] if args else None
-            if not isinstance(given, Tensor) or not (first or given is output[0]) or len(calls[layer]) > number:
-                calls.clear()
+    def watch(layer: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        first, given = layer is layers[0], args[0] if args else None
+        if not isinstance(given, Tensor) or not (first or given is output[0]) or len(calls[layer]) > number:
+            calls.clear()
+            raise _StopForward
+        # Hidden states are kept for the first layer only, the others get theirs from the layer before.
+        calls[layer].append(((given.clone() if first else None, *args[1:]), kwargs))
+        if number and len(rest) == len(layers):
+            if layer is layers[-1]:
                 raise _StopForward
-            # Hidden states are kept for the first layer only, the others get theirs from the layer before.
-            calls[layer].append(((given.clone() if first else None, *args[1:]), kwargs))
-            if number and len(rest) == len(layers):
-                if layer is layers[-1]:
-                    raise _StopForward
-                output[0], others = given, rest[layer]
-                return given if others is None else (given, *others)
-            out = own(*args, **kwargs)
-            output[0] = _hidden(out)
-            if isinstance(out, Tensor):
-                rest[layer] = None
-            elif type(out) is tuple and all(other is None for other in out[1:]):
-                rest[layer] = out[1:]
-            return out
-
-        return forward
+            output[0], others = given, rest[layer]
+            return given if others is None else (given, *others)
+        out = own(*args, **kwargs)
+        output[0] = _hidden(out)
+        if isinstance(out, Tensor):
+            rest[layer] = None
+        elif type(out) is tuple and all(other is None for other in out[1:]):
+            rest[layer] = out[1:]
+        return out
 
     before = {layer: vars(layer).get("forward") for layer in layers}  # of the instance: other libraries put one there
     try:
         for layer in layers:
-            layer.forward = watch(layer, layer.forward)
+            layer.forward = partial(watch, layer, layer.forward)
         for number, batch in enumerate(batches):
             if calls:
                 with suppress(_StopForward):

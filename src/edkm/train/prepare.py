@@ -150,16 +150,10 @@ def prepare(
 
 
 def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Report:
-    """Refuse a model that `prepare`, `freeze` or `save` would refuse. Nothing is changed: call it before training that precedes `prepare`.
-
-    Returns:
-        As `plan`.
+    """Report on a model, and refuse it if `prepare`, `freeze` or `save` would, in a pass over each parameter; nothing is changed.
 
     Raises:
         ValueError: as `prepare`.
-
-    Cost:
-        A pass over each parameter, and a model without memory for its weights.
     """
     return Report(tuple(map(_entry, _check(model, config, backend))), config)
 
