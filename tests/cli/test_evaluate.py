@@ -45,15 +45,7 @@ def test_perplexity_equals_that_of_scoring_one_token_at_a_time(tiny_model, reque
     tokenizer = request.getfixturevalue(tokenizer)
     ids = tokenizer(TEXT).input_ids
     expected = scored_one_by_one(tiny_model, ids, tokenizer.bos_token_id, window=window, stride=stride or window, max_windows=max_windows)
-    result = perplexity(
-        tiny_model,
-        tokenizer,
-        TEXT,
-        window=window,
-        stride=stride,
-        max_windows=max_windows,
-        batch_size=batch_size,
-    )
+    result = perplexity(tiny_model, tokenizer, TEXT, window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
     assert result.nll == pytest.approx(expected[0], rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(expected[0]), rel=1e-5)
     assert (result.tokens, result.windows) == expected[1:]
@@ -89,14 +81,10 @@ def test_training_flags_and_gradients_are_left_alone(tiny_model, tiny_tokenizer)
     assert [module.training for module in tiny_model.modules()] == found
     assert {True, False} == set(found)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in tiny_model.parameters())
-
-
-def test_training_flags_are_restored_when_the_model_fails(tiny_model, tiny_tokenizer):
-    tiny_model.train()
     tiny_model.lm_head.forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError):
         perplexity(tiny_model, tiny_tokenizer, TEXT, window=16)
-    assert all(module.training for module in tiny_model.modules())
+    assert [module.training for module in tiny_model.modules()] == found
 
 
 def test_an_outer_autocast_changes_nothing(tiny_model, tiny_tokenizer):
@@ -124,24 +112,20 @@ def test_a_perplexity_that_is_not_finite_is_returned(tiny_model, tiny_tokenizer,
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("text", "changed", "error", "message"),
     [
-        ({"window": 1}, "window=1: must be at least 2"),
-        ({"window": 257}, "window=257: the model's context is 256 tokens"),
-        ({"window": 16, "stride": 17}, r"stride=17: must be 1 to window \(16\)"),
-        ({"window": 16, "stride": 0}, "stride=0"),
-        ({"window": 16, "max_windows": 0}, "max_windows=0"),
-        ({"window": 16, "batch_size": 0}, "batch_size=0"),
+        (TEXT, {"window": 1}, EvaluationError, "window=1: must be at least 2"),
+        (TEXT, {"window": 257}, LimitError, "window=257: the model's context is 256 tokens"),
+        (TEXT, {"window": 16, "stride": 17}, EvaluationError, r"stride=17: must be 1 to window \(16\)"),
+        (TEXT, {"window": 16, "stride": 0}, EvaluationError, "stride=0"),
+        (TEXT, {"window": 16, "max_windows": 0}, EvaluationError, "max_windows=0"),
+        (TEXT, {"window": 16, "batch_size": 0}, EvaluationError, "batch_size=0"),
+        ("the", {"window": 8}, LimitError, r"the text: has 1 token\(s\)"),
     ],
 )
-def test_numbers_out_of_range_are_refused(tiny_model, tiny_tokenizer, changed, message):
-    with pytest.raises(ValueError, match=message):
-        perplexity(tiny_model, tiny_tokenizer, TEXT, **changed)
-
-
-def test_a_text_of_one_token_is_refused(tiny_model, tiny_tokenizer):
-    with pytest.raises(LimitError, match=r"the text: has 1 token\(s\)"):
-        perplexity(tiny_model, tiny_tokenizer, "the", window=8)
+def test_numbers_out_of_range_and_texts_of_one_token_are_refused(tiny_model, tiny_tokenizer, text, changed, error, message):
+    with pytest.raises(error, match=message):
+        perplexity(tiny_model, tiny_tokenizer, text, **changed)
 
 
 def greedy(model, ids, steps):
@@ -165,36 +149,35 @@ def test_greedy_generation_takes_the_likeliest_token(tiny_model, tiny_tokenizer)
     assert text
 
 
-def test_chat_template_is_used_when_there_is_one(tiny_model, chat_tokenizer, monkeypatch):
-    asked = []
-    original = tiny_model.generate
-    monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: asked.append(ids) or original(ids, **kw))
+@pytest.fixture
+def asked(tiny_model, monkeypatch):
+    """Prompts and outputs of the model's own `generate`."""
+    found, original = [], tiny_model.generate
+    monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: found.append((ids[0], original(ids, **kw))) or found[-1][1])
+    return found
+
+
+def test_chat_template_is_used_when_there_is_one(tiny_model, chat_tokenizer, asked):
     generate(tiny_model, chat_tokenizer, "the dog", max_new_tokens=1)
     generate(tiny_model, chat_tokenizer, "the dog", max_new_tokens=1, chat=False)
-    written = [chat_tokenizer.decode(ids[0]) for ids in asked]
+    written = [chat_tokenizer.decode(ids) for ids, _ in asked]
     assert written == ["<|start|>user\nthe dog<|end|>\n<|start|>assistant\n", "the dog"]
 
 
-def test_a_raw_prompt_has_the_beginning_of_sequence_and_no_end(tiny_model, bos_tokenizer, monkeypatch):
+def test_a_raw_prompt_has_the_beginning_of_sequence_and_no_end(tiny_model, bos_tokenizer, asked):
     from tokenizers.processors import TemplateProcessing
 
     special = [(token, bos_tokenizer.convert_tokens_to_ids(token)) for token in ("<|start|>", "<|end|>")]
     bos_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|start|> $A <|end|>", special_tokens=special)
-    asked = []
-    original = tiny_model.generate
-    monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: asked.append(ids) or original(ids, **kw))
     generate(tiny_model, bos_tokenizer, "the dog", max_new_tokens=1)
     assert bos_tokenizer.decode(asked[0][0]) == "<|start|>the dog"
 
 
-def test_generation_ends_at_the_longest_context(tiny_model, tiny_tokenizer, monkeypatch):
-    asked = []
-    original = tiny_model.generate
-    monkeypatch.setattr(tiny_model, "generate", lambda ids, **kw: asked.append(original(ids, **kw)) or asked[-1])
+def test_generation_ends_at_the_longest_context(tiny_model, tiny_tokenizer, asked):
     tiny_model.generation_config.eos_token_id = 299
     assert len(tiny_tokenizer("x" * 250).input_ids) == 250
     generate(tiny_model, tiny_tokenizer, "x" * 250, max_new_tokens=50)
-    assert asked[0].shape[1] == 256
+    assert asked[0][1].shape[1] == 256
     with pytest.raises(EvaluationError, match=r"the prompt has 256 tokens, and the model's context is 256"):
         generate(tiny_model, tiny_tokenizer, "x" * 256)
 

@@ -33,6 +33,11 @@ def flat(blocks):
     return blocks.input_ids.flatten().tolist(), blocks.labels.flatten().tolist()
 
 
+def learnt(tokenizer, blocks):
+    ids, labels = flat(blocks)
+    return tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != -100])
+
+
 def test_records_are_written_by_the_chat_template_and_only_answers_have_labels(tmp_path, chat_tokenizer):
     path = write(tmp_path / "a.json", RECORDS)
     ids, labels = flat(load_blocks(path, chat_tokenizer, block_tokens=10_000))
@@ -49,8 +54,8 @@ def test_records_are_written_by_the_chat_template_and_only_answers_have_labels(t
 
 def test_without_template_the_alpaca_prompt_is_written(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, RECORDS[:2])) + "\n\n")
-    ids, labels = flat(load_blocks(path, tiny_tokenizer, block_tokens=10_000))
-    assert tiny_tokenizer.decode(ids) == (
+    written, answers = learnt(tiny_tokenizer, load_blocks(path, tiny_tokenizer, block_tokens=10_000))
+    assert written == (
         "Below is an instruction that describes a task. Write a response that appropriately completes "
         "the request."
         "\n\n### Instruction:\nName a fox.\n\n### Response:the quick one<|end|>"
@@ -58,8 +63,7 @@ def test_without_template_the_alpaca_prompt_is_written(tmp_path, tiny_tokenizer)
         "Write a response that appropriately completes the request."
         "\n\n### Instruction:\nName a dog.\n\n### Input:\none that rests\n\n### Response:the lazy dog<|end|>"
     )
-    answers = [label for label in labels if label != -100]
-    assert tiny_tokenizer.decode(answers) == "the quick one<|end|>the lazy dog<|end|>"
+    assert answers == "the quick one<|end|>the lazy dog<|end|>"
 
 
 def test_a_prompt_keeps_its_own_tokens_where_the_answer_would_merge_with_it(tmp_path, tiny_tokenizer):
@@ -102,24 +106,23 @@ def test_a_beginning_and_an_end_that_a_text_has_are_not_written_twice(tmp_path, 
     assert found == ("<|start|>who? a fox<|end|><|start|>who? <|end|><|end|>", "a fox<|end|><|end|>")
 
 
-def learnt(tokenizer, blocks):
-    ids, labels = flat(blocks)
-    return tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != -100])
+def chat(*turns, **more):
+    return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
 
 
 TURNS = [("system", "Be brief."), ("user", "Who?"), ("assistant", "A fox."), ("user", "And?"), ("assistant", "A dog.")]
 SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
 FORMS = {
-    "messages": {"messages": [{"role": role, "content": text} for role, text in TURNS]},
+    "messages": chat(*TURNS),
     "null fields": {"messages": [{"role": r, "content": t, "tool_calls": None} for r, t in TURNS], "tools": [], "prompt": None},
     "parts": {"messages": [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in TURNS]},
     "parts with values": {"messages": [{"role": r, "content": [{"type": "text", "value": t}]} for r, t in TURNS]},
-    "system beside": {"messages": [{"role": r, "content": t} for r, t in TURNS[1:]], "system": "Be brief."},
+    "system beside": chat(*TURNS[1:], system="Be brief."),
     "sharegpt": {"conversations": [{"from": SHAREGPT[role], "value": text} for role, text in TURNS], "tools": ""},
     "alpaca": {"instruction": "And?", "output": "A dog.", "history": [["Who?", "A fox."]], "system": "Be brief."},
     "completion": {
-        "prompt": [{"role": role, "content": text} for role, text in TURNS[:4]],
-        "completion": [{"role": "assistant", "content": "A dog."}],
+        "prompt": chat(*TURNS[:4])["messages"],
+        "completion": chat(TURNS[4])["messages"],
     },
 }
 
@@ -127,8 +130,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_conversations_of_every_form_are_the_templates_text(tmp_path, chat_tokenizer, form):
     record = FORMS[form]
-    conversation = [{"role": role, "content": text} for role, text in TURNS]
-    written = chat_tokenizer.apply_chat_template(conversation, tokenize=False)
+    written = chat_tokenizer.apply_chat_template(chat(*TURNS)["messages"], tokenize=False)
     answers = "A dog.<|end|>\n" if form == "completion" else "A fox.<|end|>\nA dog.<|end|>\n"
     for name, content in (("a.json", [record]), ("a.jsonl", json.dumps(record)), ("a.ndjson", json.dumps(record) + "\n")):
         blocks = load_blocks(write(tmp_path / name, content), chat_tokenizer, block_tokens=1000)
@@ -166,12 +168,11 @@ def test_fields_that_are_not_used_and_answers_without_text_are_listed(tmp_path, 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}])
 def test_answers_of_weight_0_are_written_and_not_trained_on(tmp_path, chat_tokenizer, mark):
-    conversation = [{"role": role, "content": text} for role, text in TURNS]
+    conversation = chat(*TURNS)["messages"]
     written = chat_tokenizer.apply_chat_template(conversation, tokenize=False)
-    unlearnt, learnt_text = (text for role, text in TURNS if role == "assistant")
-    marked = [{**message, **(mark if message["content"] == unlearnt else {"weight": 1})} for message in conversation]
+    marked = [{**message, **(mark if message["content"] == "A fox." else {"weight": 1})} for message in conversation]
     blocks = load_blocks(write(tmp_path / "a.json", [{"messages": marked}]), chat_tokenizer, block_tokens=1000)
-    assert learnt(chat_tokenizer, blocks) == (written, f"{learnt_text}<|end|>\n")
+    assert learnt(chat_tokenizer, blocks) == (written, "A dog.<|end|>\n")
     assert blocks.notes == ("fields used: messages (1)", "answers that are not trained on: 1")
 
 
@@ -197,17 +198,13 @@ def test_blocks_that_the_model_cannot_take_are_refused(tmp_path, chat_tokenizer,
         load_blocks(path, chat_tokenizer, block_tokens=256, model=tiny_model)
 
 
-def test_text_has_labels_everywhere(tmp_path, tiny_tokenizer):
-    path = write(tmp_path / "a.md", "the quick brown fox\n\n" * 5)
-    blocks = load_blocks(path, tiny_tokenizer, block_tokens=7)
-    assert torch.equal(blocks.input_ids, blocks.labels)
-    assert blocks.examples == 1
-    assert blocks.trained_tokens == 6 * len(blocks)
+LONG_PROMPT = {"instruction": "xyz " * 100, "output": "the dog " * 20}
 
 
 @pytest.mark.parametrize("block_tokens", [2, 7, 16, 50])
-def test_blocks_are_the_joined_examples_but_for_the_tail(tmp_path, chat_tokenizer, block_tokens):
-    path = write(tmp_path / "a.json", RECORDS)
+@pytest.mark.parametrize(("name", "content"), [("a.json", [*RECORDS, LONG_PROMPT]), ("a.md", "the quick brown fox\n\n" * 50)])
+def test_blocks_are_the_joined_examples_but_for_the_tail_and_dropped_prompts(tmp_path, chat_tokenizer, name, content, block_tokens):
+    path = write(tmp_path / name, content)
     whole_ids, whole_labels = flat(load_blocks(path, chat_tokenizer, block_tokens=10_000))
     blocks = load_blocks(path, chat_tokenizer, block_tokens=block_tokens)
     cut = range(0, len(whole_ids) - block_tokens + 1, block_tokens)
@@ -218,23 +215,19 @@ def test_blocks_are_the_joined_examples_but_for_the_tail(tmp_path, chat_tokenize
     assert blocks.tokens == len(whole_ids)
     assert blocks.tail_tokens == len(whole_ids) % block_tokens
     assert blocks.trained_tokens == sum(label != -100 for _, labels in kept for label in labels[1:])
-    assert (blocks.examples, blocks.block_tokens) == (3, block_tokens)
+    assert (blocks.examples, blocks.block_tokens) == (4 if name == "a.json" else 1, block_tokens)
     assert blocks.input_ids.dtype == blocks.labels.dtype == torch.int64
+    # A text has labels everywhere; of a long prompt blocks are left out.
+    assert (whole_labels == whole_ids) == (name == "a.md") == (blocks.dropped_blocks == 0)
 
 
-def test_a_file_shorter_than_a_block_is_one_shorter_block(tmp_path, tiny_tokenizer):
+def test_a_file_shorter_than_a_block_is_one_shorter_block_and_blocks_of_one_token_are_refused(tmp_path, tiny_tokenizer):
     blocks = load_blocks(write(tmp_path / "a.txt", "the dog"), tiny_tokenizer, block_tokens=512)
     assert len(blocks) == 1
     assert blocks.block_tokens == blocks.tokens == blocks[0]["input_ids"].numel() < 10
     assert blocks.tail_tokens == 0
-
-
-def test_blocks_that_hold_only_a_prompt_are_dropped_and_counted(tmp_path, chat_tokenizer):
-    path = write(tmp_path / "a.json", [{"instruction": "xyz " * 100, "output": "the dog " * 20}])
-    blocks = load_blocks(path, chat_tokenizer, block_tokens=16)
-    assert len(blocks) >= 2
-    assert blocks.dropped_blocks >= 10
-    assert (blocks.labels[:, 1:] != -100).any(dim=1).all()
+    with pytest.raises(DataError, match="block_tokens=1: a block needs at least 2"):
+        load_blocks(tmp_path / "a.txt", tiny_tokenizer, block_tokens=1)
 
 
 def test_long_texts_cause_no_warning_about_the_models_window(tmp_path, tiny_tokenizer, caplog):
@@ -245,23 +238,11 @@ def test_long_texts_cause_no_warning_about_the_models_window(tmp_path, tiny_toke
     assert caplog.text == ""
 
 
-def test_reading_twice_gives_the_same_blocks(tmp_path, chat_tokenizer):
-    path = write(tmp_path / "a.json", RECORDS)
-    first = load_blocks(path, chat_tokenizer, block_tokens=8)
-    second = load_blocks(path, chat_tokenizer, block_tokens=8)
-    assert torch.equal(first.input_ids, second.input_ids)
-    assert torch.equal(first.labels, second.labels)
-
-
 def test_byte_order_mark_null_input_and_unusual_line_ends_are_read(tmp_path, chat_tokenizer):
     record = {"instruction": "a\u2028b", "input": None, "output": "c"}
     path = write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n")
     ids, _ = flat(load_blocks(path, chat_tokenizer, block_tokens=1000))
     assert "user\na\u2028b<|end|>" in chat_tokenizer.decode(ids)
-
-
-def chat(*turns, **more):
-    return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
 
 
 QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -349,11 +330,6 @@ def test_a_file_that_is_not_text_is_named(tmp_path, chat_tokenizer, name, conten
         load_blocks(tmp_path, chat_tokenizer, block_tokens=8)
 
 
-def test_blocks_of_one_token_are_refused(tmp_path, chat_tokenizer):
-    with pytest.raises(DataError, match="block_tokens=1: a block needs at least 2"):
-        load_blocks(write(tmp_path / "a.txt", "the dog"), chat_tokenizer, block_tokens=1)
-
-
 def test_a_file_with_nothing_to_train_on_is_refused(tmp_path, chat_tokenizer):
     path = write(tmp_path / "a.json", [{"instruction": "xyz " * 30, "output": "the dog"}])
     with pytest.raises(DataError, match=r"none of its \d+ tokens can be trained on: the 1 block"):
@@ -362,9 +338,3 @@ def test_a_file_with_nothing_to_train_on_is_refused(tmp_path, chat_tokenizer):
     path = write(tmp_path / "b.json", [{"instruction": "a long question", "output": ""}])
     with pytest.raises(DataError, match=r"record 1: the chat template of .* marks no token as the assistant's"):
         load_blocks(path, chat_tokenizer, block_tokens=4)
-
-
-def test_a_template_that_drops_the_answer_is_refused(tmp_path, chat_tokenizer):
-    chat_tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(DataError, match="does not write the assistant's answer"):
-        load_blocks(write(tmp_path / "a.json", RECORDS), chat_tokenizer, block_tokens=4)
