@@ -65,6 +65,8 @@ def test_a_function_that_a_program_calls_is_silent():
 
 def test_a_terminal_shows_one_line_of_progress_and_keeps_one_at_the_end(clock):
     with on_a_terminal() as terminal, progress.shown(), progress.progress("fit", 4, "weights") as advance:
+        advance(0, "loss 3.5")
+        assert terminal.getvalue().rstrip().endswith("left, loss 3.5")  # as soon as it is known
         for _ in range(4):
             advance(note="loss 2.5")
     drawn = terminal.getvalue()
@@ -72,23 +74,24 @@ def test_a_terminal_shows_one_line_of_progress_and_keeps_one_at_the_end(clock):
     assert terminal.lines() == ["fit: 4 weights in 00:00, loss 2.5", ""]
 
 
-def test_a_terminal_shows_a_loss_as_soon_as_it_is_known():
-    with on_a_terminal() as terminal, progress.shown(), progress.progress("training", 4, "steps") as advance:
-        advance(0, "loss 2.5")
-        assert terminal.getvalue().rstrip().endswith("left, loss 2.5")
-
-
 def test_a_file_gets_a_line_at_the_start_each_half_minute_and_at_the_end(clock, capsys):
     with progress.shown(), progress.progress("training", 2000, "steps") as advance:
         for _ in range(100):
             clock[0] += 1.0
             advance(20, note="loss 2.5")
+    # Steps of before an interruption count, but not for the time left.
+    with progress.shown(), progress.progress("training", 60, "steps", done=20) as advance:
+        clock[0] += 40.0
+        advance(20)
     assert capsys.readouterr().err.splitlines() == [
         "training: 0 of 2,000 steps, 00:00, ? left",
         "training: 600 of 2,000 steps, 00:30, 01:10 left, loss 2.5",
         "training: 1,200 of 2,000 steps, 01:00, 00:40 left, loss 2.5",
         "training: 1,800 of 2,000 steps, 01:30, 00:09 left, loss 2.5",
         "training: 2,000 steps in 01:40, loss 2.5",
+        "training: 20 of 60 steps, 00:00, ? left",
+        "training: 40 of 60 steps, 00:40, 00:40 left",
+        "training: 40 of 60 steps in 00:40",
     ]
 
 
@@ -99,17 +102,6 @@ def test_work_of_unknown_length_is_named_and_leaves_nothing_on_a_terminal(capsys
     with progress.shown(), progress.progress("loading x"):
         pass
     assert capsys.readouterr().err == "loading x, 00:00\n"
-
-
-def test_steps_of_before_an_interruption_count_but_not_for_the_time_left(clock, capsys):
-    with progress.shown(), progress.progress("training", 60, "steps", done=20) as advance:
-        clock[0] = 40.0
-        advance(20)
-    assert capsys.readouterr().err.splitlines() == [
-        "training: 20 of 60 steps, 00:00, ? left",
-        "training: 40 of 60 steps, 00:40, 00:40 left",
-        "training: 40 of 60 steps in 00:40",
-    ]
 
 
 def test_an_error_ends_the_line_and_the_phase_is_not_reported_as_done(capsys):
@@ -212,10 +204,9 @@ def test_the_demonstration_ends_with_precisions_and_commands_to_try(tmp_path, ti
     assert demo.main(["--out", str(out), "--steps", "4"]) == 0
     printed, shown = capsys.readouterr()
     assert "all measured in float32 without autocast" in printed
-    rows = {
-        name: line for line in printed.splitlines() for name in ("original", "plain", "edkm, hard", "edkm, packed") if line.startswith(name)
-    }
-    assert [name for name, line in rows.items() if "float32" in line] == ["plain", "edkm, hard", "edkm, packed"]
+    names = ("original", "plain", "edkm, hard", "edkm, packed")
+    measured = [name for line in printed.splitlines() for name in names if line.startswith(name) and "float32" in line]
+    assert measured == ["plain", "edkm, hard", "edkm, packed"]
     assert "the packed model is equal to the trained one" in printed
     commands = printed.partition("next:\n")[2].splitlines()
     assert len(commands) == 3 and f"edkm generate {out / 'packed'}" in commands[0]

@@ -60,7 +60,7 @@ def saved_tensors(
     conjugates are each copied whole, as `save_on_cpu` does.
 
     Args:
-        device: where copies are kept. From CUDA to the CPU they go through pinned memory, on a stream of their own.
+        device: where copies are kept. From CUDA to the CPU they go through pinned memory, on a side stream.
         marshal: one copy for all views of a storage and for copies of it, and only the distinct elements of what `expand` repeats.
         uniquify: keep what `function_of` declares as a table and an index.
         shard: a group on whose ranks everything saved in the block is identical. Each rank keeps its part of every copy of 512 bytes or
