@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks op` and `python -m benchmarks step`."""
+"""Benchmarks: `python -m benchmarks NAME`, with the names of `__main__`."""

@@ -254,7 +254,7 @@ def _now(cuda: bool) -> float:
 
 
 def _check(rows: list[dict], expected: list[list[str]], counted: int) -> None:
-    """Dense gradients equal on every learner, and a base that copies what it is asked to save."""
+    """Require equal dense gradients on every learner, and a base that copies all that it is asked to save."""
     for row in rows:
         where = f"{row['name']} on {row['learners']} learners"
         if row["name"] == "base":
@@ -290,6 +290,6 @@ def _table(result: dict, learners: list[int]) -> str:
 
 
 def _mib(count: int) -> str:
-    """MiB with three significant digits."""
+    """Format MiB with three significant digits."""
     mib = count / 2**20
     return f"{mib:.{max(0, 2 - math.floor(math.log10(mib)))}f}" if mib > 0 else "0"

@@ -57,7 +57,7 @@ def make_data(args: argparse.Namespace, learner: int) -> Data:
 
 
 def attention(soft: list[Tensor], inputs: Tensor) -> Tensor:
-    """`[tokens, side]` to `[tokens, side]`: causal attention with the four soft weights."""
+    """Compute causal attention with the four soft weights, `[tokens, side]` to `[tokens, side]`."""
     heads = max(1, inputs.shape[-1] // HEAD)
     q, k, v = (F.linear(inputs, weight).unflatten(-1, (heads, -1)).transpose(0, 1) for weight in soft[:3])  # [heads, tokens, HEAD]
     # The fused kernels may add in any order.
@@ -72,7 +72,7 @@ def _dense(weight: Tensor, centroids: Tensor, temperature: Tensor, iters: int) -
 
 
 def soft_weights(layer: Layer) -> list[Tensor]:
-    """Dense soft weights; each weight is declared to whatever saves tensors around this."""
+    """Compute dense soft weights; each weight is declared to whatever saves tensors around this."""
     soft = []
     for weight, centroids, temperature in zip(*layer[:3], strict=True):
         with function_of(weight):
@@ -81,7 +81,7 @@ def soft_weights(layer: Layer) -> list[Tensor]:
 
 
 def truth(layer: Layer, data: Data) -> list[Tensor]:
-    """Gradients in float64. One weight's maps at a time: the gradients of the soft weights come first."""
+    """Compute gradients in float64, the maps of one weight at a time: the gradients of the soft weights come first."""
     weights = [weight.detach().bfloat16().double().requires_grad_() for weight in layer.weights]
     tables = [(c.double(), t.double(), layer.iters) for c, t in zip(layer.centroids, layer.temperatures, strict=True)]
     with torch.no_grad():

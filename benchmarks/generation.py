@@ -81,7 +81,7 @@ def _model(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def _rate(model: Any, tokens: int) -> float:
-    """Tokens a second after the prompt."""
+    """Measure tokens a second after the prompt."""
     device = model.model.norm.weight.device
     out = model(torch.arange(PROMPT, device=device).view(1, -1), use_cache=True)
     began = 0.0
@@ -102,7 +102,7 @@ def _empty(name: str) -> Any:
 
 
 def _materialise(model: Any, dtype: torch.dtype, device: str) -> Any:
-    """Memory and numbers for the parameters that are on no device yet."""
+    """Make memory and numbers for the parameters that are on no device yet."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.is_meta:
@@ -136,7 +136,7 @@ def _nf4(model: Any, device: str) -> Any:
 
 
 def _packed(name: str, bits: int, dtype: torch.dtype, device: str) -> Any:
-    """Any bits are indices."""
+    """Make packed weights of random bits: any bits are indices."""
     model = _empty(name)
     embedding, head = model.model.embed_tokens, model.lm_head
     for module in [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]:

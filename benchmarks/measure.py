@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def seconds(run: Callable[[], None], device: str, repeats: int) -> tuple[float, float]:
-    """`(median, spread)`: the spread is the difference of the quartiles. One run to warm up."""
+    """Measure `(median, difference of the quartiles)` of the seconds of runs, after one to warm up."""
     times = []
     for _ in range(repeats + 1):
         _wait(device)

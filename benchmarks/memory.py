@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 
 def _plan_and_save(cases: list[str], directory: Path) -> dict[str, Budget]:
-    """Plans, and the models plain and prepared, once for all processes."""
+    """Plan all cases, and save the model plain and prepared, once for all processes."""
     model, _ = load_model(fetch_smollm2())
     plans = {}
     for case in cases:
@@ -100,7 +100,7 @@ def _tokens(seed: int) -> torch.Tensor:
 
 
 def _run(case: str, directory: str) -> dict[str, int]:
-    """The largest figures of the processes of a case."""
+    """Run the processes of a case; return the largest of their figures."""
     ranks = CASES[case].get("ranks", 1)
     Path(directory, "meet").unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.memory", "--measure", case]
@@ -116,8 +116,11 @@ def _run(case: str, directory: str) -> dict[str, int]:
 
 
 def _measure(case: dict, rank: int, directory: Path) -> dict[str, int]:
-    """Four steps: one makes the optimizer's state, in the next DDP makes its buckets anew (they are resident once they are written, in the
-    backward pass), in one the resident memory is watched, in one the tensors."""
+    """Measure the resident memory in a third step, and the bytes of all tensors in a fourth.
+
+    The first makes the optimizer's state; in the second DDP makes its buckets anew, which are resident once a backward pass has written
+    them.
+    """
     options = dict(case)
     clustered, ranks = options.pop("clustered", False), options.get("ranks", 1)
     if ranks > 1:
@@ -139,7 +142,7 @@ def _measure(case: dict, rank: int, directory: Path) -> dict[str, int]:
 
 
 def training(model, tokens, *, checkpointing=False, bf16=False, ranks=1, fsdp=False):
-    """The optimizer of a model, prepared or not, and a function that makes a step, both as `edkm compress` would have them."""
+    """Return the optimizer of a model, prepared or not, and a function that makes a step, both as `edkm compress` has them."""
     model.train()
     model.config.use_cache = False
     if checkpointing:
@@ -166,7 +169,7 @@ def training(model, tokens, *, checkpointing=False, bf16=False, ranks=1, fsdp=Fa
 
 
 def peak_of_tensors(model, optimizer, step) -> int:
-    """The peak of the bytes of all live tensors in a step; one was made before."""
+    """Measure the peak of the bytes of all live tensors in a step; one was made before."""
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
     with tracker:
@@ -186,13 +189,13 @@ def _warm_up() -> None:
 
 
 def _resident(which: str) -> int:
-    """`VmRSS` or its peak `VmHWM`, in bytes."""
+    """Read `VmRSS` or its peak `VmHWM`, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{which}:")) * 1024
 
 
 def _llama_7b(out: Path | None) -> int:
-    """2,048 tokens a GPU, 3 bits, gradient checkpointing, bfloat16 autocast; float32 weights."""
+    """Plan 2,048 tokens a GPU, 3 bits, gradient checkpointing, bfloat16 autocast; float32 weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):

@@ -113,7 +113,7 @@ def _digest(model: Any) -> str:
 
 
 def _as_save_on_cpu(row: dict, requested: int) -> None:
-    """Count the parameters in, which the stand-in refers to and `save_on_cpu` copies."""
+    """Add the parameters, which the stand-in refers to and `save_on_cpu` copies."""
     referenced = row["stats"]["avoided_bytes"]["reference"]
     for key in ("copied_bytes", "peak_kept_bytes"):
         row[key] += referenced

@@ -104,7 +104,7 @@ def _layer(name: str, args: argparse.Namespace) -> list[dict]:
 
 
 def _in_turn(contestants: dict[str, Copies], x: Tensor, rounds: int) -> dict[str, Tensor]:
-    """Milliseconds of every call, `[rounds, copies]`; one more round warms up."""
+    """Measure milliseconds of every call, `[rounds, copies]`; one more round warms up."""
     times = {who: [] for who in contestants}
     for _ in range(rounds + 1):
         for who, copies in contestants.items():

@@ -64,7 +64,7 @@ def _product(*arguments) -> Tensor:
 
 
 def _random(rows: int, cols: int, bits: int, device: str) -> tuple[Tensor, Tensor]:
-    """Any bits are indices; a table per row (one in all at 8 bits)."""
+    """Make a packed weight of random bits: any bits are indices; a table per row (one in all at 8 bits)."""
     packed = torch.randint(0, 256, (packed_bytes(rows * cols, bits),), dtype=torch.uint8, device=device)
     return packed, (torch.randn(1 if bits == 8 else rows, 1 << bits, 1, device=device) * 0.02).half()
 

@@ -16,7 +16,7 @@ from benchmarks.measure import kept_bytes, peak_bytes, seconds
 
 
 def main() -> None:
-    """rows cols bits dtype repeats."""
+    """Read `rows cols bits dtype repeats` from the command line, measure and print."""
     rows, cols, bits, repeats = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[5])
     dtype = getattr(torch, sys.argv[4])
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ READS |= {"_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim
 
 
 class CountReads(TorchDispatchMode):
-    """Collects the names of operations whose result, or its shape, the host has to wait for."""
+    """Collect the names of operations whose result, or its shape, the host has to wait for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def _reads(model: torch.nn.Module, batch: dict[str, Tensor]) -> int:
-    """Count those of the second step."""
+    """Count the reads of the second step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(2):
         with CountReads() as counted:

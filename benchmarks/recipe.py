@@ -18,15 +18,16 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.compare.readme import WINDOW, make_data
 from benchmarks.measure import machine, write
 from edkm.core.op import BACKENDS
-from edkm.recipe import PRESETS
 from examples.demo.data import save_smollm2
 
 BITS, LR = 3, 2e-4
@@ -112,72 +113,56 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Make a row: train, and score soft and hard weights on every text."""
+    """Make a row: run the stages of the recipe with the row's clustering, and score soft and hard weights on every text."""
     import edkm
+    from edkm import recipe
     from edkm.models import load_model
     from edkm.train.allocate import bits_of
-    from edkm.train.data import load_blocks
+    from edkm.train.prepare import clusterings
 
     table, _, key = name.partition("-")
-    row, steps = (IDENTITY[key], args.identity_steps) if table == "identity" else (RECIPE[key], args.steps)
-    model, tokenizer = load_model(args.out / "model")
-    blocks = load_blocks(args.out / "data" / "train.json", tokenizer, block_tokens=WINDOW)
-    plain = int(steps * PRESETS[row.preset].finetune_share) if row.preset else 0
-    if plain:
-        _train(model, blocks, plain, 0, args.out / f"{name}-training")
-    config = edkm.ClusterConfig(
-        bits=BITS,
-        rows_per_lut=row.rows_per_lut,
-        anneal_steps=steps - plain,
-        embedding_bits=0 if table == "identity" else 8,
-    )
-    began = time.perf_counter()
-    config = _prepare(model, blocks, config, row)
-    started = time.perf_counter()
-    if row.backend == "reference":
-        _make_dense(model)
-    _train(model, blocks, steps - plain, plain, args.out / f"{name}-training")
-    trained = time.perf_counter()
-    with edkm.soft_weights(model):
-        soft = _perplexities(model, tokenizer, args)
-    return {
-        "steps": steps,
-        "plain_steps": plain,
-        "bits": bits_of(load_model(args.out / "model")[0], config),
-        "hard": _perplexities(model, tokenizer, args),
-        "soft": soft,
-        "start_seconds": started - began,
-        "step_seconds": (trained - started) / (steps - plain),
-    }
+    identity = table == "identity"
+    row, steps = (IDENTITY[key], args.identity_steps) if identity else (RECIPE[key], args.steps)
+    config = edkm.ClusterConfig(bits=BITS, rows_per_lut=row.rows_per_lut, embedding_bits=0 if identity else 8)
+    settings = {"steps": steps, "lr": LR, "block_tokens": WINDOW, "precision": "fp32"}
+    settings |= {"preset": row.preset} if row.preset else {"finetune_steps": 0}
+    found: dict[str, Any] = {"steps": steps}
+
+    def measure(run: Any) -> None:
+        with edkm.soft_weights(run.model):
+            soft = _perplexities(run.model, run.tokenizer, args)
+        found.update(plain_steps=run.recipe.finetune_steps, hard=_perplexities(run.model, run.tokenizer, args), soft=soft)
+        seconds = {phase["name"]: phase["seconds"] for phase in run.recorder.content["phases"]}
+        found["start_seconds"] = seconds["calibration and fit"]
+        found["step_seconds"] = seconds["clustered training"] / (steps - run.recipe.finetune_steps)
+        found["bits"] = bits_of(load_model(run.source)[0], clusterings(run.model)[0][2].prepared_by)
+
+    cluster = recipe.cluster if row.fitted else partial(_cluster, row=row)
+    stages = [cluster if stage is recipe.cluster else stage for stage in recipe.STAGES if stage not in (recipe.write, recipe.report)]
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        data = args.out / "data" / "train.json"
+        recipe.compress(args.out / "model", recipe.Recipe(config, **settings), folder, data=data, stages=[*stages, measure])
+    return found
 
 
-def _train(model: Any, blocks: Any, steps: int, first: int, work: Path) -> None:
-    from edkm.train.loop import TrainSettings, train
-
-    if train(model, blocks, TrainSettings(steps=steps, lr=LR, first_step=first, precision="fp32"), work).interrupted:
-        raise KeyboardInterrupt
-
-
-def _prepare(model: Any, blocks: Any, config: Any, row: Row) -> Any:
-    """Cluster the model as the row says, in place; the config that it was done by."""
+def _cluster(run: Any, row: Row) -> None:
+    """Cluster without a fit, as the row says."""
     import edkm
     from benchmarks.compare.dkm import config as dkm_config
     from benchmarks.compare.dkm import prepare_dkm
     from edkm.run import calibration_batches
-    from edkm.train.allocate import bits_of
 
+    began = time.perf_counter()
     if row.absolute:
-        config = dkm_config(model, BITS)
-        prepare_dkm(model, config)
+        prepare_dkm(run.model, dkm_config(run.model, BITS))
     elif row.importance:
-        target = bits_of(model, config) if row.preset and PRESETS[row.preset].choose_bits else None
         backend = "auto" if row.backend == "reference" else row.backend  # which takes its place afterwards
-        more = {} if row.fitted else {"centroids": {}}
-        batches = calibration_batches(blocks, model)
-        config = edkm.prepare(model, config, batches, target_bpw=target, backend=backend, **more).config
+        edkm.prepare(run.model, run.recipe.config, calibration_batches(run.blocks, run.model), centroids={}, backend=backend)
     else:
-        edkm.prepare(model, config)
-    return config
+        edkm.prepare(run.model, run.recipe.config)
+    run.recorder.phase("calibration and fit", time.perf_counter() - began)
+    if row.backend == "reference":
+        _make_dense(run.model)
 
 
 def _make_dense(model: Any) -> None:

@@ -249,7 +249,7 @@ def _run_stages(out: Path, name: str, stages: Sequence[str]) -> None:
 
 
 def _process(arguments: list[str], log: Path) -> int:
-    """Run a stage; its exit code. What it prints goes into the log."""
+    """Run a stage, with its output in the log; return its exit code."""
     command = [sys.executable, "-m", "benchmarks.compare.stage", *arguments]
     with (
         log.open("w") as file,

@@ -28,7 +28,7 @@ def linear_weights(model: Any) -> dict[str, nn.Parameter]:
 
 
 def embedding_weights(model: Any) -> dict[str, nn.Parameter]:
-    """Embeddings and the last linear layer over the vocabulary, tied ones once."""
+    """Find embeddings and the last linear layer over the vocabulary, tied ones once."""
     output = model.get_output_embeddings()
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():

@@ -24,7 +24,7 @@ _TEXTS_AT_ONCE = 64
 
 @torch.no_grad()
 def write_texts(model: Any, count: int, tokens: int, seed: int) -> Blocks:
-    """`count` texts of `tokens` tokens by the model itself: a random first token, some of the likeliest, then samples.
+    """Write `count` texts of `tokens` tokens by the model: a random first token, some of the likeliest, then samples.
 
     A text that ends goes on with another, as training data joined end to end does.
     """
@@ -54,7 +54,7 @@ def write_texts(model: Any, count: int, tokens: int, seed: int) -> Blocks:
 
 
 class _OnGrid(nn.Module):
-    """Parametrization: the weight on its grid; the gradient passes as if it were not."""
+    """Put a weight on its grid; the gradient passes as if it were not."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()

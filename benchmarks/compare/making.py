@@ -182,7 +182,7 @@ def _make_dkm(job: Job) -> dict[str, Any]:
 
 
 def _make_edkm(job: Job) -> dict[str, Any]:
-    """`edkm compress` with its own defaults, for no more bits than the methods with groups take."""
+    """Run the recipe of `edkm compress` with its defaults, for no more bits than the methods with groups take."""
     from edkm.config import ClusterConfig
     from edkm.recipe import Recipe, compress
 
@@ -220,7 +220,7 @@ def _blocks(job: Job, model: Any, tokenizer: Any) -> Any:
 
 
 def _train(job: Job, model: Any, blocks: Any, teacher: Any = None) -> float:
-    """Train in place, the same number of blocks for every method, to predict them or as the teacher does; the seconds it took."""
+    """Train in place, the same number of blocks for every method, to predict them or as the teacher does; return the seconds."""
     from edkm.train.loop import TrainSettings, train
 
     if not job.settings["steps"]:
@@ -234,7 +234,7 @@ def _train(job: Job, model: Any, blocks: Any, teacher: Any = None) -> float:
 
 
 def _finish(job: Job, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Embeddings in 8 bits, and save; float32 holds every quantized value exactly."""
+    """Put embeddings on 8 bits, and save; float32 holds every quantized value exactly."""
     from benchmarks.compare.dense import round_embeddings, save
 
     round_embeddings(model)

@@ -44,7 +44,7 @@ class Method:
     library: bool = False
 
     def block_of(self, group: int) -> tuple[int, int]:
-        """`(rows, columns)` that share a scale; 0 for all."""
+        """Return the `(rows, columns)` that share a scale; 0 for all."""
         return (1, group if self.block == "group" else 0)
 
 

@@ -10,7 +10,7 @@ _SMALLEST = 2.0**-24
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int) -> Tensor:
-    """`weight [rows, cols]` with every `group` columns of a row on `2**bits` evenly spaced values, 0 among them.
+    """Put every `group` columns of a row of `weight [rows, cols]` on `2**bits` evenly spaced values, 0 among them.
 
     The scale is rounded to float16, as it would be stored.
     """
@@ -23,7 +23,7 @@ def round_to_nearest(weight: Tensor, bits: int, group: int) -> Tensor:
 
 
 def symmetric(weight: Tensor, bits: int) -> Tensor:
-    """`weight [rows, cols]` with every row on `2**bits - 1` values about 0, the largest magnitude at the end (arXiv:2305.17888)."""
+    """Put every row of `weight [rows, cols]` on `2**bits - 1` values about 0, the largest magnitude at the end (arXiv:2305.17888)."""
     levels = 2 ** (bits - 1) - 1
     scale = (weight.detach().abs().amax(-1, keepdim=True) / levels).half().to(weight.dtype).clamp_min(_SMALLEST)
     return (weight.detach() / scale).round().clamp(-levels, levels) * scale

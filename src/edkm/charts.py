@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,23 +100,20 @@ def histogram(panels: dict[str, dict[str, Any]]) -> str:
     Args:
         panels: of a weight, as `edkm.metrics.describe` returns them, by "original", "fitted", "trained" or "packed".
     """
-    drawn = [(title, panels[when]) for when, title in _PANELS.items() if when in panels]
+    drawn = [when for when in _PANELS if when in panels]
     if not drawn:
         return ""
     edges = [-REACH + 2 * REACH * i / BINS for i in range(BINS + 1)]
-
-    def counts(panel: dict[str, Any]) -> list[int]:
-        return (panel["counts"] + [0] * BINS)[:BINS]
-
+    counts = {when: (panel["counts"] + [0] * BINS)[:BINS] for when, panel in panels.items()}
     with _figure(4.6, 0.4 + 1.3 * len(drawn), len(drawn)) as (_, axes, encoded):
-        for axis, (title, panel) in zip(axes, drawn):
-            axis.stairs(counts(panel), edges, fill=True, color="#aab0b8")
+        for axis, when in zip(axes, drawn):
+            axis.stairs(counts[when], edges, fill=True, color="#aab0b8")
             if "original" in panels:
-                axis.stairs(counts(panels["original"]), edges, color="#1b1f24", linewidth=0.8)
-            medians = [centroid[len(centroid) // 2] for centroid in panel["centroids"] if centroid]
+                axis.stairs(counts["original"], edges, color="#1b1f24", linewidth=0.8)
+            medians = [centroid[len(centroid) // 2] for centroid in panels[when]["centroids"] if centroid]
             for median in medians:
                 axis.axvline(median, color=_COLOURS[1], linewidth=1.2 if len(medians) <= 16 else 0.5)
-            axis.set_title(title, loc="left", fontsize=9)
+            axis.set_title(_PANELS[when], loc="left", fontsize=9)
             axis.set(yticks=[], xlim=(-REACH, REACH))
         axes[-1].set_xlabel("weight, in root mean squares of its table")
         return encoded()
@@ -123,11 +121,8 @@ def histogram(panels: dict[str, dict[str, Any]]) -> str:
 
 def _shorter(kinds: list[str]) -> list[str]:
     """Leave out the beginning that all names share, and the middle of a long one."""
-    parts = [kind.split(".") for kind in kinds]
-    shared = 0
-    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return [_label(".".join(p[shared:]), 32) for p in parts]
+    shared = os.path.commonprefix(kinds).rfind(".") + 1  # noqa: RUF071 - names with dots, no paths
+    return [_label(kind[shared:], 32) for kind in kinds]
 
 
 def _label(name: str, most: int = 60) -> str:

@@ -20,7 +20,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edkm._version import __version__
 from edkm.compressed.entries import RECORD
+from edkm.compressed.jsonfile import FormatError, finite, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,32 +65,30 @@ class Recorder:
             path: of the record so far; a file there is continued. Nothing is written until its directory exists.
             settings: of the run, names to words and numbers, for the report; `model` among them.
         """
-        from edkm._version import __version__
-
-        self.path, self.originals = path, {}
-        self.content: dict[str, Any] = {"edkm": __version__, "phases": [], "lost_runs": 0, "losses": [], "perplexities": []}
-        self.content["histograms"] = []
+        self.path = path
+        self.content: dict[str, Any] = {"edkm": __version__, "lost_runs": 0, "open": False}
+        self.content |= {name: [] for name in ("phases", "losses", "perplexities", "histograms")}
         if path.is_file():
             self.content = json.loads(path.read_text())
-            # A run that died left its record open: the time it spent since is not known.
-            self.content["lost_runs"] += self.content["open"]
+        # A run that died left its record open: the time it spent since is not known.
+        self.content["lost_runs"] += self.content["open"]
         self.content |= {"model": Path(settings["model"]).name or str(settings["model"]), "settings": settings, "open": True}
         self._save()
 
     def keep(self, model: Any, config: Any) -> None:
-        """Copy the few weights whose histograms are drawn, in 16 bits, as they are before training."""
-        import torch
+        """Add histograms of a few linear weights as they are before training, in 16 bits; an interrupted run has them already."""
         from torch import nn
 
         from edkm.train.targets import decide
 
-        targets = [t for t in decide(model, config) if not t.reason and not any(isinstance(m, nn.Embedding) for m in t.modules)]
-        weights = {target.name: target.weight for target in targets}
-        for name in chosen(weights):
-            self.originals[name] = weights[name].detach().to("cpu", torch.bfloat16, copy=True)
+        targets = {t.name: t for t in decide(model, config) if not (t.reason or any(isinstance(m, nn.Embedding) for m in t.modules))}
+        if not self.content["histograms"]:
+            for name in chosen(targets):
+                original = {"when": "original", **describe(targets[name].weight.bfloat16(), targets[name].tables)}
+                self.content["histograms"].append({"name": name, "tables": targets[name].tables, "panels": [original]})
 
     def weights(self, model: Any, when: str) -> None:
-        """Add histograms of the kept weights, with their centroids, at the time `when`; call it on all ranks.
+        """Add histograms of the same weights, with their centroids; call it on all ranks.
 
         Args:
             model: prepared.
@@ -97,15 +97,11 @@ class Recorder:
         from edkm.core.assign import round_lut
         from edkm.train.prepare import clusterings, whole
 
-        found = {histogram["name"]: histogram for histogram in self.content["histograms"]}
+        histograms = {histogram["name"]: histogram for histogram in self.content["histograms"]}
         for name, weight, clustering in clusterings(model):
-            if name in self.originals:
+            if found := histograms.get(name):
                 panel = {"when": when, **describe(whole(weight), clustering.tables, round_lut(clustering.centroids))}
-                if name not in found:
-                    original = {"when": "original", **describe(self.originals[name], clustering.tables)}
-                    found[name] = {"name": name, "tables": clustering.tables, "panels": [original]}
-                found[name]["panels"] = [*(p for p in found[name]["panels"] if p["when"] != when), panel]
-        self.content["histograms"] = list(found.values())
+                found["panels"] = [*(p for p in found["panels"] if p["when"] != when), panel]
         self._save()
 
     def phase(self, name: str, seconds: float) -> None:
@@ -113,14 +109,11 @@ class Recorder:
         from edkm.memory import peak_gpu_mib, peak_mib
 
         phases = {phase["name"]: phase for phase in self.content["phases"]}
-        before = phases.get(name, {"seconds": 0.0, "peak_mib": 0.0, "peak_gpu_mib": None})
-        gpu = [peak for peak in (before["peak_gpu_mib"], peak_gpu_mib()) if peak is not None]
-        phases[name] = {
-            "name": name,
-            "seconds": before["seconds"] + seconds,
-            "peak_mib": max(before["peak_mib"], peak_mib()),
-            "peak_gpu_mib": max(gpu, default=None),
-        }
+        found = phases.setdefault(name, {"name": name, "seconds": 0.0, "peak_mib": 0.0, "peak_gpu_mib": None})
+        found["seconds"] += seconds
+        found["peak_mib"] = max(found["peak_mib"], peak_mib())
+        if (gpu := peak_gpu_mib()) is not None:
+            found["peak_gpu_mib"] = max(found["peak_gpu_mib"] or 0.0, gpu)
         self.content["phases"] = list(phases.values())
         self._save()
 
@@ -148,38 +141,23 @@ class Recorder:
     def finish(self, directory: Path) -> None:
         """Write `metrics.json` and the page beside the packed weights; without the extra `report` the numbers alone."""
         from edkm import report
+        from edkm.compressed.checkpoint import summary
 
-        write(directory, {key: value for key, value in self.content.items() if key != "open"})
+        totals = summary(directory)
+        content = {key: value for key, value in self.content.items() if key != "open"}
+        content |= {"metrics_version": VERSION, "weights": identity(directory), "sizes": {key: totals[key] for key in _SIZES}}
+        checked(content, _SHAPE)
+        write_json(directory / RECORD, finite(content))
         if missing := report.missing_package():
             print(f"{PAGE} needs {missing}: pip install 'edkm[report]', then edkm report {directory}. {RECORD} has the numbers.")
         else:
             (directory / PAGE).write_text(report.page(directory), encoding="utf-8")
 
     def _save(self) -> None:
-        from edkm.compressed.jsonfile import finite, write_json
         from edkm.train.distributed import rank
 
         if rank() == 0 and self.path.parent.is_dir():
             write_json(self.path, finite(self.content))
-
-
-def write(directory: Path, content: dict[str, Any]) -> None:
-    """Write `metrics.json` beside the packed weights.
-
-    Args:
-        directory: holds the packed weights.
-        content: every key but `metrics_version`, `weights` and `sizes`.
-
-    Raises:
-        ValueError: a key is missing, unknown or of another kind.
-    """
-    from edkm.compressed.checkpoint import summary
-    from edkm.compressed.jsonfile import finite, write_json
-
-    totals = summary(directory)
-    found = {"metrics_version": VERSION, "weights": identity(directory), "sizes": {key: totals[key] for key in _SIZES}, **content}
-    checked(found, _SHAPE)
-    write_json(directory / RECORD, finite(found))
 
 
 def read(directory: Path) -> tuple[dict[str, Any] | None, str]:
@@ -188,8 +166,6 @@ def read(directory: Path) -> tuple[dict[str, Any] | None, str]:
     Returns:
         The numbers and "", or None and the reason why there are none: the model loads without them, so nothing is raised.
     """
-    from edkm.compressed.jsonfile import FormatError, read_json
-
     path = directory / RECORD
     if not path.is_file():
         return None, f"no {RECORD} here; edkm compress writes one"

@@ -39,9 +39,8 @@ class Subject:
         directory: of the files.
         config: of the model, without `quantization_config`.
         settings: of the clustering, `{}` if the model is dense.
-        summary: of `compressed.checkpoint.summary`; of a dense directory the same totals and no tensors.
+        summary: of `compressed.checkpoint.summary`, layer 10 after layer 9; of a dense directory the same totals and no tensors.
         metrics: of the run that made it, or None; `missing` then has the reason.
-        histograms: as in the metrics, or of the packed weights.
     """
 
     name: str
@@ -51,20 +50,6 @@ class Subject:
     summary: dict[str, Any]
     metrics: dict[str, Any] | None
     missing: str
-    histograms: list[dict[str, Any]]
-
-    @property
-    def tensors(self) -> list[dict[str, Any]]:
-        """Return the clustered tensors, layer 10 after layer 9."""
-        return sorted(self.summary["tensors"], key=lambda tensor: natural_order(tensor["name"]))
-
-    @property
-    def seconds(self) -> float:
-        return sum(phase["seconds"] for phase in self.metrics["phases"]) if self.metrics else math.nan
-
-    @property
-    def peak_mib(self) -> float:
-        return max((phase["peak_mib"] for phase in self.metrics["phases"]), default=math.nan) if self.metrics else math.nan
 
 
 def missing_package() -> str:
@@ -93,31 +78,32 @@ def page(directory: Path, against: Path | None = None, scores: list[Path] | None
     subjects = [load(directory)]
     if not subjects[0].summary["tensors"]:
         raise ValueError(f"{directory}: is not packed by edkm, and a report is about a packed model. Give a dense one with --against.")
-    subjects = _named_apart([*subjects, load(against)] if against is not None else subjects)
+    subjects += [load(against)] if against is not None else []
+    if len({subject.name for subject in subjects}) < len(subjects):  # two runs of one model
+        subjects = [replace(subject, name=f"{subject.name} ({subject.directory})") for subject in subjects]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"number": number, "bytes": size_text, "duration": duration, "memory": memory, "words": words}
-    found = _scores(subjects, scores or [])
+    model, found = subjects[0], _scores(subjects, scores or [])
     curves, lost = _curves(subjects)
-    packed = [subject for subject in subjects if subject.tensors]
-    measured = next((score for score in found if score["of"] == subjects[0].name and "perplexity" in score), None)
+    packed = [subject for subject in subjects if subject.summary["tensors"]]
+    measured = next((score for score in found if score["of"] == model.name and "perplexity" in score), None)
+    histograms = model.metrics["histograms"] if model.metrics else _packed_histograms(model)
     html = environment.get_template("report.html.j2").render(
         version=__version__,
-        model=subjects[0],
+        model=model,
         models=subjects,
-        architecture=_architecture(subjects[0].config),
-        dimensions={text: _config_value(subjects[0].config, key) for key, text in _DIMENSIONS.items()},
-        perplexities=[score for score in found if "perplexity" in score],
+        dimensions=_dimensions(model.config),
+        scores=found,
         measured=measured,
         others=[s for s in found if measured and s is not measured and all(s.get(key) == measured[key] for key in _SAME)],
-        tasks=[(score["of"], name, task) for score in found for name, task in score.get("tasks", {}).items()],
         losses=charts.losses(curves),
         lost=lost,
         bits=charts.heat([(s.name, _grid(s, "bits_per_weight")) for s in packed], "bits per weight"),
         errors=charts.heat([(s.name, _grid(s, "error")) for s in packed], "log10 of the error", logarithmic=True),
-        histograms=[(h, charts.histogram({panel["when"]: panel for panel in h["panels"]})) for h in subjects[0].histograms],
+        histograms=[(h, charts.histogram({panel["when"]: panel for panel in h["panels"]})) for h in histograms],
     )
     # JSON can name half of a character, which UTF-8 cannot write.
     return html.encode(errors="backslashreplace").decode()
@@ -140,13 +126,11 @@ def load(directory: Path) -> Subject:
     if method not in (None, "edkm"):
         raise ValueError(f"{directory}: is quantized by {method!r}, which a report cannot show. Give an edkm or a dense directory.")
     if method is None:
-        return Subject(directory.resolve().name, directory, config, {}, _dense(directory), None, "it is not a packed directory", [])
-    summary = checkpoint.summary(directory)
-    metrics, missing = read(directory)
+        return Subject(directory.resolve().name, directory, config, {}, _dense(directory), None, "it is not a packed directory")
+    summary, (metrics, missing), settings = checkpoint.summary(directory), read(directory), quantization.get("settings")
+    summary["tensors"].sort(key=lambda tensor: natural_order(tensor["name"]))
     name = metrics["model"] if metrics else directory.resolve().name
-    histograms = metrics["histograms"] if metrics else _packed_histograms(directory, summary)
-    settings = quantization.get("settings")
-    return Subject(name, directory, config, settings if isinstance(settings, dict) else {}, summary, metrics, missing, histograms)
+    return Subject(name, directory, config, settings if isinstance(settings, dict) else {}, summary, metrics, missing)
 
 
 def _dense(directory: Path) -> dict[str, Any]:
@@ -170,27 +154,17 @@ def _dense(directory: Path) -> dict[str, Any]:
     return {"tensors": [], "dense_tensors": len(shapes), "clustered_bits_per_weight": None, **totals}
 
 
-def _packed_histograms(directory: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
+def _packed_histograms(subject: Subject) -> list[dict[str, Any]]:
     """Describe the packed values of a few weights, for a directory without metrics."""
     from edkm.compressed import checkpoint
 
     found = []
-    with checkpoint.open_items(directory) as items:
-        for name in chosen(sorted((t["name"] for t in summary["tensors"] if not t["embedding"]), key=natural_order)):
+    with checkpoint.open_items(subject.directory) as items:
+        for name in chosen(tensor["name"] for tensor in subject.summary["tensors"] if not tensor["embedding"]):
             frozen: Any = items[name].load()
             panel = describe(checkpoint.dequantize(frozen), len(frozen.lut), frozen.lut)
             found.append({"name": name, "tables": len(frozen.lut), "panels": [{"when": "packed", **panel}]})
     return found
-
-
-def _named_apart(subjects: list[Subject]) -> list[Subject]:
-    """Add the directories to the names of two runs of one model."""
-    if len({subject.name for subject in subjects}) == len(subjects):
-        return subjects
-    folders = [subject.directory.resolve().name for subject in subjects]
-    if len(set(folders)) < len(folders):
-        folders = [str(subject.directory) for subject in subjects]
-    return [replace(subject, name=f"{subject.name} ({folder})") for subject, folder in zip(subjects, folders, strict=True)]
 
 
 def _scores(subjects: list[Subject], paths: list[Path]) -> list[dict[str, Any]]:
@@ -244,7 +218,7 @@ def _curves(subjects: list[Subject]) -> tuple[list[tuple[str, int, list[tuple[fl
 def _grid(subject: Subject, key: str) -> charts.Cells:
     """Average a value over the weights at each place, which is one tensor unless there are experts."""
     sums: dict[tuple[int, str], list[float]] = {}
-    for tensor in subject.tensors:
+    for tensor in subject.summary["tensors"]:
         if not tensor["embedding"] and (place := place_of(tensor["name"])) is not None:
             total = sums.setdefault(place, [0.0, 0.0])
             total[0] += math.prod(tensor["shape"]) * tensor[key]
@@ -255,14 +229,11 @@ def _grid(subject: Subject, key: str) -> charts.Cells:
 # Numbers and words of the page.
 
 
-def _architecture(config: dict[str, Any]) -> str:
-    named = config.get("architectures") or config.get("model_type") or "unknown architecture"
-    return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
-
-
-def _config_value(config: dict[str, Any], key: str) -> Any:
+def _dimensions(config: dict[str, Any]) -> dict[str, Any]:
+    """Look up sizes of the model, which a model for images and text has in its `text_config`."""
     inner = config.get("text_config")
-    return config.get(key, inner.get(key) if isinstance(inner, dict) else None)
+    values = (inner if isinstance(inner, dict) else {}) | config
+    return {text: values.get(key) for key, text in _DIMENSIONS.items()}
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -279,9 +250,9 @@ def size_text(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e10 else f"{size / 1e6:,.1f} MB"
 
 
-def duration(seconds: float) -> str:
-    """Format seconds."""
-    if not 0 <= seconds < 1e9:
+def duration(seconds: float | None) -> str:
+    """Format seconds; a dash if there is no number."""
+    if seconds is None or not 0 <= seconds < 1e9:
         return "—"
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"

@@ -45,22 +45,18 @@ def arguments(tiny_dir, files, out, *more):
     return [str(tiny_dir), *data, *small, *more]
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Stages run in this process, to save their imports; the list of those that ran."""
-    ran = []
-
-    def process(words, log):
-        ran.append((words[1], words[2]))
-        return in_this_process(words, log)
-
-    monkeypatch.setattr(command, "_process", process)
-    return ran
-
-
 def in_this_process(words, log):
+    """Run a stage here, to save its imports."""
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         return stage.main(words)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Stages run in this process; the list of those that ran."""
+    ran = []
+    monkeypatch.setattr(command, "_process", lambda words, log: ran.append(tuple(words[1:3])) or in_this_process(words, log))
+    return ran
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +189,8 @@ def test_stages_are_processes_of_their_own(tiny_dir, files, tmp_path):
     """And the first one imports nothing that the next needs."""
     out = tmp_path / "out"
     out.mkdir()
-    args = arguments(tiny_dir, files, out)
-    (out / "compare.json").write_text(json.dumps(command.settings_of(_parse(args))))
+    args = command.parser().parse_args(arguments(tiny_dir, files, out))
+    (out / "compare.json").write_text(json.dumps(command.settings_of(args)))
     (out / "original").mkdir()
     assert command._process([str(out), "original", "make"], out / "log") == 0, (out / "log").read_text()
     found = json.loads((out / "original" / "make.json").read_text())
@@ -202,31 +198,28 @@ def test_stages_are_processes_of_their_own(tiny_dir, files, tmp_path):
     assert load_file(out / "calibration.safetensors")["input_ids"].shape[1] == 48
 
 
-def _parse(args):
-    return command.parser().parse_args(args)
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "rtm"], "unknown method 'rtm'. Known are original, control, rtn, smoothquant"),
+        (["--methods", "rtn,gptq", "--baselines", "no/python"], "no/python: not found, and gptq need the environment"),
+        (["--methods", ","], "name at least one"),
+        (["--methods", "rtn", "--lr", "rtn=1"], "--lr rtn=1"),
+        (["--methods", "rtn", "--lr", "dkm=fast"], "positive number"),
+        (["--methods", "rtn", "--bits", "1"], "--bits: 2 to 8, got 1."),
+        (["--methods", "rtn", "--steps", "-1"], "--steps: at least 0, got -1."),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_made(tiny_dir, files, tmp_path, capsys, here, more, message):
+    assert main(arguments(tiny_dir, files, tmp_path / "out", *more)) == 1
+    assert message in capsys.readouterr().err and here == [] and not (tmp_path / "out").exists()
 
 
-def test_refusals(tiny_dir, files, tmp_path, capsys, here):
-    def refused(*more):
-        assert main(arguments(tiny_dir, files, tmp_path / "out", *more)) == 1
-        assert not (tmp_path / "out").exists()
-        return capsys.readouterr().err
-
-    assert "unknown method 'rtm'. Known are original, control, rtn, smoothquant" in refused("--methods", "rtm")
-    missing = refused("--methods", "rtn,gptq", "--baselines", str(tmp_path / "python"))
-    assert "make baselines" in missing and "gptq need" in missing
-    assert "name at least one" in refused("--methods", ",")
-    assert "--lr rtn=1" in refused("--methods", "rtn", "--lr", "rtn=1")
-    assert "positive number" in refused("--methods", "rtn", "--lr", "dkm=fast")
-    assert "--bits: 2 to 8, got 1." in refused("--methods", "rtn", "--bits", "1")
-    assert "--steps: at least 0, got -1." in refused("--methods", "rtn", "--steps", "-1")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thing").write_text("")
-    assert main(arguments(tiny_dir, files, tmp_path / "full", "--methods", "rtn")) == 1
-    assert "holds no comparison" in capsys.readouterr().err
-    assert main(arguments(tiny_dir, files, tmp_path / "full" / "thing", "--methods", "rtn")) == 1
-    assert "is a file, expected a directory" in capsys.readouterr().err
-    assert here == []
+def test_a_directory_of_something_else_is_refused(tiny_dir, files, tmp_path, capsys, here):
+    (tmp_path / "thing").write_text("")
+    for out, message in ((tmp_path, "holds no comparison"), (tmp_path / "thing", "is a file, expected a directory")):
+        assert main(arguments(tiny_dir, files, out, "--methods", "rtn")) == 1
+        assert message in capsys.readouterr().err and here == []
 
 
 def test_round_to_nearest_is_the_formula():
@@ -256,25 +249,22 @@ def test_symmetric_has_its_largest_value_at_the_end():
         assert (on_grid - row).abs().max() <= step / 2 * 1.01 and torch.isclose(on_grid.abs().max(), row.abs().max(), rtol=1e-3)
 
 
-def test_most_distinct():
-    weight = torch.arange(24.0).view(4, 6) // 2
-    assert [most_distinct(weight, *block) for block in ((1, 0), (1, 3), (2, 0), (0, 0), (0, 2))] == [3, 2, 6, 12, 4]
-
-
-def test_bits_are_counted():
+def test_bits_and_distinct_values_are_counted():
     model = {"linear": [(4, 128), (8, 64)], "embeddings": [(10, 64)], "other": 100}
     rtn = account(METHODS["rtn"], 3, 64, model)
     assert rtn["linear_bits"] == 3 + 19 / 64
     assert rtn["bytes"] == (1024 * 3 + 16 * 19 + 640 * 8 + 10 * 24 + 1600) / 8
     assert account(METHODS["llm-qat"], 3, 64, model)["linear_bits"] == 3 + 12 * 16 / 1024
     assert account(METHODS["original"], 3, 64, model) == {"linear_bits": 16, "total_bits": 16, "bytes": 2 * (1024 + 640 + 100)}
+    assert budget(3, 64) == 3.2 and budget(4, 64) == 4.3 and budget(2, 128) == 2.1
+    weight = torch.arange(24.0).view(4, 6) // 2
+    assert [most_distinct(weight, *block) for block in ((1, 0), (1, 3), (2, 0), (0, 0), (0, 2))] == [3, 2, 6, 12, 4]
 
 
-def test_groups_and_tables():
+def test_groups_divide_every_layer_and_the_16_bit_models_are_always_there():
     assert group_size([576, 1536]) == 64 and group_size([4096, 11008]) == 128
     with pytest.raises(ValueError, match="has 100 columns"):
         group_size([64, 100])
-    assert budget(3, 64) == 3.2 and budget(4, 64) == 4.3 and budget(2, 128) == 2.1
     assert chosen(["edkm", "rtn"]) == ["original", "control", "rtn", "edkm"]
 
 
@@ -312,7 +302,7 @@ def test_llm_qat_writes_its_own_text(tiny_model):
 
 
 @needs_baselines
-def test_round_to_nearest_is_torchaos():
+def test_round_to_nearest_is_torchaos(tmp_path):
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)).half().float()
     script = (
         "import sys, torch\nfrom torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_\n"
@@ -320,17 +310,9 @@ def test_round_to_nearest_is_torchaos():
         "quantize_(layer, IntxWeightOnlyConfig(torch.int3, PerGroup(64), MappingType.ASYMMETRIC))\n"
         "torch.save(layer.weight.dequantize(), sys.argv[1])\n"
     )
-    _compare_with(script, weight)
-
-
-def _compare_with(script, weight):
-    import tempfile
-
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        torch.save(weight, file.name)
-        subprocess.run([str(BASELINES), "-c", script, file.name], check=True, capture_output=True)
-        theirs = torch.load(file.name)
-    ours = round_to_nearest(weight, 3, 64)
+    torch.save(weight, tmp_path / "weight.pt")
+    subprocess.run([str(BASELINES), "-c", script, str(tmp_path / "weight.pt")], check=True, capture_output=True)
+    ours, theirs = round_to_nearest(weight, 3, 64), torch.load(tmp_path / "weight.pt")
     # Our scale is rounded to float16; a few weights near half way go to the other side for that.
     assert ((ours - theirs).abs() > 1e-3 * weight.abs().max()).float().mean() < 0.005
     assert abs(float((ours - weight).square().mean() / (theirs - weight).square().mean()) - 1) < 2e-3
@@ -391,21 +373,15 @@ def scored(monkeypatch):
     monkeypatch.setattr(tasks, "check_tasks", lambda names, *, limit: None)
 
 
-def test_tasks_are_scored_once_each(tiny_dir, files, tmp_path, here, scored):
-    more = ["--methods", "rtn", "--steps", "0", "--limit", "7", "--tasks"]
-    assert main(arguments(tiny_dir, files, tmp_path / "out", *more, "piqa")) == 0
-    here.clear()
-    assert main(arguments(tiny_dir, files, tmp_path / "out", *more, "piqa,boolq")) == 0
+def test_tasks_are_scored_once_each_and_the_limit_may_change_until_then(tiny_dir, files, tmp_path, here, scored, capsys):
+    def compare(*more):
+        here.clear()
+        return main(arguments(tiny_dir, files, tmp_path / "out", "--methods", "rtn", "--steps", "0", *more))
+
+    assert compare() == compare("--limit", "7", "--tasks", "piqa") == compare("--limit", "7", "--tasks", "piqa,boolq") == 0
     assert here == [(name, "task:boolq") for name in ("original", "control", "rtn")]
-    row = rows_of(tmp_path / "out")["rtn"]
-    assert row["tasks"]["piqa"]["items"] == 7 and row["tasks"]["boolq"]["normalised_accuracy_stderr"] == "nan"
+    tasks = rows_of(tmp_path / "out")["rtn"]["tasks"]
+    assert tasks["piqa"]["items"] == 7 and tasks["boolq"]["normalised_accuracy_stderr"] == "nan"
     assert "50.0 ± 10.0" in (tmp_path / "out" / "table.md").read_text()
-
-
-def test_the_limit_may_change_until_a_task_was_run(tiny_dir, files, tmp_path, here, scored, capsys):
-    more = ["--methods", "rtn", "--steps", "0"]
-    assert main(arguments(tiny_dir, files, tmp_path / "out", *more)) == 0
-    assert main(arguments(tiny_dir, files, tmp_path / "out", *more, "--tasks", "piqa", "--limit", "7")) == 0
-    assert rows_of(tmp_path / "out")["rtn"]["tasks"]["piqa"]["items"] == 7
-    assert main(arguments(tiny_dir, files, tmp_path / "out", *more, "--tasks", "piqa", "--limit", "8")) == 1
+    assert compare("--limit", "8", "--tasks", "piqa") == 1
     assert "limit: the comparison in" in capsys.readouterr().err

