@@ -45,8 +45,7 @@ def files(tmp_path_factory, items):
 
 
 def texts_of(item):
-    count = len(item["continuations"])
-    return [f"{item['contexts'][i]} {item['continuations'][i]}" for i in range(count)]
+    return [f"{context} {continuation}" for context, continuation in zip(item["contexts"], item["continuations"])]
 
 
 def test_offline_items_are_complete(items):
@@ -198,25 +197,13 @@ def no_index(monkeypatch):
     monkeypatch.setattr(tasks, "_task_manager", lambda **_: TaskManager(include_defaults=False))
 
 
-def test_mistakes_are_named(no_index, files, tmp_path, monkeypatch):
-    piqa = files["piqa"]
-    for names, limit, message in (
-        ([], None, "no task is named"),
-        ([piqa, piqa], None, "is named twice"),
-        ([piqa], 0, "limit=0: must be at least 1 item"),
-        ([piqa, "picka"], None, "'picka' is neither a task of lm-eval"),
-        ([str(tmp_path / "none.yaml")], None, "none.yaml' is neither"),
-    ):
-        with pytest.raises(EvaluationError, match=message):
-            evaluate_tasks(None, None, names, limit=limit)
-    with pytest.raises(EvaluationError, match="batch_size=0"):
-        evaluate_tasks(None, None, [piqa], batch_size=0)
+def test_a_task_that_cannot_be_loaded_is_named(no_index, files, tmp_path, monkeypatch):
     (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: none.json}\n")
     with pytest.raises(EvaluationError, match=r"lm-eval cannot load '.*broken.yaml': "):
         evaluate_tasks(None, None, [str(tmp_path / "broken.yaml")])
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EvaluationError, match=r"Install it: pip install 'edkm\[tasks\]'"):
-        evaluate_tasks(None, None, [piqa])
+        evaluate_tasks(None, None, [files["piqa"]])
 
 
 def test_the_command(tiny_dir, files, tmp_path, capsys):
@@ -241,14 +228,20 @@ def test_the_command(tiny_dir, files, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["tasks"].keys() == value["tasks"].keys()
 
 
-def test_the_command_finds_mistakes_before_it_loads_the_model(no_index, files, tmp_path, capsys):
-    for options, message in (
-        (["--tasks", "picka"], "'picka' is neither"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "picka"], "'picka' is neither a task of lm-eval"),
+        (["--tasks", "none.yaml"], "none.yaml' is neither"),
         (["--tasks", ","], "no task is named"),
-        (["--tasks", files["piqa"], "--limit", "0"], "limit=0"),
+        (["--tasks", "PIQA,PIQA"], "is named twice"),
+        (["--tasks", "PIQA", "--limit", "0"], "limit=0: must be at least 1 item"),
+        (["--tasks", "PIQA", "--batch", "0"], "batch_size=0"),
+        (["--tasks", "PIQA", "--json", "no/such/folder/a.json"], "its directory does not exist"),
         (["--tasks", "piqa", "--window", "8"], "--window has no meaning with --tasks"),
         (["--text", "a.txt", "--batch", "8"], "--batch has no meaning with --text"),
-        (["--tasks", files["piqa"], "--json", str(tmp_path / "none" / "a.json")], "its directory does not exist"),
-    ):
-        assert cli.main(["eval", "no/such/model", *options]) == 1
-        assert message in capsys.readouterr().err
+    ],
+)
+def test_the_command_names_mistakes_before_it_loads_the_model(no_index, files, options, message, capsys):
+    assert cli.main(["eval", "no/such/model", *(word.replace("PIQA", files["piqa"]) for word in options)]) == 1
+    assert message in capsys.readouterr().err
