@@ -32,7 +32,7 @@ PAGE = "report.html"  # made from the numbers
 BINS = 128
 # In root mean squares of the weights that share a table: the few weights beyond are counted, not drawn.
 REACH = 4.0
-_ROWS_AT_ONCE = 1 << 20
+_WEIGHTS_AT_ONCE = 1 << 20
 _NOT_FINITE = {"nan", "inf", "-inf"}
 
 # `edkm eval --text --json` and `edkm eval --tasks --json`.
@@ -256,20 +256,18 @@ def describe(weight: Tensor, tables: int, lut: Tensor | None = None) -> dict[str
         `centroids`, for each of k the [25 %, 50 %, 75 %] quantiles over the tables, ascending; empty without scalar tables.
 
     Cost:
-        Two passes over the weight; transient memory is bounded by a block.
+        One pass over the weight; transient memory of a million weights, or of a table if that is larger.
     """
     import torch
 
     groups = weight.detach().flatten(1).reshape(tables, -1)  # [tables, weights of a table]
-    scales = groups.float().square().mean(1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)  # [tables]
-    counts = torch.zeros(BINS, dtype=torch.int64)
-    step = max(1, _ROWS_AT_ONCE // groups.shape[1])
-    for start in range(0, tables, step):
-        block = groups[start : start + step].float() / scales[start : start + step, None]
-        counts += torch.histc(block.cpu(), BINS, -REACH, REACH).long()
+    counts, scales = torch.zeros(BINS, dtype=torch.int64), []
+    for block in groups.split(max(1, _WEIGHTS_AT_ONCE // groups.shape[1])):
+        scales.append(block.float().square().mean(1).sqrt().clamp_min(torch.finfo(torch.float32).tiny))
+        counts += torch.histc((block.float() / scales[-1][:, None]).cpu(), BINS, -REACH, REACH).long()
     centroids: list[list[float]] = []
     if lut is not None and lut.shape[2] == 1:
-        scaled = lut[:, :, 0].float() / scales[:, None].to(lut.device)  # [tables, k]
+        scaled = lut[:, :, 0].float() / torch.cat(scales)[:, None].to(lut.device)  # [tables, k]
         spread = torch.quantile(scaled.sort(dim=1).values.cpu(), torch.tensor([0.25, 0.5, 0.75]), dim=0)  # [3, k]
         centroids = [[round(value, 4) for value in one] for one in spread.T.tolist()]
     return {"counts": counts.tolist(), "outside": weight.numel() - int(counts.sum()), "centroids": centroids}
