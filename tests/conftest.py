@@ -1,5 +1,6 @@
 """Models and tokenizers small enough to make in the test: nothing is downloaded."""
 
+import json
 import os
 from pathlib import Path
 
@@ -134,3 +135,11 @@ def packed_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("packed")
     pretrained.save_pretrained(directory, frozen, dense, {}, model, tokenizer)
     return directory
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Training data for `edkm compress`: 24 short answers."""
+    records = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    return tmp_path / "train.json"

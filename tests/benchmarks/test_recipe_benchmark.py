@@ -1,6 +1,5 @@
 """`python -m benchmarks recipe`: every row of both tables on a tiny model."""
 
-import json
 import shutil
 from argparse import Namespace
 
@@ -11,12 +10,11 @@ from edkm.core import native
 
 
 @pytest.fixture
-def args(tiny_dir, tmp_path, monkeypatch):
+def args(tiny_dir, data, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "WINDOW", 64)
     shutil.copytree(tiny_dir, tmp_path / "model")
     (tmp_path / "data").mkdir()
-    records = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)]
-    (tmp_path / "data" / "train.json").write_text(json.dumps(records))
+    data.rename(tmp_path / "data" / "train.json")
     for name in ("reference", "novels"):
         (tmp_path / "data" / f"{name}.txt").write_text(f"{name} counts: " + " ".join(map(str, range(200))))
     return Namespace(out=tmp_path, steps=4, identity_steps=3, max_windows=2)

@@ -16,35 +16,20 @@ import types
 import pytest
 
 from edkm import cli
+from edkm.commands import RUN
 from edkm.evaluate import Perplexity, generate, perplexity
 from edkm.models import load_model
 
-COMMANDS = ["eval", "generate", "inspect", "unpack", "report"]
+COMMANDS = list(RUN)
 TEXT = "the quick brown fox jumps over the lazy dog. " * 12
 
+KEYS = ("name", "shape", "bits", "dim", "luts", "error", "stored_bytes", "bits_per_weight")
+ROWS = [
+    ("model.embed_tokens.weight", [300, 64], 8, 1, 1, 1.25e-7, 19712, 8.213),
+    ("model.layers.0.mlp.up_proj.weight", [128, 64], 3, 1, 8, 0.0015, 3200, 3.125),
+]
 SUMMARY = {
-    "tensors": [
-        {
-            "name": "model.embed_tokens.weight",
-            "shape": [300, 64],
-            "bits": 8,
-            "dim": 1,
-            "luts": 1,
-            "error": 1.25e-7,
-            "stored_bytes": 19712,
-            "bits_per_weight": 8.213,
-        },
-        {
-            "name": "model.layers.0.mlp.up_proj.weight",
-            "shape": [128, 64],
-            "bits": 3,
-            "dim": 1,
-            "luts": 8,
-            "error": 0.0015,
-            "stored_bytes": 3200,
-            "bits_per_weight": 3.125,
-        },
-    ],
+    "tensors": [dict(zip(KEYS, row, strict=True)) for row in ROWS],
     "dense_tensors": 5,
     "dense_weights": 320,
     "weights": 27712,
@@ -74,30 +59,17 @@ def stub(monkeypatch):
     return put
 
 
-def test_eval_prints_the_perplexity(tiny_dir, text_file, capsys):
-    model, tokenizer = load_model(tiny_dir)
-    expected = perplexity(model, tokenizer, TEXT, window=16, stride=8, max_windows=3)
-    options = ["--window", "16", "--stride", "8", "--max-windows", "3"]
-    assert cli.main(["eval", str(tiny_dir), "--text", str(text_file), *options]) == 0
-    out = capsys.readouterr().out
-    assert out == (
-        f"perplexity {expected.perplexity:.4f} (nll {expected.nll:.6f} nats per token; 31 tokens in 3 windows of 16, stride 8)\n"
-    )
-    assert cli.main(["eval", str(tiny_dir), "--text", str(text_file), *options, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {
-        "model": str(tiny_dir),
-        "text": str(text_file),
-        **vars(expected),
-    }
-
-
-def test_eval_writes_json_to_a_file_beside_what_it_prints(tiny_dir, text_file, tmp_path, capsys):
-    command = ["eval", str(tiny_dir), "--text", str(text_file), "--window", "16", "--max-windows", "2"]
+def test_eval_prints_the_perplexity_and_writes_json(tiny_dir, text_file, tmp_path, capsys):
+    expected = perplexity(*load_model(tiny_dir), TEXT, window=16, stride=8, max_windows=3)
+    command = ["eval", str(tiny_dir), "--text", str(text_file), "--window", "16", "--stride", "8", "--max-windows", "3"]
+    assert cli.main(command) == 0
+    line = f"perplexity {expected.perplexity:.4f} (nll {expected.nll:.6f} nats per token; 31 tokens in 3 windows of 16, stride 8)\n"
+    assert capsys.readouterr().out == line
     assert cli.main([*command, "--json"]) == 0
     printed = capsys.readouterr().out
+    assert json.loads(printed) == {"model": str(tiny_dir), "text": str(text_file), **vars(expected)}
     assert cli.main([*command, "--json", str(tmp_path / "result.json")]) == 0
-    assert capsys.readouterr().out.startswith(f"perplexity {json.loads(printed)['perplexity']:.4f} ")
-    assert (tmp_path / "result.json").read_text() == printed
+    assert capsys.readouterr().out == line and (tmp_path / "result.json").read_text() == printed
 
 
 def test_eval_warns_of_a_perplexity_that_is_not_finite(tiny_dir, text_file, capsys, monkeypatch):
@@ -161,14 +133,19 @@ def test_inspect_prints_an_aligned_table_with_totals_last(stub, capsys):
         "dense      5 tensors, 320 weights",
         "total      27,712 weights, 25,000 bytes, 7.217 bits per weight, 2.22 times smaller than in 16 bits (55,424)",
     ]
+    assert cli.main(["inspect", "packed", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == SUMMARY
 
 
-def test_inspect_counts_layers_as_people_do(stub, capsys):
-    row = SUMMARY["tensors"][1]
+def test_inspect_counts_layers_as_people_do_and_lists_none_of_an_empty_model(stub, capsys):
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1, 2, 10, 11)]
-    stub("checkpoint", summary=lambda directory: SUMMARY | {"tensors": [row | {"name": name} for name in sorted(names)]})
+    stub("checkpoint", summary=lambda directory: SUMMARY | {"tensors": [SUMMARY["tensors"][1] | {"name": name} for name in sorted(names)]})
     assert cli.main(["inspect", "packed"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:6]] == names
+    empty = dict.fromkeys(SUMMARY, 0) | {"tensors": [], "bits_per_weight": None, "clustered_bits_per_weight": None}
+    stub("checkpoint", summary=lambda directory: empty)
+    assert cli.main(["inspect", "packed"]) == 0
+    assert capsys.readouterr().out.endswith("total      0 weights, 0 bytes, none\n")
 
 
 def test_a_packed_model_is_inspected_unpacked_and_evaluated(packed_dir, tmp_path, text_file, capsys):
@@ -183,23 +160,6 @@ def test_a_packed_model_is_inspected_unpacked_and_evaluated(packed_dir, tmp_path
         assert cli.main(["eval", str(directory), "--text", str(text_file), "--window", "16", "--json"]) == 0
         results.append(json.loads(capsys.readouterr().out)["nll"])
     assert results[0] == results[1]
-
-
-def test_inspect_json_is_the_summary(stub, capsys):
-    stub("checkpoint", summary=lambda directory: SUMMARY)
-    assert cli.main(["inspect", "packed", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == SUMMARY
-
-
-def test_inspect_of_a_checkpoint_without_tensors(stub, capsys):
-    empty = dict.fromkeys(SUMMARY, 0) | {
-        "tensors": [],
-        "bits_per_weight": None,
-        "clustered_bits_per_weight": None,
-    }
-    stub("checkpoint", summary=lambda directory: empty)
-    assert cli.main(["inspect", "packed"]) == 0
-    assert capsys.readouterr().out.endswith("total      0 weights, 0 bytes, none\n")
 
 
 def test_unpack_refuses_to_write_over_files(stub, tmp_path, capsys):

@@ -27,41 +27,27 @@ from edkm.train.data import load_blocks
 from edkm.train.optimizers import rate_share
 from edkm.train.prepare import plan, unclustered
 
-RECORDS = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)]
+
+@pytest.fixture
+def run(tiny_dir, data, tmp_path):
+    """Run `edkm compress` with these options, into a directory of `tmp_path`; returns the exit code."""
+
+    def compress(out, *more, model=tiny_dir, data=data):
+        tables = () if "--target-bpw" in more else ("--rows-per-lut", "16")
+        return main(["compress", str(model), "--data", str(data), "--out", str(tmp_path / out), "--block-tokens", "64", *tables, *more])
+
+    return compress
 
 
 @pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "train.json"
-    path.write_text(json.dumps(RECORDS))
-    return path
+def weights(tmp_path):
+    """The bytes of the packed weights in a directory of `tmp_path`."""
+    return lambda out: (tmp_path / out / "model.safetensors").read_bytes()
 
 
-def arguments(tiny_dir, data, out, *more):
-    return [
-        "compress",
-        str(tiny_dir),
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--block-tokens",
-        "64",
-        "--rows-per-lut",
-        "16",
-        *more,
-    ]
-
-
-def for_a_budget(found, target="3.2"):
-    """The same arguments with `--target-bpw` in the place of `--rows-per-lut`."""
-    at = found.index("--rows-per-lut")
-    return [*found[:at], "--target-bpw", target, *found[at + 2 :]]
-
-
-def test_compress_writes_a_directory_that_loads(tiny_dir, data, tmp_path, capsys):
+def test_compress_writes_a_directory_that_loads(run, tiny_dir, tmp_path, capsys):
     out = tmp_path / "packed"
-    assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 0
+    assert run(out, "--steps", "4") == 0
     printed, shown = capsys.readouterr()
     assert "training: 4 steps of 2 blocks, 3 of them fine-tuning; lr 0.0002, " in printed and "bits per weight" in printed
     assert f"edkm generate {out} " in printed and f"edkm eval {out} --text TEXT_FILE" in printed and f'from_pretrained("{out}")' in printed
@@ -69,7 +55,7 @@ def test_compress_writes_a_directory_that_loads(tiny_dir, data, tmp_path, capsys
     found = [next(i for i, line in enumerate(shown.splitlines()) if line.startswith(phase)) for phase in phases]
     assert found == sorted(found)
     assert "loss" in next(line for line in shown.splitlines() if line.startswith("clustered training: 1 steps in "))
-    assert not {"\r", "grad_norm", "it/s", "shards"} & {word for word in ("\r", "grad_norm", "it/s", "shards") if word in printed + shown}
+    assert not [word for word in ("\r", "grad_norm", "it/s", "shards") if word in printed + shown]
     model, tokenizer = load_model(out)
     assert tokenizer.chat_template and not (out / "training").exists()
     packed = read(out)
@@ -97,24 +83,23 @@ def test_packed_model_is_exactly_what_eval_used(tiny_dir, data, tmp_path):
         assert torch.equal(pretrained.load(tmp_path / "packed")(ids).logits, expected)
 
 
-def test_an_interruption_between_the_steps_prints_how_to_resume(tiny_dir, data, tmp_path, monkeypatch, capsys):
+def test_an_interruption_between_the_steps_prints_how_to_resume(run, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    command = arguments(tiny_dir, data, tmp_path / "out", "--steps", "2")
     with monkeypatch.context() as fit:
-        fit.setattr("edkm.train.prepare.fit", interrupt)
-        assert main(command) == 130
+        fit.setattr("edkm.train.prepare.fit_linears", interrupt)
+        assert run("out", "--steps", "2") == 130
     said = f"edkm: {tmp_path / 'out'} holds an interrupted run; the same command with --resume goes on\nedkm: interrupted\n"
     assert capsys.readouterr().err.endswith(said)
-    assert main([*command, "--resume"]) == 0
+    assert run("out", "--steps", "2", "--resume") == 0
 
 
 @pytest.mark.parametrize(("accumulate", "plain", "after"), [(1, 0, 3), (2, 0, 3), (1, 4, 3), (1, 3, 5), (1, 6, 2)])
-def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, monkeypatch, accumulate, plain, after):
+def test_an_interrupted_run_resumes_to_the_same_file(run, weights, tmp_path, monkeypatch, accumulate, plain, after):
     more = ("--steps", "6", "--lr", "1e-3", "--grad-accumulation", str(accumulate), "--finetune-steps", str(plain))
     more += ("--distill", "0.5") if plain < 6 else ()
-    assert main(arguments(tiny_dir, data, tmp_path / "whole", *more)) == 0
+    assert run("whole", *more) == 0
     taken = []
 
     def interrupt(step, **options):
@@ -124,63 +109,41 @@ def test_an_interrupted_run_resumes_to_the_same_file(tiny_dir, data, tmp_path, m
         return rate_share(step, **options)
 
     monkeypatch.setattr(loop, "rate_share", interrupt)
-    assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 130
+    assert run("parts", *more) == 130
     order = [*range(plain), *range(6 - plain)]
     assert taken == order[:after] and (tmp_path / "parts" / "training" / "run.json").is_file()
     monkeypatch.setattr("edkm.run.make_blocks", None)  # the tokens are those that it began with, whatever day it is
     monkeypatch.setattr("edkm.run.read_records", None)
     if after > plain:  # in the clustered phase: tables come from the checkpoint, none are looked for
         monkeypatch.setattr("edkm.train.clustering.initial_centroids", None)
-        monkeypatch.setattr("edkm.train.prepare.fit", None)
-    assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
+        monkeypatch.setattr("edkm.train.prepare.fit_linears", None)
+    assert run("parts", *more, "--resume") == 0
     assert taken == order and not (tmp_path / "parts" / "training").exists()
-    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
-    assert whole.read_bytes() == parts.read_bytes()
+    assert weights("whole") == weights("parts")
 
 
-def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(tiny_dir, data, tmp_path, monkeypatch, capsys):
-    def arguments_of(out):
-        return for_a_budget(arguments(tiny_dir, data, out, "--steps", "4", "--finetune-steps", "1"))
-
-    assert main(arguments_of(tmp_path / "whole")) == 0
+def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(run, weights, tmp_path, monkeypatch, capsys):
+    more = ("--target-bpw", "3.2", "--steps", "4", "--finetune-steps", "1")
+    assert run("whole", *more) == 0
     assert "bits: " in capsys.readouterr().out
     found = summary(tmp_path / "whole")
     assert 3.1 < found["clustered_bits_per_weight"] <= 3.2
     assert len({(tensor["bits"], tensor["luts"]) for tensor in found["tensors"]}) > 3
     monkeypatch.setattr(loop._Stop, "asked_at", 0.0)
-    assert main([*arguments_of(tmp_path / "parts")]) == 130  # in the plain step
-    assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 130  # in the clustered ones
+    assert run("parts", *more) == 130  # in the plain step
+    assert run("parts", *more, "--resume") == 130  # in the clustered ones
     assert (tmp_path / "parts" / "training" / "config.json").is_file()
     monkeypatch.setattr(loop._Stop, "asked_at", None)
-    monkeypatch.setattr("edkm.train.prepare.allocate", None)  # not once more
-    assert main([*arguments_of(tmp_path / "parts"), "--resume"]) == 0
-    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
-    assert whole.read_bytes() == parts.read_bytes()
-
-
-def test_a_dry_run_prints_that_bits_are_not_chosen_yet(tiny_dir, data, tmp_path, capsys):
-    assert main(for_a_budget(arguments(tiny_dir, data, tmp_path / "out", "--dry-run"))) == 0
-    assert "bits are chosen in the run; this plan, its size and memory have 3 in every" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("target", "more", "said"),
-    [
-        ("3.2", ("--rows-per-lut", "16"), "--target-bpw: chooses rows per table too"),
-        ("nan", (), "--target-bpw: a positive number"),
-        ("1.5", (), "target: 1.5 bits a weight are too few"),
-    ],
-)
-def test_a_budget_that_cannot_be_is_refused_before_anything_is_done(tiny_dir, data, tmp_path, target, more, said, capsys):
-    assert main(for_a_budget(arguments(tiny_dir, data, tmp_path / "out"), target) + [*more]) == 1
-    assert said in capsys.readouterr().err and not (tmp_path / "out" / "training").exists()
+    monkeypatch.setattr("edkm.train.prepare.choose_bits", None)  # not once more
+    assert run("parts", *more, "--resume") == 0
+    assert weights("whole") == weights("parts")
 
 
 @pytest.mark.parametrize(("preset", "plain"), [("fast", 4), ("balanced", 3), ("best", 3)])
-def test_a_preset_is_what_its_options_are(tiny_dir, data, tmp_path, preset, plain, capsys):
+def test_a_preset_is_what_its_options_are(run, weights, tmp_path, preset, plain, capsys):
     def compressed(name, *more):
-        assert main(arguments(tiny_dir, data, tmp_path / name, "--steps", "4", *more)) == 0
-        return (tmp_path / name / "model.safetensors").read_bytes()
+        assert run(name, "--steps", "4", *more) == 0
+        return weights(name)
 
     named = compressed("named", "--preset", preset)
     printed, shown = capsys.readouterr()
@@ -194,142 +157,128 @@ def test_a_preset_is_what_its_options_are(tiny_dir, data, tmp_path, preset, plai
     assert "fine-tuning" not in capsys.readouterr().err.rpartition("loading")[2]
 
 
-def test_resume_refuses_another_run(tiny_dir, data, tmp_path, monkeypatch, capsys):
+def test_resume_refuses_another_run(run, tiny_dir, tmp_path, monkeypatch, capsys):
+    def refused(message, *more, out="out", model=tiny_dir):
+        assert run(out, "--steps", "4", *more, model=model) == 1
+        assert message in capsys.readouterr().err
+
     monkeypatch.setattr(loop._Stop, "asked_at", 0.0)
-    out = tmp_path / "out"
-    assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 130
-    assert main(arguments(tiny_dir, data, out, "--steps", "4")) == 1
-    assert "--resume" in capsys.readouterr().err
-    assert main(arguments(tiny_dir, data, out, "--steps", "4", "--resume", "--lr", "1e-5")) == 1
-    assert "--lr: the interrupted run had 0.0002, this one has 1e-05" in capsys.readouterr().err
+    assert run("out", "--steps", "4") == 130
+    refused("--resume")
+    refused("--lr: the interrupted run had 0.0002, this one has 1e-05", "--resume", "--lr", "1e-5")
     other, tokenizer = load_model(tiny_dir)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|start|>", "<|start|>in another way, ")
     other.save_pretrained(tmp_path / "way")
     tokenizer.save_pretrained(tmp_path / "way")
-    assert main(arguments(tmp_path / "way", data, out, "--steps", "4", "--resume")) == 1
-    assert "chat template: the interrupted run had" in capsys.readouterr().err
+    refused("chat template: the interrupted run had", "--resume", model=tmp_path / "way")
     other.model.norm.weight.data[0] += 1e-3
     other.save_pretrained(tmp_path / "other")
     load_model(tiny_dir)[1].save_pretrained(tmp_path / "other")
-    assert main(arguments(tmp_path / "other", data, out, "--steps", "4", "--resume")) == 1
-    assert "model: the interrupted run had" in capsys.readouterr().err
-    assert main(arguments(tiny_dir, data, tmp_path / "none", "--resume")) == 1
-    assert "no interrupted run" in capsys.readouterr().err
+    refused("model: the interrupted run had", "--resume", model=tmp_path / "other")
+    refused("no interrupted run", "--resume", out="none")
 
 
-def test_a_resumed_run_outside_the_main_thread_trains(tiny_dir, data, tmp_path):
+def test_a_run_outside_the_main_thread_trains(run):
     """Signals belong to the main thread; elsewhere training just runs."""
     codes = []
-    thread = threading.Thread(target=lambda: codes.append(main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "1"))))
+    thread = threading.Thread(target=lambda: codes.append(run("out", "--steps", "1")))
     thread.start()
     thread.join()
     assert codes == [0]
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tiny_dir, data, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(arguments(tiny_dir, data, out, "--dry-run")) == 0
+def test_dry_run_prints_the_plan_and_writes_nothing(run, weights, tiny_dir, tmp_path, capsys):
+    assert run("out", "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "3 bits, 8 tables" in printed and "a vector" in printed and "optimizer" in printed
-    assert not out.exists()
+    assert run("out", "--dry-run", "--target-bpw", "3.2") == 0
+    assert "bits are chosen in the run; this plan, its size and memory have 3 in every" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
     expected = plan(load_model(tiny_dir)[0], edkm.ClusterConfig(rows_per_lut=16)).packed_bytes
     assert f"packed weights: {expected / 1e6:.1f} MB" in printed
-    assert main(arguments(tiny_dir, data, out, "--steps", "0")) == 0
-    written = (out / "model.safetensors").read_bytes()
-    assert len(written) == 8 + int.from_bytes(written[:8], "little") + expected
+    assert run("out", "--steps", "0") == 0
+    assert len(weights("out")) == 8 + int.from_bytes(weights("out")[:8], "little") + expected
 
 
-def test_steps_zero_clusters_without_training(tiny_dir, data, tmp_path, capsys):
-    assert main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "0", "--bits", "4")) == 0
+def test_steps_zero_clusters_without_training(run, tmp_path, capsys):
+    assert run("out", "--steps", "0", "--bits", "4") == 0
     assert "training" not in "".join(capsys.readouterr())
     assert read(tmp_path / "out").frozen["model.layers.1.self_attn.q_proj.weight"].bits == 4
 
 
 @pytest.mark.parametrize(
-    "more, message",
+    ("options", "message"),
     [
-        (("--bits", "9"), "--bits: an integer from 1 to 8, got 9"),
-        (("--rows-per-lut", "7"), "model.layers.0.self_attn.q_proj.weight: 64 rows do not divide into tables of 7 rows"),
-        (("--steps", "-1"), "--steps: at least 0"),
-        (("--steps", "2", "--finetune-steps", "3"), "--finetune-steps: at most the 2 steps there are, got 3"),
-        (("--lr", "0"), "--lr: a positive number"),
-        (("--steps", "2", "--finetune-steps", "2", "--distill", "0.5"), "--distill: is for clustered steps, and there are none"),
-        (("--skip", "*"), "no weight is clustered"),
+        ("--bits 9", "--bits: an integer from 1 to 8, got 9"),
+        ("--steps -1", "--steps: at least 0"),
+        ("--seed -1", "--seed: at least 0"),
+        ("--lr 0", "--lr: a positive number"),
+        ("--distill 2", "--distill: from 0 to 1"),
+        ("--fsdp", "--fsdp: there is one process"),
+        ("--target-bpw 3.2 --rows-per-lut 16", "--target-bpw: chooses rows per table too"),
+        ("--target-bpw nan", "--target-bpw: a positive number"),
+        ("--report-to paper", "--report-to: there is no 'paper'"),
+        ("--out {}/file/out", "cannot be written: {}/file is no directory"),
     ],
 )
-def test_user_errors_are_one_line(tiny_dir, data, tmp_path, capsys, more, message):
-    assert main(arguments(tiny_dir, data, tmp_path / "out", *more)) == 1
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
-
-
-def test_options_and_output_are_checked_before_the_model_is_loaded(tiny_dir, data, tmp_path, capsys):
+def test_options_are_checked_before_the_model_is_loaded(run, tmp_path, capsys, options, message):
     (tmp_path / "file").write_text("")
-    for out, more, said in (
-        (tmp_path / "out", ("--fsdp",), "--fsdp: there is one process"),
-        (tmp_path / "out", ("--seed", "-1"), "--seed: at least 0"),
-        (tmp_path / "file" / "out", (), f"cannot be written: {tmp_path / 'file'} is no directory"),
-    ):
-        assert main(arguments(tiny_dir, data, out, *more)) == 1
-        (line,) = capsys.readouterr().err.splitlines()
-        assert said in line
+    assert run("out", *options.format(tmp_path).split()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message.format(tmp_path) in line and not (tmp_path / "out").exists()
 
 
-def test_what_the_model_cannot_take_is_refused_before_any_work(tiny_dir, data, tmp_path, capsys):
-    short = tmp_path / "short.txt"
-    short.write_text("a")
-    text = tmp_path / "text.txt"
-    text.write_text("the dog " * 300)
-    for more, said in (
-        (("--eval-text", str(short)), f"{short}: has 1 token(s)"),
-        (("--eval-text", str(text), "--block-tokens", "300"), "the model's context is 256 tokens"),
-        (("--block-tokens", "300"), "--block-tokens=300: the model's context is 256 tokens. Use 256 or fewer."),
-    ):
-        assert main(arguments(tiny_dir, data, tmp_path / "out", *more)) == 1
-        printed = capsys.readouterr()
-        lines = printed.err.splitlines()
-        assert said in lines[-1] and printed.out == ""
-        assert [line.split()[0] for line in lines[:-1]] == ["loading", "tokenizing:", "tokenizing:"]
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rows-per-lut 7", "model.layers.0.self_attn.q_proj.weight: 64 rows do not divide into tables of 7 rows"),
+        ("--steps 2 --finetune-steps 3", "--finetune-steps: at most the 2 steps there are, got 3"),
+        ("--steps 2 --finetune-steps 2 --distill 0.5", "--distill: is for clustered steps, and there are none"),
+        ("--skip *", "no weight is clustered"),
+        ("--target-bpw 1.5", "target: 1.5 bits a weight are too few"),
+        ("--eval-text {}/short.txt", "{}/short.txt: has 1 token(s)"),
+        ("--eval-text {}/text.txt --block-tokens 300", "the model's context is 256 tokens"),
+        ("--block-tokens 300", "--block-tokens=300: the model's context is 256 tokens. Use 256 or fewer."),
+    ],
+)
+def test_what_the_model_cannot_take_is_refused_before_any_work(run, tmp_path, capsys, options, message):
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "text.txt").write_text("the dog " * 300)
+    assert run("out", *options.format(tmp_path).split()) == 1
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert message.format(tmp_path) in lines[-1] and not out and not (tmp_path / "out").exists()
+    assert [line.split()[0] for line in lines[:-1]] == ["loading", "tokenizing:", "tokenizing:"]
 
 
-def test_the_fields_of_the_data_are_printed(tiny_dir, tmp_path, capsys):
+def test_the_fields_of_the_data_are_printed(run, tmp_path, capsys):
     path = tmp_path / "chat.jsonl"
     record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": 1}
     path.write_text("\n".join([json.dumps(record)] * 20))
-    assert main(arguments(tiny_dir, path, tmp_path / "out", "--dry-run")) == 0
+    assert run("out", "--dry-run", data=path) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("data: 20 examples") and lines[1:3] == ["data: fields used: messages (20)", "data: fields not used: id (20)"]
 
 
-def test_a_share_of_the_loss_is_distillation(tiny_dir, data, tmp_path, capsys):
-    assert main(arguments(tiny_dir, data, tmp_path / "out", "--steps", "2", "--distill", "0.5")) == 0
-    assert main(arguments(tiny_dir, data, tmp_path / "none", "--distill", "2")) == 1
-    assert "--distill: from 0 to 1" in capsys.readouterr().err
-
-
-def test_clustered_steps_go_on_in_the_data_where_plain_ones_stopped(tiny_dir, data, tmp_path, monkeypatch):
+def test_clustered_steps_go_on_in_the_data_where_plain_ones_stopped(run, monkeypatch):
     seen = []
     true = loop._step
 
     def step(model, optimizer, blocks, *args):
-        seen.extend(block["input_ids"].tolist() for block in blocks)
+        seen.append([block["input_ids"].tolist() for block in blocks])
         return true(model, optimizer, blocks, *args)
 
     monkeypatch.setattr(loop, "_step", step)
-    orders = []
-    for more in (["--finetune-steps", "0"], ["--finetune-steps", "2"]):
-        seen.clear()
-        assert main(arguments(tiny_dir, data, tmp_path / more[1], "--steps", "5", "--batch", "1", *more)) == 0
-        orders.append(list(seen))
-    assert orders[0] == orders[1] and len(orders[0]) == 5
+    for plain in ("0", "2"):
+        assert run(plain, "--steps", "5", "--batch", "1", "--finetune-steps", plain) == 0
+    assert len(seen) == 10 and seen[:5] == seen[5:]
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_over(tiny_dir, data, tmp_path, monkeypatch):
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(run, weights, monkeypatch):
     more = ("--steps", "2", "--lr", "1e-3")
-    assert main(arguments(tiny_dir, data, tmp_path / "whole", *more)) == 0
+    assert run("whole", *more) == 0
     with monkeypatch.context() as broken:
         broken.setattr(loop, "rate_share", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("the power failed")))
-        assert main(arguments(tiny_dir, data, tmp_path / "parts", *more)) == 1
-    assert main(arguments(tiny_dir, data, tmp_path / "parts", *more, "--resume")) == 0
-    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "parts" / "model.safetensors").read_bytes()
+        assert run("parts", *more) == 1
+    assert run("parts", *more, "--resume") == 0
+    assert weights("whole") == weights("parts")

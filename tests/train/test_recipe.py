@@ -7,7 +7,6 @@
 """
 
 import gc
-import json
 import weakref
 from dataclasses import replace
 
@@ -18,15 +17,7 @@ from edkm import recipe
 from edkm.recipe import STAGES, Recipe, compress
 from edkm.train import loop
 
-RECORDS = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)]
 SMALL = Recipe(edkm.ClusterConfig(rows_per_lut=16), steps=4, finetune_steps=2, lr=1e-3, block_tokens=64, precision="fp32")
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "train.json"
-    path.write_text(json.dumps(RECORDS))
-    return path
 
 
 def weights(out):
