@@ -88,7 +88,7 @@ def test_an_interruption_between_the_steps_prints_how_to_resume(run, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as fit:
-        fit.setattr("edkm.train.prepare.fit_linears", interrupt)
+        fit.setattr("edkm.train.prepare.fit", interrupt)
         assert run("out", "--steps", "2") == 130
     said = f"edkm: {tmp_path / 'out'} holds an interrupted run; the same command with --resume goes on\nedkm: interrupted\n"
     assert capsys.readouterr().err.endswith(said)
@@ -116,7 +116,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(run, weights, tmp_path, mon
     monkeypatch.setattr("edkm.run.read_records", None)
     if after > plain:  # in the clustered phase: tables come from the checkpoint, none are looked for
         monkeypatch.setattr("edkm.train.clustering.initial_centroids", None)
-        monkeypatch.setattr("edkm.train.prepare.fit_linears", None)
+        monkeypatch.setattr("edkm.train.prepare.fit", None)
     assert run("parts", *more, "--resume") == 0
     assert taken == order and not (tmp_path / "parts" / "training").exists()
     assert weights("whole") == weights("parts")
@@ -134,7 +134,7 @@ def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(run, weights, tmp_p
     assert run("parts", *more, "--resume") == 130  # in the clustered ones
     assert (tmp_path / "parts" / "training" / "config.json").is_file()
     monkeypatch.setattr(loop._Stop, "asked_at", None)
-    monkeypatch.setattr("edkm.train.prepare.choose_bits", None)  # not once more
+    monkeypatch.setattr("edkm.train.prepare.allocate", None)  # not once more
     assert run("parts", *more, "--resume") == 0
     assert weights("whole") == weights("parts")
 
