@@ -4,6 +4,7 @@
 2. A stage is a function in a list: another can be put in, and a run that ends after any stage is resumed to the same file.
 3. A recipe is checked when it is made; `settled` gives its numbers of steps for the data.
 4. A run is resumed only with the same settings, but for those that do not change the result.
+5. The packed model is the trained one in `eval()`; losses are logged to the trackers that are named.
 """
 
 import gc
@@ -11,9 +12,11 @@ import weakref
 from dataclasses import replace
 
 import pytest
+import torch
 
 import edkm
 from edkm import recipe
+from edkm.compressed import pretrained
 from edkm.recipe import STAGES, Recipe, compress
 from edkm.train import loop
 
@@ -73,14 +76,17 @@ def test_a_run_that_ends_after_any_stage_is_resumed_to_the_same_file(name, tiny_
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts") and not (tmp_path / "parts" / "training").exists()
 
 
-def test_a_stage_put_in_sees_the_run(tiny_dir, data, tmp_path):
-    seen = {}
+def test_a_stage_put_in_sees_the_run_and_the_file_is_its_model(tiny_dir, data, tmp_path):
+    ids, seen = torch.arange(40).view(2, 20), []
 
+    @torch.no_grad()
     def look(run):
-        seen.update(steps=run.recipe.steps, clustered=any(name.endswith("centroids") for name in run.model.state_dict()))
+        seen.extend([run.recipe.steps, run.model.eval()(ids).logits])
 
-    compress(tiny_dir, replace(SMALL, finetune_steps=4), tmp_path / "out", data=data, stages=with_stage_after("cluster", look))
-    assert seen == {"steps": 4, "clustered": True}
+    compress(tiny_dir, SMALL, tmp_path / "out", data=data, stages=with_stage_after("train_clustered", look))
+    assert seen[0] == 4
+    with torch.no_grad():
+        assert torch.equal(pretrained.load(tmp_path / "out")(ids).logits, seen[1])
 
 
 @pytest.mark.parametrize(
@@ -145,7 +151,7 @@ def test_settings_that_do_not_change_the_result_may_change_when_a_run_is_resumed
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
 
 
-def test_losses_are_logged_to_the_trackers_that_are_named(tiny_dir, data, tmp_path):
-    with pytest.raises(ValueError, match="report_to: there is no 'paper'"):
-        compress(tiny_dir, replace(SMALL, report_to=("paper",)), tmp_path / "out", data=data)
-    assert not (tmp_path / "out").exists()
+def test_losses_are_logged_into_the_output_directory(tiny_dir, data, tmp_path):
+    compress(tiny_dir, replace(SMALL, report_to=("tensorboard",)), tmp_path / "out", data=data)
+    for phase in ("fine-tuning", "clustered-training"):
+        assert list((tmp_path / "out" / "runs" / phase).glob("events.*"))

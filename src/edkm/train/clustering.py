@@ -55,7 +55,7 @@ class _Steps:
         register_optimizer_step_post_hook(self._count)
 
     def on(self, weight: Tensor) -> tuple[int, int]:
-        """A pair that changes with every step on the weight."""
+        """Return a pair that changes with every step on the weight."""
         return (self.of.get(weight) or 0) if weight.requires_grad else self.all, self.on_shards
 
     def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -205,7 +205,7 @@ class Clustering(nn.Module):
         self.forget()
 
     def current_temperature(self) -> Tensor:
-        """`[g]`, annealed to this step."""
+        """Return the temperature `[g]`, annealed to this step."""
         if not self.config.anneal_steps:
             return self.temperature
         # The step is not read from the device.
@@ -213,7 +213,7 @@ class Clustering(nn.Module):
         return self.temperature * self.config.anneal**share
 
     def solve(self, weight: Tensor) -> Solution:
-        """The centroids for the weight as it is now; found once until the weight changes.
+        """Find the centroids for the weight as it is now, once until the weight changes.
 
         Training moves the state: the first use with gradients after each change of the weight, or of others if it is frozen, stores the
         new centroids and counts a step. Any other use leaves the state alone.
@@ -230,7 +230,7 @@ class Clustering(nn.Module):
         return self._solution
 
     def _state_of(self, weight: Tensor) -> tuple[Any, ...]:
-        """Changes when the weight does."""
+        """Return a value that changes when the weight does."""
         if self._shared is not None:
             return self._shared.weight._version, *_steps.on(self._shared.weight)
         return weight.untyped_storage()._cdata, weight._version, *_steps.on(weight)
@@ -244,7 +244,7 @@ class Clustering(nn.Module):
         return solve(self.matrix(weight), start, problem, iters, self.choice[0])
 
     def attach(self, weight: Tensor) -> tuple[Tensor, Solution]:
-        """An alias of the weight whose gradient, for autograd, is that of the clustered weight; and the solution to decode it by."""
+        """Return an alias of the weight whose gradient, for autograd, is that of the clustered weight; and the solution to decode it by."""
         solution = self.solve(weight)
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight.detach(), solution
@@ -257,18 +257,18 @@ class Clustering(nn.Module):
         return self._alias, solution
 
     def decode(self, weight: Tensor, solution: Solution) -> Tensor:
-        """The soft weight, like `weight`; no gradient."""
-        return _shaped(solution.decode(self.matrix(weight)), weight.shape)
+        """Make the soft weight, of the shape of `weight`; no gradient."""
+        return reshaped(solution.decode(self.matrix(weight)), weight.shape)
 
     def adjoint(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
-        """`dL/dweight` from the gradient of the soft weight."""
+        """Turn the gradient of the soft weight into `dL/dweight`."""
         if self.config.softness == 0:
             return grad.to(weight.dtype)
         matrix = self.matrix(weight)
         return solution.adjoint(grad.reshape(matrix.shape), matrix).view(weight.shape)
 
     def freeze(self, weight: Tensor) -> Frozen:
-        """Indices and tables of the weight as it is now; what `eval()` uses and what is packed."""
+        """Return indices and tables of the weight as it is now, which `eval()` uses and the packed file holds."""
         matrix = self.matrix(weight)
         try:
             lut = round_lut(self.centroids)
@@ -282,11 +282,11 @@ class Clustering(nn.Module):
         return Frozen(quantized.indices.cpu(), lut.cpu(), tuple(weight.shape), error)
 
     def hard(self, weight: Tensor) -> Tensor:
-        """The weight with every value on its nearest centroid, like `weight`; no gradient."""
+        """Put every value of the weight on its nearest centroid; no gradient."""
         return quantize(self.matrix(weight), as_stored(self.centroids), weight.dtype).values.view(weight.shape)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The weight `[rows, cols]`, detached."""
+        """View the weight as `[rows, cols]`, detached."""
         return as_matrix(weight.detach(), self.row_axes)
 
     @property
@@ -298,7 +298,7 @@ class Clustering(nn.Module):
         return self.training or self.soft_in_eval
 
 
-def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+def reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Reshape a tensor that nobody else holds. Not as a view: what an autograd function returns as one cannot be written to."""
     return torch.ops.aten._unsafe_view(x, list(shape))
 

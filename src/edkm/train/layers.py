@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from edkm.train.clustering import Clustering, _shaped
+from edkm.train.clustering import Clustering, reshaped
 
 
 class _Linear(torch.autograd.Function):
@@ -36,7 +36,7 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         w = clustering.decode(alias, solution).to(x.dtype)
         out = F.linear(x, w, None if bias is None else bias.to(x.dtype))
-        return _shaped(out, out.shape)
+        return reshaped(out, out.shape)
 
     @staticmethod
     @once_differentiable
@@ -64,7 +64,7 @@ class _Embedding(torch.autograd.Function):
         if clustering.tables > 1:
             return F.embedding(ids, clustering.decode(alias, solution))
         # With one table the rows that are looked up can be decoded alone.
-        return _shaped(clustering.decode(alias[ids.flatten()], solution), (*ids.shape, alias.shape[1]))
+        return reshaped(clustering.decode(alias[ids.flatten()], solution), (*ids.shape, alias.shape[1]))
 
     @staticmethod
     @once_differentiable
@@ -87,7 +87,7 @@ class _Decode(torch.autograd.Function):
 
 
 def _trained(module: nn.Module) -> Tensor:
-    """The parameter, which `module.weight` is only outside of a forward pass."""
+    """Return the parameter, which `module.weight` is only outside of a forward pass."""
     weight = module._parameters["weight"]
     assert weight is not None
     return weight
@@ -125,7 +125,7 @@ class ClusteredEmbedding(nn.Embedding):
 
 
 def clustered_weight(weight: Tensor, clustering: Clustering) -> Tensor:
-    """The weight that a layer uses, with its gradient."""
+    """Return the weight that a layer uses, with its gradient."""
     if not clustering.is_soft:
         return clustering.hard(weight)
     return _Decode.apply(*clustering.attach(weight), clustering)  # pyright: ignore[reportReturnType]
@@ -193,7 +193,7 @@ def _read(module: nn.Module, key: str) -> Tensor | None:
 
 @cache
 def _class_of(plain: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
-    """The class of a module with clustered parameters, by the name of its own: others look for that."""
+    """Make the class of a module with clustered parameters, named as its plain one: others look for that name."""
     known: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ClusteredLinear, nn.Embedding: ClusteredEmbedding}
     members: dict[str, Any] = {key: property(lambda self, key=key: _read(self, key)) for key in keys}
     members |= {"_plain": plain, "_clustered": keys, "__reduce_ex__": _reduce, "__doc__": plain.__doc__, "__module__": plain.__module__}
@@ -234,12 +234,12 @@ def watch(module: nn.Module) -> None:
 
 
 def clustered_keys(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's clustered parameters."""
+    """Name the clustered parameters of a module."""
     return getattr(module, "_clustered", ())
 
 
 def clustering_of(module: nn.Module, key: str) -> Clustering:
-    """The clustering of a module's parameter."""
+    """Return the clustering of a module's parameter."""
     return getattr(module, state_name(key))
 
 

@@ -61,9 +61,9 @@ def write(out: Path, model: Any, tokenizer: Any) -> None:
     if distributed.world_size() == 1:
         write_frozen(freeze(model), unclustered(model))
         return
-    from edkm.train.sharding import save as save_shards
+    from edkm.train.sharding import save_from_first_rank
 
-    save_shards(model, write_frozen)
+    save_from_first_rank(model, write_frozen)
 
 
 def unwrapped(model: Any) -> Any:

@@ -68,8 +68,8 @@ def distribute(model: nn.Module, group: ProcessGroup | None = None) -> None:
         clustering.share(SharedRows(weight, rows, partial(_add_up, group=mesh), isinstance(weight, DTensor)), backend)
 
 
-def check_same_centroids(model: nn.Module, group: ProcessGroup | None = None) -> None:
-    """Raises ValueError, on all ranks, naming a tensor whose clustering is not the same on all ranks to the bit."""
+def _check_same_centroids(model: nn.Module, group: ProcessGroup | None = None) -> None:
+    """Refuse, on all ranks, a model with a tensor whose clustering is not the same on all of them to the bit."""
     found = clusterings(model)
     sums = torch.stack([torch.stack([_checksum(b) for b in c.buffers()]).sum() for *_, c in found])
     low, high = sums.clone(), sums.clone()
@@ -89,7 +89,7 @@ def _checksum(x: Tensor) -> Tensor:
     return (words * (torch.arange(len(words), device=x.device) * 0x9E3779B97F4A7C1 + 1)).sum()
 
 
-def save(
+def save_from_first_rank(
     model: nn.Module, write: Callable[[Mapping[str, Frozen | Later], dict[str, Tensor]], None], group: ProcessGroup | None = None
 ) -> None:
     """Write a prepared model from rank 0, which never holds more than one clustered tensor; call it on all ranks.
@@ -103,7 +103,7 @@ def save(
     Cost:
         Two passes over the weights; on rank 0 one byte for each weight of the largest tensor.
     """
-    check_same_centroids(model, group)
+    _check_same_centroids(model, group)
     found = clusterings(model)
     # Errors and whole small tensors first, in the same order on all ranks; a tensor that `write` does not ask for is not sent.
     later = {name: _announce(number, weight, clustering, found, group) for number, (name, weight, clustering) in enumerate(found)}
@@ -132,7 +132,7 @@ def _announce(number: int, weight: Tensor, clustering: Clustering, found: list, 
 
 
 def _request(number: int, like: Tensor, group: ProcessGroup | None) -> int:
-    """Rank 0's number, on all ranks."""
+    """Send rank 0's number to all ranks."""
     message = torch.tensor([number], dtype=torch.int64, device=like.device)
     dist.broadcast(message, _first(group), group=group)
     return int(message)
@@ -143,7 +143,7 @@ def _freeze(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) 
 
 
 def _send_indices(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> Tensor | None:
-    """The indices of the whole weight on rank 0, None elsewhere."""
+    """Gather the indices of the whole weight on rank 0; None elsewhere."""
     mine, _ = _freeze(weight, clustering, group)
     vectors, cols = _rows(weight, clustering, group).total // clustering.config.dim, mine.shape[1]
     world = dist.get_world_size(group)
@@ -162,7 +162,7 @@ def _send_indices(weight: Tensor, clustering: Clustering, group: ProcessGroup | 
 
 
 def _rows(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> Rows:
-    """This rank's rows; `fully_shard` cuts the first axis as `torch.chunk` does, and so do we."""
+    """Return this rank's rows; `fully_shard` cuts the first axis as `torch.chunk` does, and so do we."""
     total, rank, world = weight.shape[0], dist.get_rank(group), dist.get_world_size(group)
     size = -(-total // world)
     start = min(rank * size, total)
@@ -172,7 +172,7 @@ def _rows(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) ->
 
 
 def _add_up(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum over the ranks, in place. Each number is added up on one rank and sent to the others: all have the same bits."""
+    """Sum over the ranks, in place. Each number is added up on one rank and sent to the others: all have the same bits."""
     dist.all_reduce(x, group=group)
     return x
 
@@ -192,7 +192,7 @@ def _mesh_group(name: str, weight: DTensor) -> ProcessGroup:
 
 
 def _same_backend(clustering: Clustering, group: ProcessGroup | None) -> str:
-    """Rank 0's backend, so that all ranks round alike."""
+    """Return rank 0's backend, so that all ranks round alike."""
     choice = [clustering.choice[0]]
     dist.broadcast_object_list(choice, _first(group), group=group)
     return choice[0]
