@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ def run_compress(args: argparse.Namespace) -> int:
     given = vars(args)
     if "target_bpw" in given and "rows_per_lut" in given:
         raise ValueError("--target-bpw: chooses rows per table too. Leave out --rows-per-lut, or give --bits.")
-    from dataclasses import fields
 
     from edkm import recipe
     from edkm.config import ClusterConfig
