@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .compressed.companions import COMPANIONS
+from edkm.compressed.companions import COMPANIONS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 EXPECTED = "expected a checkpoint directory, a .gguf file or a hub id"
@@ -39,10 +41,8 @@ def _directory(source: str | Path, patterns: list[str] | None) -> Path:
     import_transformers()
     from huggingface_hub import snapshot_download
 
-    try:
+    with explaining(str(source)):
         return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:
-        raise ModelError(load_failure(str(source), error)) from error
 
 
 def read_config(source: str | Path, directory: Path) -> dict[str, Any]:
@@ -84,9 +84,24 @@ def _other_directory(directory: Path) -> str:
     return "Check that the model was saved there"
 
 
-def load_failure(source: str, error: Exception) -> str:
-    """Explain an error of transformers or of the hub in one line, with a remedy."""
-    reason = first_line(error)
+@contextmanager
+def explaining(source: str) -> Iterator[None]:
+    """Turn any error of transformers or of the hub into a ModelError of one line, with a remedy."""
+    try:
+        yield
+    except ModelError:
+        raise
+    # safetensors and tokenizers raise bare Exceptions for damaged files; the cause stays attached.
+    except Exception as error:
+        raise ModelError(_failure(source, first_line(error))) from error
+
+
+def _failure(source: str, reason: str) -> str:
+    if Path(source).is_file():
+        return (
+            f"{source}: cannot be read as a GGUF causal language model: {reason} "
+            "Give a complete file of an architecture that transformers supports."
+        )
     if not Path(source).is_dir():
         return (
             f"{source}: is no local path, and as a hub id it cannot be loaded: {reason} "

@@ -14,18 +14,18 @@ from unittest.mock import patch
 
 import torch
 
-from .modelfiles import (
+from edkm.modelfiles import (
     EXPECTED,
     ModelError,
+    explaining,
     first_line,
     import_transformers,
-    load_failure,
     model_files,
     packed_directory,
     read_config,
     require,
 )
-from .progress import without_bars
+from edkm.progress import without_bars
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -48,7 +48,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     if path.suffix.lower() == ".gguf":
         return _load_gguf(path, dtype)
     if _is_packed(source):
-        from .compressed.pretrained import load
+        from edkm.compressed.pretrained import load
 
         directory = packed_directory(source)
         model = load(directory, dtype)
@@ -76,17 +76,11 @@ def _is_packed(source: str | Path) -> bool:
 
 def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     transformers = import_transformers()
-    with without_bars():
-        try:
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-            _check_causal(source, config)
-            quantized = _dequantize_on_load(source, config)
-            model, info = _from_pretrained(source, dtype, config=config)
-        except ModelError:
-            raise
-        # safetensors and tokenizers raise bare Exceptions for damaged files; the cause stays attached.
-        except Exception as error:
-            raise ModelError(load_failure(source, error)) from error
+    with without_bars(), explaining(source):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _check_causal(source, config)
+        quantized = _dequantize_on_load(source, config)
+        model, info = _from_pretrained(source, dtype, config=config)
         tokenizer = _load_tokenizer(source, source)
     _check_loaded(source, model, info, info["unexpected_keys"])
     if quantized:
@@ -222,18 +216,11 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     # The newer of these may keep the blocks, where there is a kernel for them.
     options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     # The reader has a bar of its own, which transformers' switch does not reach.
-    with without_bars(), patch.object(reader, "tqdm", lambda tensors, **options: tensors, create=True):
-        try:
-            stored = _gguf_tensors(path)
-            model, info = _from_pretrained(path.parent, dtype, gguf_file=path.name, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except ModelError:
-            raise
-        except Exception as error:
-            raise ModelError(
-                f"{path}: cannot be read as a GGUF causal language model: {first_line(error)} "
-                "Give a complete file of an architecture that transformers supports."
-            ) from error
+    no_bar = patch.object(reader, "tqdm", lambda tensors, **options: tensors, create=True)
+    with without_bars(), no_bar, explaining(str(path)):
+        stored = _gguf_tensors(path)
+        model, info = _from_pretrained(path.parent, dtype, gguf_file=path.name, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     _check_loaded(path, model, info, _unread(stored, model))
     _forget_quantization(model)
     return model.eval(), tokenizer

@@ -144,13 +144,6 @@ def test_checkpoints_of_earlier_code_load_and_are_written_the_same(directory: st
         assert (again / "model.safetensors").read_bytes() == (BEFORE / directory / "model.safetensors").read_bytes()
 
 
-def test_dequantize_looks_up_each_index_in_the_table_of_its_row():
-    lut = torch.tensor([[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0], [6.0, 7.0]]]).half()  # [2, 2, 2]
-    tensor = Frozen(torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8), lut, (4, 2), 0.0)
-    assert dequantize(tensor).tolist() == [[0, 2], [1, 3], [6, 4], [7, 5]]
-    assert dequantize(tensor, torch.bfloat16).dtype == torch.bfloat16
-
-
 def test_files_are_plain_safetensors(saved: Path):
     with safe_open(saved / "model.safetensors", framework="pt") as handle:
         assert handle.get_tensor(NAME).dtype == torch.uint8 and handle.get_tensor(NAME).shape == (16,)  # 42 indices of 3 bits
@@ -231,14 +224,6 @@ def test_the_format_page_has_the_fields_that_are_written(saved: Path):
     assert example.keys() == config.keys()
     assert next(iter(example["tensors"].values())).keys() == config["tensors"][NAME].keys()
     assert {*config, *config["tensors"][NAME], "rows"} <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
-
-
-def test_the_lowest_version_that_can_store_it_is_written(saved: Path, tmp_path: Path):
-    config = read(saved).quantization_config
-    assert config["format_version"] == 1 and all("rows" not in tensor for tensor in config["tensors"].values())
-    one, three = freeze((3, 4), 2, row_axes=1), freeze((1, 3, 4), 2, row_axes=2)
-    assert write(tmp_path / "a", {NAME: one, "stack": three}, {}, {})["format_version"] == 2
-    assert write(tmp_path / "b", {NAME: one}, {}, {})["format_version"] == 1
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def write(
         pending[name] = Pending(tensor.dtype, tuple(tensor.shape), partial(torch.Tensor.detach, tensor))
         if tensor.numel() and (other := memory.setdefault((tensor.data_ptr(), *tensor.shape), name)) != name:
             raise FormatError(f"{name}: is the same memory as {other}. Leave one of them out.")
-    write_files(Path(directory), pending)
+    write_files(Path(directory), pending, {name: entry.about() for name, entry in entries.items()})
     # The lowest version that can store it, for older readers.
     version = max((entry.version for entry in entries.values()), default=1)
     return {
@@ -213,7 +213,7 @@ def _pending(name: str, frozen: Frozen | Later, entry: Entry) -> dict[str, Pendi
         return pack_indices(indices, entry.bits)
 
     return {
-        name: Pending(torch.uint8, (entry.packed_bytes,), pack, entry.about()),
+        name: Pending(torch.uint8, (entry.packed_bytes,), pack),
         name + LUT_SUFFIX: Pending(LUT_DTYPE, tuple(frozen.lut.shape), lambda: frozen.lut),
     }
 

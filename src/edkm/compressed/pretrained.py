@@ -172,7 +172,7 @@ def unpack(directory: str | Path, out: str | Path) -> None:
             if item.dtype is not None and item.dtype.is_floating_point and item.dtype.itemsize > 1:
                 dtype = torch.promote_types(dtype, item.dtype)
         dtypes = {name: dtype if item.dtype is None or item.dtype.is_floating_point else item.dtype for name, item in items.items()}
-        write_files(out, {name: Pending(dtypes[name], item.shape, partial(_dense, item, dtypes[name])) for name, item in items.items()})
+        write_files(out, {name: Pending(dtypes[name], item.shape, partial(_dense, item, dtypes[name])) for name, item in items.items()}, {})
     config = read_json(directory / "config.json")
     del config["quantization_config"]
     config.pop("torch_dtype", None)

@@ -46,12 +46,11 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Pending(NamedTuple):
-    """A tensor that is made when it is written. `about` is its entry in `config.json`, which `description` covers."""
+    """A tensor that is made when it is written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
-    about: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -82,11 +81,11 @@ class Stored(NamedTuple):
         return data.view(tensor.dtype).view(tensor.shape)
 
 
-def write_files(directory: Path, tensors: dict[str, Pending]) -> None:
+def write_files(directory: Path, tensors: dict[str, Pending], about: Mapping[str, str]) -> None:
     """Write tensors as `model.safetensors`, or above 5 GB as several files and `model.safetensors.index.json`.
 
     The files take their places when all are written: a crash or a full disk leaves the previous checkpoint as it was. Files of it
-    that the new one does not use are removed.
+    that the new one does not use are removed. `about` has the entries of clustered tensors in `config.json`.
 
     Raises:
         ValueError: a tensor's dtype has no name in safetensors.
@@ -95,7 +94,7 @@ def write_files(directory: Path, tensors: dict[str, Pending]) -> None:
     Cost:
         The memory of the largest tensor. One pass over the bytes.
     """
-    described = description(tensors, {name: pending.about for name, pending in tensors.items()})
+    described = description(tensors, about)
     directory.mkdir(parents=True, exist_ok=True)
     files = _divide(tensors)
     with ExitStack() as stack, progress("writing", len(tensors), "tensors") as advance:
