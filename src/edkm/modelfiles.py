@@ -98,10 +98,7 @@ def explaining(source: str) -> Iterator[None]:
 
 def _failure(source: str, reason: str) -> str:
     if Path(source).is_file():
-        return (
-            f"{source}: cannot be read as a GGUF causal language model: {reason} "
-            "Give a complete file of an architecture that transformers supports."
-        )
+        return f"{source}: cannot be read as a GGUF causal language model: {reason} Give a complete file that transformers supports."
     if not Path(source).is_dir():
         return (
             f"{source}: is no local path, and as a hub id it cannot be loaded: {reason} "

@@ -173,11 +173,9 @@ def _check_loaded(source: str | Path, model: Any, info: dict[str, Any], unread: 
 
 
 def _belongs_to_a_layer(name: str, model: Any) -> bool:
-    """Tell whether a tensor that a model does not read belongs to one of its layers, or is a layer that it does not have.
-
-    Others belong to parts that the class leaves out (a vision tower, layers at the end that predict further tokens), or are masks and
-    frequencies that are made anew.
-    """
+    """Tell whether a tensor that a model does not read belongs to one of its layers, or is a layer that it does not have."""
+    # Others belong to parts that the class leaves out (a vision tower, layers at the end that predict further tokens), or are masks and
+    # frequencies that are made anew.
     modules, more = dict(model.named_modules()), getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     path = name.rpartition(".")[0]
     while path not in modules:
