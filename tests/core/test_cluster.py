@@ -278,7 +278,7 @@ def test_backward_keeps_the_weight_and_the_centroids_of_each_iteration(backend, 
             assert trajectory <= kept <= trajectory + 1024
 
 
-def test_reference_keeps_the_maps():
+def test_reference_keeps_the_assignments_of_all_iterations():
     weight, centroids, temperature, _, _ = make(1, 1, 16, 64, 8, dtype=torch.float32)
     storages, _ = saved_storages(lambda: edkm.cluster(weight.requires_grad_(), centroids, temperature=temperature, backend="reference"))
     assert sum(storages.values()) > 3 * weight.numel() * 8 * 4

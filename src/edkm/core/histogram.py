@@ -26,8 +26,6 @@ from edkm.core import blocks
 from edkm.core.blocks import Points
 from edkm.core.reference import Problem
 
-Reduce = Callable[[Tensor], Tensor]
-
 BINS = 1 << 16
 # Weights read at a time.
 BLOCK_WEIGHTS = 1 << 18
@@ -102,7 +100,9 @@ class Histogram(NamedTuple):
         return entries.new_full((BINS,), torch.nan).index_copy_(0, self.bins, entries)
 
 
-def count(weight: Tensor, problem: Problem, dtype: torch.dtype, *, counted: bool | None = None, reduce: Reduce | None = None) -> Histogram:
+def count(
+    weight: Tensor, problem: Problem, dtype: torch.dtype, *, counted: bool | None = None, reduce: Callable[[Tensor], Tensor] | None = None
+) -> Histogram:
     """Make the histogram of a weight and its importance.
 
     Args:

@@ -10,6 +10,7 @@ share is put together first: there are fewer such vectors than ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from edkm.core import blocks, histogram, native
 from edkm.core.assign import quantize
 from edkm.core.blocks import Points
-from edkm.core.histogram import Reduce
 from edkm.core.op import Solution
 from edkm.core.reference import Problem, compute_dtype, update_centroids
+
+Reduce = Callable[[Tensor], Tensor]
 
 
 class Rows(NamedTuple):
