@@ -1,6 +1,6 @@
 """Core ML export. Core ML itself runs on macOS only; here the program of the written package is run by `interpreter`.
 
-1. Indices of every width and tables are in the package as they are packed, byte for byte; tied weights once.
+1. Indices and tables are in the package as they are packed, byte for byte, those of 5 and 7 bits with 6 and 8; tied weights once.
 2. The program gives the packed model's logits for other tokens than it was traced and checked with: with and without a cache, of fixed
    length, in float16 and float32, for several architectures, for values whose square is beyond float16.
 3. Inputs, outputs and states have the documented names and ranges.
@@ -8,6 +8,7 @@
 5. The command prints results and nothing of coremltools; Core ML's own prediction is compared where there is one.
 """
 
+import functools
 import json
 import sys
 import types
@@ -82,17 +83,26 @@ def packed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def package(packed, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out") / "M.mlpackage"
-    export.export(packed, out)
-    return out
+def exported(packed, tmp_path_factory):
+    """Export the model with some options, once for all tests: the package and the result."""
+
+    @functools.cache
+    def export_with(**options):
+        out = tmp_path_factory.mktemp("out") / "M.mlpackage"
+        return out, export.export(packed, out, **options)
+
+    return export_with
+
+
+CACHED = {"kv_cache": True, "context": 24}
 
 
 def tables(function):
     return {op.outputs[0].name: op for op in function.operations if op.op_type == "constexpr_lut_to_dense"}
 
 
-def test_tables_and_indices_are_the_packed_ones(packed, package):
+def test_tables_and_indices_are_the_packed_ones(packed, exported):
+    package, _ = exported()
     found, blob = tables(check.read_program(package)), (package / "Data/com.apple.CoreML/weights/weight.bin").read_bytes()
     frozen = checkpoint.read(packed).frozen
     assert {program.tensor_name(name) for name in frozen} == found.keys()
@@ -101,33 +111,37 @@ def test_tables_and_indices_are_the_packed_ones(packed, package):
         op = found[program.tensor_name(name)]
         np.testing.assert_array_equal(np.asarray(op.indices.val), tensor.indices.numpy())
         np.testing.assert_array_equal(op.lut.val[:, 0, : tensor.lut.shape[1]], tensor.lut.numpy())
-        # coremltools' own decompression and ours are the packed weight.
+        # coremltools' own decompression is the packed weight.
         np.testing.assert_array_equal(op.materialized_val_inference(), checkpoint.dequantize(tensor, torch.float16).numpy())
-        assert torch.equal(interpreter.table_weight(op), checkpoint.dequantize(tensor))
     with open_files(packed) as tensors:
         assert all(tensors[name].load().numpy().tobytes() in blob for name in read_entries(packed))
 
 
-def test_tied_weights_are_stored_once(package, tmp_path):
-    tied = [op for op in tables(check.read_program(package)).values() if op.outputs[0].shape[0] == 70]
+def test_tied_weights_are_stored_once(exported):
+    tied = [op for op in tables(check.read_program(exported()[0])).values() if op.outputs[0].shape[0] == 70]
     assert len(tied) == 1
     assert {op.op_type for op in tied[0].outputs[0].child_ops} == {"gather", "linear"}
-    done = export.export(pack(tmp_path / "untied", tie_word_embeddings=False), tmp_path / "M.mlpackage")
-    assert done.clustered == 16
+
+
+def test_untied_weights_are_both_there_and_five_and_seven_bits_are_stored_with_more(tmp_path):
+    directory = pack(tmp_path / "packed", plans=[(5, 32, 1, 20), (7, 16, 1, 100), (4, 16, 1, 16)], tie_word_embeddings=False)
+    odd = {name: entry.bits + 1 for name, entry in read_entries(directory).items() if entry.bits in (5, 7)}
+    done = export.export(directory, tmp_path / "M.mlpackage")
+    assert done.clustered == 16 and done.program.cosine > 0.99995
+    assert done.widened == odd and set(odd.values()) == {6, 8}
 
 
 @pytest.mark.parametrize(
     ("options", "cosine"),
     [
-        ({"kv_cache": True, "context": 24}, 0.99995),
-        ({"fixed": True, "context": 20}, 0.99995),
-        ({"precision": "float32"}, 1 - 1e-10),
-        ({"precision": "float32", "kv_cache": True}, 0.99995),
+        ({}, 0.99995),
+        (CACHED, 0.99995),
+        ({"fixed": True, "context": 20, "precision": "float32"}, 1 - 1e-10),
+        ({"kv_cache": True, "precision": "float32"}, 0.99995),
     ],
 )
-def test_the_program_is_the_model(packed, tmp_path, options, cosine):
-    out = tmp_path / "M.mlpackage"
-    done = export.export(packed, out, **options)
+def test_the_program_is_the_model(packed, exported, options, cosine):
+    out, done = exported(**options)
     assert done.clustered == 15 and done.program.cosine > cosine
     assert done.package_bytes == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     # Other tokens, and for a cache other steps, than those of the check.
@@ -146,10 +160,10 @@ def test_the_program_is_the_model(packed, tmp_path, options, cosine):
     assert check.compare(found, expected).cosine > cosine
 
 
-def test_the_interface(package):
+def test_the_interface(exported):
     import coremltools as ct
 
-    spec = ct.utils.load_spec(str(package))
+    spec = ct.utils.load_spec(str(exported()[0]))
     (tokens,), (logits,) = spec.description.input, spec.description.output
     assert (tokens.name, logits.name, spec.specificationVersion) == ("inputIds", "logits", 9)
     (one, length) = tokens.type.multiArrayType.shapeRange.sizeRanges
@@ -159,10 +173,9 @@ def test_the_interface(package):
 @pytest.mark.parametrize(
     ("kind", "fields", "kv_cache"),
     [
-        ("Mistral", {"sliding_window": 64}, False),
-        ("Qwen2", {}, True),
         ("Qwen3", {}, False),
-        ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}, False),
+        # LLaMA has no sliding window whatever its config holds.
+        ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "sliding_window": 16}, True),
         # Scaled embeddings and norms with one added to their weight; layers that run side by side; weights joined in one.
         ("Gemma", {"hidden_activation": "gelu_pytorch_tanh"}, True),
         ("GPTNeoX", {"num_key_value_heads": 4}, False),
@@ -170,22 +183,15 @@ def test_the_interface(package):
     ],
 )
 def test_architectures(tmp_path, kind, fields, kv_cache):
-    done = export.export(pack(tmp_path / "packed", kind, **fields), tmp_path / "M.mlpackage", kv_cache=kv_cache)
-    assert done.program.cosine > 0.99995
+    packed = pack(tmp_path / "packed", kind, num_hidden_layers=1, **fields)
+    assert export.export(packed, tmp_path / "M.mlpackage", kv_cache=kv_cache, context=40).program.cosine > 0.99995
 
 
-def test_a_tied_weight_may_have_the_name_of_the_head(packed, tmp_path):
+def test_large_activations_fit_float16_and_a_tied_weight_may_have_the_name_of_the_head(packed, tmp_path):
     frozen, dense, _ = checkpoint.read(packed)
-    frozen["lm_head.weight"] = frozen.pop("model.embed_tokens.weight")
-    pretrained.save_pretrained(tmp_path / "packed", frozen, dense, {}, pretrained.load(packed))
-    assert export.export(tmp_path / "packed", tmp_path / "M.mlpackage").program.cosine > 0.99995
-
-
-def test_large_activations_fit_float16(packed, tmp_path):
-    frozen, dense, _ = checkpoint.read(packed)
-    name = "model.embed_tokens.weight"
+    tied = frozen.pop("model.embed_tokens.weight")
     # Squares of these values are beyond float16; the norm brings them back.
-    frozen[name] = frozen[name]._replace(lut=frozen[name].lut * 4000)
+    frozen["lm_head.weight"] = tied._replace(lut=tied.lut * 4000)
     # The logits go through the same weights: keep them within float16 by what the last norm multiplies with.
     dense["model.norm.weight"] = dense["model.norm.weight"] * 1e-3
     pretrained.save_pretrained(tmp_path / "large", frozen, dense, {}, pretrained.load(packed))
@@ -193,37 +199,14 @@ def test_large_activations_fit_float16(packed, tmp_path):
     assert export.export(tmp_path / "large", tmp_path / "M.mlpackage").program.cosine > 0.9999
 
 
-def test_the_interpreters_own_operations():
-    """Those that coremltools computes too are the same; the others are torch's."""
-    import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb
-    from coremltools.converters.mil.mil import Function
-
-    x = np.linspace(-2, 3, 24, dtype=np.float32).reshape(2, 3, 4)
-    given = {
-        "linear": {"x": x, "weight": np.ones((5, 4), np.float32) * 0.3, "bias": np.arange(5, dtype=np.float32)},
-        "matmul": {"x": x, "y": x[:, ::-1].copy(), "transpose_x": False, "transpose_y": True},
-    }
-    assert interpreter._OPERATIONS.keys() - given.keys() == {"scaled_dot_product_attention", "slice_update", "silu"}
-    with Function({}, opset_version=ct.target.iOS18):
-        for kind, arguments in given.items():
-            op = getattr(mb, kind)(**arguments).op
-            np.testing.assert_allclose(interpreter._compute(op, arguments)[0], op.outputs[0].val, rtol=1e-6, atol=1e-6)
+def test_the_interpreter_replaces_a_part():
+    x = torch.linspace(-2, 3, 24).reshape(2, 3, 4)
     masks = {"begin_mask": [False, False, True], "end_mask": [False, True, False], "squeeze_mask": [True, False, False]}
-    part = interpreter._slice_update(
-        torch.from_numpy(x),
-        torch.ones(2, 2),
-        torch.tensor([1, 1, 3]),
-        torch.tensor([2, 0, 2]),
-        **{k: torch.tensor(v) for k, v in masks.items()},
-    )
-    expected = x.copy()
+    limits = {"begin": torch.tensor([1, 1, 3]), "end": torch.tensor([2, 0, 2])}
+    part = interpreter._slice_update(x, torch.ones(2, 2), **limits, **{name: torch.tensor(mask) for name, mask in masks.items()})
+    expected = x.clone()
     expected[1, 1:, :2] = 1
-    np.testing.assert_array_equal(part, expected)
-
-
-def swapped(main, dense, name, frozen, dtype, real=program._insert_table):
-    real(main, dense, name, frozen._replace(indices=frozen.indices.flip(1)), dtype)
+    assert torch.equal(part, expected)
 
 
 def nudged(main, dense, name, frozen, dtype, real=program._insert_table):
@@ -243,7 +226,6 @@ def forgetful(self, key, value, layer, *_, **__):
 @pytest.mark.parametrize(
     ("owner", "name", "value", "message"),
     [
-        (program, "_insert_table", swapped, "model.embed_tokens.weight: differs in the package"),
         (program, "_insert_table", nudged, "model.embed_tokens.weight: differs in the package"),
         (program, "_NEVER", 0.0, "the exported program differs from the packed model: cosine"),
         (program._States, "update", forgetful, "the exported program differs"),
@@ -256,45 +238,45 @@ def test_a_wrong_package_is_not_left_there(packed, tmp_path, monkeypatch, owner,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_positions_that_no_text_of_the_check_reaches_are_compared(packed, package):
+def test_every_index_and_every_position_is_compared(packed, exported):
     model = pretrained.load(packed)
-    cosines, sines = model.model.rotary_emb(torch.zeros(1), torch.arange(64).unsqueeze(0))
-    tables = {"model.model.rotary_emb.cosines": cosines[0].clone(), "model.model.rotary_emb.sines": sines[0]}
-    function = check.read_program(package)
-    check.check_tensors(function, {}, tables, "float16")
-    cosines = tables["model.model.rotary_emb.cosines"]
-    cosines[-1, 0] += 1e-2
+    cosines, sines = (part[0].clone() for part in model.model.rotary_emb(torch.zeros(1), torch.arange(64).unsqueeze(0)))
+    frozen, dense = checkpoint.read(packed).frozen, {"model.model.rotary_emb.cosines": cosines, "model.model.rotary_emb.sines": sines}
+    function = check.read_program(exported()[0])
+    check.check_tensors(function, frozen, dense, "float16")
+    cosines[-1, 0] += 1e-2  # a position that no text of the check reaches
     with pytest.raises(ValueError, match="cosines: differs in the package"):
-        check.check_tensors(function, {}, tables, "float16")
+        check.check_tensors(function, frozen, dense, "float16")
+    for name, tensor in frozen.items():
+        tensor.indices[-1, -1] ^= 1
+        with pytest.raises(ValueError, match=f"{name}: differs in the package"):
+            check.check_tensors(function, {name: tensor}, {}, "float16")
 
 
-def test_the_command(packed, tmp_path, capsys):
+def test_the_command(packed, tmp_path, capsys, caplog):
+    caplog.set_level("WARNING", "coremltools")
     out = tmp_path / "M.mlpackage"
+    out.mkdir()
+    (out / "Manifest.json").write_text("old")
     arguments = ["export", str(packed), "--to", "coreml", "--out", str(out), "--context", "12", "--kv-cache"]
-    assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err == f"edkm: error: {out}: exists; name another or add --overwrite\n"
+    assert cli.main([*arguments, "--overwrite"]) == 0
     printed = capsys.readouterr()
     assert "15 clustered tensors, indices and tables on the disk equal" in printed.out
     assert "logits of the program: cosine 0.9999" in printed.out
-    assert all(line.startswith("export: ") for line in printed.err.splitlines()) and "all checked" in printed.err  # nothing of coremltools
-    assert cli.main(arguments) == 1
-    assert capsys.readouterr().err == f"edkm: error: {out}: exists; name another or add --overwrite\n"
-    assert json.loads((out / "Manifest.json").read_text())["fileFormatVersion"]
-    assert cli.main([*arguments, "--overwrite"]) == 0
-
-
-def test_coremltools_says_nothing(packed, tmp_path, caplog):
-    caplog.set_level("WARNING", "coremltools")
-    export.export(packed, tmp_path / "M.mlpackage", fixed=True, context=12)
+    # Nothing of coremltools.
+    assert all(line.startswith("export: ") for line in printed.err.splitlines()) and "all checked" in printed.err
     assert not caplog.records
+    assert json.loads((out / "Manifest.json").read_text())["fileFormatVersion"]
 
 
 @pytest.mark.parametrize("kv_cache", [False, True])
-def test_the_device_check_with_a_stand_in(packed, tmp_path, monkeypatch, kv_cache):
+def test_the_device_check_with_a_stand_in(packed, exported, monkeypatch, kv_cache):
     """Run what runs on macOS, with the interpreter in the place of Core ML."""
     import coremltools as ct
 
-    out = tmp_path / "M.mlpackage"
-    export.export(packed, out, kv_cache=kv_cache, context=12)
+    out, _ = exported(**(CACHED if kv_cache else {}))
     function = check.read_program(out)
 
     class Model:
@@ -302,7 +284,7 @@ def test_the_device_check_with_a_stand_in(packed, tmp_path, monkeypatch, kv_cach
             assert path == str(out)
 
         def make_state(self):
-            return {name: np.zeros((2, 1, 2, 12, 8), np.float32) for name in ("keyCache", "valueCache")}
+            return {name: np.zeros((2, 1, 2, 24, 8), np.float32) for name in ("keyCache", "valueCache")}
 
         def predict(self, given, state=None):
             assert (state is not None) == kv_cache

@@ -53,28 +53,23 @@ def kernels(request, monkeypatch):
 
 
 def packed_weight(rows, cols, bits, luts, dtype=torch.float16, k=None, seed=0):
-    """`packed`, `lut` and the weight they stand for, `[rows, cols]`."""
+    """A packed weight, and the weight it stands for `[rows, cols]`."""
     generator = torch.Generator().manual_seed(seed)
     k = k or 1 << bits
     indices = torch.randint(0, k, (rows, cols), dtype=torch.uint8, generator=generator)
     lut = torch.randn(luts, k, 1, generator=generator).to(dtype)
     weight = lut.view(luts, k).gather(1, indices.view(luts, -1).long()).view(rows, cols)
-    return pack_indices(indices, bits), lut, weight
+    return weight_of(pack_indices(indices, bits), lut, bits, rows, cols), weight
 
 
-def kept(packed, lut, bits, rows, cols):
-    return PackedWeight(packed, lut, Entry(bits, (rows, cols), lut.shape[2], lut.shape[0], 0.0, rows))
+def weight_of(stream, lut, bits, rows, cols):
+    return PackedWeight(stream, lut, Entry(bits, (rows, cols), lut.shape[2], lut.shape[0], 0.0, rows))
 
 
-def unpacked(packed, lut, bits, rows, cols, dtype=torch.float32):
-    return kept(packed, lut, bits, rows, cols).decode_rows(0, rows, dtype)
-
-
-def check(x, packed, lut, bits, weight):
+def check(x, packed, weight):
     """As exact as torch in float32, then rounded to the dtype of x."""
-    rows, cols = weight.shape
-    out = packed_linear(x, kept(packed, lut, bits, rows, cols))
-    assert out.dtype == x.dtype and out.shape == (*x.shape[:-1], rows)
+    out = packed_linear(x, packed)
+    assert out.dtype == x.dtype and out.shape == (*x.shape[:-1], len(weight))
     truth = x.double() @ weight.double().T
     plain = linear(x.float(), weight.float()).to(x.dtype)
     size = x.double().abs() @ weight.double().abs().T
@@ -87,10 +82,10 @@ def check(x, packed, lut, bits, weight):
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("rows,cols,luts", [(8, 64, 8), (37, 576, 37), (64, 128, 4), (12, 1000, 1), (130, 344, 130), (5, 7, 5), (9, 33, 3)])
 def test_equals_the_unpacked_weight(kernels, bits, rows, cols, luts):
-    packed, lut, weight = packed_weight(rows, cols, bits, luts)
-    assert torch.equal(unpacked(packed, lut, bits, rows, cols), weight.float())
+    packed, weight = packed_weight(rows, cols, bits, luts)
+    assert torch.equal(packed.dense(torch.float32), weight.float())
     for batch in (1, 2, 3, 5, 16, 33):
-        check(torch.randn(batch, cols, generator=torch.Generator().manual_seed(batch)), packed, lut, bits, weight)
+        check(torch.randn(batch, cols, generator=torch.Generator().manual_seed(batch)), packed, weight)
 
 
 @settings(deadline=None, max_examples=80)
@@ -101,14 +96,13 @@ def test_any_shape_and_dtype(variant, data):
     bits = data.draw(st.integers(1, 8))
     luts, group, cols = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 20)), data.draw(st.integers(1, 300))
     k = data.draw(st.integers((1 << bits - 1) + 1, 1 << bits))
-    packed, lut, weight = packed_weight(
-        luts * group, cols, bits, luts, data.draw(st.sampled_from(DTYPES)), k, data.draw(st.integers(0, 99))
-    )
+    dtype, seed = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 99))
+    packed, weight = packed_weight(luts * group, cols, bits, luts, dtype, k, seed)
     x = torch.randn(data.draw(st.integers(0, 40)), cols).to(data.draw(st.sampled_from(DTYPES)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_library", lambda: library)
-        check(x, packed, lut, bits, weight)
-        assert torch.equal(unpacked(packed, lut, bits, luts * group, cols, lut.dtype), weight)
+        check(x, packed, weight)
+        assert torch.equal(packed.dense(dtype), weight)
 
 
 class Fenced:
@@ -135,10 +129,10 @@ class Fenced:
 def test_reads_nothing_beyond_the_end(kernels, bits):
     fenced = Fenced()
     for rows, cols, luts in ((1, 8, 1), (3, 64, 3), (5, 576, 5), (6, 512, 1), (9, 33, 3), (4, 2048, 2)):
-        packed, lut, weight = packed_weight(rows, cols, bits, luts, k=(1 << bits) - (bits > 1))
-        packed, lut, x = fenced(packed), fenced(lut), fenced(torch.randn(3, cols))
-        check(x, packed, lut, bits, weight)
-        assert torch.equal(unpacked(packed, lut, bits, rows, cols), weight.float())
+        packed, weight = packed_weight(rows, cols, bits, luts, k=(1 << bits) - (bits > 1))
+        packed = weight_of(fenced(packed.stream), fenced(packed.lut), bits, rows, cols)
+        check(fenced(torch.randn(3, cols)), packed, weight)
+        assert torch.equal(packed.dense(torch.float32), weight.float())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -149,52 +143,49 @@ def test_an_index_beyond_the_table_is_zero(kernels, bits):
     indices = torch.full((8, 64), k, dtype=torch.uint8)
     indices[:, ::2] = 0
     lut = torch.ones(8, k, 1, dtype=torch.float16)
-    packed = pack_indices(indices, bits)
-    assert torch.equal(unpacked(packed, lut, bits, 8, 64), (indices == 0).float())
-    assert torch.equal(packed_linear(torch.ones(2, 64), kept(packed, lut, bits, 8, 64)), torch.full((2, 8), 32.0))
+    packed = weight_of(pack_indices(indices, bits), lut, bits, 8, 64)
+    assert torch.equal(packed.dense(torch.float32), (indices == 0).float())
+    assert torch.equal(packed_linear(torch.ones(2, 64), packed), torch.full((2, 8), 32.0))
 
 
 @pytest.mark.parametrize("bits", [3, 5, 8])
 def test_some_rows(kernels, bits, monkeypatch):
     monkeypatch.setattr(packed_products, "_TILE_WEIGHTS", {"cpu": 24 * 33})
-    packed, lut, weight = packed_weight(70, 33, bits, 10)
+    packed, weight = packed_weight(70, 33, bits, 10)
     for start, stop in ((0, 70), (0, 1), (8, 41), (64, 70)):
         for dtype in (torch.float16, torch.float32):
-            assert torch.equal(kept(packed, lut, bits, 70, 33).decode_rows(start, stop, dtype), weight[start:stop].to(dtype))
-    check(torch.randn(40, 33), packed, lut, bits, weight)
+            assert torch.equal(packed.decode_rows(start, stop, dtype), weight[start:stop].to(dtype))
+    check(torch.randn(40, 33), packed, weight)
 
 
 def test_layouts_of_x(kernels):
-    packed, lut, weight = packed_weight(16, 96, 3, 16)
-    x = torch.randn(96, 6)
-    check(x.T, packed, lut, 3, weight)
-    check(torch.randn(2, 3, 2, 96)[:, ::2], packed, lut, 3, weight)
-    check(torch.randn(96), packed, lut, 3, weight)
-    check(torch.randn(1, 192)[:, 1:97], packed, lut, 3, weight)
+    packed, weight = packed_weight(16, 96, 3, 16)
+    for x in (torch.randn(96, 6).T, torch.randn(2, 3, 2, 96)[:, ::2], torch.randn(96), torch.randn(1, 192)[:, 1:97]):
+        check(x, packed, weight)
     for empty in (torch.randn(0, 96), torch.randn(2, 0, 96)):
-        assert packed_linear(empty, kept(packed, lut, 3, 16, 96)).shape == (*empty.shape[:-1], 16)
+        assert packed_linear(empty, packed).shape == (*empty.shape[:-1], 16)
 
 
 def test_special_values(kernels):
-    packed, lut, weight = packed_weight(8, 64, 4, 8)
-    lut[:, 0] = 2.0**-24  # the least half
-    weight = unpacked(packed, lut, 4, 8, 64)
+    packed, _ = packed_weight(8, 64, 4, 8)
+    packed.lut[:, 0] = 2.0**-24  # the least half
+    weight = packed.dense(torch.float32)
     assert (weight[weight.abs() < 1e-6] == 2.0**-24).all() and (weight.abs() < 1e-6).any()
     for dtype in DTYPES:
         x = torch.zeros(3, 64, dtype=dtype)
         x[0, 5], x[1, 7], x[2, 9] = float("inf"), float("nan"), torch.finfo(dtype).tiny
-        torch.testing.assert_close(packed_linear(x, kept(packed, lut, 4, 8, 64)), linear(x.float(), weight).to(dtype), equal_nan=True)
+        torch.testing.assert_close(packed_linear(x, packed), linear(x.float(), weight).to(dtype), equal_nan=True)
 
 
 @pytest.mark.parametrize("bits,luts", [(3, 640), (8, 1)])
 def test_threads_do_not_change_the_result(bits, luts):
-    packed, lut, _ = packed_weight(640, 1024, bits, luts)
+    packed, _ = packed_weight(640, 1024, bits, luts)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found = [packed_linear(torch.ones(b, 1024).cos(), kept(packed, lut, bits, 640, 1024)) for b in (1, 16, 40)]
-            results.append([*found, unpacked(packed, lut, bits, 640, 1024)])
+            found = [packed_linear(torch.ones(b, 1024).cos(), packed) for b in (1, 16, 40)]
+            results.append([*found, packed.dense(torch.float32)])
     finally:
         torch.set_num_threads(before)
     fused = [[found[0], found[1], found[3]] for found in results]  # torch's own product is not the same to the bit
@@ -212,10 +203,10 @@ def test_threads_are_those_of_torch():
     def threads():
         return len(list(Path("/proc/self/task").iterdir()))
 
-    packed, lut, _ = packed_weight(640, 1024, 3, 640)
+    packed, _ = packed_weight(640, 1024, 3, 640)
     before = threads()
     for _ in range(10):
-        packed_linear(torch.ones(1, 1024), kept(packed, lut, 3, 640, 1024))
+        packed_linear(torch.ones(1, 1024), packed)
     assert threads() == before
 
 
@@ -223,12 +214,12 @@ def test_no_compiler_is_said_once(monkeypatch):
     monkeypatch.setattr(native, "library", lambda *_: None)
     cpu._library.cache_clear()
     try:
-        packed, lut, weight = packed_weight(8, 64, 3, 8)
+        packed, weight = packed_weight(8, 64, 3, 8)
         with pytest.warns(UserWarning, match="packed layers run in plain torch, many times slower: there is no C compiler"):
-            assert not cpu.reads(packed, lut, 3, 8, 64)
+            assert not packed.compiled
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            check(torch.randn(2, 64), packed, lut, 3, weight)
+            check(torch.randn(2, 64), packed, weight)
     finally:
         cpu._library.cache_clear()
 
@@ -239,11 +230,11 @@ def test_every_half_is_read(kernels, flush):
     halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     lut = halves[halves.isfinite()]
     lut = torch.cat([lut, lut.new_zeros(-len(lut) % 256)]).view(-1, 256, 1)
-    packed = torch.arange(256, dtype=torch.uint8).repeat(len(lut))
+    packed = weight_of(torch.arange(256, dtype=torch.uint8).repeat(len(lut)), lut, 8, len(lut), 256)
     expected = lut.float().view(-1, 256)
     torch.set_flush_denormal(flush)
     try:
-        found = unpacked(packed, lut, 8, len(lut), 256)
+        found = packed.dense(torch.float32)
     finally:
         torch.set_flush_denormal(False)
     if kernels is not None:  # torch's own conversion loses them
@@ -251,15 +242,23 @@ def test_every_half_is_read(kernels, flush):
 
 
 def test_only_weights_of_its_layout_are_read():
-    packed, lut, _ = packed_weight(8, 64, 3, 8)
-    assert cpu.reads(packed, lut, 3, 8, 64) == (native.library(cpu._SOURCE, *cpu._FLAGS) is not None)
-    for other in (torch.zeros(8, 8, 2), torch.zeros(3, 8, 1), torch.zeros(8, 9, 1), torch.zeros(8, 8, 1, dtype=torch.float64)):
-        assert not cpu.reads(packed, other.to(other.dtype if other.dtype == torch.float64 else lut.dtype), 3, 8, 64)
-    assert not cpu.reads(packed.to("meta"), lut, 3, 8, 64) and not cpu.reads(packed[:-1], lut, 3, 8, 64)
-    assert not cpu.reads(packed, lut, 9, 8, 64) and not cpu.reads(packed.int(), lut, 3, 8, 64)
+    packed, _ = packed_weight(8, 64, 3, 8)
+    stream, lut = packed.stream, packed.lut
+    assert cpu.reads(stream, lut, 3, 8, 64) == (native.library(cpu._SOURCE, *cpu._FLAGS) is not None)
+    for shape, dtype in (((8, 8, 2), lut.dtype), ((3, 8, 1), lut.dtype), ((8, 9, 1), lut.dtype), ((8, 8, 1), torch.float64)):
+        assert not cpu.reads(stream, torch.zeros(shape, dtype=dtype), 3, 8, 64)
+    for other in (stream.to("meta"), stream[:-1], stream.int()):
+        assert not cpu.reads(other, lut, 3, 8, 64)
+    assert not cpu.reads(stream, lut, 9, 8, 64)
 
 
-def test_x_of_another_width_is_refused():
-    packed, lut, _ = packed_weight(8, 64, 3, 8)
-    with pytest.raises(ValueError, match=r"x: this packed layer has 64 inputs, got \[2, 63\]"):
-        packed_linear(torch.zeros(2, 63), kept(packed, lut, 3, 8, 64))
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 63), r"x: this packed layer has 64 inputs, got \[2, 63\]"),
+        (torch.ones(2, 64, dtype=torch.uint8), r"floating point, got torch\.uint8"),
+    ],
+)
+def test_another_width_or_kind_of_x_is_refused(x, message):
+    with pytest.raises(ValueError, match=message):
+        packed_linear(x, packed_weight(8, 64, 3, 8)[0])

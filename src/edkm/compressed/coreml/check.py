@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from edkm.compressed.coreml.interpreter import run_program
-from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, PRECISIONS, TOKENS, VALUES, stored_bits, tensor_name
-from edkm.compressed.coreml.quiet import quiet
+from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, PRECISIONS, TOKENS, VALUES, quiet, stored_bits, tensor_name
 from edkm.core.assign import Frozen
 
 LEAST_COSINE = 0.9999
@@ -98,7 +97,8 @@ def program_logits(function: Any, tokens: Tensor, state_shape: tuple[int, ...] |
     """
     states = {} if state_shape is None else {name: np.zeros(state_shape, np.float32) for name in (KEYS, VALUES)}
     steps = _steps(tokens, state_shape is not None)
-    return torch.cat([torch.from_numpy(run_program(function, inputs, states)[0][0]) for inputs in steps])
+    with quiet():
+        return torch.cat([torch.from_numpy(run_program(function, inputs, states)[0][0]) for inputs in steps])
 
 
 def device_logits(package: Path, tokens: Tensor, *, kv_cache: bool) -> Tensor | None:

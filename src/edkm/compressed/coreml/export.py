@@ -11,7 +11,6 @@ from torch import Tensor
 
 from edkm.compressed import checkpoint, pretrained
 from edkm.compressed.coreml import check, program
-from edkm.compressed.coreml.quiet import quiet
 from edkm.compressed.entries import read_entries
 from edkm.compressed.modelconfig import model_config
 from edkm.progress import progress
@@ -113,14 +112,14 @@ def _check_options(out: Path, precision: str, kv_cache: bool, fixed: bool, overw
         raise ValueError(f"{out}: the name of a Core ML package ends in {_SUFFIX}")
     if out.is_symlink():
         raise ValueError(f"{out}: is a symbolic link; name the package itself")
-    if out.exists() and (not overwrite or not (out / "Manifest.json").is_file()):
-        raise ValueError(
-            f"{out}: exists{'' if overwrite else '; name another or add --overwrite'}{' and is no package' if overwrite else ''}"
-        )
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out}: exists; name another or add --overwrite")
+    if out.exists() and not (out / "Manifest.json").is_file():
+        raise ValueError(f"{out}: exists and is no package; name another")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: its directory does not exist; make it first")
     try:
-        with quiet():
+        with program.quiet():
             import coremltools  # noqa: F401
     except ImportError as error:
         raise ValueError("Core ML export needs coremltools 9.0 or newer. Run: pip install 'edkm[coreml]'") from error

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edkm.core.assign import lookup
+
 
 def run_program(function: Any, inputs: dict[str, np.ndarray], states: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Run a function of a MIL program once.
@@ -40,9 +42,11 @@ def run_program(function: Any, inputs: dict[str, np.ndarray], states: dict[str, 
             return [value(v) for v in var]
         if var in values:
             return values[var]
-        return table_weight(var.op).numpy() if var.op.op_type == "constexpr_lut_to_dense" else _held(var.val)
+        if var.op.op_type != "constexpr_lut_to_dense":
+            return _held(var.val)
+        # coremltools' own decompression holds a table for every weight.
+        return lookup(torch.from_numpy(var.op.indices.val.astype(np.uint8)), torch.from_numpy(var.op.lut.val[:, 0])).numpy()
 
-    last_use = _last_uses(function)
     for op in function.operations:
         if op.op_type == "read_state":
             values[op.outputs[0]] = state_of[op.input].copy()
@@ -52,24 +56,15 @@ def run_program(function: Any, inputs: dict[str, np.ndarray], states: dict[str, 
         elif op.op_type not in ("const", "constexpr_lut_to_dense"):
             found = _compute(op, {name: value(var) for name, var in op.inputs.items() if var is not None})
             values |= {var: _round(result, var) for var, result in zip(op.outputs, found, strict=True)}
-        for var in last_use.get(op, ()):
-            values.pop(var, None)
+        for given in op.inputs.values():
+            for var in given if isinstance(given, (list, tuple)) else [given]:
+                if var is not None and var.child_ops[-1] is op and var not in function.outputs:  # its last use
+                    values.pop(var, None)
     return [values[var] for var in function.outputs]
 
 
-def table_weight(op: Any) -> Tensor:
-    """The weight that a `constexpr_lut_to_dense` stands for, `[rows, cols]` float32."""
-    indices, lut = torch.from_numpy(np.asarray(op.indices.val)), torch.from_numpy(np.asarray(op.lut.val)).float()
-    rows, cols = indices.shape
-    tables, _, k, dim = lut.shape
-    which = torch.arange(rows, dtype=torch.int32).div(rows // tables, rounding_mode="floor")  # table of each row
-    keys = indices.int() + k * which.unsqueeze(1)
-    found = lut.reshape(tables * k, dim).index_select(0, keys.flatten())  # [rows * cols, dim]
-    return found.view(rows, cols, dim).transpose(1, 2).reshape(rows * dim, cols)
-
-
 def _compute(op: Any, given: dict[str, Any]) -> list[Any]:
-    """The results of an operation on constants: ours where coremltools computes none or takes long, else coremltools' own."""
+    """Compute an operation on constants: by coremltools, or here where it has none of its own."""
     if op.op_type in _OPERATIONS:
         given = {name: torch.from_numpy(np.asarray(v)) if isinstance(v, (np.ndarray, np.generic)) else v for name, v in given.items()}
         return [_OPERATIONS[op.op_type](**given).numpy()]
@@ -84,20 +79,6 @@ def _compute(op: Any, given: dict[str, Any]) -> list[Any]:
             f"{op.name}: the operation {op.op_type!r} has no arithmetic here, so the export cannot be checked. Use edkm unpack."
         )
     return found
-
-
-def _last_uses(function: Any) -> dict[Any, list[Any]]:
-    """Map an operation to the values that no later one needs."""
-    last = {}
-    for op in function.operations:
-        for given in op.inputs.values():
-            for var in given if isinstance(given, (list, tuple)) else [given]:
-                last[var] = op
-    ends: dict[Any, list[Any]] = {}
-    for var, op in last.items():
-        if var is not None and var not in function.outputs:
-            ends.setdefault(op, []).append(var)
-    return ends
 
 
 def _held(val: Any) -> Any:
@@ -128,13 +109,7 @@ def _slice_update(x: Tensor, update: Tensor, begin: Tensor, end: Tensor, **masks
     return result
 
 
-def _matmul(x: Tensor, y: Tensor, transpose_x: Any = False, transpose_y: Any = False) -> Tensor:
-    return (x.mT if transpose_x else x) @ (y.mT if transpose_y else y)
-
-
 _OPERATIONS: dict[str, Any] = {
-    "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
-    "matmul": _matmul,
     "scaled_dot_product_attention": lambda query, key, value, attn_mask=None: F.scaled_dot_product_attention(query, key, value, attn_mask),
     "silu": lambda x: F.silu(x),
     "slice_update": _slice_update,

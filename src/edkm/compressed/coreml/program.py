@@ -21,8 +21,12 @@ Core ML alone, the app makes the mask.
 
 from __future__ import annotations
 
+import io
+import logging
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edkm.compressed.coreml.quiet import quiet
 from edkm.core.assign import Frozen
 
 TOKENS, MASK, LOGITS, KEYS, VALUES = "inputIds", "fullAttentionMask", "logits", "keyCache", "valueCache"
@@ -46,6 +49,20 @@ _LEAST_SCALE = 1e-2
 _ATTENTION = "edkm_coreml"
 # Traced on a few tokens; the check takes others, and more of them.
 _TRACED_TOKENS = 5
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence coremltools' bars and logs and torch's warnings within the block: none of them concerns users. Errors come through."""
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class CausalProgram(nn.Module):
@@ -137,13 +154,8 @@ def _within_float16(name: str, root: float, norm: nn.Module, inputs: tuple[Tenso
 def state_shape(config: Any, context: int) -> tuple[int, int, int, int, int]:
     """Shape of the keys, and of the values, of all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return (
-        config.num_hidden_layers,
-        1,
-        heads,
-        context,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, 1, heads, context, head_dim
 
 
 def write_package(
