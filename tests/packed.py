@@ -36,13 +36,17 @@ def packed(frozen):
     return PackedWeight(pack_indices(frozen.indices, frozen.bits), frozen.lut, entry_of("weight", frozen))
 
 
-def parts(model, bits=3):
-    """Clustered and dense tensors: every matrix at some bits, a table per row (one for embeddings). The model takes their values."""
+def parts(model, bits=3, plan=None):
+    """Clustered and dense tensors: every matrix at some bits, a table per row (one for embeddings). The model takes their values.
+
+    `plan(name, shape, number)` gives bits, tables, dim and centroids of a matrix instead.
+    """
     frozen, dense = {}, {}
-    for name, weight in model.named_parameters():
+    for number, (name, weight) in enumerate(model.named_parameters()):
         if weight.dim() >= 2 and not name.endswith(("cls_token", "position_embeddings")):
             embedding = "embed_tokens" in name
-            frozen[name] = freeze(weight.shape, 8 if embedding else bits, 1 if embedding else weight.shape[0], seed=len(frozen))
+            kind = (8 if embedding else bits, 1 if embedding else len(weight)) if plan is None else plan(name, weight.shape, number)
+            frozen[name] = freeze(weight.shape, *kind, seed=len(frozen))
             weight.data.copy_(dequantize(frozen[name]))
         else:
             dense[name] = weight.detach()
@@ -51,10 +55,10 @@ def parts(model, bits=3):
     return frozen, dense
 
 
-def pack(model, directory, bits=3, tokenizer=None):
+def pack(model, directory, bits=3, tokenizer=None, plan=None):
     """Write a packed model; the dense model that it stands for comes back."""
     model.config.architectures = [type(model).__name__]
-    pretrained.save_pretrained(directory, *parts(model, bits), {"bits": bits}, model, tokenizer)
+    pretrained.save_pretrained(directory, *parts(model, bits, plan), {"bits": bits}, model, tokenizer)
     return model.eval()
 
 

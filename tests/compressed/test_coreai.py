@@ -122,12 +122,19 @@ def test_training_lowers_the_loss_where_coreai_opt_cannot():
     assert losses[DefaultTrainingSpec] > 0.9  # trains the biases alone
 
 
+def twins(make, x, granularity, dim):
+    """A model that coreai-opt has prepared for the strategy, and edkm's own from the same tables."""
+    twin = make()
+    _, model = prepared(make(), x, granularity=granularity, cluster_dim=dim)
+    start = {name: step.centroids.clone() for name, (step, _) in steps_of(model).items()}
+    rows = getattr(granularity, "group_size", 0)
+    edkm.prepare(twin, edkm.ClusterConfig(bits=2, dim=dim, rows_per_lut=rows, anneal_steps=10), centroids=start)
+    return model, twin
+
+
 @pytest.mark.parametrize("granularity, dim", GRANULARITIES)
 def test_same_run_as_our_convolutions_to_the_bit(granularity, dim):
-    model, twin = convolution(), convolution()
-    _, model = prepared(model, IMAGES[0], granularity=granularity, cluster_dim=dim)
-    start = {name: step.centroids.clone() for name, (step, _) in steps_of(model).items()}
-    edkm.prepare(twin, config_of(granularity, dim), centroids=start)
+    model, twin = twins(convolution, IMAGES[0], granularity, dim)
     for seed in range(4):
         losses = [train(m.train(), 2, torch.optim.SGD(m.parameters(), lr=0.1), *IMAGES) for m in (model, twin)]
         assert losses[0] == losses[1], seed
@@ -138,17 +145,9 @@ def test_same_run_as_our_convolutions_to_the_bit(granularity, dim):
     assert torch.equal(model.eval()(IMAGES[0]), twin.eval()(IMAGES[0]))
 
 
-def config_of(granularity, dim, bits=2):
-    rows = getattr(granularity, "group_size", 0)
-    return edkm.ClusterConfig(bits=bits, dim=dim, rows_per_lut=rows, anneal_steps=10)
-
-
 @pytest.mark.parametrize("granularity, dim", GRANULARITIES)
 def test_same_run_as_our_linear_layers(granularity, dim):
-    model, twin = linears(), linears()
-    _, model = prepared(model, granularity=granularity, cluster_dim=dim)
-    start = {name: step.centroids.clone() for name, (step, _) in steps_of(model).items()}
-    edkm.prepare(twin, config_of(granularity, dim), centroids=start)
+    model, twin = twins(linears, X, granularity, dim)
     # The same state gives the same soft weight, to the bit.
     clustering = twin[0].clustering
     assert torch.equal(model.train()[0].weight, clustering.decode(*clustering.attach(twin[0].weight)))

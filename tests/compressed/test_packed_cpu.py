@@ -155,6 +155,7 @@ def test_some_rows(kernels, bits, monkeypatch):
     for start, stop in ((0, 70), (0, 1), (8, 41), (64, 70)):
         for dtype in (torch.float16, torch.float32):
             assert torch.equal(packed.decode_rows(start, stop, dtype), weight[start:stop].to(dtype))
+    assert len(list(packed.tiles(0, 70, torch.float32))) == 3
     check(torch.randn(40, 33), packed, weight)
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not made for this platform")
+from packed import freeze
+
 from edkm.compressed import gpu
 from edkm.compressed.packing import pack_indices
 from edkm.core.assign import lookup
@@ -20,10 +22,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def problem(rows, cols, bits, luts, k=None):
-    generator = torch.Generator().manual_seed(rows * cols + bits)
-    indices = torch.randint(k or 2**bits, (rows, cols), generator=generator, dtype=torch.uint8)
-    lut = torch.randn(luts, k or 2**bits, 1, generator=generator).half()
-    return pack_indices(indices, bits).to(DEVICE), lut.to(DEVICE), lookup(indices, lut, torch.float64).to(DEVICE)
+    """Stream, tables and the weight that they stand for."""
+    frozen = freeze((rows, cols), bits, luts, k=k)
+    return (
+        pack_indices(frozen.indices, bits).to(DEVICE),
+        frozen.lut.to(DEVICE),
+        lookup(frozen.indices, frozen.lut, torch.float64).to(DEVICE),
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 3, 20])
@@ -58,9 +63,8 @@ def test_narrow_inputs(dtype, batch):
 def test_what_it_does_not_take():
     x, stream, lut = torch.randn(65, 64), torch.zeros(192, dtype=torch.uint8), torch.zeros(8, 8, 1)
     assert gpu.takes(x[:64], stream, lut, 3, 8, 64)
-    assert not gpu.takes(x, stream, lut, 3, 8, 64)
-    assert not gpu.takes(x[:0], stream, lut, 3, 8, 64)
-    assert not gpu.takes(x[:1].double(), stream, lut, 3, 8, 64)
+    for other in (x, x[:0], x[:1].double()):
+        assert not gpu.takes(other, stream, lut, 3, 8, 64)
     assert not gpu.takes(x[:1, :40], stream, lut, 3, 8, 40)
     assert not gpu.takes(x[:1], stream, lut.view(4, 8, 2), 3, 8, 64)  # vectors
 

@@ -58,17 +58,6 @@ def test_a_packed_linear_layer_computes_as_the_dense_one(bits, shape, luts, dim)
     torch.testing.assert_close(x.grad, 2 * (x.detach() @ dense.T) @ dense)
 
 
-def test_a_weight_decoded_in_tiles_gives_the_same_product(monkeypatch):
-    import edkm.compressed.linear as module
-
-    frozen = freeze((40, 9), 3, 20)
-    x = torch.randn(2, 9)
-    whole = packed_linear(x, packed(frozen))
-    monkeypatch.setattr(module, "_TILE_WEIGHTS", {"cpu": 100})
-    assert len(list(packed(frozen).tiles(0, 40, x.dtype))) == 5
-    torch.testing.assert_close(packed_linear(x, packed(frozen)), whole)
-
-
 @pytest.mark.parametrize(("bits", "luts", "k"), [(8, 1, 256), (3, 16, 8), (5, 4, 19), (1, 1, 2)])
 def test_a_packed_embedding_looks_up_as_the_dense_one(bits, luts, k):
     frozen = freeze((16, 13), bits, luts, k=k)
