@@ -39,7 +39,7 @@ def problem(rows, cols, bits, luts, k=None):
 def test_it_is_the_product_with_the_decoded_weight(batch, rows, cols, bits, luts, k):
     stream, lut, weight = problem(rows, cols, bits, luts, k)
     x = torch.randn(batch, cols, generator=torch.Generator().manual_seed(batch)).to(DEVICE)
-    assert gpu.takes(x, stream, lut, bits, rows, cols)
+    assert gpu.takes(x, lut, cols)
     out = gpu.multiply(x, stream, lut, bits, rows, cols)
     truth = x.double() @ weight.T
     plain = (x @ weight.float().T - truth).abs().max()
@@ -61,12 +61,10 @@ def test_narrow_inputs(dtype, batch):
 
 
 def test_what_it_does_not_take():
-    x, stream, lut = torch.randn(65, 64), torch.zeros(192, dtype=torch.uint8), torch.zeros(8, 8, 1)
-    assert gpu.takes(x[:64], stream, lut, 3, 8, 64)
-    for other in (x, x[:0], x[:1].double()):
-        assert not gpu.takes(other, stream, lut, 3, 8, 64)
-    assert not gpu.takes(x[:1, :40], stream, lut, 3, 8, 40)
-    assert not gpu.takes(x[:1], stream, lut.view(4, 8, 2), 3, 8, 64)  # vectors
+    x, lut = torch.randn(65, 64), torch.zeros(8, 8, 1)
+    assert gpu.takes(x[:64], lut, 64)
+    assert not any(gpu.takes(other, lut, 64) for other in (x, x[:0], x[:1].double()))
+    assert not gpu.takes(x[:1, :40], lut, 40) and not gpu.takes(x[:1], lut.view(4, 8, 2), 64)  # half a group; vectors
 
 
 def test_bfloat16_matrices_need_a_gpu_that_has_them(monkeypatch):
@@ -81,7 +79,7 @@ def test_bfloat16_matrices_need_a_gpu_that_has_them(monkeypatch):
 
     for supported in (False, True):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=supported: answer)
-        takes = [gpu.takes(OnAGpu(rows), None, torch.zeros(8, 8, 1), 3, 8, 64) for rows in (4, 5)]
+        takes = [gpu.takes(OnAGpu(rows), torch.zeros(8, 8, 1), 64) for rows in (4, 5)]
         assert takes == [True, supported]
 
 

@@ -21,7 +21,7 @@ _SINGLE_ROWS = 4
 _GROUP = 32
 
 
-def takes(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
+def takes(x: Tensor, lut: Tensor, cols: int) -> bool:
     """Say whether `multiply` takes this: few rows of x, whole groups of columns, single values, tensor cores that know the dtype."""
     many = x.numel() > _SINGLE_ROWS * cols
     if many and x.dtype == torch.bfloat16 and x.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):

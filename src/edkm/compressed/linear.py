@@ -171,7 +171,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
         batch = x.numel() // weight.cols
         if batch <= 4 or batch <= cpu.most_rows(weight.cols, weight.entry.bits):
             return cpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
-    elif x.is_cuda and (gpu := _gpu()) is not None and gpu.takes(x, weight.stream, weight.lut, *weight.matrix):
+    elif x.is_cuda and (gpu := _gpu()) is not None and gpu.takes(x, weight.lut, weight.cols):
         return gpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
     flat = x.reshape(-1, weight.cols).to(torch.float32 if half else x.dtype)
     # In its own shape from the start: the output of an autograd.Function must not be a view.

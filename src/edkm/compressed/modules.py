@@ -53,7 +53,10 @@ class PackedModule(nn.Module):
         parameters: Any = self._parameters  # `Parameters`
         stream = parameters.get(name)
         if stream is None:
-            raise self._constant(name)
+            raise ValueError(
+                f"{type(self).__name__}.{name}: a packed weight is a constant, and something (an adapter on it, say) has taken it away. "
+                "Put adapters on linear layers and embeddings, or call dequantize() on the model first."
+            )
         lut = (self if self.tables_of is None else self.tables_of)._buffers[name + LUT_SUFFIX]
         assert lut is not None
         if lut.is_meta and not stream.is_meta:
@@ -71,13 +74,10 @@ class PackedModule(nn.Module):
     def seen(self, name: str) -> Tensor:
         """Return a dense view of parameter `name`; the meta tensor itself while it is not loaded or is offloaded."""
         stream = self._parameters.get(name)
-        if stream is None:
-            raise self._constant(name)
-        if stream.is_meta:
+        if stream is not None and stream.is_meta:
             return stream
-        if is_recorded(stream):
-            return self.packed(name).dense(self.dense_dtype)
-        return self.view(name, stream)
+        weight = self.packed(name)
+        return weight.dense(self.dense_dtype) if is_recorded(weight.stream) else self.view(name, stream)
 
     def view(self, name: str, parameter: Any) -> Any:
         """Return a parameter, or the dense view of a packed one: the same for all modules that share it."""
@@ -91,12 +91,6 @@ class PackedModule(nn.Module):
                 view = _VIEWS[id(parameter)] = DenseView(weight, self.dense_dtype, f"{type(self).__name__}.{name}")
             known = views[name] = weight, view
         return known[1]
-
-    def _constant(self, name: str) -> ValueError:
-        return ValueError(
-            f"{type(self).__name__}.{name}: a packed weight is a constant, and something (an adapter on it, say) has taken it away. "
-            "Put adapters on linear layers and embeddings, or call dequantize() on the model first."
-        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes that are made here have no name to be found by.
@@ -267,13 +261,9 @@ def _packed_class(kind: type[nn.Module], name: str, dim: int) -> type[nn.Module]
         return PackedLinear
     if issubclass(kind, nn.Embedding) and dim == 1:
         # Gemma's, say, scales what its base class returns.
-        return PackedEmbedding if kind is nn.Embedding else _subclass(kind.__name__, (kind, PackedEmbedding))
+        return PackedEmbedding if kind is nn.Embedding else type(kind.__name__, (kind, PackedEmbedding), {})  # pyright: ignore
     bases = (kind,) if issubclass(kind, _DecodedModule) else (_DecodedModule, kind)
-    return _subclass(kind.__name__, bases, **{name: property(lambda self: self._read(name))})
-
-
-def _subclass(name: str, bases: tuple[type[nn.Module], ...], **members: Any) -> type[nn.Module]:
-    return type(name, bases, members)
+    return type(kind.__name__, bases, {name: property(lambda self: self._read(name))})
 
 
 def _blank(ordinary: type[nn.Module], dims: Iterable[tuple[str, int]]) -> nn.Module:
@@ -300,21 +290,15 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     Cost:
         The memory of the dense model.
     """
-    packed = [
-        (module, name, module.packed(name))
-        for module in model.modules()
-        if isinstance(module, PackedModule)
-        for name in module.packed_entries
-    ]
-    for module in {module for module, _, _ in packed}:
-        module._parameters = dict(module._parameters)
+    packed = {m: {name: m.packed(name) for name in m.packed_entries} for m in model.modules() if isinstance(m, PackedModule)}
     dense: dict[Tensor, nn.Parameter] = {}
-    for module, name, weight in packed:
-        if weight.stream not in dense:
-            dense[weight.stream] = nn.Parameter(weight.dense(dtype or module.dense_dtype))
-        module._parameters[name] = dense[weight.stream]
-        module._buffers.pop(name + LUT_SUFFIX, None)
-    for module in {module for module, _, _ in packed}:
+    for module, weights in packed.items():
+        module._parameters = dict(module._parameters)
+        for name, weight in weights.items():
+            if weight.stream not in dense:
+                dense[weight.stream] = nn.Parameter(weight.dense(dtype or module.dense_dtype))
+            module._parameters[name] = dense[weight.stream]
+            module._buffers.pop(name + LUT_SUFFIX, None)
         module.__class__ = module.ordinary  # pyright: ignore
         for attribute in ("packed_entries", "dense_dtype", "ordinary", "tables_of", "decoded"):
             del module.__dict__[attribute]
