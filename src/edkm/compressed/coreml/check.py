@@ -25,7 +25,7 @@ from edkm.core.assign import Frozen
 LEAST_COSINE = 0.9999
 # A device rounds in its own way: what is wrong is far below this, what is rounded above.
 _LEAST_DEVICE_COSINE = 0.999
-# Tokens that go in one by one, after the others went in at once.
+# Tokens that go in one by one.
 _SINGLE = 3
 _STATEFUL_MACOS = 15
 
@@ -49,13 +49,7 @@ def read_program(package: Path) -> Any:
 
 
 def check_tensors(function: Any, frozen: Mapping[str, Frozen], dense: Mapping[str, Tensor], precision: str) -> None:
-    """Compare the constants of a program with the packed ones.
-
-    Args:
-        function: as `read_program` returned it.
-        frozen: clustered tensors by name; all must be there.
-        dense: other tensors by their name in the traced module; those must be equal that are there.
-        precision: of the program.
+    """Compare a program's constants with all clustered tensors, and with those others (by their name in the traced module) that it has.
 
     Raises:
         ValueError: one is missing or differs.
@@ -71,8 +65,7 @@ def check_tensors(function: Any, frozen: Mapping[str, Frozen], dense: Mapping[st
         if not _is_table(op, tensor, precision):
             _refuse(name)
     for name, tensor in dense.items():
-        label = tensor_name(name)
-        op = found.get(label) or found.get(f"{label}_to_fp16")
+        op = found.get(tensor_name(name)) or found.get(f"{tensor_name(name)}_to_fp16")
         if op is not None and op.op_type == "const" and not np.array_equal(op.outputs[0].val, tensor.numpy().astype(PRECISIONS[precision])):
             _refuse(name)
 
@@ -91,18 +84,14 @@ def _is_table(op: Any, tensor: Frozen, precision: str) -> bool:
 
 
 def program_logits(function: Any, tokens: Tensor, state_shape: tuple[int, ...] | None) -> Tensor:
-    """Logits of `tokens` `[1, n]` from the program that was read back: `[n, vocabulary]` float32.
-
-    With a cache (of `state_shape`) the tokens go in as a user would give them: the first at once, the last one by one.
-    """
+    """Run the program that was read back on tokens `[1, n]`, with a cache of `state_shape`: logits `[n, vocabulary]` float32."""
     states = {} if state_shape is None else {name: np.zeros(state_shape, np.float32) for name in (KEYS, VALUES)}
-    steps = _steps(tokens, state_shape is not None)
     with quiet():
-        return torch.cat([torch.from_numpy(run_program(function, inputs, states)[0][0]) for inputs in steps])
+        return torch.cat([torch.from_numpy(run_program(function, inputs, states)[0][0]) for inputs in _steps(tokens, bool(states))])
 
 
 def device_logits(package: Path, tokens: Tensor, *, kv_cache: bool) -> Tensor | None:
-    """The same from Core ML; None where it does not run such a package: anywhere but on macOS 15 or newer."""
+    """Run it with Core ML; None where that cannot run such a package: anywhere but on macOS 15 or newer."""
     if sys.platform != "darwin" or int(platform.mac_ver()[0].split(".")[0]) < _STATEFUL_MACOS:
         return None
     import coremltools as ct
@@ -117,11 +106,7 @@ def device_logits(package: Path, tokens: Tensor, *, kv_cache: bool) -> Tensor | 
 
 
 def compare(found: Tensor, expected: Tensor, *, device: bool = False) -> Difference:
-    """Compare logits `[n, vocabulary]`.
-
-    Raises:
-        ValueError: they are not those of the same model.
-    """
+    """Compare logits `[n, vocabulary]`; a ValueError if they are not those of one model."""
     cosine = torch.nn.functional.cosine_similarity(found.double(), expected.double(), dim=1).min().item()
     least, where = (_LEAST_DEVICE_COSINE, "Core ML's prediction") if device else (LEAST_COSINE, "the exported program")
     if not cosine >= least:
@@ -133,6 +118,7 @@ def compare(found: Tensor, expected: Tensor, *, device: bool = False) -> Differe
 
 
 def _steps(tokens: Tensor, kv_cache: bool) -> list[dict[str, np.ndarray]]:
+    """Cut tokens as a user of a cache would give them: the first at once, the last one by one."""
     if not kv_cache:
         return [{TOKENS: tokens.numpy()}]
     total = tokens.shape[1]

@@ -139,7 +139,7 @@ def _put(package: Path, out: Path) -> None:
 
 
 def _reference(model: Any, count: int) -> tuple[Tensor, Tensor]:
-    """`count` tokens `[1, count]` and the packed model's logits for them `[count, vocabulary]`."""
+    """Make tokens `[1, count]` and the packed model's logits for them `[count, vocabulary]`."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, count), generator=generator, dtype=torch.int32)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def _reference(model: Any, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _longest(directory: Path, config: Any, context: int | None) -> int:
-    """The longest text of the program in tokens, or refuse the model: before it is loaded."""
+    """Choose the longest text of the program in tokens, or refuse the model: before it is loaded."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = (config.architectures or [config.model_type])[0]
@@ -173,7 +173,7 @@ def _longest(directory: Path, config: Any, context: int | None) -> int:
 
 
 def _widened(entries: dict[str, Any]) -> dict[str, int]:
-    """Clustered tensors that Core ML stores with more bits, and how many."""
+    """Find the tensors that Core ML stores with more bits, and how many; refuse those that are no matrices."""
     for name, entry in entries.items():
         if len(entry.shape) != 2:
             raise ValueError(

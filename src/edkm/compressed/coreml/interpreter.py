@@ -21,12 +21,12 @@ def run_program(function: Any, inputs: dict[str, np.ndarray], states: dict[str, 
     """Run a function of a MIL program once.
 
     Args:
-        function: of the program that `coremltools` loaded from the package.
+        function: as coremltools loaded it from the package.
         inputs: by name.
         states: by name; changed in place.
 
     Returns:
-        The outputs, in the order of the program. float16 values are held in float32.
+        The outputs in order. float16 values are held in float32.
 
     Raises:
         ValueError: an operation that has no arithmetic here.
@@ -82,7 +82,7 @@ def _compute(op: Any, given: dict[str, Any]) -> list[Any]:
 
 
 def _held(val: Any) -> Any:
-    """A constant in float32 if it is float16; a scalar as numpy's own kind, which coremltools asks for."""
+    """Hold float16 in float32, and a scalar as numpy's own kind, which coremltools asks for."""
     if isinstance(val, str):
         return val
     if isinstance(val, (bool, np.bool_)):

@@ -161,19 +161,15 @@ def state_shape(config: Any, context: int) -> tuple[int, int, int, int, int]:
 def write_package(
     package: Path, model: Any, frozen: Mapping[str, Frozen], *, context: int, precision: str, kv_cache: bool, fixed: bool
 ) -> dict[str, Tensor]:
-    """Trace and convert a model, and write the package.
+    """Trace and convert a model, and write the package; the options are those of `export`.
 
     Args:
-        package: where to.
+        package: the directory to write.
         model: dense, float32, its clustered weights decoded; changed in place.
         frozen: clustered tensors by parameter name; each becomes a `constexpr_lut_to_dense`.
-        context: longest text in tokens.
-        precision: "float16" or "float32", of all but the cache and the mask, which are float16.
-        kv_cache: keep keys and values in states.
-        fixed: take exactly `context` tokens, not 1 to `context`.
 
     Returns:
-        What the traced module holds besides clustered weights, by name: dense parameters, buffers and tables of positions.
+        Dense parameters, buffers and tables of positions of the traced module, by name.
 
     Raises:
         ValueError: torch cannot trace the model, or coremltools cannot convert it.
@@ -246,7 +242,7 @@ def _pipeline(frozen: Mapping[str, tuple[str, Frozen]], dtype: type) -> Any:
 
 
 def _insert_table(main: Any, dense: Any, name: str, frozen: Frozen, dtype: type) -> None:
-    """Replace a constant. Tables are padded to a width that Core ML has; no index points into the padding."""
+    """Replace a constant by a table, padded to a width that Core ML has, and indices."""
     from coremltools.converters.mil.mil import Builder, types
 
     mb: Any = Builder
@@ -264,7 +260,7 @@ def _insert_table(main: Any, dense: Any, name: str, frozen: Frozen, dtype: type)
 
 
 def stored_bits(bits: int) -> int:
-    """The least width of an index that Core ML has and that holds `bits` bits (1 to 8)."""
+    """Find the least width of an index that Core ML has and that holds `bits` bits (1 to 8)."""
     return next(width for width in WIDTHS if width >= bits)
 
 
