@@ -86,7 +86,7 @@ class EdkmStrategy(nn.Module, TrainingStrategy):
         if self.clustering is None and f"{prefix}clustering.step" in state_dict:
             error_msgs.append(f"{prefix}clustering: call edkm.coreai.attach(model) after prepare(), before a trained state is loaded.")
         elif self.clustering is not None and self.clustering.importance is None and saved in state_dict:
-            # coreai-opt's sensitivities are not part of a checkpoint; what we made of them is.
+            # coreai-opt's sensitivities are not part of a checkpoint, but the importance made of them is.
             self.clustering.importance = torch.empty_like(state_dict[saved], device=self.clustering.centroids.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 

@@ -42,7 +42,7 @@ STRATEGY = EdkmTrainingSpec(anneal_steps=10)
 
 @pytest.fixture(autouse=True)
 def _ninja(monkeypatch):
-    """coreai-opt compiles its k-means with the ninja that pip has put beside python."""
+    """coreai-opt compiles its k-means with the ninja in the folder of python."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
 
 

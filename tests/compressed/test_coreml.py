@@ -166,7 +166,7 @@ def test_large_activations_fit_float16_and_a_tied_weight_may_have_the_name_of_th
     tied = frozen.pop("model.embed_tokens.weight")
     # Squares of these values are beyond float16; the norm brings them back.
     frozen["lm_head.weight"] = tied._replace(lut=tied.lut * 8000)
-    # The logits go through the same weights: keep them within float16 by what the last norm multiplies with.
+    # The logits go through the same weights: the last norm keeps them within float16.
     dense["model.norm.weight"] = dense["model.norm.weight"] * 1e-3
     pretrained.save_pretrained(tmp_path / "large", frozen, dense, {}, pretrained.load(packed))
     assert pretrained.load(tmp_path / "large").get_input_embeddings().weight.abs().max() > 1000
@@ -247,7 +247,7 @@ def test_the_command(packed, tmp_path, capsys, caplog):
 
 @pytest.mark.parametrize("kv_cache", [False, True])
 def test_the_device_check_with_a_stand_in(packed, exported, monkeypatch, kv_cache):
-    """Run what runs on macOS, with the interpreter in the place of Core ML."""
+    """Run the check of macOS with the interpreter in the place of Core ML."""
     import coremltools as ct
 
     out, _ = exported(**(CACHED if kv_cache else {}))

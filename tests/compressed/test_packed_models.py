@@ -93,7 +93,7 @@ def test_all_parameters_at_once(tied):
     loaded, dense = load(tied[0]), load(tied[0]).dequantize()
     vector = torch.nn.utils.parameters_to_vector(loaded.parameters())
     assert torch.equal(vector, torch.nn.utils.parameters_to_vector(dense.parameters()))
-    torch.nn.utils.vector_to_parameters(vector, loaded.parameters())  # what stands there already
+    torch.nn.utils.vector_to_parameters(vector, loaded.parameters())  # no change
     torch.optim.AdamW(loaded.parameters(), weight_decay=0.1).step()
     loaded.requires_grad_(False)
     with pytest.raises(ValueError, match=r"cannot be trained \(put an adapter on its layer, or leave the layer out.*dequantize\(\)"):

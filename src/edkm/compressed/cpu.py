@@ -90,13 +90,13 @@ def _weight(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> tup
 
 
 def _threads(weights: int) -> int:
-    """One or all: a pool that changes its size starts threads anew."""
+    """Choose one thread or all: a pool that changes its size starts threads anew."""
     return torch.get_num_threads() if weights >= _WORTH_THREADS else 1
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The kernels; None, and a warning, if they cannot be built."""
+    """Build the kernels; None, and a warning, if that fails."""
     try:
         library = native.library(_SOURCE, *_FLAGS)
         reason = "there is no C compiler"
@@ -124,7 +124,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _parallel() -> int | None:
-    """The address of `GOMP_parallel` in the OpenMP library that torch has loaded; GNU's, LLVM's and Intel's have it. None: one thread."""
+    """Find `GOMP_parallel` in the OpenMP library that torch has loaded; GNU's, LLVM's and Intel's have it. None: one thread."""
     try:
         maps = Path("/proc/self/maps").read_text().split()
     except OSError:

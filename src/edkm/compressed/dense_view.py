@@ -2,7 +2,7 @@
 
 Some code reads a layer's `weight` and not only calls the layer: Gemma's embedding and T5's output layer ask for its dtype, Mamba
 multiplies by it, TRL's losses take the output layer's, adapters ask for its shape and device and, when they are merged, add to it;
-others go over all parameters, to count them or to find the embedding. A `DenseView` answers at once what costs nothing, decodes the weight
+others go over all parameters, to count them or to find the embedding. A `DenseView` gives shape and dtype at once, decodes the weight
 for every operation, and refuses to be changed or trained: a change would be lost.
 
 A view that is set as a parameter (a tied weight, one that accelerate has moved) becomes the packed weight again: `Parameters`.
@@ -42,7 +42,7 @@ class DenseView(Tensor):
         make = Tensor._make_wrapper_subclass  # pyright: ignore[reportAttributeAccessIssue]
         view = make(cls, packed.entry.shape, dtype=dtype, device=packed.stream.device)
         view.packed, view.label = packed, label
-        view._is_param = True  # `isinstance(view, nn.Parameter)`, for those who look for one
+        view._is_param = True  # for code that asks `isinstance(view, nn.Parameter)`
         view._is_hf_initialized = True  # transformers leaves it alone
         return view
 
@@ -67,7 +67,7 @@ class DenseView(Tensor):
         args, kwargs = tree_map_only(cls, lambda view: dense.setdefault(id(view), view.packed.dense(view.dtype)), (args, kwargs))
         out = func(*args, **kwargs)
         for view in written:
-            # To write what stands there, as an average over all parameters does, is no change.
+            # An average over all parameters writes equal values: that is no change.
             if not view._is_equal(dense[id(view)]):
                 view._refuse("changed (by merging an adapter, say)")
         return out

@@ -66,7 +66,7 @@ def multiply(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols:
 
 @triton.jit
 def _entry(lut, table, index, k: tl.constexpr, bits: tl.constexpr, mask):
-    """The entries [n, m] of the tables of n rows."""
+    """Look up entries [n, m] in the tables of n rows."""
     index = index & ((1 << bits) - 1)
     if k < (1 << bits):  # an index beyond its table reads no other memory
         index = tl.minimum(index, k - 1)
@@ -75,7 +75,7 @@ def _entry(lut, table, index, k: tl.constexpr, bits: tl.constexpr, mask):
 
 @triton.jit
 def _rows(x, words, lut, out, rows, groups, rows_per_lut, k: tl.constexpr, bits: tl.constexpr, height: tl.constexpr, width: tl.constexpr):
-    """A few rows of W times one row of x, [32, groups]."""
+    """Multiply a few rows of W by one row of x, [32, groups]."""
     n = tl.program_id(0) * height + tl.arange(0, height)
     row = tl.program_id(1)
     table = n // rows_per_lut
@@ -102,7 +102,7 @@ def _tile(
     x, words, lut, out, batch, rows, cols, rows_per_lut,
     k: tl.constexpr, bits: tl.constexpr, block: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """`height` rows of W times all rows of x."""
+    """Multiply `height` rows of W by all rows of x."""
     n = tl.program_id(0) * height + tl.arange(0, height)
     b = tl.arange(0, block)
     table = n // rows_per_lut

@@ -1,7 +1,7 @@
 """Multiply by a packed weight: the stream of indices and the tables of the file are all that is kept.
 
 Where a kernel can do that, the product never holds the dense weight; elsewhere the weight is decoded tile by tile. Weights are
-constants here; gradients reach the inputs, which is what adapters (LoRA) need.
+constants here; gradients reach the inputs, as adapters (LoRA) need them.
 
 The kernels read memory by its address, which nothing that records operations would see. So `torch.compile` is given the product as one
 operator, `edkm::linear`; a program that others run (torch.export, torch.jit.trace) is given the ordinary operations that decode the weight.
@@ -28,7 +28,7 @@ from edkm.core.assign import lookup
 # Weights decoded at once where no kernel multiplies: on a CPU 4 MiB of float32, which stay in the cache until they are multiplied.
 _TILE_WEIGHTS = {"cpu": 1 << 20}
 _TILE_WEIGHTS_OF_A_DEVICE = 1 << 22
-# Where a release of torch has these no longer, packed layers run, and only what records them does not.
+# Private to torch: without them packed layers run, but cannot be recorded.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -183,7 +183,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
 
 @cache
 def _gpu() -> Any:
-    """The Triton kernels, or None without Triton."""
+    """Import the Triton kernels; None without Triton."""
     if find_spec("triton") is None:
         return None
     from edkm.compressed import gpu
@@ -217,7 +217,7 @@ def _weight_of(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> 
 
 @torch.library.custom_op("edkm::linear", mutates_args=())
 def _operator(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
-    """The product as torch.compile sees it."""
+    """Multiply, as one operator of torch.compile."""
     return multiply(x, _weight_of(stream, lut, bits, rows, cols))
 
 

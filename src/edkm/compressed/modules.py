@@ -67,7 +67,7 @@ class PackedModule(nn.Module):
         if known is not None and known[0].stream is stream and known[1] is lut and known[2] == stream.device:
             return known[0]
         weight = PackedWeight(stream, lut.to(stream.device), self.packed_entries[name])
-        if not is_recorded(stream):  # what is made while somebody records is of no use later
+        if not is_recorded(stream):  # a tensor made while operations are recorded is of no use later
             parameters.known[name] = weight, lut, stream.device
         return weight
 
@@ -182,7 +182,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 
 
 def _embedded(weight: PackedWeight, tokens: Tensor) -> Tensor:
-    """Some rows, `[n, cols]` in the dtype of the tables."""
+    """Decode some rows: `[n, cols]` in the dtype of the tables."""
     bits, tokens = weight.entry.bits, tokens.unsqueeze(1)
     bit = (tokens * weight.cols + torch.arange(weight.cols, device=tokens.device)) * bits  # [n, cols]
     # An index lies in two bytes at most; the last one does not read beyond the stream.
@@ -251,7 +251,7 @@ def pack_module(module: nn.Module, name: str, entry: Entry, k: int, dtype: torch
     stream = torch.empty(entry.packed_bytes, dtype=torch.uint8, device=device)
     module._parameters[name] = nn.Parameter(stream, requires_grad=False)
     module.register_buffer(name + LUT_SUFFIX, torch.empty(entry.luts, k, entry.dim, dtype=LUT_DTYPE, device=device))
-    # transformers would initialise at random what is never loaded because it stays on disk.
+    # transformers would give random values to a parameter that is not loaded because it stays on disk.
     module._parameters[name]._is_hf_initialized = True  # pyright: ignore
 
 
@@ -260,14 +260,14 @@ def _packed_class(kind: type[nn.Module], name: str, dim: int) -> type[nn.Module]
     if kind is nn.Linear:
         return PackedLinear
     if issubclass(kind, nn.Embedding) and dim == 1:
-        # Gemma's, say, scales what its base class returns.
+        # Gemma's, say, scales the result of its base class.
         return PackedEmbedding if kind is nn.Embedding else type(kind.__name__, (kind, PackedEmbedding), {})  # pyright: ignore
     bases = (kind,) if issubclass(kind, _DecodedModule) else (_DecodedModule, kind)
     return type(kind.__name__, bases, {name: property(lambda self: self._read(name))})
 
 
 def _blank(ordinary: type[nn.Module], dims: Iterable[tuple[str, int]]) -> nn.Module:
-    """A packed module without its state, for pickle and copies."""
+    """Make a packed module without its state, for pickle and copies."""
     kind = ordinary
     for name, dim in dims:
         kind = _packed_class(kind, name, dim)
@@ -275,7 +275,7 @@ def _blank(ordinary: type[nn.Module], dims: Iterable[tuple[str, int]]) -> nn.Mod
 
 
 def tie_module(module: PackedModule, name: str, owner: PackedModule) -> None:
-    """Use the tables of `owner` for the parameter `name`, in place; whoever ties parameters ties the streams."""
+    """Use the tables of `owner` for the parameter `name`, in place; its stream is tied as any parameter is."""
     module._buffers.pop(name + LUT_SUFFIX)
     module.__dict__["tables_of"] = owner
 

@@ -23,7 +23,7 @@ from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, PRECISIONS, TOKEN
 from edkm.core.assign import Frozen
 
 LEAST_COSINE = 0.9999
-# A device rounds in its own way: what is wrong is far below this, what is rounded above.
+# A device rounds in its own way: rounding stays above this, and errors fall far below.
 _LEAST_DEVICE_COSINE = 0.999
 # Tokens that go in one by one.
 _SINGLE = 3

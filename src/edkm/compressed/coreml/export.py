@@ -17,7 +17,7 @@ from edkm.progress import progress
 
 _SUFFIX = ".mlpackage"
 _CHECKED_TOKENS = 64
-# Longest text unless `context` says otherwise.
+# Longest text without `context`.
 _CONTEXT = 2048
 # Rotary positions whose angles depend on the length of the text: no table serves all lengths.
 _CHANGING_ROPE = ("dynamic", "longrope")
@@ -58,9 +58,9 @@ def export(
     Args:
         directory: a packed checkpoint.
         out: the package, `NAME.mlpackage`. Nothing is left there if a check fails.
-        precision: "float16" or "float32", of all arithmetic and of what is not clustered. Tables have float16 values in both.
+        precision: "float16" or "float32", of all arithmetic and of tensors that are not clustered. Tables have float16 values in both.
         kv_cache: keep keys and values in states, so that a text can be continued token by token.
-        context: longest text in tokens; None for the smaller of 2048 and what the model was made for.
+        context: longest text in tokens; None for the smaller of 2048 and the model's own limit.
         fixed: take exactly `context` tokens, not 1 to `context`. Not with `kv_cache`.
         overwrite: replace a package that is there.
 

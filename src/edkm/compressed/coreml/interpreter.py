@@ -1,8 +1,8 @@
 """Run a Core ML program on this machine, without Core ML, with the arithmetic that coremltools defines for each operation.
 
 Every result is rounded to the type that the program gives it, so that float16 overflows here where it overflows there.
-Within an operation sums are in float32. Core ML may add in another order or precision: this shows that the file says
-what the model computes, not how a device rounds it.
+Within an operation sums are in float32. Core ML may add in another order or precision: this shows that the file
+holds the computation of the model, not how a device rounds it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _round(result: Any, var: Any) -> Any:
 
 
 def _slice_update(x: Tensor, update: Tensor, begin: Tensor, end: Tensor, **masks: Tensor) -> Tensor:
-    """A copy of `x` with a part replaced. A mask says that there is no begin or end, or that the axis is one index."""
+    """Replace a part in a copy of `x`. A mask says that there is no begin or end, or that the axis is one index."""
     parts: list[Any] = []
     for axis, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
         masked = {name: bool(mask[axis]) for name, mask in masks.items() if mask is not None}

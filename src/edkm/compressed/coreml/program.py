@@ -152,7 +152,7 @@ def _within_float16(name: str, root: float, norm: nn.Module, inputs: tuple[Tenso
 
 
 def state_shape(config: Any, context: int) -> tuple[int, int, int, int, int]:
-    """Shape of the keys, and of the values, of all layers."""
+    """Find the shape of the keys, and of the values, of all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, 1, heads, context, head_dim
@@ -215,14 +215,14 @@ def write_package(
 
 
 def _constants_of(model: nn.Module, frozen: Mapping[str, Frozen]) -> dict[str, tuple[str, Frozen]]:
-    """Clustered tensors, with their names in the checkpoint, by the names of constants in the converted program."""
+    """Map constants of the converted program to clustered tensors, with their names in the checkpoint."""
     names = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}  # the first of tied ones
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {names[id(parameters[name])]: (name, tensor) for name, tensor in frozen.items()}
 
 
 def _pipeline(frozen: Mapping[str, tuple[str, Frozen]], dtype: type) -> Any:
-    """coremltools' passes, after one that puts tables and indices in the place of the dense weights."""
+    """List coremltools' passes, after one that puts tables and indices in the place of the dense weights."""
     import coremltools as ct
     from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
     from coremltools.converters.mil.mil.passes.pass_registry import register_pass
@@ -265,7 +265,7 @@ def stored_bits(bits: int) -> int:
 
 
 def tensor_name(name: str) -> str:
-    """The name of a clustered tensor in the program."""
+    """Name a clustered tensor in the program."""
     return name.replace(".", "_")
 
 
