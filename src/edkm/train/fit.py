@@ -72,15 +72,9 @@ def fit(
         here = [m for m in part.modules() if isinstance(m, nn.Linear) and m in linears and m not in targets]
         for module, moment in _moments(here, run).items():
             name, settings = linears[module]
+            per_lut, weighing = settings.rows_per_lut or None, (importance or {}).get(name)
             with naming(name):
-                found = gptq.fit(
-                    module.weight,
-                    moment,
-                    settings.bits,
-                    rows_per_lut=settings.rows_per_lut or None,
-                    turns=turns,
-                    importance=(importance or {}).get(name),
-                )
+                found = gptq.fit(module.weight, moment, settings.bits, rows_per_lut=per_lut, turns=turns, importance=weighing)
             module.weight.copy_(quantize(found.weight, found.centroids, module.weight.dtype).values)
             centroids[name], targets[module] = found.centroids, found.weight
             advance()

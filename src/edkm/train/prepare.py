@@ -203,12 +203,8 @@ def _clustering(target: Target, importance: Mapping[str, Tensor], centroids: Map
     with naming(name):
         clustering = Clustering(target.weight, target.settings, importance.get(name), backend, centroids.get(name), target.row_axes)
     clustering.name = name
-    remarks = [
-        ": ".join(clustering.choice),
-        "" if name in importance else "no importance",
-        target.note,
-        "tables by k-means" if centroids and name not in centroids else "",
-    ]
+    by_kmeans = "tables by k-means" if centroids and name not in centroids else ""
+    remarks = [": ".join(clustering.choice), "" if name in importance else "no importance", target.note, by_kmeans]
     return clustering, "; ".join(filter(None, remarks))
 
 
