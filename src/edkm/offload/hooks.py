@@ -41,13 +41,7 @@ def saved_tensors(
     hops: int = 4,
     resident: torch.nn.Module | None = None,
 ) -> Iterator[Stats]:
-    """Keep what autograd saves in the block on `device`, and every value once.
-
-    Use it in place of `torch.autograd.graph.save_on_cpu`, for any PyTorch code:
-
-        with edkm.offload.saved_tensors() as stats:
-            loss = model(x)
-        loss.backward()
+    """Keep what autograd saves in the block on `device`, and every value once; in the place of `torch.autograd.graph.save_on_cpu`.
 
     Backward may run in the block or after it. Blocks nest, and the inner one applies. Gradients are the same to the last bit.
 
