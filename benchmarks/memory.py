@@ -24,9 +24,9 @@ import edkm
 from benchmarks.measure import machine, write
 from edkm.memory import Budget, plan_memory
 from edkm.models import load_model
-from edkm.train.loop import TrainSettings
-from edkm.train.prepare import clusterings
-from edkm.train.sharding import shard_model
+from edkm.train.distributed import share_out
+from edkm.train.loop import TrainSettings, enable_checkpointing, micro_loss
+from edkm.train.optimizers import make_optimizer
 from examples.demo.data import fetch_smollm2
 
 BATCH, BLOCK_TOKENS = 2, 512
@@ -122,13 +122,13 @@ def _measure(case: dict, rank: int, directory: Path) -> dict[str, int]:
     them.
     """
     options = dict(case)
-    clustered, ranks = options.pop("clustered", False), options.get("ranks", 1)
+    clustered, ranks = options.pop("clustered", False), options.pop("ranks", 1)
     if ranks > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=ranks)
     _warm_up()
     before = _resident("VmRSS")
     model = torch.load(directory / ("clustered.pt" if clustered else "plain.pt"), weights_only=False)
-    optimizer, step = training(model, _tokens(rank), **options)
+    optimizer, step = training(model, _tokens(rank), TrainSettings(steps=1, lr=1e-5, precision="fp32", **options))
     step()
     step()
     gc.collect()
@@ -141,27 +141,15 @@ def _measure(case: dict, rank: int, directory: Path) -> dict[str, int]:
     return {"resident": resident, "tensors": tensors}
 
 
-def training(model, tokens, *, checkpointing=False, bf16=False, ranks=1, fsdp=False):
+def training(model, tokens, settings):
     """Return the optimizer of a model, prepared or not, and a function that makes a step, both as `edkm compress` has them."""
-    model.train()
-    model.config.use_cache = False
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    wrapped = model
-    if fsdp:
-        shard_model(model)
-    elif ranks > 1:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    if ranks > 1 and clusterings(model):
-        edkm.distribute(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+    if settings.checkpointing:
+        enable_checkpointing(model)
+    wrapped = share_out(model.train(), "cpu", settings.fsdp)
+    optimizer = make_optimizer(settings.optimizer, model.parameters(), settings.lr)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            out = wrapped(input_ids=tokens, labels=tokens)
-        loss = out.loss
-        del out
-        loss.backward()
+        micro_loss(wrapped, {"input_ids": tokens, "labels": tokens}, tokens.numel(), tokens.numel(), settings).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -184,7 +172,7 @@ def _warm_up() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 49152}
     model = LlamaForCausalLM(LlamaConfig(**sizes))
     edkm.prepare(model, edkm.ClusterConfig(embedding_bits=0))
-    training(model, torch.zeros(1, 64, dtype=torch.int64))[1]()
+    training(model, torch.zeros(1, 64, dtype=torch.int64), TrainSettings(steps=1, lr=1e-5, precision="fp32"))[1]()
     gc.collect()
 
 

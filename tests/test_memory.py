@@ -31,10 +31,11 @@ def budget(model, config=None, ranks=1, **changes):
 @pytest.mark.parametrize(("checkpointing", "bf16"), [(False, False), (True, False), (False, True), (True, True)])
 def test_the_plan_is_the_peak_of_a_real_step(tiny_model, checkpointing, bf16):
     before = copy.deepcopy(tiny_model.state_dict())
-    planned = budget(tiny_model, checkpointing=checkpointing, precision="bf16" if bf16 else "fp32")
+    options = {"checkpointing": checkpointing, "precision": "bf16" if bf16 else "fp32"}
+    planned = budget(tiny_model, **options)
     assert not tiny_model.training and not tiny_model.is_activation_checkpointing
     assert all(torch.equal(before[name], tensor) for name, tensor in tiny_model.state_dict().items())
-    optimizer, step = training(tiny_model, torch.zeros(2, BLOCK_TOKENS, dtype=torch.int64), checkpointing=checkpointing, bf16=bf16)
+    optimizer, step = training(tiny_model, torch.zeros(2, BLOCK_TOKENS, dtype=torch.int64), settings(**options))
     step()
     assert planned.peak == pytest.approx(peak_of_tensors(tiny_model, optimizer, step), rel=0.01)
 

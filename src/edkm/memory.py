@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,10 +81,6 @@ def plan_memory(
     """
     import torch
     from torch._subclasses import FakeTensorMode
-    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    from edkm.train.optimizers import make_optimizer
 
     _check(settings, block_tokens, ranks, device_type)
     tables = 0 if config is None else _table_bytes(model, config)
@@ -92,34 +89,51 @@ def plan_memory(
         twin = _twin(model, settings.checkpointing)
         teacher = _twin(model, False).eval() if settings.distill else None
     with _sharded(twin, ranks if settings.fsdp else 1), mode, _without_data():
-        # Of shards the tracker would count whole tensors too: there they are taken one by one.
-        optimizer = make_optimizer(settings.optimizer, trained := list(twin.parameters()), settings.lr)
-        for group in optimizer.param_groups:
-            group["foreach"] = device_type == "cuda" and not settings.fsdp
         ids = torch.zeros(settings.batch, block_tokens, dtype=torch.int64)
-        tracker: Any = FSDPMemTracker(twin, optimizer) if settings.fsdp else MemTracker()
-        if not settings.fsdp:
-            for p in trained:
-                p.grad = torch.empty_like(p)
-            optimizer.step()
-            optimizer.zero_grad()
-            tracker.track_external(twin, optimizer)
-        with tracker, _in_plain_words():
+        at_peak = _track_step(twin, teacher, ids, settings, device_type)
+        weights = sum(p.nbytes for p in twin.parameters())  # of all ranks
+    at_peak["clustering"] += tables
+    if teacher is not None and settings.fsdp:  # not a part of the tracked model
+        at_peak["weights"] += weights // ranks
+    if ranks > 1 and not settings.fsdp:
+        at_peak["communication"] += weights
+    return Budget(at_peak)
+
+
+def _track_step(twin: nn.Module, teacher: nn.Module | None, ids: Tensor, settings: TrainSettings, device_type: str) -> dict[str, int]:
+    """Make a step on fake tensors; return the bytes of each part at its peak."""
+    import torch
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    from edkm.train.loop import micro_loss
+    from edkm.train.optimizers import make_optimizer
+
+    optimizer = make_optimizer(settings.optimizer, list(twin.parameters()), settings.lr)
+    for group in optimizer.param_groups:
+        # Of shards the tracker would count whole tensors too: there they are taken one by one.
+        group["foreach"] = device_type == "cuda" and not settings.fsdp
+    tracker: Any = FSDPMemTracker(twin, optimizer) if settings.fsdp else MemTracker()
+    if not settings.fsdp:
+        for p in twin.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        tracker.track_external(twin, optimizer)
+    try:
+        with tracker:
             for _ in range(2 if settings.fsdp else 1):  # that tracker knows the optimizer's state from its first step on
                 for _ in range(min(settings.accumulate, 2)):
                     tracker.reset_mod_stats()
-                    _loss(twin, teacher, ids, settings).backward()
+                    micro_loss(twin, {"input_ids": ids, "labels": ids}, ids.numel(), ids.numel(), settings, teacher).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            peaks = list(tracker.get_tracker_snapshot("peak").values())
-        found = {str(getattr(kind, "value", kind)): sum(peak.get(kind, 0) for peak in peaks) for kind in {k for p in peaks for k in p}}
-    at_peak = {part: sum(found.get(name, 0) for name in names) for part, names in PARTS.items()}
-    at_peak["clustering"] += tables
-    if teacher is not None and settings.fsdp:  # not a part of the tracked model
-        at_peak["weights"] += sum(p.nbytes for p in teacher.parameters()) // ranks
-    if ranks > 1 and not settings.fsdp:
-        at_peak["communication"] += sum(p.nbytes for p in trained)
-    return Budget(at_peak)
+    except NotImplementedError as error:
+        raise ValueError("memory: torch's tracker cannot follow a model that calls a module twice in a pass. Plan without it.") from error
+    bytes_of: Counter[str] = Counter()
+    for device in tracker.get_tracker_snapshot("peak").values():
+        bytes_of.update({str(getattr(kind, "value", kind)): size for kind, size in device.items()})
+    return {part: sum(bytes_of[name] for name in names) for part, names in PARTS.items()}
 
 
 def _check(settings: TrainSettings, block_tokens: int, ranks: int, device_type: str) -> None:
@@ -140,20 +154,6 @@ def _table_bytes(model: nn.Module, config: ClusterConfig) -> int:
     return sum(4 * entry.tables * 2**entry.bits * entry.dim * (config.max_iters + 2) for entry in plan(model, config).clustered)
 
 
-def _loss(model: nn.Module, teacher: nn.Module | None, ids: Tensor, settings: TrainSettings) -> Tensor:
-    import torch
-
-    from edkm.train.loop import divergence, resolve_precision
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=resolve_precision(settings.precision) == "bf16"):
-        out = model(input_ids=ids, labels=ids)
-    if teacher is None:
-        return out.loss
-    with torch.no_grad():
-        expected = teacher(input_ids=ids).logits
-    return out.loss + divergence(out.logits, expected)
-
-
 def _twin(model: nn.Module, checkpointing: bool) -> Any:
     """Copy a model without its data, ready to train."""
     import torch
@@ -164,7 +164,6 @@ def _twin(model: nn.Module, checkpointing: bool) -> Any:
     for p in model.parameters():
         memo[id(p)] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
     twin: Any = copy.deepcopy(model, memo).train()
-    twin.config.use_cache = False
     if getattr(twin.config, "_experts_implementation", None) == "eager" and twin._can_set_experts_implementation():
         # A loop over the experts that have tokens, which only data can tell.
         twin.set_experts_implementation("grouped_mm")
@@ -180,11 +179,9 @@ def _sharded(model: nn.Module, ranks: int) -> Iterator[None]:
         yield
         return
     import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from edkm.train.targets import decoder_layers
+    from edkm.train.sharding import shard_model
 
     joined = dist.is_initialized()
     if joined and dist.get_world_size() != ranks:
@@ -193,22 +190,11 @@ def _sharded(model: nn.Module, ranks: int) -> Iterator[None]:
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         group: Any = dist.new_group(backend="fake") if joined else dist.group.WORLD
-        mesh = DeviceMesh.from_group(group, "cpu")
-        for module in (*decoder_layers(model), model):
-            fully_shard(module, mesh=mesh)
+        shard_model(model, group)
         yield
     finally:
         if not joined:
             dist.destroy_process_group()
-
-
-@contextmanager
-def _in_plain_words() -> Iterator[None]:
-    """Turn the tracker's refusal into one line."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise ValueError("memory: torch's tracker cannot follow a model that calls a module twice in a pass. Plan without it.") from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 4. Bits are chosen for an average (`--target-bpw`) or by a preset; options that are given go before a preset.
 5. `--dry-run` prints the plan, its size and memory, and writes nothing; `--steps 0` clusters without training.
 6. Options, files and models that do not fit are refused in one line, before anything expensive.
+7. `--report-to tensorboard` writes the losses of both phases to OUT/runs.
 """
 
 import json
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import edkm
+from edkm import metrics
 from edkm.cli import main
 from edkm.compressed.checkpoint import read, summary
 from edkm.models import load_model
@@ -63,6 +65,17 @@ def test_compress_writes_a_directory_that_loads(run, tiny_dir, tmp_path, capsys)
     for rows in weight.detach().view(8, -1):
         assert len(rows.unique()) <= 8
     assert not torch.equal(weight, dict(load_model(tiny_dir)[0].named_parameters())[name])
+
+
+def test_tensorboard_gets_the_losses_of_both_phases(run, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run("out", "--steps", "4", "--report-to", "tensorboard") == 0
+    written = []
+    for phase in ("fine-tuning", "clustered-training"):
+        events = accumulator.EventAccumulator(str(tmp_path / "out" / "runs" / phase)).Reload()
+        written += [(event.step, event.value) for event in events.Scalars("train/loss")]
+    recorded = [loss for series in metrics.read(tmp_path / "out")[0]["losses"] for _, loss in series["points"]]
+    assert written == [(step, pytest.approx(loss)) for step, loss in enumerate(recorded, 1)] and len(written) == 4
 
 
 def test_an_interruption_between_the_steps_prints_how_to_resume(run, tmp_path, monkeypatch, capsys):

@@ -377,9 +377,10 @@ def test_ranks_share_out_the_rows_of_a_stack(monkeypatch, world):
 def test_memory_of_experts_is_planned(experts):
     model = build("mixtral", num_hidden_layers=1)
     model.set_experts_implementation(experts)
-    budget = plan_memory(model, None, TrainSettings(steps=1, lr=1e-4, batch=2, precision="fp32"), block_tokens=32)
+    settings = TrainSettings(steps=1, lr=1e-4, batch=2, precision="fp32")
+    budget = plan_memory(model, None, settings, block_tokens=32)
     assert model.config._experts_implementation == experts
-    optimizer, step = training(model, torch.randint(1, 96, (2, 32)))
+    optimizer, step = training(model, torch.randint(1, 96, (2, 32)), settings)
     step()
     assert budget.peak == pytest.approx(peak_of_tensors(model, optimizer, step), rel=0.1)
 

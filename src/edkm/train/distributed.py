@@ -38,22 +38,19 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def start(timeout_s: float) -> None:
-    """Join the process group that torchrun set up, if it did; ranks but the first print nothing from now on."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-
-
 @contextmanager
 def session(timeout_s: float) -> Iterator[None]:
-    """Join the process group, tell torchrun of an error, and leave the group at the end: a rank that exits with it open may abort."""
-    start(timeout_s)
+    """Be in the process group that torchrun set up, if it did, where only the first rank prints; report an error to torchrun.
+
+    A rank that exits with the group open may abort.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if world_size() == 1:
         yield
         return
@@ -157,6 +154,7 @@ def report_failed_rank(remedy: str) -> Iterator[None]:
         yield
         return
     message = f"another rank failed, which torchrun names as the root cause. {remedy}"
+    hung = f"another rank did not answer in time: it hangs, or its machine cannot be reached. {remedy}"
     with _end_on_sigterm(message):
         try:
             yield
@@ -164,19 +162,18 @@ def report_failed_rank(remedy: str) -> Iterator[None]:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             time.sleep(_BEFORE_EXIT_S)
-            raise RankError(f"rank {rank()} of {world_size()}: {message}") from error
+            raise RankError(f"rank {rank()} of {world_size()}: {hung if 'timed out' in str(error).lower() else message}") from error
 
 
 @contextmanager
 def _end_on_sigterm(message: str) -> Iterator[None]:
     """End the process with a message at SIGTERM, by which torchrun ends the others, even where its main thread waits for a collective."""
-    inside, outside = os.pipe()
-    os.set_blocking(outside, False)
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: None)
-    except ValueError:  # not the main thread
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
+    inside, outside = os.pipe()
+    os.set_blocking(outside, False)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     number = signal.set_wakeup_fd(outside, warn_on_full_buffer=False)
 
     def listen() -> None:

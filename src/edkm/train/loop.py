@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -46,7 +47,7 @@ class TrainSettings:
             cross entropy of the labels.
         first_step: steps of an earlier training on the same data, whose blocks are passed over.
         optimizer: name of a class of `torch.optim`, in any case.
-        report_to: trackers to log to, by transformers' names: `tensorboard`, `wandb`, ..., `all` or `none`.
+        report_to: trackers to log to, by accelerate's names: `tensorboard`, `wandb`, ..., `all` or `none`.
     """
 
     steps: int
@@ -134,16 +135,17 @@ def train(
     checkpoint = last_checkpoint(work) if resume else None
     if resume and checkpoint is None:
         raise ValueError(f"{work}: there is no checkpoint to resume from. Start without --resume.")
+    teacher = teacher if settings.distill else None
     if settings.distill and teacher is None:
         raise ValueError("distill: there is no teacher. Give the model as it was before it was prepared.")
     if settings.fsdp:
         distributed.check_several_ranks()
-    check_report_to(settings.report_to)
+    trackers = check_report_to(settings.report_to)
     remedy = "The same command with --resume goes on from the last checkpoint." if settings.save_every else "Start again."
     began, state, interrupted = time.perf_counter(), RunState(), False
-    with _training(model, settings.checkpointing), distributed.report_failed_rank(remedy), _stop_on_signal() as stop:
+    with _training(model, settings.checkpointing), distributed.report_failed_rank(remedy), _note_interrupts() as interrupts:
         wrapped = distributed.share_out(model, pick_device(), settings.fsdp)
-        if settings.distill and teacher is not None:
+        if teacher is not None:
             distributed.share_out(teacher.eval().requires_grad_(False), pick_device(), settings.fsdp)
         optimizer = make_optimizer(settings.optimizer, [p for p in model.parameters() if p.requires_grad], settings.lr)
         torch.manual_seed(settings.seed + distributed.rank())  # for dropout, which differs from rank to rank
@@ -152,8 +154,8 @@ def train(
         else:
             load_checkpoint(checkpoint, model, optimizer, state)
         order, size = _order(len(blocks), settings), settings.blocks_per_step
-        phase = progress(name, settings.steps, "steps", done=state.step)
-        with phase as advance, tracking(settings.report_to, name, log_dir or work / "runs") as log:
+        bar = progress(name, settings.steps, "steps", done=state.step)
+        with bar as advance, tracking(trackers, name, log_dir or work / "runs") as log:
             while state.step < settings.steps and not interrupted:
                 rate = settings.lr * rate_share(state.step, steps=settings.steps, warmup=round(0.1 * settings.steps))
                 chosen = [blocks[i] for i in order[state.step * size : (state.step + 1) * size]]
@@ -164,7 +166,7 @@ def train(
                     loss = state.log()
                     advance(0, f"loss {loss:.3f}")
                     log({"loss": loss, "learning_rate": rate, "grad_norm": norm}, settings.first_step + state.step)
-                interrupted = distributed.any_rank(stop.asked_at is not None)
+                interrupted = distributed.any_rank(bool(interrupts))
                 due = settings.save_every and (state.step % settings.save_every == 0 or state.step == settings.steps)
                 if due or interrupted:
                     save_checkpoint(work, model, optimizer, state)
@@ -188,7 +190,7 @@ def _step(
     teacher: nn.Module | None,
 ) -> tuple[Tensor, Tensor]:
     """Make a step with this rank's part of the blocks; return its loss (see `micro_loss`) and the norm of the gradient."""
-    tokens = sum(_trained_tokens(block["labels"]) for block in blocks)
+    counts = [int((block["labels"][1:] != -100).sum()) for block in blocks]  # a model shifts labels, and nothing predicts the first
     starts = range(distributed.rank() * settings.batch, len(blocks), settings.batch * distributed.world_size())
     device, losses = next(model.parameters()).device, []
     for start in starts:
@@ -197,7 +199,7 @@ def _step(
         # Gradients are summed over the ranks with the last.
         held: Any = model.no_sync if isinstance(model, DistributedDataParallel) and start != starts[-1] else nullcontext
         with held():
-            loss = micro_loss(model, batch, tokens, settings, teacher)
+            loss = micro_loss(model, batch, sum(counts[start : start + settings.batch]), sum(counts), settings, teacher)
             loss.backward()
         losses.append(loss.detach())
     norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -209,12 +211,12 @@ def _step(
 
 
 def micro_loss(
-    model: nn.Module, batch: dict[str, Tensor], tokens: int, settings: TrainSettings, teacher: nn.Module | None = None
+    model: nn.Module, batch: dict[str, Tensor], trained: int, tokens: int, settings: TrainSettings, teacher: nn.Module | None = None
 ) -> Tensor:
     """Compute the loss of a micro-batch, so scaled that the mean over the ranks of their sums is the step's loss.
 
     Args:
-        tokens: trained tokens of the whole step, over all ranks.
+        trained: tokens of the micro-batch that the loss counts; `tokens` those of the whole step, over all ranks.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     parameters = inspect.signature(inner.forward).parameters
@@ -224,12 +226,12 @@ def micro_loss(
         options["num_items_in_batch"] = tokens
         scale = distributed.world_size()
     else:
-        scale = distributed.world_size() * _trained_tokens(batch["labels"]) / tokens
+        scale = distributed.world_size() * trained / tokens
     bf16 = resolve_precision(settings.precision) == "bf16"
     with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=bf16):
         out = model(**batch, **options)
     loss = out.loss * scale
-    if settings.distill and teacher is not None:
+    if teacher is not None:
         with torch.no_grad():
             expected = teacher(input_ids=batch["input_ids"], use_cache=False).logits
         loss = (1 - settings.distill) * loss + settings.distill / settings.accumulate * divergence(out.logits, expected)
@@ -237,20 +239,13 @@ def micro_loss(
 
 
 def divergence(logits: Tensor, expected: Tensor) -> Tensor:
-    """Mean over all tokens of `KL(softmax(expected) || softmax(logits))`, both `[..., vocabulary]`; no gradient to `expected`."""
-    odds = expected.detach().flatten(0, -2).float().log_softmax(-1)
-    probabilities = odds.exp()
-    entropy = -(probabilities * odds).sum(-1).mean()
-    return F.cross_entropy(logits.flatten(0, -2).float(), probabilities) - entropy
-
-
-def _trained_tokens(labels: Tensor) -> int:
-    """Count the labels that the loss sees: a model shifts them, and nothing predicts the first."""
-    return int((labels[..., 1:] != -100).sum())
+    """Return the mean over all tokens of `KL(softmax(expected) || softmax(logits))`, both `[..., vocabulary]`."""
+    ours, theirs = (x.flatten(0, -2).float().log_softmax(-1) for x in (logits, expected))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Activation checkpointing, renamed in transformers 5.2x, where the old name warns."""
+    """Enable activation checkpointing, renamed in transformers 5.2x, where the old name warns."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -274,32 +269,25 @@ def _training(model: Any, checkpointing: bool) -> Iterator[None]:
         model.zero_grad()
 
 
-class _Stop:
-    """Time of the first Ctrl-C, None before it."""
-
-    asked_at: float | None = None
-
-
 @contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """Note the first Ctrl-C, and interrupt at the second."""
-    stop = _Stop()
+def _note_interrupts() -> Iterator[list[float]]:
+    """Give a list that gets the time of the first Ctrl-C; the second interrupts."""
+    times: list[float] = []
 
-    def ask(number: int, frame: Any) -> None:
+    def note(number: int, frame: Any) -> None:
         now = time.monotonic()
-        if stop.asked_at is None:
-            stop.asked_at = now
+        if not times:
+            times.append(now)
             if distributed.rank() == 0:
                 say("edkm: finishing this step, then saving; Ctrl-C again stops at once")
-        elif distributed.world_size() == 1 or now - stop.asked_at > _SAME_PRESS_S:
+        elif distributed.world_size() == 1 or now - times[0] > _SAME_PRESS_S:
             raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread: whoever owns it handles Ctrl-C
-        yield stop
+    if threading.current_thread() is not threading.main_thread():  # which handles Ctrl-C
+        yield times
         return
+    before = signal.signal(signal.SIGINT, note)
     try:
-        yield stop
+        yield times
     finally:
         signal.signal(signal.SIGINT, before)

@@ -19,18 +19,15 @@ def optimizer_class(name: str) -> Any:
     Raises:
         ValueError: no such optimizer.
     """
-    kinds: dict[str, Any] = {key.lower(): kind for key, kind in vars(torch.optim).items() if inspect.isclass(kind)}
-    if name.lower() not in kinds.keys() - _NOT_THESE:
-        raise ValueError(f"optimizer: there is no {name!r}. Use one of {', '.join(sorted(kinds.keys() - _NOT_THESE))}.")
-    return kinds[name.lower()]
+    classes = {key.lower(): found for key, found in vars(torch.optim).items() if inspect.isclass(found)}
+    names = sorted(classes.keys() - _NOT_THESE)
+    if name.lower() not in names:
+        raise ValueError(f"optimizer: there is no {name!r}. Use one of {', '.join(names)}.")
+    return classes[name.lower()]
 
 
 def make_optimizer(name: str, params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Make an optimizer of `torch.optim`; betas are 0.9 and 0.95 and there is no weight decay, for those that have them.
-
-    Raises:
-        ValueError: no such optimizer.
-    """
+    """Make the optimizer of `optimizer_class`; betas are 0.9 and 0.95 and there is no weight decay, for those that have them."""
     kind = optimizer_class(name)
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0}
     accepted = inspect.signature(kind).parameters

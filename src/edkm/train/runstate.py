@@ -68,7 +68,6 @@ def save_checkpoint(work: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Write a checkpoint, then remove those before it; call it on all ranks."""
     path, part = work / f"step-{state.step}", work / f"step-{state.step}.part"
     distributed.run_on_rank0(lambda: shutil.rmtree(part, ignore_errors=True))
-    distributed.run_on_rank0(lambda: part.mkdir(parents=True))
     with _alone_is_fine():
         save(_tensors(model, optimizer), checkpoint_id=part)
     generators = {"python": random.getstate(), "torch": torch.get_rng_state()}

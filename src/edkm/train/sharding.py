@@ -27,14 +27,10 @@ from edkm.train.targets import decoder_layers
 
 
 def shard_model(model: nn.Module, group: ProcessGroup | None = None) -> None:
-    """Apply FSDP2 to a model in place: each decoder layer is gathered when it runs, the rest stays gathered within a pass.
-
-    Decoder layers are those of `targets.decoder_layers`.
-    """
-    mesh = None if group is None else DeviceMesh.from_group(group, "cuda" if torch.cuda.is_available() else "cpu")
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    """Apply FSDP2 to a model in place: each decoder layer is gathered when it runs, the rest stays gathered within a pass."""
+    mesh = None if group is None else DeviceMesh.from_group(group, next(model.parameters()).device.type)
+    for module in (*decoder_layers(model), model):
+        fully_shard(module, mesh=mesh)
 
 
 def distribute(model: nn.Module, group: ProcessGroup | None = None) -> None:
@@ -63,9 +59,10 @@ def distribute(model: nn.Module, group: ProcessGroup | None = None) -> None:
         with torch.no_grad():
             for buffer in clustering.buffers():
                 dist.broadcast(buffer, _first(mesh), group=mesh)
-        backend = _same_backend(clustering, mesh)
+        backend = [clustering.choice[0]]  # rank 0's, so that all ranks round alike
+        dist.broadcast_object_list(backend, _first(mesh), group=mesh)
         rows = partial(_rows, weight, clustering, mesh)
-        clustering.share(SharedRows(weight, rows, partial(_add_up, group=mesh), isinstance(weight, DTensor)), backend)
+        clustering.share(SharedRows(weight, rows, partial(_add_up, group=mesh), isinstance(weight, DTensor)), backend[0])
 
 
 def _check_same_centroids(model: nn.Module, group: ProcessGroup | None = None) -> None:
@@ -145,20 +142,14 @@ def _freeze(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) 
 def _send_indices(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> Tensor | None:
     """Gather the indices of the whole weight on rank 0; None elsewhere."""
     mine, _ = _freeze(weight, clustering, group)
-    vectors, cols = _rows(weight, clustering, group).total // clustering.config.dim, mine.shape[1]
-    world = dist.get_world_size(group)
-    counts = mine.new_zeros(world, dtype=torch.int64)
+    counts = mine.new_zeros(dist.get_world_size(group), dtype=torch.int64)
     counts[dist.get_rank(group)] = len(mine)
-    sizes = _add_up(counts, group=group).tolist()
-    padded = mine.new_zeros(max(sizes), cols)
+    sizes = _add_up(counts, group).tolist()
+    padded = mine.new_zeros(max(sizes), mine.shape[1])
     padded[: len(mine)] = mine
     boxes = [torch.empty_like(padded) for _ in sizes] if dist.get_rank(group) == 0 else None
     dist.gather(padded, boxes, _first(group), group=group)
-    if boxes is None:
-        return None
-    whole = torch.cat([box[:size] for box, size in zip(boxes, sizes, strict=True)])
-    assert len(whole) == vectors
-    return whole.cpu()
+    return None if boxes is None else torch.cat([box[:size] for box, size in zip(boxes, sizes, strict=True)]).cpu()
 
 
 def _rows(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> Rows:
@@ -189,10 +180,3 @@ def _mesh_group(name: str, weight: DTensor) -> ProcessGroup:
             "one-dimensional mesh, or skip the tensor."
         )
     return weight.device_mesh.get_group()
-
-
-def _same_backend(clustering: Clustering, group: ProcessGroup | None) -> str:
-    """Return rank 0's backend, so that all ranks round alike."""
-    choice = [clustering.choice[0]]
-    dist.broadcast_object_list(choice, _first(group), group=group)
-    return choice[0]

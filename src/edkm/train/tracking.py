@@ -31,9 +31,8 @@ def check_report_to(names: Sequence[str]) -> list[str]:
 
 @contextmanager
 def tracking(names: Sequence[str], phase: str, directory: Path) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """Start trackers on rank 0; the block calls the given `log(values, step)`. Those that write files do so in the directory."""
+    """Start trackers (of `check_report_to`) on rank 0, for the block to call `log(values, step)`; files of theirs go to the directory."""
     trackers: list[Any] = []
-    names = check_report_to(names)
     if names and distributed.rank() == 0:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
