@@ -2,7 +2,7 @@
 
 1. `edkm compress` and `edkm.Callback` make the model of one process, with DDP and with FSDP2, started by torchrun or otherwise.
 2. A run is resumed by another number of ranks.
-3. A rank that is killed ends the run soon: torchrun names it, and the others print the remedy.
+3. A rank that is killed ends the run soon: torchrun names it, and the others print the remedy; so does one that waits in vain.
 4. A checkpoint is complete only when every rank has written its part.
 5. An error of rank 0 ends all ranks with its message.
 """
@@ -27,6 +27,7 @@ import edkm
 from edkm import metrics, recipe
 from edkm.cli import main
 from edkm.compressed.checkpoint import read
+from edkm.train import distributed
 
 RECORDS = [{"instruction": f"question {i} fox", "output": f"the answer {i} is a quick dog over {i * i} lazy foxes"} for i in range(60)]
 # The 8-bit tables of a vocabulary this small have centroids next to nothing, where rounding errors are all that moves them.
@@ -252,6 +253,15 @@ def test_torchrun_names_a_killed_rank_and_the_others_print_the_remedy(tiny_dir, 
     assert "another rank failed" in errors and "The same command with --resume goes on from the last checkpoint." in errors
     named = errors[errors.index("Root Cause (first observed failure)") :]
     assert re.search(r"rank +: 1 ", named) and "SIGKILL" in named
+
+
+def test_a_time_out_prints_the_remedy(monkeypatch):
+    for name, value in {"world_size": lambda: 2, "_BEFORE_EXIT_S": 0}.items():
+        monkeypatch.setattr(distributed, name, value)
+    late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete")
+    expected = r"another rank did not answer in time: .* Start again\."
+    with pytest.raises(distributed.RankError, match=expected), distributed.report_failed_rank("Start again."):
+        raise late
 
 
 def wait_for(path, run):
