@@ -143,3 +143,18 @@ def data(tmp_path):
     records = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 28)]
     (tmp_path / "train.json").write_text(json.dumps(records))
     return tmp_path / "train.json"
+
+
+@pytest.fixture
+def solves(monkeypatch):
+    """Counts the clusterings that layers solve."""
+    from edkm.train import clustering
+
+    calls, solve = [], clustering.solve
+
+    def counted(*args):
+        calls.append(args)
+        return solve(*args)
+
+    monkeypatch.setattr(clustering, "solve", counted)
+    return calls

@@ -56,3 +56,23 @@ def assert_equal_states(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def soft(weight, clustering, backend="reference"):
+    """The clustered weight by `edkm.cluster`, differentiable in `weight`, from the clustering's state before it moves."""
+    result = edkm.cluster(
+        weight.flatten(1),
+        clustering.centroids.clone().to(torch.float64 if weight.dtype == torch.float64 else torch.float32),
+        temperature=clustering.current_temperature(),
+        importance=clustering.importance,
+        max_iters=clustering.config.max_iters,
+        backend=backend,
+    )
+    return result.weight.view_as(weight), result.centroids
+
+
+def train(model, optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        loss_of(model, (IDS + step) % 12).backward()
+        optimizer.step()
