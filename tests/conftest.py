@@ -158,3 +158,21 @@ def solves(monkeypatch):
 
     monkeypatch.setattr(clustering, "solve", counted)
     return calls
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A packed LLaMA and the dense model that it stands for. Shared: do not write there."""
+    from packed import make, pack
+
+    directory = tmp_path_factory.mktemp("llama")
+    return directory, pack(make("llama"), directory)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def tied(request, tmp_path_factory):
+    """The same, with tied embeddings and without."""
+    from packed import make, pack
+
+    directory = tmp_path_factory.mktemp("tied")
+    return directory, pack(make("llama", tie_word_embeddings=request.param), directory)

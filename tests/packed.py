@@ -4,6 +4,8 @@ import json
 import math
 
 import torch
+import transformers
+from transformers import AutoModelForCausalLM
 
 from edkm.compressed import pretrained
 from edkm.compressed.checkpoint import dequantize
@@ -22,6 +24,15 @@ TINY = {
     "vocab_size": 300,
     "max_position_embeddings": 64,
 }
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 300}
+FAMILIES = {
+    "llama": TINY,
+    "gemma3_text": {**TINY, "head_dim": 16},
+    "gpt2": GPT2,
+    "mixtral": {**TINY, "num_local_experts": 4},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 300},
+}
+CONSTANT = "a packed weight is a constant"
 
 
 def freeze(shape, bits, luts=1, dim=1, k=None, seed=0, row_axes=1):
@@ -77,3 +88,13 @@ def same(found, expected):
 def logits(model):
     with torch.no_grad():
         return model(TOKENS).logits
+
+
+def make(family, **options):
+    config = transformers.AutoConfig.for_model(family, **FAMILIES[family], **options, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def load(directory, **options):
+    return AutoModelForCausalLM.from_pretrained(directory, **options)

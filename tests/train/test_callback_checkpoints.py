@@ -10,9 +10,9 @@ import copy
 
 import pytest
 import torch
+from families import build
 from safetensors.torch import load_file
 from test_callback import CONFIG, arguments, assert_same, assert_written, logits, rows, trainer_of
-from test_families import build
 from transformers import AutoModelForCausalLM, Trainer
 
 import edkm

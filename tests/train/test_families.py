@@ -3,9 +3,7 @@
 1. All matrices of a family are clustered (but routers), and the packed file loads as the trained model, in every way of loading.
 2. Gradients are those of the equations, in every implementation of experts; a weight is clustered once in a forward.
 3. Embeddings of any subclass may be tied to other modules in any order.
-4. Each matrix of a stack has its own tables; importance follows inputs along rows or columns.
-5. Ranks share the rows of a stack, and nothing is held after a forward or an error.
-6. Models of pictures learn while clustered, and their file is the model.
+4. Models of pictures learn while clustered, and their file is the model.
 """
 
 import collections
@@ -17,49 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from families import CONFIG, FAMILIES, IDS, build, loss_of
 from torch import nn
 
 import edkm
-from benchmarks.memory import peak_of_tensors, training
 from edkm.compressed import checkpoint, pretrained
 from edkm.core.assign import as_matrix
-from edkm.memory import plan_memory
-from edkm.train import layers, sharding
 from edkm.train.clustering import Clustering
-from edkm.train.loop import TrainSettings
 from edkm.train.prepare import clusterings, unclustered
 from edkm.train.targets import NO_WEIGHT
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-FAMILIES = {
-    "llama": TIED,
-    "mistral": UNTIED,
-    "qwen2": TIED,
-    "qwen3": {**UNTIED, "head_dim": 8},
-    "gemma2": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8},
-    "phi": UNTIED,
-    "phi3": UNTIED,
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0},
-    "mixtral": {"num_local_experts": 4},
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48},
-    "qwen3_moe": {**EXPERTS, "head_dim": 8},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "rope_scaling": None},
-    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8},
-}
 # Matrices that are left alone; all others must be clustered.
 ROUTERS = {
     "mixtral": ("mlp.gate.weight",),
@@ -67,21 +32,6 @@ ROUTERS = {
     "qwen3_moe": ("mlp.gate.weight",),
     "gpt_oss": ("mlp.router.weight", "experts.gate_up_proj_bias", "experts.down_proj_bias"),
 }
-CONFIG = edkm.ClusterConfig(bits=3, rows_per_lut=4, embedding_bits=5)
-IDS = torch.randint(1, 96, (2, 16), generator=torch.Generator().manual_seed(0))
-
-
-def build(family, **changes):
-    shape = {key: SHAPE[key] for key in ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")} if family == "gpt2" else SHAPE
-    config = transformers.AutoConfig.for_model(family, **{**shape, **FAMILIES[family], **changes})
-    config.use_cache = False
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def loss_of(model):
-    return model(input_ids=IDS, labels=IDS).loss
 
 
 def reference_gradients(plain, prepared):
@@ -217,66 +167,6 @@ def test_a_subclass_of_embedding_may_be_tied_in_any_order(first, second):
     assert torch.equal(twin(ids), hard) and list(edkm.freeze(twin)) == ["first.weight"]
 
 
-# Stacks of matrices.
-
-
-class Stack(nn.Module):
-    """Experts that read their weights in a loop, and fail for tokens that are not finite."""
-
-    def __init__(self, experts=3, rows=8, cols=6):
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(experts, rows, cols, generator=torch.Generator().manual_seed(1)))
-
-    def forward(self, x):
-        with torch.no_grad():
-            assert self.up.shape[2] == x.shape[-1] and bool(x.isfinite().all())
-        return sum(F.linear(x, self.up[i]) for i in range(len(self.up)))
-
-
-@pytest.mark.parametrize("rows_per_lut, tables", [(0, 3), (8, 3), (2, 12)])
-@pytest.mark.parametrize("dim", [1, 2])
-def test_every_matrix_of_a_stack_has_its_own_tables(rows_per_lut, tables, dim):
-    model = Stack()
-    given = torch.rand(1, 6)
-    config = edkm.ClusterConfig(bits=2, dim=dim, rows_per_lut=rows_per_lut)
-    (entry,) = edkm.prepare(model, config, importance={"up": given}).entries
-    assert (entry.shape, entry.tables) == ((3, 8, 6), tables) and entry.note.endswith("; a stack of 3 matrices")
-    ((name, weight, clustering),) = clusterings(model)
-    assert name == "up" and clustering.centroids.shape == (tables, 4, dim)
-    if dim == 1:
-        alone = [edkm.initial_centroids(w, 2, rows_per_lut=rows_per_lut or 8, importance=given) for w in weight.detach()]
-        assert torch.equal(clustering.centroids, torch.cat(alone))
-    frozen = edkm.freeze(model)["up"]
-    assert frozen.indices.shape == (24 // dim, 6) and frozen.rows == 24
-    with torch.no_grad():
-        assert torch.equal(model.eval()(given), sum(F.linear(given, w) for w in checkpoint.dequantize(frozen)))
-
-
-def test_a_matrix_of_a_stack_must_divide_into_tables():
-    # 24 rows in all, which 12 would divide.
-    message = r"^up: 8 rows of each matrix do not divide into tables of 12 rows. Choose another rows_per_lut or skip it\.$"
-    with pytest.raises(ValueError, match=message):
-        edkm.prepare(Stack(), edkm.ClusterConfig(rows_per_lut=12))
-
-
-def test_tokens_integers_and_weights_of_parametrizations_are_no_stacks():
-    model = nn.Sequential(nn.ConvTranspose1d(4, 8, 3), nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3)), nn.Linear(4, 8))
-    model.token, model.steps = nn.Parameter(torch.randn(1, 4, 8)), nn.Parameter(torch.ones(2, 2, 2).int(), requires_grad=False)
-    report = edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4))
-    assert [entry.name for entry in report.clustered] == ["2.weight"]
-    assert {e.note for e in report.skipped} == {NO_WEIGHT, "a vector"} and len(report.entries) == len(list(model.parameters()))
-
-
-def test_modules_whose_weight_is_none_or_not_multiplied_have_no_importance():
-    class Codebook(nn.Embedding):
-        def forward(self, x):
-            return x @ self.weight.T
-
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), Codebook(6, 8), nn.Linear(6, 4))
-    report = edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=2, embedding_bits=2), [torch.randn(3, 4)])
-    assert {entry.name: "no importance" in entry.note for entry in report.clustered} == {"1.weight": True, "2.weight": False}
-
-
 def test_a_weight_is_clustered_once_in_a_forward(family_model, monkeypatch):
     model, counts = family_model, collections.Counter()
     edkm.prepare(model, CONFIG)
@@ -302,87 +192,6 @@ def test_a_weight_is_clustered_once_in_a_forward(family_model, monkeypatch):
     with torch.no_grad():
         loss_of(model.eval())
     assert all(counts["hard", key] == 1 for key in once)
-
-
-def test_nothing_is_held_after_a_forward_or_an_error():
-    model = Stack()
-    edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4))
-    x, ((_, weight, clustering),) = torch.randn(5, 6), clusterings(model)
-    first = model(x)
-    first.sum().backward()
-    assert not layers._passes.read and not layers._passes.running and weight.grad.norm() > 0
-    with pytest.raises(AssertionError):
-        model(x / 0)
-    assert not layers._passes.read and not layers._passes.running and model.up is weight
-    with torch.no_grad():
-        weight.mul_(2)
-    soft = clustering.decode(weight, clustering.solve(weight))
-    assert not torch.allclose(model(x), first) and torch.equal(model(x), sum(F.linear(x, w) for w in soft))
-
-
-EXPERTS_PATH = "model.layers.0.mlp.experts"
-
-
-# With 16 gpt-oss' matrices are square, and only what the module says tells rows from columns.
-@pytest.mark.parametrize(
-    ("family", "changes", "module", "key", "times"),
-    [
-        ("mixtral", {}, EXPERTS_PATH, "gate_up_proj", 0),
-        ("gpt_oss", {}, EXPERTS_PATH, "gate_up_proj", 4),
-        ("gpt_oss", {"intermediate_size": 16}, EXPERTS_PATH, "gate_up_proj", 4),
-        ("gpt2", {}, "transformer.h.0.mlp.c_fc", "weight", 1),
-    ],
-)
-def test_importance_is_that_of_the_inputs_along_rows_or_columns(family, changes, module, key, times):
-    model, seen = build(family, **changes), []
-    model.get_submodule(module).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
-    importance = edkm.calibrate(model, [{"input_ids": IDS}])
-    mean, found = seen[0].square().mean(0), importance[f"{module}.{key}"]
-    expected = mean.repeat(times).unsqueeze(1) if times else mean.unsqueeze(0)
-    assert found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5)
-    notes = {entry.name: entry.note for entry in edkm.prepare(model, CONFIG, importance=importance).entries}
-    assert "no importance" not in notes[f"{module}.{key}"]
-    if family == "gpt2":
-        assert notes[f"{module}.{key}"].endswith("; its rows are inputs")
-    else:
-        assert f"{module}.down_proj" not in importance and "no importance" in notes[f"{module}.down_proj"]
-
-
-def test_fit_leaves_experts_to_kmeans():
-    report = edkm.prepare(build("mixtral"), CONFIG, [{"input_ids": IDS}])
-    by_kmeans = {entry.name for entry in report.clustered if entry.note.endswith("; tables by k-means")}
-    assert by_kmeans == {entry.name for entry in report.clustered if "experts" in entry.name or "embed" in entry.name}
-    assert by_kmeans == {entry.name for entry in report.clustered if entry.error is None}
-
-
-# Ranks and memory.
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_ranks_share_out_the_rows_of_a_stack(monkeypatch, world):
-    model = Stack()
-    edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=4))
-    ((_, weight, clustering),) = clusterings(model)
-    monkeypatch.setattr(sharding.dist, "get_world_size", lambda group: world)
-    pieces = []
-    for rank in range(world):
-        monkeypatch.setattr(sharding.dist, "get_rank", lambda group, rank=rank: rank)
-        rows = sharding._rows(weight, clustering, None)
-        assert rows.total == 24 and rows.start == sum(len(piece) for piece in pieces)
-        pieces.append(rows.values)
-    assert torch.equal(torch.cat(pieces), as_matrix(weight.detach(), 2))
-
-
-@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
-def test_memory_of_experts_is_planned(experts):
-    model = build("mixtral", num_hidden_layers=1)
-    model.set_experts_implementation(experts)
-    settings = TrainSettings(steps=1, lr=1e-4, batch=2, precision="fp32")
-    budget = plan_memory(model, None, settings, block_tokens=32)
-    assert model.config._experts_implementation == experts
-    optimizer, step = training(model, torch.randint(1, 96, (2, 32)), settings)
-    step()
-    assert budget.peak == pytest.approx(peak_of_tensors(model, optimizer, step), rel=0.1)
 
 
 # Not only language models.
