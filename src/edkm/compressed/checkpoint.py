@@ -32,7 +32,7 @@ from edkm.compressed.entries import (
 from edkm.compressed.jsonfile import FormatError
 from edkm.compressed.packing import check_padding, pack_indices, stored_bytes, unpack_indices
 from edkm.compressed.weightfiles import Pending, Stored, description, files_of, open_files, write_files
-from edkm.core.assign import LUT_DTYPE, Frozen, Later, lookup
+from edkm.core.assign import LUT_DTYPE, Frozen, LazyFrozen, lookup
 
 __all__ = ["FormatError", "Item", "Packed", "dequantize", "open_items", "read", "summary", "write"]
 
@@ -67,7 +67,7 @@ class Item(NamedTuple):
 
 def write(
     directory: str | Path,
-    frozen: Mapping[str, Frozen | Later],
+    frozen: Mapping[str, Frozen | LazyFrozen],
     dense: dict[str, Tensor],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def summary(directory: str | Path) -> dict[str, Any]:
     }
 
 
-def _pending(name: str, frozen: Frozen | Later, entry: Entry) -> dict[str, Pending]:
+def _pending(name: str, frozen: Frozen | LazyFrozen, entry: Entry) -> dict[str, Pending]:
     """Announce the two stored tensors of a clustered one."""
 
     def pack() -> Tensor:

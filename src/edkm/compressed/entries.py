@@ -19,7 +19,7 @@ import torch
 from edkm.compressed.jsonfile import FormatError, read_json, show
 from edkm.compressed.packing import packed_bytes
 from edkm.compressed.weightfiles import Stored
-from edkm.core.assign import LUT_DTYPE, Frozen, Later
+from edkm.core.assign import LUT_DTYPE, Frozen, LazyFrozen
 
 QUANT_METHOD = "edkm"
 FORMAT_VERSION = 2
@@ -63,7 +63,7 @@ class Entry(NamedTuple):
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
-def entry_of(name: str, frozen: Frozen | Later) -> Entry:
+def entry_of(name: str, frozen: Frozen | LazyFrozen) -> Entry:
     """Describe a tensor about to be written; raises FormatError if its parts do not fit together."""
     if frozen.lut.dtype != LUT_DTYPE or frozen.lut.dim() != 3:
         raise FormatError(f"{name}: lut must be float16 [g, k, d], got {_kind(frozen.lut)}. Use core.assign.round_lut.")

@@ -22,7 +22,7 @@ from edkm.compressed.jsonfile import FormatError, read_json, show, text_limit, w
 from edkm.compressed.modelconfig import config_in_memory, model_config, refusing
 from edkm.compressed.names import match_names
 from edkm.compressed.weightfiles import Pending, description, write_files
-from edkm.core.assign import Frozen, Later
+from edkm.core.assign import Frozen, LazyFrozen
 from edkm.progress import without_bars
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _TEXT_PER_TENSOR = 300
 
 def save_pretrained(
     directory: str | Path,
-    frozen: Mapping[str, Frozen | Later],
+    frozen: Mapping[str, Frozen | LazyFrozen],
     dense: dict[str, Tensor],
     settings: dict[str, Any],
     model: PreTrainedModel,

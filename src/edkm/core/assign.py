@@ -160,7 +160,7 @@ class Frozen(NamedTuple):
         return len(self.indices) * self.lut.shape[2]
 
 
-class Later(NamedTuple):
+class LazyFrozen(NamedTuple):
     """A `Frozen` whose indices are made when they are written, each time anew."""
 
     lut: Tensor

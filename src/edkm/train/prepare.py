@@ -25,7 +25,7 @@ from edkm.train.targets import Target, decide
 
 
 @dataclass(frozen=True)
-class Entry:
+class ReportEntry:
     """One parameter of a report.
 
     Attributes:
@@ -51,15 +51,15 @@ class Entry:
 class Report:
     """Report on every parameter, with the config that was used (including the overrides chosen for `target_bpw`)."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ReportEntry, ...]
     config: ClusterConfig
 
     @property
-    def clustered(self) -> tuple[Entry, ...]:
+    def clustered(self) -> tuple[ReportEntry, ...]:
         return tuple(e for e in self.entries if e.tables)
 
     @property
-    def skipped(self) -> tuple[Entry, ...]:
+    def skipped(self) -> tuple[ReportEntry, ...]:
         return tuple(e for e in self.entries if not e.tables)
 
     @property
@@ -190,11 +190,11 @@ def _by_first_name(targets: list[Target], argument: str, given: Mapping[str, Ten
     return {first[name]: tensor for name, tensor in given.items()}
 
 
-def _entry(target: Target, note: str = "", error: float | None = None) -> Entry:
+def _entry(target: Target, note: str = "", error: float | None = None) -> ReportEntry:
     shape = tuple(target.weight.shape)
     if target.reason:
-        return Entry(target.name, shape, 0, 0, 1, target.reason)
-    return Entry(target.name, shape, target.settings.bits, target.tables, target.settings.dim, note, error)
+        return ReportEntry(target.name, shape, 0, 0, 1, target.reason)
+    return ReportEntry(target.name, shape, target.settings.bits, target.tables, target.settings.dim, note, error)
 
 
 def _clustering(target: Target, importance: Mapping[str, Tensor], centroids: Mapping[str, Tensor], backend: str) -> tuple[Clustering, str]:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from edkm.core import sharded
-from edkm.core.assign import Frozen, Later, as_matrix, round_lut
+from edkm.core.assign import Frozen, LazyFrozen, as_matrix, round_lut
 from edkm.core.sharded import Rows
 from edkm.train.clustering import Clustering, SharedRows
 from edkm.train.prepare import clusterings, unclustered
@@ -87,7 +87,7 @@ def _checksum(x: Tensor) -> Tensor:
 
 
 def save_from_first_rank(
-    model: nn.Module, write: Callable[[Mapping[str, Frozen | Later], dict[str, Tensor]], None], group: ProcessGroup | None = None
+    model: nn.Module, write: Callable[[Mapping[str, Frozen | LazyFrozen], dict[str, Tensor]], None], group: ProcessGroup | None = None
 ) -> None:
     """Write a prepared model from rank 0, which never holds more than one clustered tensor; call it on all ranks.
 
@@ -115,7 +115,7 @@ def save_from_first_rank(
             _send_indices(found[number][1], found[number][2], group)
 
 
-def _announce(number: int, weight: Tensor, clustering: Clustering, found: list, group: ProcessGroup | None) -> Later:
+def _announce(number: int, weight: Tensor, clustering: Clustering, found: list, group: ProcessGroup | None) -> LazyFrozen:
     lut = round_lut(clustering.centroids)
     _, error = _freeze(weight, clustering, group)
 
@@ -125,7 +125,7 @@ def _announce(number: int, weight: Tensor, clustering: Clustering, found: list, 
         assert indices is not None
         return indices
 
-    return Later(lut.cpu(), tuple(weight.shape), _rows(weight, clustering, group).total, error, ask)
+    return LazyFrozen(lut.cpu(), tuple(weight.shape), _rows(weight, clustering, group).total, error, ask)
 
 
 def _request(number: int, like: Tensor, group: ProcessGroup | None) -> int:
