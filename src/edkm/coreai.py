@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
-from coreai_opt.palettization.spec import TrainingStrategy, TrainingStrategySpec
+from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize  # pyright: ignore[reportMissingImports]
+from coreai_opt.palettization.spec import TrainingStrategy, TrainingStrategySpec  # pyright: ignore[reportMissingImports]
 from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -170,7 +170,8 @@ def attach(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> 
     """
     found = {}
     for module in filter(parametrize.is_parametrized, model.modules()):
-        for chain in module.parametrizations.values():
+        chains: Any = module.parametrizations
+        for chain in chains.values():
             for step in chain:
                 if isinstance(step, _KMeansFakePalettize) and isinstance(step._training_strategy, EdkmStrategy):
                     found[step] = chain.original  # tied weights share one
@@ -203,7 +204,7 @@ def _importance(name: str, weight: Tensor, given: Mapping[str, Tensor] | None) -
     return (importance / importance.max()).clamp_min(_LEAST_IMPORTANCE).expand(whole.shape).view(weight.shape)
 
 
-def _adopt(module: nn.Module, weight: Tensor, importance: Tensor | None) -> None:
+def _adopt(module: Any, weight: Tensor, importance: Tensor | None) -> None:
     """Make `module` a `_ClusteredPalettizer`, with state."""
     _settings(module, weight)
     module.__class__ = _ClusteredPalettizer

@@ -83,7 +83,7 @@ def lookup(indices: Tensor, lut: Tensor, dtype: torch.dtype = torch.float32) -> 
     """Look up the weight `[rows, cols]` in `dtype` that indices `[rows // d, cols]` uint8 and tables `[g, k, d]` stand for.
 
     Cost:
-        One gather; transient memory 8 bytes an index at most.
+        One gather; transient memory 8 bytes an index at most, with `d` values more for vectors.
     """
     groups, k, d = lut.shape
     rows, cols = indices.shape

@@ -5,7 +5,7 @@ by block, from nothing but the centroids of each iteration. With `gc = dL/dc'` o
 
     den_j  = sum_i s_i A_ij            h_j = gc_j / den_j
     dA_ij  = h_j . (w_i - c'_j)        dZ_ij = A_ij (dA_ij - sum_m A_im dA_im)         (dZ: of the logits)
-    P_i   += sum_j A_ij h_j - (2/tau) sum_j dZ_ij (w_i - c_j)                           per unit of importance
+    P_i   += sum_j A_ij h_j - (2/tau) sum_j dZ_ij (w_i - c_j)                           to be multiplied by s_i
     gc_prev_j = (2/tau) sum_i s_i dZ_ij (w_i - c_j)
 
 and the last iteration carries the output's own terms, with `v = dL/dout`:
@@ -16,8 +16,8 @@ and the last iteration carries the output's own terms, with `v = dL/dout`:
 
 Rows of dZ sum to zero, so that `sum_j dZ_ij (w_i - c_j) = -sum_j dZ_ij c_j`, which is a product of small matrices.
 
-`histogram` clusters the values of its bins instead of weights: `v` is then the sum over the weights of a bin, and `reverse` gives D per
-unit of `v`. Matrices are laid out [g, k, n], long dimension last: operations run at vector width.
+`histogram` clusters the values of its bins instead of weights: `v` is then the sum over the weights of a bin, and D must still be
+multiplied by the `v` of each weight. Matrices are laid out [g, k, n], long dimension last: operations run at vector width.
 """
 
 from __future__ import annotations

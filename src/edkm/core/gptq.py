@@ -10,10 +10,10 @@ where importance sees only the diagonal of `H`. Every `q` is a centroid of its r
 - *indices*, for given tables: one column after another. With the other columns held, the best real value of column `j` is
   `w_j - (1/H_jj) sum_{i != j} H_ij (q_i - w_i)`, its *target*, and the best centroid is the one nearest to it.
 
-The first pass over the columns knows no `q` to the right and takes into account that they will compensate, as GPTQ does
-(arXiv:2210.17323). A rounding error in column `j` then costs only what they cannot compensate: its square times `1 / U_jj^2`, with
-`inv(H) = U^T U`, the variance of input `j` given the inputs to the right. That is the importance with which k-means finds the first
-tables. Later passes are plain coordinate descent (as in LNQ, arXiv:2505.07004).
+In the first pass the columns to the right are not rounded yet and will absorb part of the error, as in GPTQ (arXiv:2210.17323). A rounding
+error in column `j` then costs only what they cannot absorb: its square times `1 / U_jj^2`, with `inv(H) = U^T U`, the variance of input `j`
+given the inputs to the right. That is the importance with which k-means finds the first tables. Later passes are plain coordinate descent
+(as in LNQ, arXiv:2505.07004).
 
 Training starts from the targets of the last pass, after those of each centroid were moved together so that their mean, weighted as training
 weighs it, is the centroid: the nearest centroids are then the indices found, and the tables a fixed point of k-means.
@@ -186,7 +186,7 @@ class _Tables:
     def centered(self, target: Tensor, q: Tensor, importance: Tensor, dtype: torch.dtype) -> Tensor:
         """Shift the targets of each centroid until their mean, weighted by `importance [cols, 1]`, is the centroid.
 
-        None moves to another centroid. Returns `[cols, rows]` in `dtype`, the weight's.
+        No weight changes its centroid. Returns `[cols, rows]` in `dtype`, the weight's.
         """
         indices, importance = self.indices(q), importance.expand_as(q)
         ends = self.centroids.new_full((self.groups, 1), torch.inf)

@@ -11,7 +11,7 @@ The gradient is exact too. It needs the sums of `g = dL/dout` over each bin; the
 Weights are read in blocks of rows, so that next to the result only blocks and histograms exist.
 
 On a CPU empty bins are left out. On other devices their number would have to be read, which stops the device: all bins up to 2^62, whose
-squares do not overflow, are kept there, empty ones without mass, and a weight beyond counts as not finite.
+squares do not overflow, are kept there; empty ones have mass 0, and a weight above 2^62 is treated as not finite.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def totals(weight: Tensor, key: torch.dtype, terms: list[Tensor | None], dtype: 
 
 
 def _bins(weight: Tensor, key: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows, and the bins of their weights: bit pattern + 32768, so that those of negative values are their magnitudes' bits."""
+    """Blocks of rows, and the bins of their weights: bit pattern + 32768, which is the magnitude for negative values."""
     step = max(1, BLOCK_WEIGHTS // weight.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)

@@ -172,14 +172,14 @@ void edkm_decode(const Points *p, const real *centroids, const real *next, const
         }
 }
 
-/* As blocks.update_adjoint: dL/d(weighted sum) in h, and in `kept` the part of dL/d(centroids before) from centroids that stayed. */
-static void update_adjoint(int k, const double *grad, const double *mass, real *h, double *kept) {
+/* As blocks.update_adjoint: dL/d(weighted sum) in h, and in `gc_before` the part of dL/d(centroids before) from centroids that stayed. */
+static void update_adjoint(int k, const double *grad, const double *mass, real *h, double *gc_before) {
     double all = 0;
     for (int j = 0; j < k; j++) all += mass[j];
     for (int j = 0; j < k; j++) {
         const int alive = mass[j] > NO_MASS * all;
         h[j] = alive ? (real)(grad[j] / mass[j]) : 0;
-        kept[j] = alive ? 0 : grad[j];
+        gc_before[j] = alive ? 0 : grad[j];
     }
 }
 
@@ -196,7 +196,7 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
         for (int64_t t = iters; t > 0; t--) {
             const real *c = trajectory + ((t - 1) * p->groups + g) * k, *next = trajectory + (t * p->groups + g) * k;
             const int last = t == iters;
-            double mass[MOST] = {0}, before[MOST] = {0};
+            double mass[MOST] = {0}, gc_before[MOST] = {0};
             real h[MOST];
             FOR_TILES(p, g) {
                 int n = (int)length;
@@ -208,7 +208,7 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
                     if (last) gc[j] += dot(a[j], v + at, n);
                 }
             }
-            update_adjoint(k, gc, mass, h, before);
+            update_adjoint(k, gc, mass, h, gc_before);
             FOR_TILES(p, g) {
                 int n = (int)length;
                 const real *s = importance_at(p, g, row, col);
@@ -224,7 +224,7 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
                             dz[j][i] = a[j][i] * v[at + i] * (next[j] - out[i]) * (w[i] - c[j]) * rate;
                             into[i] -= dz[j][i];
                         }
-                        before[j] += sum_of(dz[j], n);
+                        gc_before[j] += sum_of(dz[j], n);
                     }
                 }
                 for (int j = 0; j < k; j++)
@@ -237,11 +237,11 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
                         dz[j][i] = a[j][i] * (dz[j][i] - mean[i]) * (w[i] - c[j]) * rate;
                         path[i] += h[j] * a[j][i] - dz[j][i];
                     }
-                    before[j] += s ? dot(dz[j], s, n) : sum_of(dz[j], n);
+                    gc_before[j] += s ? dot(dz[j], s, n) : sum_of(dz[j], n);
                 }
                 for (int i = 0; i < n; i++) into[i] += s ? path[i] * s[i] : path[i];
             }
-            memcpy(gc, before, sizeof gc);
+            memcpy(gc, gc_before, sizeof gc);
         }
     }
 }

@@ -50,7 +50,7 @@ def initial_centroids(
         ValueError: rows that do not divide, too few weights, bits out of range, non-finite weights.
 
     Cost:
-        Two to four passes over the weight; memory bounded by blocks and tables of distinct values, never `O(n k)`.
+        Two to four passes over the weight, and about 20 bytes a weight where a table has at most 65,536 weights; never `O(n k)`.
     """
     if not 1 <= bits <= 8:
         raise ValueError(f"bits: an index has 1 to 8 bits, got {bits}.")
@@ -75,7 +75,7 @@ def initial_centroids(
     matrices = weight.view(groups, per_lut, -1)
     shares = None if importance is None else importance.expand(weight.shape).reshape(groups, per_lut, -1)
     if matrices[0].numel() > histogram.BINS:
-        tables = [find(*_histogram(rows, None if shares is None else shares[g], dtype), k) for g, rows in enumerate(matrices)]
+        tables = [find(*_histogram(table, None if shares is None else shares[g], dtype), k) for g, table in enumerate(matrices)]
         return torch.cat(tables).unsqueeze(2).to(device)
     values, order = matrices.to(dtype).flatten(1).sort(1)
     count = torch.ones_like(values)
@@ -174,7 +174,7 @@ def _ratio(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 def _halvings(low: int, high: int) -> list[np.ndarray]:
     """List the rounds in which the ends from `low` to `high` are searched, each `[3, ends]`.
 
-    They are the ends, and the ends of earlier rounds whose best last boundaries bound theirs from below and from above (-1: none).
+    They are the ends, and the ends to their left and right that earlier rounds have searched, whose boundaries bound theirs (-1: none).
     """
     rounds, parts = [], [(low, high, -1, -1)]
     while parts:
@@ -221,7 +221,8 @@ def _vector_centroids(weight: Tensor, groups: int, k: int, d: int, importance: T
         mass = vectors.new_ones(len(vectors)) if s is None else s[g].to(dtype).flatten()
         if float(mass.sum()) <= 0:
             mass = torch.ones_like(mass)
-        sample = torch.randperm(len(vectors), generator=generator)[:_VECTOR_SAMPLE]
+        weighty = mass.nonzero().squeeze(1)
+        sample = weighty[torch.randperm(len(weighty), generator=generator)[:_VECTOR_SAMPLE]]
         centroids = _plus_plus(vectors[sample], mass[sample], k, generator)
         for _ in range(_VECTOR_STEPS):
             centroids = _lloyd_step(vectors, mass, centroids)

@@ -4,13 +4,14 @@
 `dL/dout` into `dL/dweight`. Layers use it directly, ranks of a process group through `sharded.solve`. The gradient of the whole function,
 centroid path included, needs the live weight and the centroids of each iteration: nothing else is kept.
 
-    backend    runs                                                    `auto` takes it
-    native     `blocks` in C                                           on a CPU with a compiler, up to 64 centroids, single values
-    histogram  on distinct 16-bit values, any device                   one table for many weights: embeddings, `rows_per_lut=0`
-    blocks     in torch, any device and dtype, vectors too             for the rest: many tables on a GPU, `round_to=None`, vectors
-    reference  plain torch, differentiated by autograd                 never: it is the specification
+    backend    computes                                         takes
+    native     `blocks` in C                                    a CPU with a compiler, up to 64 centroids, single values
+    histogram  on distinct 16-bit values                        any device, one table for the weight: embeddings, `rows_per_lut=0`
+    blocks     in torch                                         everything: no compiler, more centroids, tables on a GPU, vectors
+    reference  in plain torch, differentiated by autograd       everything; it is the specification
 
-A backend is a module with three functions, listed in `BACKENDS`. Backends differ by the rounding of sums in the last digits.
+`auto` takes the one that costs least by `choose_backend`, never `reference`. Each of the others is a module with three functions, listed in
+`BACKENDS`. Backends differ by the rounding of sums in the last digits.
 
     solve(weight, centroids, problem, iters) -> (trajectory [iters + 1, g, k, d], kept)
     decode(weight, trajectory, problem, kept=None) -> out, like weight
@@ -204,7 +205,7 @@ def choose_backend(
     if native.takes(device, k, d):
         costs = {n * k * _NS_PER_NATIVE_ENTRY: ("native", f"{k} centroids, on a CPU with a compiler")}
     else:
-        why = f"vectors of {d} values" if d > 1 else f"{groups} tables" if groups > 1 else "weights wider than 16 bits"
+        why = f"vectors of {d} values" if d > 1 else f"{groups} tables" if groups > 1 else f"{k} centroids for {n:,} weights"
         costs = {n * k * _NS_PER_ENTRY: ("blocks", why)}
     if not _no_histogram(weight, groups, d, round_to):
         distinct = min(n, histogram.usual_values(device))
@@ -226,7 +227,7 @@ def pick_backend(
         return choose_backend(weight, groups, k, d, round_to, device)
     device = device or weight.device
     if name not in BACKENDS:
-        raise ValueError(f"backend: {name!r} is not one of reference, {', '.join(BACKENDS)}, auto.")
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}, auto.")
     if name == "histogram" and (why := _no_histogram(weight, groups, d, round_to)):
         raise ValueError(f"backend: histogram needs one table of single 16-bit values, got {why}. Use auto.")
     if name == "native" and not native.takes(device, k, d):

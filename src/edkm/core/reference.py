@@ -83,7 +83,8 @@ def soft_assignment(vectors: Tensor, centroids: Tensor, temperature: Tensor) -> 
 def update_centroids(sums: Tensor, centroids: Tensor) -> Tensor:
     """Compute the next centroids `[g, k, d]` from the mass and the weighted sum of each, `[g, k, 1 + d]`.
 
-    Every backend updates its centroids here; the adjoint is `blocks.update_adjoint` and its twin in kernels.c.
+    Every backend updates its centroids here. Its derivative stands in two places, each once in torch and once in C: by the weighted sum in
+    `blocks.update_adjoint`; by the mass in the factor `w - c'` of `blocks._iteration_adjoint` and of `edkm_adjoint`.
     """
     mass, total = sums[..., 0], sums[..., 1:]
     alive = ~(mass <= mass_floor(mass))  # NaN lives on, to be reported
@@ -93,7 +94,7 @@ def update_centroids(sums: Tensor, centroids: Tensor) -> Tensor:
 def mass_floor(mass: Tensor) -> Tensor:
     """The mass at or below which a centroid stays where it was, `[g, 1]`.
 
-    Relative to the group's total: a ratio of two sums near underflow is noise, and a backend may leave out whatever cannot matter.
+    Relative to the group's total: a ratio of two sums near underflow is noise, and a backend may drop entries of A below eps^3.
     """
     return torch.finfo(mass.dtype).eps ** 2 * mass.sum(-1, keepdim=True)
 

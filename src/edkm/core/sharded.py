@@ -38,7 +38,10 @@ class Rows(NamedTuple):
 
 
 def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: str, reduce: Reduce) -> Solution:
-    """Run the iterations over all ranks' rows: `op.solve` for the whole weight, with its arguments and result the same on all ranks.
+    """Run the iterations over all ranks' rows, as `op.solve` does over the whole weight.
+
+    Centroids, problem (importance of the whole weight) and result are the same on all ranks; the solution decodes the whole weight, or any
+    rows of it that make up whole tables.
 
     Cost:
         One pass over this rank's rows per iteration, and a sum of `g k (d + 1)` numbers over the ranks. `histogram`: one pass, and one sum
