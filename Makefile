@@ -49,7 +49,7 @@ $(COREAI)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 test-coreai: $(COREAI)/.ready
-	$(COREAI)/bin/python -m pytest tests/compressed/test_coreai.py
+	$(COREAI)/bin/python -m pytest tests/compressed/test_coreai.py tests/compressed/test_coreai_settings.py
 
 test-latest:
 	$(PYTHON) -m venv $(LATEST)

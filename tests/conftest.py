@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 # There are as many workers as cores: threads of one would only wait for those of another, spinning.
@@ -176,3 +177,9 @@ def tied(request, tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("tied")
     return directory, pack(make("llama", tie_word_embeddings=request.param), directory)
+
+
+@pytest.fixture
+def ninja(monkeypatch):
+    """coreai-opt compiles its k-means with the ninja in the folder of python."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
