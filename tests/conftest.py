@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -183,3 +184,24 @@ def tied(request, tmp_path_factory):
 def ninja(monkeypatch):
     """coreai-opt compiles its k-means with the ninja in the folder of python."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory, tiny_dir):
+    """Data, a held-out text, and a recorded run in `packed`. Shared: do not write there."""
+    from pages import RECORDS, arguments
+
+    from edkm.cli import main
+
+    root = tmp_path_factory.mktemp("report")
+    text = root / "held <out>.txt"
+    (root / "train.json").write_text(json.dumps(RECORDS))
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 12)
+    assert main(arguments(tiny_dir, root, root / "packed", "--steps", "8", "--lr", "1e-3", "--eval-text", str(text))) == 0
+    return root
+
+
+@pytest.fixture
+def copy(places, tmp_path):
+    """The recorded directory, to be changed."""
+    return shutil.copytree(places / "packed", tmp_path / "copy")

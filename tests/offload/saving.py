@@ -2,6 +2,10 @@
 
 import torch
 
+from edkm.offload import saved_tensors
+
+MIB = 1 << 20
+
 
 class _Save(torch.autograd.Function):
     @staticmethod
@@ -35,3 +39,18 @@ def activation(*shape, dtype=torch.float32):
 
 def assert_accounted(stats):
     assert stats.requested_bytes == stats.copied_bytes + sum(stats.avoided_bytes.values())
+
+
+def copied_mib(make, **options):
+    """Save the tensors that `make` derives from a [1024, 1024] float32 activation of 4 MiB, restore and compare them."""
+    x = activation(1024, 1024)
+    with saved_tensors(**options) as stats:
+        tensors = make(x)
+        y = save(*tensors)
+    assert_accounted(stats)
+    assert stats.kept_bytes == stats.copied_bytes
+    for restored, saved in zip(restore(y), tensors, strict=True):
+        assert restored.dtype == saved.dtype and restored.stride() == saved.stride()
+        assert torch.equal(restored, saved)
+    assert stats.kept_bytes == 0
+    return stats.copied_bytes / MIB
