@@ -28,7 +28,7 @@ def nodes(path, kinds):
 
 
 @pytest.mark.parametrize(
-    "path", [*PACKAGE, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))], ids=name
+    "path", sorted(path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")), ids=name
 )
 def test_files_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
