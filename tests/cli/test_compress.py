@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -124,11 +125,11 @@ def test_bits_for_a_budget_and_an_interrupted_run_keeps_them(run, weights, tmp_p
     found = summary(tmp_path / "whole")
     assert 3.1 < found["clustered_bits_per_weight"] <= 3.2
     assert len({(tensor["bits"], tensor["luts"]) for tensor in found["tensors"]}) > 3
-    monkeypatch.setattr(loop._Stop, "asked_at", 0.0)
-    assert run("parts", *more) == 130  # in the plain step
-    assert run("parts", *more, "--resume") == 130  # in the clustered ones
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_note_interrupts", lambda: nullcontext([0.0]))  # Ctrl-C in the first step
+        assert run("parts", *more) == 130  # in the plain step
+        assert run("parts", *more, "--resume") == 130  # in the clustered ones
     assert (tmp_path / "parts" / "training" / "config.json").is_file()
-    monkeypatch.setattr(loop._Stop, "asked_at", None)
     monkeypatch.setattr("edkm.train.prepare.allocate", None)  # not once more
     assert run("parts", *more, "--resume") == 0
     assert weights("whole") == weights("parts")
@@ -157,7 +158,7 @@ def test_resume_refuses_another_run(run, tiny_dir, tmp_path, monkeypatch, capsys
         assert run(out, "--steps", "4", *more, model=model) == 1
         assert message in capsys.readouterr().err
 
-    monkeypatch.setattr(loop._Stop, "asked_at", 0.0)
+    monkeypatch.setattr(loop, "_note_interrupts", lambda: nullcontext([0.0]))  # Ctrl-C in the first step
     assert run("out", "--steps", "4") == 130
     refused("--resume")
     refused("--lr: the interrupted run had 0.0002, this one has 1e-05", "--resume", "--lr", "1e-5")

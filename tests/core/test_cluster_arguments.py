@@ -66,7 +66,7 @@ def test_auto_gives_the_bits_of_the_backend_that_it_chose(groups, cols, chosen, 
         ({"weight": W.clone().fill_diagonal_(torch.nan)}, "weight: ", "NaN or infinite", "learning rate"),
         ({"weight": W.clone().fill_diagonal_(torch.inf)}, "weight: ", "NaN or infinite", "learning rate"),
         ({"weight": W * 1e6, "round_to": torch.float16}, "weight: ", "range of 16 bits", "learning rate"),
-        ({"backend": "dense"}, "backend: ", "'dense' is not one of", "reference, histogram, blocks, native, auto"),
+        ({"backend": "dense"}, "backend: ", "'dense' is not one of", "histogram, blocks, native, auto; edkm.cluster takes reference"),
     ],
 )
 def test_errors(change, named, rule, remedy):

@@ -142,7 +142,8 @@ def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
     kernel = _kernel("edkm_segments", values.dtype)
 
     def work(first: int, stop: int) -> None:
-        scratch = torch.empty(4, count + 1, dtype=torch.float64), torch.empty(k, count + 1, dtype=torch.int32)
+        # Space for the kernel's doubles and ints.
+        scratch = torch.empty(4, count + 1, dtype=torch.int64), torch.empty(k, count + 1, dtype=torch.int32)
         kernel(*_passed([count, k, values, mass, means, *scratch, first, stop]))
 
     _in_threads(work, groups, groups * count * k)

@@ -205,7 +205,8 @@ def choose_backend(
     if native.takes(device, k, d):
         costs = {n * k * _NS_PER_NATIVE_ENTRY: ("native", f"{k} centroids, on a CPU with a compiler")}
     else:
-        why = f"vectors of {d} values" if d > 1 else f"{groups} tables" if groups > 1 else f"{k} centroids for {n:,} weights"
+        one = "weights wider than 16 bits" if _no_histogram(weight, groups, d, round_to) else f"{k} centroids for {n:,} weights"
+        why = f"vectors of {d} values" if d > 1 else f"{groups} tables" if groups > 1 else one
         costs = {n * k * _NS_PER_ENTRY: ("blocks", why)}
     if not _no_histogram(weight, groups, d, round_to):
         distinct = min(n, histogram.usual_values(device))
@@ -227,7 +228,7 @@ def pick_backend(
         return choose_backend(weight, groups, k, d, round_to, device)
     device = device or weight.device
     if name not in BACKENDS:
-        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}, auto.")
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}, auto; edkm.cluster takes reference, too.")
     if name == "histogram" and (why := _no_histogram(weight, groups, d, round_to)):
         raise ValueError(f"backend: histogram needs one table of single 16-bit values, got {why}. Use auto.")
     if name == "native" and not native.takes(device, k, d):
