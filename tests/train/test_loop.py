@@ -129,7 +129,7 @@ def test_the_model_is_left_as_it_was_found(tiny_model, tmp_path, monkeypatch, en
     made = settings(precision="bf16", checkpointing=True)
     before = {name: dict(vars(module)) for name, module in tiny_model.named_modules()}
     hooks = [(id(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in tiny_model.modules()]
-    config = tiny_model.config.to_dict()
+    config, handler = tiny_model.config.to_dict(), signal.getsignal(signal.SIGINT)
     if ending != "end":
         error = RuntimeError if ending == "error" else KeyboardInterrupt
         monkeypatch.setattr(loop, "rate_share", lambda step, **options: 1.0 if step < 2 else (_ for _ in ()).throw(error))
@@ -145,7 +145,7 @@ def test_the_model_is_left_as_it_was_found(tiny_model, tmp_path, monkeypatch, en
     assert not tiny_model.is_activation_checkpointing
     assert hooks == [(id(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in tiny_model.modules()]
     assert tiny_model.config.to_dict() == config and all(p.grad is None for p in tiny_model.parameters())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_the_optimizer_is_freed_on_return(tiny_model, tmp_path, monkeypatch):
