@@ -144,9 +144,12 @@ def test_without_a_stderr_the_work_goes_on(stream):
     broken = {None: None, "closed": io.StringIO(), "full": Full()}[stream]
     if stream == "closed":
         broken.close()
+    done = []
     with redirect_stderr(broken), progress.shown(), progress.progress("fit", 2) as advance:
-        advance()
-        advance()
+        for number in range(2):
+            advance()
+            done.append(number)
+    assert done == [0, 1]
 
 
 def test_only_the_first_rank_shows_progress(capsys, monkeypatch):
