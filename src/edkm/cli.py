@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"edkm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(metavar="COMMAND")
-    for add in (_add_compress, _add_generate, _add_eval, _add_inspect, _add_report, _add_export, _add_unpack):
+    for add in (_add_compress, _add_tune, _add_generate, _add_eval, _add_inspect, _add_report, _add_export, _add_unpack):
         add(subparsers)
     return parser
 
@@ -134,6 +134,35 @@ def _add_compress(subparsers: Any) -> None:
     parser.add_argument("--resume", action="store_true", default=False, help="go on where an interrupted run in DIR stopped")
     parser.add_argument("--overwrite", action="store_true", default=False, help="write into DIR even if it is not empty")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, the size to expect and the memory needed, and stop")
+
+
+_TUNE = """Train the tables of a packed model, with its indices fixed, and write it to another directory.
+
+Norms and biases are trained with them. The loss is that of the data, or with --teacher the divergence from the
+predictions of the model that was compressed. --lr is a share of a table's typical size. Ctrl-C finishes the step
+and saves; the same command with --resume goes on to the same result, also after a kill."""
+
+
+def _add_tune(subparsers: Any) -> None:
+    example = "edkm tune ./packed --data train.json --out ./tuned --teacher ./SmolLM2-135M"
+    parser = _command(subparsers, "tune", text=_TUNE, example=example, argument_default=argparse.SUPPRESS)
+    parser.usage = "%(prog)s PACKED --data FILE --out DIR [options]"
+    add = parser.add_argument
+    add("model", metavar="PACKED", help=_PACKED)
+    add("--data", required=True, type=Path, metavar="FILE", help="training data, as for edkm compress")
+    add("--out", required=True, type=Path, metavar="DIR", help="where to write the tuned model")
+    add("--eval-text", type=Path, metavar="FILE", help="held-out UTF-8 text: its perplexity before and after is printed")
+    add("--teacher", metavar="MODEL", help="the model that was compressed, whose predictions are to be kept")
+    add("--distill", type=float, metavar="X", help="share of the loss that keeps to the teacher, above 0 to 1 (1 with --teacher)")
+    add("--steps", type=int, metavar="N", help="optimizer steps (one pass over the data)")
+    add("--lr", type=float, metavar="X", help="peak learning rate (2e-3)")
+    add("--block-tokens", type=int, metavar="N", help="tokens of a training block, and of a window of --eval-text (512)")
+    add("--batch", type=int, metavar="N", help="blocks of a step (2)")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--seed", type=int, metavar="N", help="order of the data (0)")
+    add("--save-every", type=int, metavar="N", help="steps between checkpoints; 0: only on Ctrl-C (20)")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on where an interrupted run in DIR stopped")
+    parser.add_argument("--overwrite", action="store_true", default=False, help="write into DIR even if it is not empty")
 
 
 _EVAL = """Perplexity of a text under a model, or its accuracy on tasks.

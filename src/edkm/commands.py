@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,38 @@ def run_compress(args: argparse.Namespace) -> int:
     options = {"data": args.data, "eval_text": given.get("eval_text"), "resume": args.resume, "overwrite": args.overwrite}
     if "dry_run" in given:
         options["stages"] = recipe.DRY_RUN
-    try:
+    with _saying_how_to_resume(args.out, "dry_run" not in given):
         recipe.compress(args.model, recipe.Recipe(**settings), args.out, **options)
-    except KeyboardInterrupt:
-        if (args.out / "training" / "run.json").is_file() and "dry_run" not in given:
-            say(f"edkm: {args.out} holds an interrupted run; the same command with --resume goes on")
-        raise
     if "dry_run" not in given:
         print(written_lines(args.out, given.get("eval_text", "TEXT_FILE")))
     return 0
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    """Train the tables of a packed model."""
+    from edkm.modelfiles import require
+
+    for package in ("transformers", "accelerate"):
+        require(package, "to train")
+    from edkm.tuning import Tuning, tune
+
+    given = vars(args)
+    settings = {field.name: given[field.name] for field in fields(Tuning) if field.name in given}
+    names = ("data", "eval_text", "teacher", "resume", "overwrite")
+    with _saying_how_to_resume(args.out):
+        tune(args.model, Tuning(**settings), args.out, **{name: given[name] for name in names if name in given})
+    print(written_lines(args.out, given.get("eval_text", "TEXT_FILE")))
+    return 0
+
+
+@contextmanager
+def _saying_how_to_resume(out: Path, resumable: bool = True) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (out / "training" / "run.json").is_file() and resumable:
+            say(f"edkm: {out} holds an interrupted run; the same command with --resume goes on")
+        raise
 
 
 def run_eval(args: argparse.Namespace) -> int:
@@ -189,6 +213,7 @@ def _load(source: str) -> tuple[Any, Any]:
 
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "compress": run_compress,
+    "tune": run_tune,
     "generate": run_generate,
     "eval": run_eval,
     "inspect": run_inspect,

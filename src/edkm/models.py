@@ -53,7 +53,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
         directory = packed_directory(source)
         model = load(directory, dtype)
         _check_causal(str(source), model.config)
-        return model, _load_tokenizer(source, directory)
+        return model, load_tokenizer(source, directory)
     return _load_checkpoint(str(path if path.is_dir() else source), dtype)
 
 
@@ -81,7 +81,7 @@ def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         _check_causal(source, config)
         quantized = _dequantize_on_load(source, config)
         model, info = _from_pretrained(source, dtype, config=config)
-        tokenizer = _load_tokenizer(source, source)
+        tokenizer = load_tokenizer(source, source)
     _check_loaded(source, model, info, info["unexpected_keys"])
     if quantized:
         _forget_quantization(model)
@@ -97,7 +97,8 @@ def _from_pretrained(place: str | Path, dtype: torch.dtype, **options: Any) -> t
     return import_transformers().AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
 
 
-def _load_tokenizer(source: str | Path, path: str | Path) -> Any:
+def load_tokenizer(source: str | Path, path: str | Path) -> Any:
+    """Load the tokenizer in a directory, or of a hub id; `source` names the model in the error."""
     try:
         return import_transformers().AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:

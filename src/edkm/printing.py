@@ -54,10 +54,10 @@ def written_lines(out: Path, text: Path | str) -> str:
     from edkm.metrics import PAGE, RECORD
 
     totals = summary(out)
-    shown_in = next(path for path in (out / PAGE, out / RECORD) if path.is_file())
+    shown_in = next((f"; {path} shows it" for path in (out / PAGE, out / RECORD) if path.is_file()), "")
     return (
         f"wrote {out}: {totals['file_bytes'] / 1e6:.1f} MB, {totals['bits_per_weight']:.2f} bits per weight "
-        f"(16-bit model: {totals['bytes_in_16_bits'] / 1e6:.1f} MB); {shown_in} shows it\n"
+        f"(16-bit model: {totals['bytes_in_16_bits'] / 1e6:.1f} MB){shown_in}\n"
         + next_commands(["generate", out, "Who are you?"], ["eval", out, "--text", text], ["inspect", out])
         + f'\nor in Python: import edkm; model = transformers.AutoModelForCausalLM.from_pretrained("{out}")'
     )

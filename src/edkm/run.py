@@ -16,10 +16,9 @@ from edkm.evaluate import perplexity
 from edkm.memory import plan_memory
 from edkm.metrics import Recorder
 from edkm.models import load_model
-from edkm.output import check_output
 from edkm.progress import progress, shown
 from edkm.textfile import read_text
-from edkm.train import distributed, loop
+from edkm.train import checkpoints, distributed, loop
 from edkm.train.allocate import bits_of, check_target
 from edkm.train.calibrate import calibrate
 from edkm.train.checkpoints import begin_run, check_same_run, fingerprint
@@ -101,16 +100,7 @@ class Run:
 def check_out(run: Run) -> None:
     """Refuse an output directory that would lose files, a run that cannot be resumed, and trackers that are not there."""
     check_report_to(run.recipe.report_to)
-
-    def check() -> None:
-        interrupted = (run.work / "run.json").is_file()
-        if run.resume and not interrupted:
-            raise ValueError(f"{run.out}: there is no interrupted run to resume. Start without --resume.")
-        if interrupted and not run.resume and not run.overwrite:
-            raise ValueError(f"{run.out}: holds an interrupted run. Go on with --resume, or start again with --overwrite.")
-        check_output(run.out, overwrite=run.overwrite or run.resume)
-
-    distributed.run_on_rank0(check)
+    distributed.run_on_rank0(lambda: checkpoints.check_out(run.out, resume=run.resume, overwrite=run.overwrite))
     if run.recipe.fsdp:
         distributed.check_several_ranks()
 

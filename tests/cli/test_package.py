@@ -78,6 +78,7 @@ def test_the_fields_of_the_configuration_and_of_the_recipe_are_these():
 OPTIONS = {
     "compress": "data out eval-text preset resume overwrite dry-run bits target-bpw rows-per-lut embedding-bits skip steps finetune-steps "
     "lr distill block-tokens batch grad-accumulation gradient-checkpointing fsdp seed save-every report-to",
+    "tune": "data out eval-text teacher distill steps lr block-tokens batch gradient-checkpointing seed save-every resume overwrite",
     "generate": "max-new-tokens temperature raw",
     "eval": "text tasks window stride max-windows limit batch json",
     "inspect": "json",

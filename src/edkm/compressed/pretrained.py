@@ -114,14 +114,20 @@ def is_transformers(model: Any) -> bool:
 
 
 def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a packed model by `from_pretrained` of its class and dequantize it: an ordinary model, on the CPU and in eval mode.
+    """Load a packed model as an ordinary one, on the CPU and in eval mode; raises as `load_packed`.
+
+    Cost:
+        Two passes over the files, one of them for the checksums; memory for the packed and the dense model.
+    """
+    return load_packed(directory, dtype).dequantize(dtype).eval()  # pyright: ignore
+
+
+def load_packed(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a packed model by `from_pretrained` of its class, and keep it packed.
 
     Raises:
         FormatError: the model of this config has other parameters or shapes than the checkpoint, and all that `checkpoint.open_items`
             refuses.
-
-    Cost:
-        Two passes over the files, one of them for the checksums; memory for the packed and the dense model.
     """
     import edkm.compressed.quantizer  # noqa: F401
 
@@ -130,8 +136,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTraine
     config = model_config(directory)
     with refusing(directory / "config.json"), without_bars():
         # Its class checks all that it reads (quantizer.py).
-        model = _class_of(config).from_pretrained(directory, config=config, dtype=dtype, local_files_only=True)
-        return model.dequantize(dtype).eval()
+        return _class_of(config).from_pretrained(directory, config=config, dtype=dtype, local_files_only=True)
 
 
 def _class_of(config: Any) -> Any:

@@ -12,8 +12,18 @@ import torch
 from torch import nn
 
 from edkm.compressed.jsonfile import write_json
-from edkm.output import replacing
+from edkm.output import check_output, replacing
 from edkm.train import distributed
+
+
+def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output directory that would lose files, and a run that cannot be resumed."""
+    interrupted = (out / "training" / "run.json").is_file()
+    if resume and not interrupted:
+        raise ValueError(f"{out}: there is no interrupted run to resume. Start without --resume.")
+    if interrupted and not resume and not overwrite:
+        raise ValueError(f"{out}: holds an interrupted run. Go on with --resume, or start again with --overwrite.")
+    check_output(out, overwrite=overwrite or resume)
 
 
 def begin_run(work: Path, identity: dict[str, Any], blocks: Any) -> None:
