@@ -125,7 +125,7 @@ def tune(
         blocks = make_blocks(records, tokenizer, block_tokens=tuning.block_tokens, source=str(data), model=model)
     if text is not None:
         tokens_to_score(model, tokenizer, text, window=tuning.block_tokens, source=str(eval_text))
-    teaching = None if teacher is None else _teacher(teacher, model, tokenizer, tuning)
+    teaching = None if teacher is None else _teacher(teacher, model, tokenizer, blocks, tuning.precision)
     settings = tuning.training(len(blocks), teacher is not None)
     _begin(work, packed, settings, blocks, teaching, resume)
     _print_counts(blocks, settings, model, fixed)
@@ -155,13 +155,14 @@ def _load(packed: Path) -> tuple[Any, Any, dict[str, str]]:
         return model, load_tokenizer(str(packed), packed), train_tables(model, stored)
 
 
-def _teacher(source: str | Path, model: Any, tokenizer: Any, tuning: Tuning) -> Any:
-    """Load the teacher, in 16 bits where training computes in them; refuse one that reads or predicts other tokens."""
-    dtype = torch.bfloat16 if loop.resolve_precision(tuning.precision) == "bf16" else torch.float32
+def _teacher(source: str | Path, model: Any, tokenizer: Any, blocks: Blocks, precision: str) -> Any:
+    """Load the teacher, in 16 bits where training computes in them; refuse one to which the tokens of the data are others."""
+    dtype = torch.bfloat16 if loop.resolve_precision(precision) == "bf16" else torch.float32
     with progress(f"loading {source}"):
         teacher, its_tokenizer = load_model(source, dtype)
     ours, theirs = (each.config.get_text_config().vocab_size for each in (model, teacher))
-    if ours != theirs or tokenizer.get_vocab() != its_tokenizer.get_vocab():
+    used = blocks.input_ids.unique().tolist()
+    if ours != theirs or tokenizer.convert_ids_to_tokens(used) != its_tokenizer.convert_ids_to_tokens(used):
         raise ValueError(
             f"teacher: {source} has another vocabulary ({theirs} tokens, the packed model {ours}). Name the model that was compressed."
         )

@@ -7,7 +7,8 @@ straight through. Vectors (norms, biases) are trained with them, in the dtype th
 Each trained tensor is held as multiples of its typical size (`Multiples`), so that one learning rate fits tables of every scale: with Adam
 it is the share of its size by which an entry moves in a step.
 
-Embeddings, output layers that are tied to them, and packed modules other than `nn.Linear` keep their tables; gradients pass through them.
+Embeddings, weights that several modules share (an output layer tied to them) and those of other modules than `nn.Linear` keep their tables;
+gradients pass through them.
 """
 
 from __future__ import annotations
@@ -172,14 +173,13 @@ def train_tables(model: nn.Module, stored: Mapping[str, torch.dtype | None]) -> 
     model.requires_grad_(False)
     fixed: dict[str, str] = {}
     packed = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedModule)]
-    embedded = {id(module._parameters["weight"]) for _, module in packed if isinstance(module, nn.Embedding)}
+    uses = Counter(id(module._parameters[name]) for _, module in packed for name in module.packed_entries)
     for path, module in packed:
-        if type(module) is PackedLinear and id(module._parameters["weight"]) not in embedded:
+        if type(module) is PackedLinear and uses[id(module._parameters["weight"])] == 1:
             model.set_submodule(path, TunedLinear(module))
-        else:
-            reason = "an embedding" if isinstance(module, nn.Embedding) else "tied to an embedding"
-            reason = reason if isinstance(module, nn.Embedding | PackedLinear) else f"of a {module.ordinary.__name__}"
-            fixed |= {f"{path}.{name}": reason for name in module.packed_entries}
+            continue
+        kind = "an embedding" if isinstance(module, nn.Embedding) else f"of a {module.ordinary.__name__}"
+        fixed |= {f"{path}.{name}": "tied" if type(module) is PackedLinear else kind for name in module.packed_entries}
     if len(packed) == len(fixed):
         raise ValueError("model: none of its packed weights is that of an nn.Linear alone. Fine-tune the model and pack it again.")
     _train_vectors(model, stored)
