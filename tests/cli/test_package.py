@@ -125,7 +125,7 @@ def refuse(paths, unwanted):
 
 @pytest.mark.parametrize(
     ("folder", "allowed"),
-    [("core", {"edkm.core", "torch", "numpy"}), ("offload", {"edkm.offload", "edkm.core", "torch"})],
+    [("core", {"edkm.core", "torch", "numpy", "triton"}), ("offload", {"edkm.offload", "edkm.core", "torch"})],
 )
 def test_these_folders_import_these_packages_alone(folder, allowed):
     def unwanted(name):

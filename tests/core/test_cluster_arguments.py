@@ -25,7 +25,7 @@ def test_auto_goes_by_shape_dtype_and_device(compiler, monkeypatch):
     assert name == "histogram" and "about 4,096 distinct values in 131,072 weights" in why
     # On other devices every bin counts: which are empty would have to be read from there.
     assert edkm.choose_backend(many, 1, 16, 1, None, torch.device("mps"))[0] == "histogram"
-    assert edkm.choose_backend(many, 2, 16, 1, None, torch.device("cuda"))[0] == "blocks"
+    assert edkm.choose_backend(many, 2, 16, 1, None, torch.device("xpu"))[0] == "blocks"
     assert edkm.choose_backend(few, 32, 16, 1, torch.bfloat16)[0] == loops
     why = "16 centroids, on a CPU with a compiler" if compiler else "weights wider than 16 bits"
     assert edkm.choose_backend(few, 1, 16, 1, None) == (loops, why)
@@ -66,7 +66,12 @@ def test_auto_gives_the_bits_of_the_backend_that_it_chose(groups, cols, chosen, 
         ({"weight": W.clone().fill_diagonal_(torch.nan)}, "weight: ", "NaN or infinite", "learning rate"),
         ({"weight": W.clone().fill_diagonal_(torch.inf)}, "weight: ", "NaN or infinite", "learning rate"),
         ({"weight": W * 1e6, "round_to": torch.float16}, "weight: ", "range of 16 bits", "learning rate"),
-        ({"backend": "dense"}, "backend: ", "'dense' is not one of", "histogram, blocks, native, auto; edkm.cluster takes reference"),
+        (
+            {"backend": "dense"},
+            "backend: ",
+            "'dense' is not one of",
+            "histogram, blocks, native, triton, auto; edkm.cluster takes reference",
+        ),
     ],
 )
 def test_errors(change, named, rule, remedy):

@@ -6,8 +6,9 @@ centroid path included, needs the live weight and the centroids of each iteratio
 
     backend    computes                                         takes
     native     `blocks` in C                                    a CPU with a compiler, up to 64 centroids, single values
+    triton     `blocks` in Triton                               a GPU, up to 64 centroids, single values
     histogram  on distinct 16-bit values                        any device, one table for the weight: embeddings, `rows_per_lut=0`
-    blocks     in torch                                         everything: no compiler, more centroids, tables on a GPU, vectors
+    blocks     in torch                                         everything: no compiler or Triton, more centroids, vectors
     reference  in plain torch, differentiated by autograd       everything; it is the specification
 
 `auto` takes the one that costs least by `choose_backend`, never `reference`. Each of the others is a module with three functions, listed in
@@ -28,12 +29,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core import blocks, histogram, native, reference
+from edkm.core import blocks, cuda, histogram, native, reference
 from edkm.core.reference import NOT_FINITE, Problem, compute_dtype
 
-BACKENDS = {"histogram": histogram, "blocks": blocks, "native": native}
+BACKENDS = {"histogram": histogram, "blocks": blocks, "native": native, "triton": cuda}
 
 # Measured on a CPU, forward and backward, in ns (benchmarks op): an entry of A in `blocks` and in `native`, a weight of a histogram.
+# `triton` counts as `blocks` beside a histogram: neither was measured on a GPU.
 _NS_PER_ENTRY = 14.0
 _NS_PER_NATIVE_ENTRY = 6.0
 _NS_PER_WEIGHT = 30.0
@@ -109,7 +111,7 @@ def cluster(
         max_iters: iterations, at least 1.
         round_to: 16-bit dtype that a wider weight is rounded to first, straight-through, whatever the backend; None keeps full
             width, which rules `histogram` out.
-        backend: `reference`, `histogram`, `blocks`, `native`, or `auto` (see `choose_backend`).
+        backend: `reference`, `histogram`, `blocks`, `native`, `triton`, or `auto` (see `choose_backend`).
 
     Returns:
         `Clustered(weight, centroids)`.
@@ -120,7 +122,7 @@ def cluster(
 
     Cost:
         Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids. Passes over the weight: `histogram` 2
-        forward and 3 backward; `blocks` and `native` `max_iters + 1` forward, `max_iters` to `2 max_iters` backward.
+        forward and 3 backward; the others `max_iters + 1` forward, `max_iters` to `2 max_iters` backward.
         `reference` keeps `O(max_iters n k)`.
     """
     check_shapes(weight, centroids, importance, max_iters)
@@ -204,6 +206,8 @@ def choose_backend(
     device, n = device or weight.device, weight.numel()
     if native.takes(device, k, d):
         costs = {n * k * _NS_PER_NATIVE_ENTRY: ("native", f"{k} centroids, on a CPU with a compiler")}
+    elif device.type == "cuda" and cuda.takes(device, k, d):
+        costs = {n * k * _NS_PER_ENTRY: ("triton", f"{k} centroids, on a GPU with Triton")}
     else:
         one = "weights wider than 16 bits" if _no_histogram(weight, groups, d, round_to) else f"{k} centroids for {n:,} weights"
         why = f"vectors of {d} values" if d > 1 else f"{groups} tables" if groups > 1 else one
@@ -235,6 +239,11 @@ def pick_backend(
         raise ValueError(
             f"backend: native needs a CPU, a C compiler, single values and at most {native.MOST_CENTROIDS} centroids, got "
             f"{device.type}, {'a compiler' if native.available() else 'no compiler'}, d={d}, {k} centroids. Use auto."
+        )
+    if name == "triton" and not cuda.takes(device, k, d):
+        raise ValueError(
+            f"backend: triton needs a GPU of compute capability 8.0, Triton, single values and at most {cuda.MOST_CENTROIDS} centroids, "
+            f"got {device.type}, {'Triton' if cuda.installed() else 'no Triton'}, d={d}, {k} centroids. Use auto."
         )
     return name, "as asked"
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core import blocks, histogram, native
+from edkm.core import blocks, cuda, histogram, native
 from edkm.core.assign import quantize
 from edkm.core.blocks import Points
 from edkm.core.op import Solution
@@ -84,8 +84,8 @@ def _sums(part: Part, rows: Rows, centroids: Tensor, problem: Problem, backend: 
     """Mass and weighted sum of the centroids of a part in one iteration, `[g, k, 1 + d]`."""
     importance = _of_rows(problem.importance, rows, part.start, part.values)
     problem = Problem(problem.temperature[part.groups], importance, problem.round_to)
-    if backend == "native":
-        return native.sums(part.values, centroids, problem)
+    if backend in ("native", "triton"):
+        return {"native": native, "triton": cuda}[backend].sums(part.values, centroids, problem)
     groups, _, d = centroids.shape
     return blocks.sums(Points.of(part.values, problem, groups, d), centroids)
 

@@ -1,0 +1,223 @@
+"""Triton kernels of the clustering, in Triton's interpreter on a CPU or on a GPU where there is one (conftest.py):
+
+1. in float64 output, centroids and gradient are those of the reference; in float32 and 16 bits they are rounded;
+2. tables taken by several programs give the same, and so do the sums that ranks share;
+3. nothing is read from the device between a weight and its gradient, and layers train with them;
+4. weights that are not finite give centroids that are not;
+5. `auto` takes the kernels on a GPU that they run on, and they are refused elsewhere;
+6. they compile for GPUs of compute capability 8.0, 9.0 and 10.0, and keep up to 16 centroids in registers.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from problems import C, W, distance, make, run
+
+import edkm
+from benchmarks.reads import CountReads
+
+pytest.importorskip("triton", reason="Triton is not made for this platform")
+from edkm.core import blocks, cuda, op, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def moved(problem):
+    return tuple(None if x is None else x.to(DEVICE) for x in problem)
+
+
+@pytest.mark.parametrize("round_to", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("groups", "k", "vectors", "cols", "importance", "iters", "kind"),
+    [
+        (3, 4, 1, 37, "none", 1, "normal"),
+        (2, 8, 2, 21, "columns", 3, "normal"),
+        (1, 16, 3, 11, "full", 3, "normal"),
+        (2, 8, 1, 300, "zeros", 1, "repeated"),
+        (2, 5, 2, 9, "columns", 2, "far"),
+        (1, 20, 2, 30, "none", 3, "normal"),
+        (1, 1, 1, 3, "none", 1, "equal"),
+    ],
+)
+def test_it_is_the_reference(groups, k, vectors, cols, importance, iters, kind, round_to):
+    problem = moved(make(groups, 1, vectors, cols, k, kind=kind, importance=importance))
+    for ours, truth in zip(run(problem, "triton", round_to, iters), run(problem, "reference", round_to, iters), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10 * max(1.0, float(truth.abs().max())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("groups", "k", "cols"), [(1, 16, 70), (4, 8, 33)])
+@pytest.mark.parametrize("iters", [1, 3])
+def test_float32_and_16_bits(groups, k, cols, dtype, iters):
+    """As the kernels of a CPU: against `blocks` in float64."""
+    torch.manual_seed(groups)
+    weight, grad = torch.randn(2, 4, cols).to(DEVICE, dtype)
+    centroids, importance = torch.randn(groups, k, 1).sort(1).values.to(DEVICE), torch.rand(1, cols).to(DEVICE)
+    problem = reference.Problem((torch.rand(groups) * 0.05 + 0.02).to(DEVICE), importance)
+    wide = reference.Problem(problem.temperature.double(), importance.double(), None)
+    solution = op.solve(weight, centroids, problem, iters, "triton")
+    rounded = (weight.bfloat16() if dtype == torch.float32 else weight).double()
+    truth = op.solve(rounded, centroids.double(), wide, iters, "blocks")
+    torch.testing.assert_close(solution.trajectory.double(), truth.trajectory, rtol=1e-5, atol=1e-6)
+    decoded, gradient = solution.decode(weight), solution.adjoint(grad, weight)
+    assert decoded.dtype == gradient.dtype == dtype
+    error = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
+    torch.testing.assert_close(decoded.double(), truth.decode(rounded), rtol=error, atol=error)
+    assert distance(gradient, truth.adjoint(grad.double(), rounded)) < 10 * error
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Programs that take two rows of 20."""
+    monkeypatch.setattr(cuda, "_WEIGHTS_PER_WARP", 10)
+
+
+@pytest.mark.parametrize(("importance", "iters"), [("full", 1), ("columns", 3)])
+def test_tables_of_many_rows_are_taken_by_several_programs(small_parts, importance, iters):
+    problem = moved(make(2, 1, 5, 20, 8, importance=importance))
+    call = cuda._Call(problem[0], problem[1], reference.Problem(problem[2], problem[3], None))
+    assert call.parts == 3 and not call.whole_tables
+    for ours, truth in zip(run(problem, "triton", None, iters), run(problem, "reference", None, iters), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+
+
+def test_sums_of_the_rows_of_a_rank(small_parts):
+    weight, centroids, temperature, importance, _ = moved(make(2, 1, 5, 20, 8, importance="full"))
+    problem = reference.Problem(temperature, importance, torch.bfloat16)
+    truth = blocks.sums(blocks.Points.of(weight, problem, 2, 1), centroids)
+    torch.testing.assert_close(cuda.sums(weight, centroids, problem), truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_nothing_is_read_between_a_weight_and_its_gradient(parts, request):
+    if parts:
+        request.getfixturevalue("small_parts")
+    weight, centroids, temperature, importance, grad = moved(make(2, 1, 5, 20, 4, importance="columns", dtype=torch.float32))
+    with CountReads() as reads:
+        solution = op.solve(weight, centroids, reference.Problem(temperature, importance), 2, "triton")
+        solution.decode(weight), solution.adjoint(grad, weight)
+    assert not reads.found
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_gpu_is_never_waited_for(small_parts):
+    weight, centroids, temperature, importance, grad = moved(make(2, 1, 5, 20, 4, importance="columns", dtype=torch.float32))
+    for mode in ("default", "error"):  # the first compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            solution = op.solve(weight, centroids, reference.Problem(temperature, importance), 2, "triton")
+            solution.decode(weight), solution.adjoint(grad, weight)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_layers_train_with_them():
+    """A layer with several tables, and an embedding with one, of which only some rows are decoded; beside `blocks`."""
+    results = []
+    for backend in ("triton", "blocks"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(12, 8), torch.nn.Linear(8, 6)).to(DEVICE)
+        importance = {"0.weight": torch.rand(12, 8, device=DEVICE), "1.weight": torch.rand(1, 8, device=DEVICE)}
+        edkm.prepare(model, edkm.ClusterConfig(bits=2, rows_per_lut=3, embedding_bits=2), importance=importance, backend=backend)
+        optimizer, ids = torch.optim.SGD(model.parameters(), lr=1e-2), torch.tensor([[1, 3, 3, 7]], device=DEVICE)
+        for step in range(2):
+            with CountReads() as reads:
+                model(ids).square().sum().backward()
+            assert step == 0 or not reads.found
+            optimizer.step()
+        results.append([*model.parameters(), *model.buffers()])
+    for ours, other in zip(*results, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice|invalid value|overflow:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_weights_that_are_not_finite(value):
+    weight, centroids, temperature, _, _ = moved(make(2, 1, 2, 9, 4, dtype=torch.float32))
+    weight[1, 3] = value
+    trajectory = op.solve(weight, centroids, reference.Problem(temperature), 1, "triton").trajectory
+    assert trajectory[-1, 0].isnan().all() and trajectory[-1, 1].isfinite().all()
+
+
+# The choice of the kernels.
+
+
+def test_auto_takes_them_on_a_gpu_that_they_run_on(monkeypatch):
+    weight, gpu = torch.empty(64, 512, device="meta"), torch.device("cuda")
+
+    def chosen(groups=4, k=8, d=1):
+        return edkm.choose_backend(weight, groups, k, d, torch.bfloat16, gpu)[0]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((8, 0), "triton"), ((10, 0), "triton"), ((7, 5), "blocks")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, answer=capability: answer)
+        assert chosen() == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a run that is planned for another machine
+    assert edkm.choose_backend(weight, 4, 8, 1, None, gpu) == ("triton", "8 centroids, on a GPU with Triton")
+    assert chosen(k=128) == chosen(groups=2, d=2) == "blocks"
+    # Nobody wants the interpreter.
+    assert edkm.choose_backend(weight, 4, 8, 1, None, torch.device("cpu"))[0] in ("native", "blocks")
+    monkeypatch.setattr(cuda, "installed", lambda: False)
+    assert chosen() == "blocks"
+
+
+def test_where_they_do_not_run_they_are_refused(monkeypatch):
+    for name, value in (("TRITON_INTERPRET", "0"), ("TRITON_INTERPRET", "1")):
+        monkeypatch.setenv(name, value)
+        if value == "1":
+            monkeypatch.setattr(cuda, "installed", lambda: False)
+        with pytest.raises(ValueError, match=r"backend: triton needs a GPU .* got cpu, (no )?Triton, d=1, 4 centroids. Use auto"):
+            edkm.cluster(W, C, temperature=0.1, backend="triton")
+
+
+COMPILE = """
+import re, subprocess, sys, tempfile
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from edkm.core import gpukernels
+
+def build(name, architecture, k=8, **fixed):
+    kernel = getattr(gpukernels, name)
+    names, constants = kernel.arg_names, gpukernels.constants(torch.bfloat16, k, 8 if k <= 16 else 1)
+    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    constants |= fixed | ({"floor": 1e-14} if "floor" in names else {})
+    in_bf16 = ("weight", "grad", "dw") + ("out",) * (name == "decode")
+    numbers = ("stride", "iters", "groups", "parts", "per_part", "rows", "cols")
+    kinds = {n: "i32" if n in numbers else "*bf16" if n in in_bf16 else "*fp32" for n in names}
+    signature = {n: "constexpr" if n in constants else kinds[n] for n in names}
+    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()})
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(what + r":(\\d+)", used)[1]) for what in ("REG", "STACK", "LOCAL"))
+    print(name, architecture, k, registers, built.metadata.shared, stack + local)
+
+for architecture in (80, 90, 100):
+    build("solve", architecture)
+    build("decode", architecture)
+    build("adjoint", architecture, once=True)
+build("solve", 90, 16)
+build("solve", 90, 64)
+build("adjoint", 90, once=False)
+build("sums", 90, adjoint=True, last=True, parts=1)
+build("gradients", 90, last=False)
+# Without importance, and with what Triton makes of a table per row.
+build("solve", 80, importance=None, rows=1, iters=1)
+build("adjoint", 80, once=True, importance=None, rows=1, iters=1)
+"""
+
+
+def test_the_kernels_compile_for_gpus_and_spill_nothing():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 16, done.stderr
+    for name, architecture, k, registers, shared, spilled in lines:
+        assert int(registers) <= 255 and int(shared) <= 1024 and spilled == "0", (name, architecture, k, registers, shared, spilled)
