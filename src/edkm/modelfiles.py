@@ -23,6 +23,12 @@ def model_files(source: str | Path) -> Path:
     return _directory(source, ["config.json", "adapter_config.json", *COMPANIONS])
 
 
+def weights_directory(source: str | Path) -> Path:
+    """Find the directory with the safetensors files of an ordinary model and its small files, downloaded if need be."""
+    model_files(source)
+    return _directory(source, ["*.json", *COMPANIONS, "model.safetensors", "model-?????-of-?????.safetensors"])
+
+
 def packed_directory(source: str | Path) -> Path:
     """Find the directory of a packed model: `source`, or of a hub id its snapshot, downloaded if need be."""
     path = Path(source).expanduser()

@@ -47,17 +47,17 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
         return _load_gguf(path, dtype)
-    if _is_packed(source):
+    if is_packed(source):
         from edkm.compressed.pretrained import load
 
         directory = packed_directory(source)
         model = load(directory, dtype)
-        _check_causal(str(source), model.config)
+        check_causal(str(source), model.config)
         return model, load_tokenizer(source, directory)
     return _load_checkpoint(str(path if path.is_dir() else source), dtype)
 
 
-def _is_packed(source: str | Path) -> bool:
+def is_packed(source: str | Path) -> bool:
     """Look for edkm's quantization in the config; refuse a model whose class is not of transformers."""
     config = read_config(source, model_files(source))
     transformers = import_transformers()
@@ -78,11 +78,11 @@ def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     transformers = import_transformers()
     with without_bars(), explaining(source):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        _check_causal(source, config)
+        check_causal(source, config)
         quantized = _dequantize_on_load(source, config)
         model, info = _from_pretrained(source, dtype, config=config)
         tokenizer = load_tokenizer(source, source)
-    _check_loaded(source, model, info, info["unexpected_keys"])
+    check_loaded(source, model, info, info["unexpected_keys"])
     if quantized:
         _forget_quantization(model)
         model.to(dtype)  # the weights that were not quantized have the dtype of the file
@@ -92,7 +92,7 @@ def _load_checkpoint(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _from_pretrained(place: str | Path, dtype: torch.dtype, **options: Any) -> tuple[Any, dict[str, Any]]:
-    # Weights of another shape are reported, not raised: `_check_loaded` refuses them by name.
+    # Weights of another shape are reported, not raised: `check_loaded` refuses them by name.
     options |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     return import_transformers().AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
 
@@ -105,7 +105,7 @@ def load_tokenizer(source: str | Path, path: str | Path) -> Any:
         raise ModelError(f"{source}: its tokenizer cannot be loaded: {first_line(error)} Save the tokenizer there.") from error
 
 
-def _check_causal(source: str, config: Any) -> None:
+def check_causal(source: str, config: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
@@ -153,7 +153,7 @@ def _forget_quantization(model: Any) -> None:
         del model.config.quantization_config
 
 
-def _check_loaded(source: str | Path, model: Any, info: dict[str, Any], unread: Any) -> None:
+def check_loaded(source: str | Path, model: Any, info: dict[str, Any], unread: Any) -> None:
     """Refuse a model whose weights are not exactly those of the checkpoint; warn of parts that its class leaves out."""
     kind, remedy = type(model).__name__, "Check that config.json belongs to these weights, and that they are"
     if missing := sorted(info["missing_keys"]):
@@ -220,7 +220,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         stored = _gguf_tensors(path)
         model, info = _from_pretrained(path.parent, dtype, gguf_file=path.name, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    _check_loaded(path, model, info, _unread(stored, model))
+    check_loaded(path, model, info, _unread(stored, model))
     _forget_quantization(model)
     return model.eval(), tokenizer
 
