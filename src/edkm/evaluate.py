@@ -16,6 +16,7 @@ Convention of `perplexity`, since numbers of different conventions cannot be com
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from edkm.progress import progress
 from edkm.train.calibrate import evaluating
 from edkm.train.chat import ChatError, beginning, begun, encode, has_template, render
 from edkm.train.limits import check_tokens, end_tokens, longest_context, tokens_to_score
+from edkm.train.relay import through_all_layers
+from edkm.train.skeleton import Skeleton
 
 
 class EvaluationError(ValueError):
@@ -87,15 +90,12 @@ def perplexity(
     """
     stride = window if stride is None else stride
     check_windows(window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
-    ids, begins = tokens_to_score(model, tokenizer, text, window=window, source=source)
-    window = min(window, ids.numel())
-    windows = ids.unfold(0, window, stride)[:max_windows]  # [windows, window]
+    windows, first = _windows(model, tokenizer, text, window=window, stride=stride, source=source)
+    windows, window, begins = windows[:max_windows], windows.shape[1], len(first)
     total, scored = 0.0, 0
     with evaluating(model), progress("perplexity", len(windows), "windows") as advance:
         for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size].clone()  # [batch, window]; the windows overlap
-            batch[:, :begins] = ids[:begins]
-            batch = batch.to(_device(model))
+            batch = _begun(windows[start : start + batch_size], first).to(_device(model))  # [batch, window]
             logits = model(input_ids=batch, use_cache=False).logits  # [batch, window, vocabulary]
             for row, tokens in enumerate(batch):
                 new = max(1, begins, 0 if start + row == 0 else window - stride)
@@ -105,6 +105,33 @@ def perplexity(
             advance(len(batch))
     nll = total / scored
     return Perplexity(perplexity=_exp(nll), nll=nll, tokens=scored, windows=len(windows), window=window, stride=stride)
+
+
+def perplexity_by_layer(skeleton: Skeleton, tokenizer: Any, text: str, work: Path, *, window: int = 512) -> Perplexity:
+    """Compute the perplexity of `text` as `perplexity` does, with one layer in memory at a time.
+
+    Args:
+        skeleton: of the model, probed.
+        work: directory for the hidden states between layers, which are kept in bfloat16: the result differs by its rounding.
+        tokenizer, text, window: as for `perplexity`.
+    """
+    windows, first = _windows(skeleton.model, tokenizer, text, window=window, stride=window)
+    batches = [{"input_ids": _begun(window, first).to(skeleton.device)} for window in windows.split(1)]
+    with through_all_layers(skeleton, batches, work) as states, skeleton.ending(states) as model:
+        return perplexity(model, tokenizer, text, window=window)
+
+
+def _windows(model: Any, tokenizer: Any, text: str, *, window: int, stride: int, source: str = "the text") -> tuple[Tensor, Tensor]:
+    """Cut a text into windows, int64 [windows, window], which overlap in memory; and the tokens that each must begin with."""
+    ids, begins = tokens_to_score(model, tokenizer, text, window=window, source=source)
+    return ids.unfold(0, min(window, ids.numel()), stride), ids[:begins]
+
+
+def _begun(windows: Tensor, first: Tensor) -> Tensor:
+    """Copy windows, each with its first tokens."""
+    windows = windows.clone()
+    windows[:, : len(first)] = first
+    return windows
 
 
 def generate(

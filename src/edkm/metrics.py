@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +75,12 @@ class Recorder:
         self.content |= {"model": Path(settings["model"]).name or str(settings["model"]), "settings": settings, "open": True}
         self._save()
 
-    def keep(self, model: Any, config: Any) -> None:
-        """Add histograms of a few linear weights as they are before training, in 16 bits; an interrupted run has them already."""
+    def keep(self, model: Any, config: Any, read: Callable[[Any], Tensor] = lambda weight: weight) -> None:
+        """Add histograms of a few linear weights as they are before training; an interrupted run has them already.
+
+        Args:
+            read: gives a parameter of the model with its values.
+        """
         from torch import nn
 
         from edkm.train.targets import decide
@@ -84,8 +88,8 @@ class Recorder:
         targets = {t.name: t for t in decide(model, config) if not (t.reason or any(isinstance(m, nn.Embedding) for m in t.modules))}
         if not self.content["histograms"]:
             for name in chosen(targets):
-                original = {"when": "original", **describe(targets[name].weight.bfloat16(), targets[name].tables)}
-                self.content["histograms"].append({"name": name, "tables": targets[name].tables, "panels": [original]})
+                self.content["histograms"].append({"name": name, "tables": targets[name].tables, "panels": []})
+                self.panel(name, "original", read(targets[name].weight))
 
     def weights(self, model: Any, when: str) -> None:
         """Add histograms of the same weights, with their centroids; call it on all ranks.
@@ -94,15 +98,23 @@ class Recorder:
             model: prepared.
             when: "fitted" or "trained".
         """
-        from edkm.core.assign import round_lut
         from edkm.train.prepare import clusterings, whole
 
-        histograms = {histogram["name"]: histogram for histogram in self.content["histograms"]}
+        drawn = {histogram["name"] for histogram in self.content["histograms"]}
         for name, weight, clustering in clusterings(model):
-            if found := histograms.get(name):
-                panel = {"when": when, **describe(whole(weight), clustering.tables, round_lut(clustering.centroids))}
-                found["panels"] = [*(p for p in found["panels"] if p["when"] != when), panel]
-        self._save()
+            if name in drawn:
+                self.panel(name, when, whole(weight), clustering.centroids)
+
+    def panel(self, name: str, when: str, weight: Tensor, centroids: Tensor | None = None) -> None:
+        """Add a histogram of a weight, if it is one of the few: "original", in 16 bits, or "fitted" or "trained" with its centroids."""
+        from edkm.core.assign import round_lut
+
+        for found in self.content["histograms"]:
+            if found["name"] == name:
+                # Chosen bits come with their own number of tables.
+                drawn: Any = (weight.bfloat16(), found["tables"]) if centroids is None else (weight, len(centroids), round_lut(centroids))
+                found["panels"] = [*(p for p in found["panels"] if p["when"] != when), {"when": when, **describe(*drawn)}]
+                self._save()
 
     def phase(self, name: str, seconds: float) -> None:
         """Add seconds to a phase, and note the peak memory so far."""

@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ from edkm.train import checkpoints, distributed, loop, runstate
 from edkm.train.optimizers import optimizer_class
 from edkm.train.prepare import plan, prepare
 from edkm.train.save import write as write_packed
+from edkm.train.save import write_frozen
+from edkm.train.skeleton import Skeleton
+from edkm.train.stream import Stream, packed_weights
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,11 @@ class Recipe:
     def chooses_bits(self) -> bool:
         return self.target_bpw is not None or PRESETS[self.preset].choose_bits
 
+    @property
+    def streams(self) -> bool:
+        """Whether the model is compressed a layer at a time, so that it need not be in memory."""
+        return self.steps == 0 and not self.chooses_bits
+
     def training(self, steps: int, **more: Any) -> loop.TrainSettings:
         """Return the settings of the training loop for so many steps."""
         more |= {"accumulate": self.grad_accumulation, "checkpointing": self.gradient_checkpointing}
@@ -148,6 +157,9 @@ def fine_tune(run: Run) -> None:
 def cluster(run: Run) -> None:
     """Calibrate, choose bits, fit and cluster, unless clustered training has begun: then its checkpoint has weights and tables."""
     recipe, began, chosen = run.recipe, time.perf_counter(), run.work / "config.json"
+    if run.skeleton is not None:
+        _cluster_by_layer(run, run.skeleton)
+        return
     run.teacher = copy.deepcopy(run.model) if recipe.distill else None
     batches = calibration_batches(run.blocks, run.model)
     if runstate.last_checkpoint(run.work / "clustered") is not None:
@@ -160,6 +172,18 @@ def cluster(run: Run) -> None:
         if recipe.steps:
             distributed.run_on_rank0(lambda: write_json(chosen, report.config.to_json()))
     print_report(report, time.perf_counter() - began)
+
+
+def _cluster_by_layer(run: Run, skeleton: Skeleton) -> None:
+    """Fit and cluster a layer at a time; each leaves its result in `layers`."""
+    began = last = time.perf_counter()
+    batches = calibration_batches(run.blocks, run.model)
+    drawn = partial(run.recorder.panel, when="fitted")
+    run.stream = Stream(skeleton, run.recipe.config, batches, run.work / "layers", drawn)
+    for _ in run.stream.run():
+        run.recorder.phase("calibration and fit", time.perf_counter() - last)
+        last = time.perf_counter()
+    print_report(run.stream.frozen()[1], last - began)
 
 
 def train_clustered(run: Run) -> None:
@@ -177,12 +201,17 @@ def write(run: Run) -> None:
     if Path(run.source).suffix.lower() != ".gguf":
         # First: files that both have are the model's.
         distributed.run_on_rank0(lambda: copy_companions(model_files(run.source), run.out))
-    write_packed(run.out, run.model, run.tokenizer)
+    if run.stream is None:
+        write_packed(run.out, run.model, run.tokenizer)
+    else:
+        write_frozen(run.out, run.model, run.tokenizer, run.recipe.config, run.stream.frozen()[0], run.stream.dense())
     run.recorder.phase("writing", time.perf_counter() - began)
 
 
 def report(run: Run) -> None:
     """Measure the packed model, write the report, and remove the work directory."""
+    if run.skeleton is not None:
+        run.skeleton = run.skeleton.over(partial(packed_weights, run.out))
     run.measure("packed")
     distributed.run_on_rank0(lambda: run.recorder.finish(run.out))
     distributed.run_on_rank0(lambda: checkpoints.end_run(run.work))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edkm.compressed.jsonfile import printable
-from edkm.evaluate import perplexity
+from edkm.evaluate import perplexity, perplexity_by_layer
 from edkm.memory import plan_memory
 from edkm.metrics import Recorder
 from edkm.models import load_model
@@ -26,6 +26,8 @@ from edkm.train.data import Blocks, make_blocks
 from edkm.train.limits import tokens_to_score
 from edkm.train.prepare import Report, check, plan
 from edkm.train.records import read_records
+from edkm.train.skeleton import NotStreamable, Skeleton, open_skeleton
+from edkm.train.stream import Stream, check_by_layer
 from edkm.train.tracking import check_report_to
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class Run:
     blocks: Any = None
     recorder: Any = None
     teacher: Any = None
+    skeleton: Skeleton | None = None  # in the place of the model where the run goes layer by layer
+    stream: Stream | None = None
 
     @property
     def work(self) -> Path:
@@ -60,7 +64,7 @@ class Run:
     def to_device(self) -> str:
         """Move the model to the device it trains on and name that; a model that is to be sharded may be too large for one."""
         device = loop.pick_device()
-        if not self.recipe.fsdp:
+        if not self.recipe.fsdp and self.skeleton is None:
             self.model.to(device)
         return device
 
@@ -68,7 +72,11 @@ class Run:
         """Record the perplexity of the held-out text, unless there is none or an earlier part of the run did."""
         if self.text is None or self.eval_text is None or self.recorder.measured(name):
             return
-        found = perplexity(self.model, self.tokenizer, self.text, window=self.recipe.block_tokens)
+        window = self.recipe.block_tokens
+        if self.skeleton is None:
+            found = perplexity(self.model, self.tokenizer, self.text, window=window)
+        else:
+            found = perplexity_by_layer(self.skeleton, self.tokenizer, self.text, self.work, window=window)
         self.recorder.measure(name, {"text": self.eval_text.name, **vars(found)})
         print(f"perplexity of {self.eval_text.name}, {name}: {found.perplexity:.2f}", flush=True)
 
@@ -79,7 +87,7 @@ class Run:
             **{name: value for name, value in asdict(self.recipe).items() if name not in _FREE},
             "config": self.recipe.config.to_json(),
             "blocks_per_step": self.recipe.training(1).blocks_per_step,
-            "model": fingerprint(self.model),
+            "model": fingerprint(self.model.named_parameters() if self.skeleton is None else self.skeleton.stored()),
             "data": hashlib.sha256(self.data.read_bytes()).hexdigest(),
             "chat template": hashlib.sha256(template.encode()).hexdigest(),
         }
@@ -113,8 +121,7 @@ def load(run: Run) -> None:
     blocks = Blocks.read(kept) if run.resume and kept.is_file() else None
     records = read_records(run.data) if blocks is None else []
     run.text = None if run.eval_text is None else read_text(run.eval_text)
-    with progress(f"loading {run.source}"):
-        run.model, run.tokenizer = load_model(run.source)
+    _open(run)
     tokens = run.recipe.block_tokens
     if blocks is None:
         blocks = make_blocks(records, run.tokenizer, block_tokens=tokens, source=str(run.data), model=run.model)
@@ -122,13 +129,41 @@ def load(run: Run) -> None:
     if run.text is not None:
         tokens_to_score(run.model, run.tokenizer, run.text, window=tokens, source=str(run.eval_text))
     recipe = run.recipe.settled(len(run.blocks))
-    check(run.model, recipe.config, recipe.backend)
+    if run.skeleton is not None:
+        try:
+            check_by_layer(run.skeleton, recipe.config, {"input_ids": blocks[0]["input_ids"][None, :16].to(run.skeleton.device)})
+        except NotStreamable as reason:
+            _hold(run, str(reason))
+    if run.skeleton is None:
+        check(run.model, recipe.config, recipe.backend)
     if recipe.chooses_bits:
         target = bits_of(run.model, recipe.config) if recipe.target_bpw is None else recipe.target_bpw
         check_target(run.model, recipe.config, target)
         recipe = replace(recipe, target_bpw=target)
     run.recipe = recipe
     _print_counts(run)
+
+
+def _open(run: Run) -> None:
+    """Open the model layer by layer where the run can go so, else load it."""
+    if not run.recipe.streams or distributed.world_size() > 1:
+        _hold(run)
+        return
+    try:
+        with progress(f"opening {run.source}"):
+            run.skeleton, run.tokenizer = open_skeleton(run.source, loop.pick_device())
+        run.model = run.skeleton.model
+    except NotStreamable as reason:
+        _hold(run, str(reason))
+
+
+def _hold(run: Run, reason: str = "") -> None:
+    """Load the whole model; `reason` says why it does not go layer by layer."""
+    run.skeleton = run.model = None
+    with progress(f"loading {run.source}"):
+        run.model, run.tokenizer = load_model(run.source)
+    if reason:
+        print(f"memory: the whole model is held, not a layer at a time: {printable(reason)}", flush=True)
 
 
 def begin(run: Run) -> None:
@@ -138,7 +173,7 @@ def begin(run: Run) -> None:
         check_same_run(run.work, identity)
     else:
         distributed.run_on_rank0(lambda: shutil.rmtree(run.work) if run.work.exists() else None)
-        if run.recipe.steps:
+        if run.recipe.steps or run.skeleton is not None:
             distributed.run_on_rank0(lambda: begin_run(run.work, identity, run.blocks))
     print(f"device: {run.to_device()}", flush=True)
     if run.recipe.finetune_steps and not run.resume:
@@ -146,13 +181,15 @@ def begin(run: Run) -> None:
         with shown(False):
             calibrate(run.model, calibration_batches(run.blocks, run.model, 1))
     run.recorder = Recorder(run.work / "metrics.json", run.settings())
-    run.recorder.keep(run.model, run.recipe.config)
+    run.recorder.keep(run.model, run.recipe.config, *(() if run.skeleton is None else (run.skeleton.read,)))
     run.measure("original")
 
 
 def calibration_batches(blocks: Any, model: Any, count: int = 32) -> list[dict[str, Any]]:
     """Return `count` blocks spread over the training data, on the device of the model."""
     device = next(model.parameters()).device
+    if device.type == "meta":
+        device = loop.pick_device()
     chosen = range(0, len(blocks), max(1, len(blocks) // count))[:count]
     return [{"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen]
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core.reference import compute_dtype
+from edkm.core.reference import NOT_FINITE, compute_dtype
 
 LUT_DTYPE = torch.float16
 _BLOCK_WEIGHTS = 1 << 20
@@ -158,6 +158,24 @@ class Frozen(NamedTuple):
     @property
     def rows(self) -> int:
         return len(self.indices) * self.lut.shape[2]
+
+
+def freeze(weight: Tensor, centroids: Tensor, shape: Sequence[int]) -> Frozen:
+    """Put a weight `[rows, cols]` on its nearest centroids in `centroids [g, k, d]` as a packed file stores them; the result is on the CPU.
+
+    Args:
+        shape: of the weight in its module.
+
+    Raises:
+        ValueError: a centroid does not fit float16, a weight is not finite.
+    """
+    lut = round_lut(centroids)
+    quantized = quantize(weight, lut)
+    norm = weight.to(quantized.values.dtype).square().sum()
+    error = float(quantized.errors(weight).sum() / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+    if not math.isfinite(error):
+        raise ValueError(NOT_FINITE)
+    return Frozen(quantized.indices.cpu(), lut.cpu(), tuple(shape), error)
 
 
 class LazyFrozen(NamedTuple):

@@ -40,6 +40,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     Cost:
         One forward pass; a vector per layer.
     """
+    with evaluating(model), measuring(model) as measured:
+        run_batches("calibration", batches, partial(call, model))
+    return measured()
+
+
+@contextmanager
+def measuring(model: nn.Module, prefix: str = "") -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Watch the inputs of a model, or of the part of one with this name, within the block; yields the function that gives the result."""
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -56,16 +64,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         counts[name] = counts.get(name, 0) + count
 
     owners: dict[str, tuple[nn.Module, str]] = {}
-    for prefix, module in model.named_modules():
+    for path, module in model.named_modules(prefix=prefix):
         # The weight, or the first stack of matrices: a module's input is multiplied with that.
         key = next((key for key in module._parameters if row_axes(module, key)), None)
         if key is not None and not isinstance(module, nn.Embedding):
-            owners[f"{prefix}.{key}".lstrip(".")] = module, key
-    with ExitStack() as hooks, evaluating(model):
+            owners[f"{path}.{key}".lstrip(".")] = module, key
+    with ExitStack() as hooks:
         for name, (module, key) in owners.items():
             hooks.enter_context(module.register_forward_pre_hook(partial(watch, name, key), with_kwargs=True))
-        run_batches("calibration", batches, partial(call, model))
-    return {name: _of_matrix(*owners[name], (totals[name] / counts[name]).float()).cpu() for name in totals}
+        yield lambda: {name: _of_matrix(*owners[name], (totals[name] / counts[name]).float()).cpu() for name in totals}
 
 
 def run_batches(label: str, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edkm.compressed.jsonfile import write_json
 from edkm.output import check_output, replacing
@@ -75,10 +76,10 @@ def load_weights(path: Path, model: nn.Module) -> None:
     model.load_state_dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash names, shapes and some evenly spread values of the weights of a model."""
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash names, shapes and some evenly spread values of the parameters of a model."""
     found = hashlib.sha256()
-    for name, p in model.named_parameters():
+    for name, p in parameters:
         values = p.detach().flatten()[:: max(1, p.numel() // 1024)].cpu().double()
         found.update(f"{name} {tuple(p.shape)}".encode() + values.numpy().tobytes())
     return found.hexdigest()

@@ -11,7 +11,6 @@ the sum into the gradient of the weight.
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from edkm.config import ClusterConfig
 from edkm.core import sharded
-from edkm.core.assign import Frozen, as_matrix, as_stored, count_tables, quantize, round_lut
+from edkm.core.assign import Frozen, as_matrix, as_stored, count_tables, freeze, quantize
 from edkm.core.kmeans import initial_centroids, temperature_for
 from edkm.core.op import Solution, check_importance, pick_backend, solve
 from edkm.core.reference import NOT_FINITE, Problem, compute_dtype
@@ -269,17 +268,10 @@ class Clustering(nn.Module):
 
     def freeze(self, weight: Tensor) -> Frozen:
         """Return indices and tables of the weight as it is now, which `eval()` uses and the packed file holds."""
-        matrix = self.matrix(weight)
         try:
-            lut = round_lut(self.centroids)
+            return freeze(self.matrix(weight), self.centroids, weight.shape)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        quantized = quantize(matrix, lut)
-        norm = matrix.to(quantized.values.dtype).square().sum()
-        error = float(quantized.errors(matrix).sum() / norm.clamp_min(torch.finfo(norm.dtype).tiny))
-        if not math.isfinite(error):
-            raise ValueError(f"{self.name}: {NOT_FINITE}")
-        return Frozen(quantized.indices.cpu(), lut.cpu(), tuple(weight.shape), error)
 
     def hard(self, weight: Tensor) -> Tensor:
         """Put every value of the weight on its nearest centroid; no gradient."""

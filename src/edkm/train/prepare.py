@@ -138,11 +138,11 @@ def prepare(
     with progress("tables", len(targets), "parameters") as advance:
         for target in targets:
             if target.reason:
-                entries.append(_entry(target))
+                entries.append(report_entry(target))
             else:
                 clustering, note = _clustering(target, weighing, start, backend)
                 clustering.prepared_by = config
-                entries.append(_entry(target, note, errors.get(target.name)))
+                entries.append(report_entry(target, note, errors.get(target.name)))
                 made.append((target, clustering))
             advance()
     install(model, made)
@@ -155,7 +155,7 @@ def check(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Rep
     Raises:
         ValueError: as `prepare`.
     """
-    return Report(tuple(map(_entry, _check(model, config, backend))), config)
+    return Report(tuple(map(report_entry, _check(model, config, backend))), config)
 
 
 def plan(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Report:
@@ -164,7 +164,7 @@ def plan(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> Repo
     Raises:
         ValueError: as `prepare`, as far as names, shapes and dtypes can tell.
     """
-    return Report(tuple(map(_entry, decide(model, config, backend))), config)
+    return Report(tuple(map(report_entry, decide(model, config, backend))), config)
 
 
 def _check(model: nn.Module, config: ClusterConfig, backend: str) -> list[Target]:
@@ -190,7 +190,8 @@ def _by_first_name(targets: list[Target], argument: str, given: Mapping[str, Ten
     return {first[name]: tensor for name, tensor in given.items()}
 
 
-def _entry(target: Target, note: str = "", error: float | None = None) -> ReportEntry:
+def report_entry(target: Target, note: str = "", error: float | None = None) -> ReportEntry:
+    """Report on one parameter."""
     shape = tuple(target.weight.shape)
     if target.reason:
         return ReportEntry(target.name, shape, 0, 0, 1, target.reason)

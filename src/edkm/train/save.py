@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from edkm.compressed import checkpoint, pretrained
 from edkm.compressed.entries import RECORD
 from edkm.compressed.jsonfile import write_json
 from edkm.compressed.pretrained import is_transformers
+from edkm.config import ClusterConfig
+from edkm.core.assign import Frozen, LazyFrozen
 from edkm.metrics import PAGE
 from edkm.output import check_output
 from edkm.train import distributed
@@ -46,24 +51,27 @@ def save(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
 
 def write(out: Path, model: Any, tokenizer: Any) -> None:
     """Write the packed directory as `save` does, into a directory that may hold other files."""
-    config = clusterings(model)[0][2].prepared_by.to_json()
-
-    def write_frozen(frozen: Any, dense: Any) -> None:
-        for name in (RECORD, PAGE):  # of the weights that are replaced
-            (out / name).unlink(missing_ok=True)
-        if is_transformers(model):
-            pretrained.save_pretrained(out, frozen, dense, config, model, tokenizer)
-            return
-        write_json(out / "config.json", {"quantization_config": checkpoint.write(out, frozen, dense, config)})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(out)
-
+    config = clusterings(model)[0][2].prepared_by
     if distributed.world_size() == 1:
-        write_frozen(freeze(model), unclustered(model))
+        write_frozen(out, model, tokenizer, config, freeze(model), unclustered(model))
         return
     from edkm.train.sharding import save_from_first_rank
 
-    save_from_first_rank(model, write_frozen)
+    save_from_first_rank(model, partial(write_frozen, out, model, tokenizer, config))
+
+
+def write_frozen(
+    out: Path, model: Any, tokenizer: Any, config: ClusterConfig, frozen: Mapping[str, Frozen | LazyFrozen], dense: dict[str, Tensor]
+) -> None:
+    """Write the packed directory of a model from its tensors."""
+    for name in (RECORD, PAGE):  # of the weights that are replaced
+        (out / name).unlink(missing_ok=True)
+    if is_transformers(model):
+        pretrained.save_pretrained(out, frozen, dense, config.to_json(), model, tokenizer)
+        return
+    write_json(out / "config.json", {"quantization_config": checkpoint.write(out, frozen, dense, config.to_json())})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
 
 
 def unwrapped(model: Any) -> Any:

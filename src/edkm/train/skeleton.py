@@ -7,6 +7,7 @@ then it runs with one layer in memory (`probe` makes sure of it, `beginning` and
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -69,10 +70,24 @@ class Skeleton:
             for names in self._names.values():
                 yield names[0], read(names)
 
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """Read one parameter, in float32 on the CPU."""
+        with self.opened() as read:
+            return read(self._names[id(parameter)]).to(torch.float32, copy=True)
+
+    def over(self, opened: Opened) -> Skeleton:
+        """Return the same model with its weights read from another place."""
+        other = copy.copy(self)
+        other.opened = opened
+        return other
+
     @contextmanager
     def loaded(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Have the parameters that modules own themselves in memory within the block, in float32; changes are lost after it."""
-        owned = [(module._parameters, key, p) for module in modules for key, p in module._parameters.items() if p is not None]
+        """Have the parameters that modules own themselves in memory within the block, in float32; changes are lost after it.
+
+        Those that are in memory already stay as they are.
+        """
+        owned = [(module._parameters, key, p) for module in modules for key, p in module._parameters.items() if p is not None and p.is_meta]
         made: dict[int, nn.Parameter] = {}
         with self.opened() as read:
             for _, _, p in owned:
@@ -108,8 +123,9 @@ class Skeleton:
             with self.loaded(layer.modules()):
                 look([*layer.modules()])
                 out = own(*args, **kwargs)
-            output[0], *others = out if type(out) is tuple else (out,)
-            if not isinstance(output[0], Tensor) or output[0].shape != given.shape or any(other is not None for other in others):
+            states, *others = out if type(out) is tuple else (out,)
+            output[0] = states
+            if not isinstance(states, Tensor) or states.shape != given.shape or any(other is not None for other in others):
                 raise NotStreamable("its layers return more than hidden states")
             self._rest[layer] = None if isinstance(out, Tensor) else tuple(others)
             seen.append(layer)
@@ -149,7 +165,7 @@ class Skeleton:
                 yield first[0], [*found]
 
     @contextmanager
-    def ending(self, states: Sequence[Tensor]) -> Iterator[Any]:
+    def ending(self, states: Iterable[Tensor]) -> Iterator[Any]:
         """Let each forward pass of the model within the block take the next of `states` as the output of its layers; yields the model."""
         turn = iter(states)
 
