@@ -173,7 +173,11 @@ def _begin(work: Path, packed: Path, settings: loop.TrainSettings, blocks: Block
     """Open the work directory of a new run, or check that it is the one to resume."""
     tokens = hashlib.sha256(blocks.input_ids.numpy().tobytes() + blocks.labels.numpy().tobytes()).hexdigest()
     found = {name: value for name, value in asdict(settings).items() if name not in ("save_every", "report_to")}
-    found |= {"model": identity(packed), "data": tokens, "teacher": None if teacher is None else checkpoints.fingerprint(teacher.named_parameters())}
+    found |= {
+        "model": identity(packed),
+        "data": tokens,
+        "teacher": None if teacher is None else checkpoints.fingerprint(teacher.named_parameters()),
+    }
     if resume:
         checkpoints.check_same_run(work, found)
         return
