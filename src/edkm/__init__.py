@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edkm.train.callback import Callback as Callback
     from edkm.train.clustering import soft_weights as soft_weights
     from edkm.train.fit import fit as fit
+    from edkm.train.layerwise import LayerTraining as LayerTraining
     from edkm.train.prepare import freeze as freeze
     from edkm.train.prepare import prepare as prepare
     from edkm.train.save import save as save
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Callback": "edkm.train.callback",
     "ClusterConfig": "edkm.config",
+    "LayerTraining": "edkm.train.layerwise",
     "allocate": "edkm.train.allocate",
     "calibrate": "edkm.train.calibrate",
     "choose_backend": "edkm.core.op",

@@ -51,7 +51,7 @@ def test_using_edkm_loads_torch_alone():
 
 
 def test_the_public_names_are_these():
-    names = "Callback ClusterConfig __version__ allocate calibrate choose_backend cluster distribute fit freeze initial_centroids offload"
+    names = "Callback ClusterConfig LayerTraining __version__ allocate calibrate choose_backend cluster distribute fit freeze initial_centroids offload"
     assert edkm.__all__ == [*names.split(), "prepare", "save", "soft_weights"]
     assert all(getattr(edkm, name) is not None for name in edkm.__all__)
     with pytest.raises(AttributeError, match="module 'edkm' has no attribute 'clutser'"):

@@ -18,8 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import edkm
 from edkm.core.assign import lookup
-from edkm.train import fit
 from edkm.train.calibrate import without_cache
+from edkm.train.chain import chain
 
 CONFIG = edkm.ClusterConfig(bits=2, rows_per_lut=16)
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -99,11 +99,11 @@ def test_missing_batches_and_tables_of_other_shapes_are_refused(tiny_model, conf
 
 def test_later_batches_are_called_as_the_first_and_the_model_is_left_as_it_was(tiny_model):
     mine = tiny_model.model.layers[0].forward = tiny_model.model.layers[0].forward  # as a library does that wraps it
-    layers, calls = fit._chain(tiny_model, BATCHES[:3])
+    layers, calls = chain(tiny_model, BATCHES[:3])
     assert len(layers) == 2
     assert layers[0].forward is mine and "forward" not in vars(layers[1])
     for i, batch in enumerate(BATCHES[:3]):
-        _, alone = fit._chain(tiny_model, [batch])
+        _, alone = chain(tiny_model, [batch])
         for layer in layers:
             (args, kwargs), (args_alone, kwargs_alone) = calls[layer][i], alone[layer][0]
             assert (args[0] is None) == (layer is layers[1]) and kwargs.keys() == kwargs_alone.keys()
@@ -168,7 +168,7 @@ def test_layers_may_return_several_things(way):
         found = edkm.fit(Layers(WAYS[way], **options), CONFIG, EXAMPLES)
         assert len(found) == 6 and all(torch.equal(found[name], expected[name]) for name in expected)
         assert not torch.equal(found["layers.2.down.weight"], alone["layers.2.down.weight"])
-    assert fit._chain(Layers(WAYS[way]), EXAMPLES)[0]
+    assert chain(Layers(WAYS[way]), EXAMPLES)[0]
 
 
 class Product(torch.nn.Linear):
@@ -218,13 +218,13 @@ def test_layers_run_twice_for_each_batch_and_once_for_the_first(way, times):
 @pytest.mark.parametrize(("way", "again"), [("three", 2), ("one of one", 1)])
 def test_layers_that_are_run_again_are_no_chain(way, again):
     model = Layers(WAYS[way], again=again)
-    assert fit._chain(model, EXAMPLES) == ([], {})
+    assert chain(model, EXAMPLES) == ([], {})
     assert len(edkm.fit(model, CONFIG, EXAMPLES)) == 6
 
 
 def test_layers_may_pass_on_more_than_hidden_states():
     model, examples = Layers(WAYS["three"]), [{"x": x, "use_state": True} for x in EXAMPLES]
-    layers, calls = fit._chain(model, examples)
+    layers, calls = chain(model, examples)
     assert [args[1].shape for args, _ in calls[layers[2]]] == [(2, 20, 1), (3, 9, 1)]
     assert len(edkm.fit(model, CONFIG, examples)) == 6
 

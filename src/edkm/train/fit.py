@@ -9,8 +9,8 @@ centroid is the compressed one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,10 @@ from edkm.core import gptq
 from edkm.core.assign import quantize
 from edkm.progress import progress
 from edkm.train.calibrate import call, evaluating, first_input, is_product, without_cache
+from edkm.train.chain import Call, chain, through, with_inputs
 from edkm.train.checks import naming
-from edkm.train.targets import decoder_layers, linears_of
+from edkm.train.layerwise import LayerTraining, Start, train_layer
+from edkm.train.targets import Linears, linears_of
 
 
 def fit(
@@ -33,6 +35,7 @@ def fit(
     turns: int = 4,
     importance: Mapping[str, Tensor] | None = None,
     report: Callable[[str, float], None] | None = None,
+    by_layer: LayerTraining | None = None,
 ) -> dict[str, Tensor]:
     """Move a model's linear weights, in place, to where clustering costs least, and find the tables that go with them.
 
@@ -48,13 +51,14 @@ def fit(
         turns: for `core.gptq.fit`.
         importance: as for `prepare`, from `calibrate`: the tables are then a fixed point of the training's k-means.
         report: called with the name and the relative output error of every fitted weight.
+        by_layer: train each decoder layer against the original's output when it is fitted; other weights are fitted alone.
 
     Returns:
         Parameter name -> centroids `[g, k, 1]`, for `prepare(centroids=...)`. Weights that no batch reached are absent.
 
     Raises:
-        ValueError: no batches, values that are not finite, a tensor that cannot be clustered as asked (named). After an error within
-            the work the model is of no use.
+        ValueError: no batches, values that are not finite, a tensor that cannot be clustered as asked (named), `by_layer` for a model
+            without a chain of decoder layers. After an error within the work the model is of no use.
 
     Cost:
         Two forward passes over `batches`, whose hidden states are kept, and a third where layers return more than these; a product
@@ -64,35 +68,87 @@ def fit(
     batches = list(batches)
     if not batches:
         raise ValueError("batches: fitting needs at least one batch.")
-    centroids: dict[str, Tensor] = {}
-    targets: dict[nn.Linear, Tensor] = {}
-
-    def fit_within(part: nn.Module, run: Callable[[], Any]) -> None:
-        """Fit the weights of a part of the model that are not fitted yet to their inputs while it runs, and compress them."""
-        here = [m for m in part.modules() if isinstance(m, nn.Linear) and m in linears and m not in targets]
-        for module, moment in _moments(here, run).items():
-            name, settings = linears[module]
-            per_lut, weighing = settings.rows_per_lut or None, (importance or {}).get(name)
-            with naming(name):
-                found = gptq.fit(module.weight, moment, settings.bits, rows_per_lut=per_lut, turns=turns, importance=weighing)
-            module.weight.copy_(quantize(found.weight, found.centroids, module.weight.dtype).values)
-            centroids[name], targets[module] = found.centroids, found.weight
-            advance()
-            if report is not None:
-                report(name, found.errors[-1])
-
+    starts: dict[str, Start] = {}
+    options: dict[str, Any] = {"turns": turns, "importance": importance or {}, "report": report}
     with evaluating(model), without_cache(model), progress("fit", len(linears), "weights") as advance:
-        layers, calls = _chain(model, batches)
+        layers, calls = chain(model, batches)
+        if by_layer is not None and not layers:
+            raise ValueError("by_layer: the model has no decoder layers of which each takes the output of the one before. Leave it out.")
+        originals = [args[0] for args, _ in calls[layers[0]]] if layers else []
         for layer, after in itertools.zip_longest(layers, layers[1:]):
             made = calls.pop(layer)
-            fit_within(layer, partial(_through, layer, made))
+            if by_layer is not None:
+                originals = through(layer, with_inputs(originals, made))
+            starts |= compress_layer(layer, linears, made, originals, by_layer, advance=advance, **options)
             if after is not None:
-                outputs = _through(layer, made)
-                calls[after] = [((x, *args[1:]), kwargs) for x, (args, kwargs) in zip(outputs, calls[after], strict=True)]
-        fit_within(model, lambda: [call(model, batch) for batch in batches])
-        for module, target in targets.items():
-            module.weight.copy_(target)
-    return centroids
+                calls[after] = with_inputs(through(layer, made), calls[after])
+        rest = [module for module, (name, _) in linears.items() if name not in starts]
+        starts |= _fit_linears(rest, linears, lambda: [call(model, batch) for batch in batches], advance=advance, **options)
+        for module, (name, _) in linears.items():
+            if name in starts:
+                module.weight.copy_(starts[name].weight)
+    return {name: start.centroids for name, start in starts.items()}
+
+
+def compress_layer(
+    layer: nn.Module,
+    linears: Linears,
+    calls: Sequence[Call],
+    expected: Sequence[Tensor] = (),
+    training: LayerTraining | None = None,
+    **options: Any,
+) -> dict[str, Start]:
+    """Fit the linear weights of one layer to its inputs, train them against its expected outputs, and put them on their tables, in place.
+
+    Args:
+        layer: in eval mode, without gradients.
+        linears: of the model, from `targets.linears_of`.
+        calls: arguments of the layer for each batch, in the model as compressed so far.
+        expected: outputs of the original layer for each batch; read only where there is training.
+        training: None to fit alone.
+        options: `turns`, `importance`, `report` as for `fit`, and `advance`, called after every weight.
+
+    Returns:
+        Parameter name -> weight and centroids from which training goes on, without those that no batch reached.
+    """
+    starts = _fit_linears(list(layer.modules()), linears, partial(through, layer, calls), **options)
+    if training is not None and starts:
+        starts = train_layer(layer, linears, starts, calls, expected, training, options.get("importance") or {})
+        _compress(layer.modules(), linears, starts)
+    return starts
+
+
+def _fit_linears(
+    modules: Iterable[nn.Module],
+    linears: Linears,
+    run: Callable[[], Any],
+    *,
+    turns: int = 4,
+    importance: Mapping[str, Tensor] | None = None,
+    advance: Callable[[], Any] | None = None,
+    report: Callable[[str, float], None] | None = None,
+) -> dict[str, Start]:
+    """Fit the weights of linear modules to their inputs while `run` runs, and put them on their tables, in place."""
+    starts: dict[str, Start] = {}
+    for module, moment in _moments([m for m in modules if isinstance(m, nn.Linear) and m in linears], run).items():
+        name, settings = linears[module]
+        per_lut, weighing = settings.rows_per_lut or None, (importance or {}).get(name)
+        with naming(name):
+            found = gptq.fit(module.weight, moment, settings.bits, rows_per_lut=per_lut, turns=turns, importance=weighing)
+        starts[name] = Start(found.weight, found.centroids)
+        _compress([module], linears, starts)
+        if advance is not None:
+            advance()
+        if report is not None:
+            report(name, found.errors[-1])
+    return starts
+
+
+def _compress(modules: Iterable[nn.Module], linears: Linears, starts: Mapping[str, Start]) -> None:
+    for module in modules:
+        if isinstance(module, nn.Linear) and module in linears and linears[module][0] in starts:
+            start = starts[linears[module][0]]
+            module.weight.copy_(quantize(start.weight, start.centroids, module.weight.dtype).values)
 
 
 def _moments(modules: list[nn.Linear], run: Callable[[], Any]) -> dict[nn.Linear, Tensor]:
@@ -117,71 +173,3 @@ def _moments(modules: list[nn.Linear], run: Callable[[], Any]) -> dict[nn.Linear
                 hooks.enter_context(module.register_forward_hook(watch, with_kwargs=True))
             run()
     return {module: total / counts[module] for module, total in totals.items()}
-
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _StopForward(Exception):
-    """End a model's forward where the rest of it is not needed."""
-
-
-def _chain(model: nn.Module, batches: list[Any]) -> tuple[list[nn.Module], dict[nn.Module, list[_Call]]]:
-    """Return the layers that can be run one after another, and the arguments of each for each batch; none if they are no chain.
-
-    A chain's layers are called once each, and their first argument is the first, or only, thing that the layer before returned. Where it
-    is the only one, only the first batch is computed: for the others layers return their input, which is enough to see the calls.
-    """
-    layers = decoder_layers(model)
-    calls: dict[nn.Module, list[_Call]] = {layer: [] for layer in layers}
-    output: list[Any] = [None]
-    rest: dict[nn.Module, tuple[None, ...] | None] = {}  # returned after the hidden states; None: these are returned alone
-
-    def watch(layer: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        first, given = layer is layers[0], args[0] if args else None
-        if not isinstance(given, Tensor) or not (first or given is output[0]) or len(calls[layer]) > number:
-            calls.clear()
-            raise _StopForward
-        # Hidden states are kept for the first layer only, the others get theirs from the layer before.
-        calls[layer].append(((given.clone() if first else None, *args[1:]), kwargs))
-        if number and len(rest) == len(layers):
-            if layer is layers[-1]:
-                raise _StopForward
-            output[0], others = given, rest[layer]
-            return given if others is None else (given, *others)
-        out = own(*args, **kwargs)
-        output[0] = _hidden(out)
-        if isinstance(out, Tensor):
-            rest[layer] = None
-        elif type(out) is tuple and all(other is None for other in out[1:]):
-            rest[layer] = out[1:]
-        return out
-
-    before = {layer: vars(layer).get("forward") for layer in layers}  # of the instance: other libraries put one there
-    try:
-        for layer in layers:
-            layer.forward = partial(watch, layer, layer.forward)
-        for number, batch in enumerate(batches):
-            if calls:
-                with suppress(_StopForward):
-                    call(model, batch)
-                if any(len(made) != number + 1 for made in calls.values()):
-                    calls.clear()
-    finally:
-        for layer, forward in before.items():
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
-    return (layers, calls) if calls else ([], {})
-
-
-def _through(layer: nn.Module, calls: list[_Call]) -> list[Tensor]:
-    """Run a layer once per call on copies of its inputs, which it may overwrite, and return the hidden states."""
-    return [_hidden(layer(args[0].clone(), *args[1:], **kwargs)) for args, kwargs in calls]
-
-
-def _hidden(out: Any) -> Any:
-    """Pick the hidden states from the outputs of a layer: the first, if there are several."""
-    if isinstance(out, Mapping):
-        return next(iter(out.values()), None)
-    return out[0] if isinstance(out, (tuple, list)) and out else out

@@ -13,6 +13,7 @@ keep their names and stay where they are: only the class of a module is replaced
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -209,6 +210,20 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 def _empty(plain: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
     made = _class_of(plain, keys)
     return made.__new__(made)
+
+
+def install(model: nn.Module, made: Iterable[tuple[Sequence[str], Sequence[nn.Module], nn.Module]]) -> None:
+    """Make a model read weights through their clusterings, in place.
+
+    Args:
+        made: for each weight its names, the modules that own it, and its clustering or a stand-in for one.
+    """
+    for names, modules, clustering in made:
+        for i, (name, module) in enumerate(zip(names, modules, strict=True)):
+            read_through(module, name.rpartition(".")[2], clustering, owns=i == 0)
+    for module in model.modules():
+        if not clustered_keys(module) and any(clustered_keys(inner) for inner in module.modules()):
+            watch(module)
 
 
 def read_through(module: nn.Module, key: str, clustering: nn.Module, *, owns: bool) -> None:

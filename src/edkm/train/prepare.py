@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from edkm.train.checks import check_finite, check_no_adapters, check_not_quantiz
 from edkm.train.clustering import Clustering
 from edkm.train.distributed import broadcast_from_rank0
 from edkm.train.fit import fit
-from edkm.train.layers import clustered_keys, read_through, state_name, watch
+from edkm.train.layers import clustered_keys, install, state_name
+from edkm.train.layerwise import LayerTraining
 from edkm.train.targets import Target, decide
 
 
@@ -85,6 +86,7 @@ def prepare(
     target_bpw: float | None = None,
     importance: Mapping[str, Tensor] | None = None,
     centroids: Mapping[str, Tensor] | None = None,
+    by_layer: LayerTraining | None = None,
     backend: str = "auto",
 ) -> Report:
     """Cluster a model's weights from now on, in place: linear layers, embeddings, Conv1d/2d, and stacks of matrices such as experts.
@@ -104,6 +106,7 @@ def prepare(
             returns it. None: calibrated, if there are batches.
         centroids: parameter name -> `[g, k, d]` to start from, as `edkm.fit` returns it; k-means for those that are not named, so
             `{}` is k-means for all. None: fitted, if there are batches.
+        by_layer: train each decoder layer when it is fitted, against the output of the original one; needs batches.
         backend: for `edkm.cluster`.
 
     Returns:
@@ -120,6 +123,8 @@ def prepare(
     """
     if target_bpw is not None and batches is None:
         raise ValueError("target_bpw: bits are chosen on data. Give batches, too, or set bits in the config.")
+    if by_layer is not None and (batches is None or centroids is not None):
+        raise ValueError("by_layer: layers are trained on data, from a fit. Give batches and no centroids.")
     targets = _check(model, config, backend)
     weighing = _by_first_name(targets, "importance", importance or {})
     start = _by_first_name(targets, "centroids", centroids or {})
@@ -132,8 +137,9 @@ def prepare(
             config = allocate(model, config, batches, target_bpw, importance=weighing)
             targets = decide(model, config, backend)
         if centroids is None:
-            start = fit(model, config, batches, importance=weighing, report=errors.__setitem__)
-            broadcast_from_rank0([*start.values(), *(model.get_parameter(name).data for name in start)])
+            start = fit(model, config, batches, importance=weighing, report=errors.__setitem__, by_layer=by_layer)
+            moved = (model.get_parameter(name) for name in start) if by_layer is None else model.parameters()
+            broadcast_from_rank0([*start.values(), *(parameter.data for parameter in moved)])
     entries, made = [], []
     with progress("tables", len(targets), "parameters") as advance:
         for target in targets:
@@ -145,7 +151,7 @@ def prepare(
                 entries.append(report_entry(target, note, errors.get(target.name)))
                 made.append((target, clustering))
             advance()
-    install(model, made)
+    install(model, [(target.names, target.modules, clustering) for target, clustering in made])
     return Report(tuple(entries), config)
 
 
@@ -207,16 +213,6 @@ def _clustering(target: Target, importance: Mapping[str, Tensor], centroids: Map
     by_kmeans = "tables by k-means" if centroids and name not in centroids else ""
     remarks = [": ".join(clustering.choice), "" if name in importance else "no importance", target.note, by_kmeans]
     return clustering, "; ".join(filter(None, remarks))
-
-
-def install(model: nn.Module, made: Sequence[tuple[Target, nn.Module]]) -> None:
-    """Make a model read weights through their clusterings: each a `Clustering` or a stand-in for one."""
-    for target, clustering in made:
-        for i, (name, module) in enumerate(zip(target.names, target.modules, strict=True)):
-            read_through(module, name.rpartition(".")[2], clustering, owns=i == 0)
-    for module in model.modules():
-        if not clustered_keys(module) and any(clustered_keys(inner) for inner in module.modules()):
-            watch(module)
 
 
 def freeze(model: nn.Module) -> dict[str, Frozen]:
