@@ -69,7 +69,7 @@ def test_settings_out_of_range_are_refused(options, message):
 
 def test_models_without_a_chain_of_layers_are_refused(tiny_model):
     tiny_model._no_split_modules = []
-    with pytest.raises(ValueError, match="^by_layer: the model has no decoder layers"):
+    with pytest.raises(ValueError, match=r"^by_layer: the model has no decoder layers"):
         edkm.fit(tiny_model, CONFIG, BATCHES, by_layer=TRAINING)
-    with pytest.raises(ValueError, match="^by_layer: layers are trained on data"):
+    with pytest.raises(ValueError, match=r"^by_layer: layers are trained on data\."):
         edkm.prepare(tiny_model, CONFIG, by_layer=TRAINING)
