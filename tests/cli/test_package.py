@@ -51,8 +51,8 @@ def test_using_edkm_loads_torch_alone():
 
 
 def test_the_public_names_are_these():
-    names = "Callback ClusterConfig LayerTraining __version__ allocate calibrate choose_backend cluster distribute fit freeze initial_centroids offload"
-    assert edkm.__all__ == [*names.split(), "prepare", "save", "soft_weights"]
+    names = "Callback ClusterConfig LayerTraining __version__ allocate calibrate choose_backend cluster distribute fit freeze"
+    assert edkm.__all__ == [*names.split(), "initial_centroids", "offload", "prepare", "save", "soft_weights"]
     assert all(getattr(edkm, name) is not None for name in edkm.__all__)
     with pytest.raises(AttributeError, match="module 'edkm' has no attribute 'clutser'"):
         edkm.clutser  # noqa: B018

@@ -71,5 +71,5 @@ def test_models_without_a_chain_of_layers_are_refused(tiny_model):
     tiny_model._no_split_modules = []
     with pytest.raises(ValueError, match=r"^by_layer: the model has no decoder layers"):
         edkm.fit(tiny_model, CONFIG, BATCHES, by_layer=TRAINING)
-    with pytest.raises(ValueError, match=r"^by_layer: layers are trained on data\."):
+    with pytest.raises(ValueError, match=r"^by_layer: layers are trained on data, from a fit\."):
         edkm.prepare(tiny_model, CONFIG, by_layer=TRAINING)
