@@ -132,6 +132,19 @@ def test_start_tables_are_the_same_to_the_bit_without_a_compiler(rows_per_lut, m
     assert torch.equal(edkm.initial_centroids(weight, 3, rows_per_lut=rows_per_lut, importance=importance), with_compiler)
 
 
+@pytest.mark.parametrize("kind", ["normal", "uniform", "heavy", "repeated"])
+@pytest.mark.parametrize("bits, rows_per_lut", [(2, 1), (4, 4)])
+def test_tables_from_bins_are_nearly_the_optimum(kind, bits, rows_per_lut, search):
+    generator = torch.Generator().manual_seed(bits)
+    weight, columns = draw(kind, generator, 8, 800), torch.rand(1, 800, generator=generator)
+    weight[0] = 0.25  # one value
+    columns[:, :9] = 0
+    found = [edkm.initial_centroids(weight, bits, rows_per_lut=rows_per_lut, importance=columns, exact=exact) for exact in (True, False)]
+    assert (found[1].diff(dim=1) >= 0).all()
+    least, rough = (float(inertia(weight, lut, columns.expand(weight.shape)).sum()) for lut in found)
+    assert rough == pytest.approx(least, rel=0.05) and not torch.equal(*found)
+
+
 @pytest.mark.parametrize("m, k", [(1, 1), (1, 4), (3, 4), (5, 1), (300, 256)])
 def test_means_of_segments_ascend_within_the_values(m, k):
     values = torch.rand(3, m).sort(1).values

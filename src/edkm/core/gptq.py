@@ -6,14 +6,17 @@ A layer turns inputs `x` into `W x`. With `H = E[x x^T]` the error that replacin
 
 where importance sees only the diagonal of `H`. Every `q` is a centroid of its row's table. The error is brought down in turns:
 
-- *tables*, for given indices: least squares in the `k` centroids of each table, solved by conjugate gradients;
+- *tables*, for given indices: a step of least squares in the `k` centroids of each table, along the gradient over the diagonal of the
+  second derivatives (four steps in a turn end no lower);
 - *indices*, for given tables: one column after another. With the other columns held, the best real value of column `j` is
-  `w_j - (1/H_jj) sum_{i != j} H_ij (q_i - w_i)`, its *target*, and the best centroid is the one nearest to it.
+  `w_j - (1/H_jj) sum_{i != j} H_ij (q_i - w_i)`, its *target*, and the best centroid is the one nearest to it. Columns go in blocks, twice
+  through each: what a block moved reaches the columns after it in one product.
 
-In the first pass the columns to the right are not rounded yet and will absorb part of the error, as in GPTQ (arXiv:2210.17323). A rounding
-error in column `j` then costs only what they cannot absorb: its square times `1 / U_jj^2`, with `inv(H) = U^T U`, the variance of input `j`
-given the inputs to the right. That is the importance with which k-means finds the first tables. Later passes are plain coordinate descent
-(as in LNQ, arXiv:2505.07004).
+In the first pass the columns to the right are not rounded yet and will absorb part of the error, as in GPTQ (arXiv:2210.17323). With
+`H = L^T L`, `L` lower triangular, the error of a row is `sum_j L_jj^2 (q_j - target_j)^2`, with targets that depend on the columns to the
+left alone: `target_j = w_j - (1/L_jj) sum_{i < j} L_ji (q_i - w_i)`. It is the same loop, with `L` in the place of `H`. `L_jj^2` is the
+variance of input `j` given the inputs to the right, and the importance with which k-means finds the first tables. Later passes are plain
+coordinate descent (as in LNQ, arXiv:2505.07004).
 
 Training starts from the targets of the last pass, after those of each centroid were moved together so that their mean, weighted as training
 weighs it, is the centroid: the nearest centroids are then the indices found, and the tables a fixed point of k-means.
@@ -21,6 +24,7 @@ weighs it, is the centroid: the nearest centroids are then the indices found, an
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -31,9 +35,11 @@ from edkm.core.assign import round_lut
 from edkm.core.kmeans import initial_centroids
 from edkm.core.reference import compute_dtype
 
-# Columns that are rounded before their errors reach the rest.
-_BLOCK = 64
-_TABLE_STEPS = 4
+# Columns that are rounded before what they moved reaches the rest, and how often each of them is within a turn.
+_BLOCK = 256
+_SWEEPS = 2
+# A turn that gains less of the error is the last.
+_LEAST_GAIN = 0.005
 _CENTERING_STEPS = 4
 
 
@@ -68,7 +74,7 @@ def fit(
         moment: `[cols, cols]`, mean of `x x^T` or a weighted one, symmetric and non-negative definite.
         bits: of an index.
         rows_per_lut: rows that share a table; None for one table.
-        turns: of tables and indices after the first pass.
+        turns: of tables and indices after the first pass, at most: one that gains less than 0.5% is the last, often the third.
         shrinkage: between 0 and 1, share of its correlations that the moment loses: those of few inputs are too large, and call
             directions free that other inputs need. Zero is for moments of full rank. Columns that no input reached count a little.
         importance: `[1, cols]`, of the clustering that will train the weight; None for the diagonal of `moment`.
@@ -77,9 +83,9 @@ def fit(
         ValueError: shapes that do not fit, values that are not finite.
 
     Cost:
-        `1 + 2 turns` times `rows cols^2` multiplications for indices and `5 turns` times for tables; memory of some six copies of the
-        weight in float32 and three of the moment. Columns go one by one: where `native` is not available, `(1 + turns) cols`
-        rounds of small operations.
+        `2.5 + 2.5 turns` times `rows cols^2` multiplications, in bfloat16 where processor or GPU have instructions for it, and a Cholesky
+        factorization; memory of some six copies of the weight in float32 and four of the moment. Columns go one by one: where
+        `native` is not available, `(1 + 2 turns) cols` rounds of small operations.
     """
     _check(weight, moment, shrinkage)
     dtype = compute_dtype(weight.dtype)
@@ -90,22 +96,28 @@ def fit(
     order = h.diagonal().argsort(descending=True, stable=True)
     h = h[order][:, order]
     w = given[:, order].T.contiguous()  # [cols, rows]
-    scale = ((h @ w) * w).sum().clamp_min(torch.finfo(dtype).tiny)
-    upper = _inverse_root(h)
-    variance, upper = upper.diagonal().pow(-2), upper / upper.diagonal().unsqueeze(1)  # of each input given those to the right
-    start = initial_centroids(w.T, bits, rows_per_lut=rows_per_lut, importance=variance.unsqueeze(0))
-    tables = _Tables(start, w.shape[1])
-    q, target = _first_pass(w, upper, tables)
-    slope = h @ (q - w)  # half the gradient of the error
-    errors = [float((slope * (q - w)).sum() / scale)]
-    for _ in range(turns):
-        tables.refit(h, q, slope)
-        q, target = _descend(w, h, q, tables)
-        slope = h @ (q - w)
-        errors.append(float((slope * (q - w)).sum() / scale))
+    root = _root(h)
+    variance = root.diagonal().square()  # of each input given those to the right
+    start = initial_centroids(w.T, bits, rows_per_lut=rows_per_lut, importance=variance.unsqueeze(0), exact=False)
+    tables, target = _Tables(start, w.shape[1]), w.clone()
+    indices = _round(w, target, root, tables)
+    del root
+    diagonal = h.diagonal().unsqueeze(1)
+    scale = (_product(h, w) * w).sum().clamp_min(torch.finfo(dtype).tiny)
+    errors: list[float] = []
+    while True:
+        away = tables.values(indices) - w
+        slope = _product(h, away)  # half the gradient of the error
+        errors.append(float((slope * away).sum() / scale))
+        if len(errors) > turns or (len(errors) > 1 and errors[-1] > (1 - _LEAST_GAIN) * errors[-2]):
+            break
+        tables.refit(h, indices, slope)
+        q = tables.values(indices)
+        target = q - slope / diagonal
+        indices = _round(q, target, h, tables, _SWEEPS)
+    weighting = diagonal if importance is None else importance.to(h.device, dtype).reshape(-1)[order].unsqueeze(1)
     whole = torch.empty_like(given, dtype=weight.dtype)
-    weighting = h.diagonal() if importance is None else importance.to(h.device, dtype).reshape(-1)[order]
-    whole[:, order] = tables.centered(target, q, weighting.unsqueeze(1), weight.dtype).T
+    whole[:, order] = tables.centered(target, indices, weighting, weight.dtype).T
     return Fit(whole.to(weight.device), tables.centroids.unsqueeze(2).to(weight.device), errors)
 
 
@@ -133,112 +145,128 @@ def _shrunk(moment: Tensor, shrinkage: float) -> Tensor:
     return h
 
 
-def _inverse_root(h: Tensor) -> Tensor:
-    """Factor `inv(h) = U^T U`, with `U` upper triangular: the inverse of `R` in `h = R R^T`."""
-    # In one thread: its last bits depend on their number (those of products and solver do not), and indices are decisions.
+def _root(h: Tensor) -> Tensor:
+    """Factor `h = L^T L`, with `L` lower triangular."""
+    # In one thread: its last bits depend on their number (those of products do not), and indices are decisions.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        root = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+        return torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1).T.contiguous()
     finally:
         torch.set_num_threads(threads)
-    return torch.linalg.solve_triangular(root, torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply, in bfloat16 where that is fast: products say where to go, and their error is small beside that of rounding."""
+    low = torch.bfloat16 if a.dtype == torch.float32 and _fast_bfloat16(a.device) else a.dtype
+    return (a.to(low) @ b.to(low)).to(a.dtype)
+
+
+@functools.cache
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def _round(before: Tensor, target: Tensor, matrix: Tensor, tables: _Tables, sweeps: int = 1) -> Tensor:
+    """Put each column in turn on the nearest centroids of its target, which moves with the columns before it.
+
+    Args:
+        before: `[cols, rows]`, values that the columns have now.
+        target: `[cols, rows]`, best values while all others stay; in place, those that were rounded.
+        matrix: `[cols, cols]`: a column that moves by `x` moves the target of a later one, `j`, by `-matrix[j, i] / matrix[j, j] x`.
+        sweeps: over the columns of a block before the next; more than one if the matrix is symmetric.
+
+    Returns:
+        Indices `[cols, rows]`.
+    """
+    indices, moved = torch.empty_like(before, dtype=torch.int32), torch.empty_like(before)
+    for start in range(0, len(before), _BLOCK):
+        here = slice(start, start + _BLOCK)
+        diagonal = matrix.diagonal()[here].unsqueeze(1)
+        within = matrix[here, here] / diagonal
+        best, change = target[here] - _product(matrix[here, :start], moved[:start]) / diagonal, torch.zeros_like(before[here])
+        for sweep in range(sweeps):
+            target[here] = best - (within @ change - change) if sweep else best
+            indices[here] = tables.round_columns(target[here], before[here] + change, within)
+            change = tables.values(indices[here]) - before[here]
+        moved[here] = change
+    return indices
 
 
 class _Tables:
-    """A table for every group of rows, in values that float16 holds."""
+    """A table for every group of rows. Indices `[cols, rows]`, int32, count the centroids of all tables."""
 
     def __init__(self, centroids: Tensor, rows: int) -> None:
-        self.groups = len(centroids)
+        self.groups, self.k = centroids.shape[:2]
         self.of_row = torch.arange(self.groups, device=centroids.device).repeat_interleave(rows // self.groups)
-        self._set(centroids)
+        self._set(centroids.squeeze(2))
 
     def _set(self, centroids: Tensor) -> None:
-        self.centroids = round_lut(centroids.reshape(self.groups, -1, 1)).squeeze(2).to(centroids.dtype)  # [g, k]
-        self.by_row = self.centroids[self.of_row]  # [rows, k]
-        self.midpoints = ((self.by_row[:, 1:] + self.by_row[:, :-1]) / 2).contiguous()
+        self.centroids = round_lut(centroids.unsqueeze(2)).squeeze(2).to(centroids.dtype)  # [g, k], in values that float16 holds
+        self.by_row = self.centroids.T[:, self.of_row].contiguous()  # [k, rows]
+        self.midpoints = (self.by_row[1:] + self.by_row[:-1]) / 2
+
+    def values(self, indices: Tensor, of_centroids: Tensor | None = None) -> Tensor:
+        """Look up the values of indices: the centroids, or others `[g, k]`."""
+        found = self.centroids if of_centroids is None else of_centroids
+        return found.reshape(-1).index_select(0, indices.reshape(-1)).view(indices.shape)
 
     def round_columns(self, target: Tensor, before: Tensor, coupling: Tensor) -> Tensor:
         """Round columns to the nearest centroids of their rows' tables, one after another, each moving the targets of those that follow.
 
-        In place, `target_i += coupling_ji (before_j - nearest_j)` for `i > j`. Halfway between two centroids the lower one is nearest.
+        In place, `target_i -= coupling_ij (nearest_j - before_j)` for `j < i`. Halfway between two centroids the lower one is nearest.
 
         Args:
-            target, before: `[columns, rows]`, contiguous; they may be the same.
-            coupling: `[columns, columns]`.
+            target, before: `[columns, rows]`, contiguous.
+            coupling: `[columns, columns]`, contiguous.
+
+        Returns:
+            Indices.
         """
         if target.device.type == "cpu" and native.available():
-            return native.columns(target, before, coupling.contiguous(), self.by_row.T.contiguous(), self.midpoints.T.contiguous())
-        nearest = torch.empty_like(target)
+            return native.columns(target, before, coupling, self.by_row, self.midpoints, self.groups)
+        indices = torch.empty_like(target, dtype=torch.int32)
         for j, value in enumerate(target):
-            nearest[j] = self.by_row.gather(1, torch.searchsorted(self.midpoints, value.unsqueeze(1))).squeeze(1)
-            target[j + 1 :] += coupling[j, j + 1 :].unsqueeze(1) * (before[j] - nearest[j])  # not addr_, which may round once
-        return nearest
+            indices[j] = (value > self.midpoints).sum(0) + self.k * self.of_row
+            # Not addr_, which may round once.
+            target[j + 1 :] -= coupling[j + 1 :, j].unsqueeze(1) * (self.values(indices[j]) - before[j])
+        return indices
 
-    def indices(self, q: Tensor) -> Tensor:
-        """Find the indices of `q [cols, rows]` among the centroids of all tables."""
-        return torch.searchsorted(self.midpoints, q.T.contiguous()).T.contiguous() + self.centroids.shape[1] * self.of_row
-
-    def sums_by_centroid(self, x: Tensor, indices: Tensor) -> Tensor:
+    def sums(self, x: Tensor, indices: Tensor) -> Tensor:
         """Sum `x [cols, rows]` over the weights of each centroid: `[g, k]`."""
         return x.new_zeros(self.centroids.numel()).index_add_(0, indices.reshape(-1), x.reshape(-1)).view_as(self.centroids)
 
-    def centered(self, target: Tensor, q: Tensor, importance: Tensor, dtype: torch.dtype) -> Tensor:
+    def refit(self, h: Tensor, indices: Tensor, slope: Tensor) -> None:
+        """Move the centroids down the error as far as it falls, every weight staying on its own; and `slope`, `h @ (q - w)`, in place.
+
+        The direction is the gradient over the diagonal of the second derivatives: a step of least squares.
+        """
+        diagonal = self.sums(h.diagonal().unsqueeze(1).expand(indices.shape), indices).clamp_min(torch.finfo(h.dtype).tiny)
+        gradient = self.sums(slope, indices)
+        direction = -gradient / diagonal
+        product = _product(h, self.values(indices, direction))
+        curvature = (direction * self.sums(product, indices)).sum(1, keepdim=True)
+        step = torch.where(curvature > 0, -(direction * gradient).sum(1, keepdim=True) / torch.where(curvature > 0, curvature, 1), 0)
+        self._set(self.centroids + step * direction)
+        slope += product * step[self.of_row].T
+
+    def centered(self, target: Tensor, indices: Tensor, importance: Tensor, dtype: torch.dtype) -> Tensor:
         """Shift the targets of each centroid until their mean, weighted by `importance [cols, 1]`, is the centroid.
 
         No weight changes its centroid. Returns `[cols, rows]` in `dtype`, the weight's.
         """
-        indices, importance = self.indices(q), importance.expand_as(q)
+        q, importance = self.values(indices), importance.expand_as(target)
         ends = self.centroids.new_full((self.groups, 1), torch.inf)
         between = (self.centroids[:, 1:] + self.centroids[:, :-1]) / 2
         # A weight halfway between two centroids belongs to the lower one.
-        low = torch.cat([-ends, between.nextafter(ends)], 1).view(-1)[indices]
-        high = torch.cat([between, ends], 1).view(-1)[indices]
-        total = self.sums_by_centroid(importance, indices)
+        low = self.values(indices, torch.cat([-ends, between.nextafter(ends)], 1))
+        high = self.values(indices, torch.cat([between, ends], 1))
+        total = self.sums(importance, indices)
         for _ in range(_CENTERING_STEPS):
-            mean = self.sums_by_centroid(importance * (target - q), indices) / torch.where(total > 0, total, 1)
-            target = (target - mean.view(-1)[indices]).maximum(low).minimum(high)
+            mean = self.sums(importance * (target - q), indices) / torch.where(total > 0, total, 1)
+            target = (target - self.values(indices, mean)).maximum(low).minimum(high)
         rounded = target.to(dtype)
         # 16 bits may carry a weight past the middle, to another centroid.
         return torch.where((rounded < low) | (rounded > high), q.to(dtype), rounded)
-
-    def refit(self, h: Tensor, q: Tensor, slope: Tensor) -> None:
-        """Solve the least squares in the centroids, with every weight staying on its centroid; `slope` is `h @ (q - w)`."""
-        indices = self.indices(q)
-        # Conjugate gradients in the change of the centroids, all tables at once, preconditioned by the diagonal.
-        diagonal = self.sums_by_centroid(h.diagonal().unsqueeze(1).expand_as(q), indices).clamp_min(torch.finfo(q.dtype).tiny)
-        residual, change = -self.sums_by_centroid(slope, indices), torch.zeros_like(self.centroids)
-        z = residual / diagonal
-        direction, size = z, (residual * z).sum(1, keepdim=True)
-        for _ in range(min(_TABLE_STEPS, self.centroids.shape[1])):
-            product = self.sums_by_centroid(h @ direction.reshape(-1)[indices], indices)
-            curvature = (direction * product).sum(1, keepdim=True)
-            step = torch.where(curvature > 0, size / torch.where(curvature > 0, curvature, 1), 0)
-            change, residual = change + step * direction, residual - step * product
-            z, before = residual / diagonal, size
-            size = (residual * z).sum(1, keepdim=True)
-            direction = z + torch.where(before > 0, size / torch.where(before > 0, before, 1), 0) * direction
-        self._set(self.centroids + change)
-
-
-def _first_pass(w: Tensor, upper: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
-    """Round as GPTQ does: the error of each column is passed on to those to its right, which compensate it."""
-    target, q = w.clone(), torch.empty_like(w)
-    for start in range(0, len(w), _BLOCK):
-        here = slice(start, start + _BLOCK)
-        q[here] = tables.round_columns(target[here], target[here], -upper[here, here])
-        target[start + _BLOCK :].addmm_(upper[here, start + _BLOCK :].T, target[here] - q[here], alpha=-1)
-    return q, target
-
-
-def _descend(w: Tensor, h: Tensor, q: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
-    """Put each column in turn on the centroid that is best while all others stay."""
-    q, target, error = q.clone(), torch.empty_like(w), q - w
-    diagonal = h.diagonal()
-    for start in range(0, len(w), _BLOCK):
-        here = slice(start, start + _BLOCK)
-        slope = h[here] @ error  # half the gradient of the error in these columns
-        target[here] = q[here] - slope / diagonal[here].unsqueeze(1)
-        q[here] = tables.round_columns(target[here], q[here], h[here, here] / diagonal[here])
-        error[here] = q[here] - w[here]
-    return q, target

@@ -249,28 +249,34 @@ void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_
 /* Loop of gptq.py: round the columns of a weight to the nearest centroids, one column after another. Arrays have a row for every
    column of the weight, so that the inner loops run along its rows, each of which has a table.
 
-   target, from, out [columns, rows]; coupling [columns, columns]; centroids [k, rows] ascending; midpoints [k - 1, rows]. */
-#define LANES 64
-
-void edkm_columns(int64_t columns, int64_t rows, int64_t k, real *target, const real *from, const real *coupling, const real *centroids,
-                  const real *midpoints, real *out, int64_t first, int64_t stop) {
-    for (int64_t at = first, n; at < stop && (n = stop - at < LANES ? stop - at : LANES, 1); at += LANES)
+   target, from, indices [columns, rows]; coupling [columns, columns]; centroids [k, rows] ascending; midpoints [k - 1, rows]. Indices
+   count the centroids of all tables. moved [columns, LANES] is scratch memory of the thread. */
+void edkm_columns(int64_t columns, int64_t rows, int64_t k, int64_t groups, real *target, const real *from, const real *coupling,
+                  const real *centroids, const real *midpoints, int32_t *indices, real *moved, int64_t first, int64_t stop) {
+    for (int64_t at = first, n; at < stop && (n = stop - at < LANES ? stop - at : LANES, 1); at += LANES) {
+        int32_t table[LANES];
+        for (int i = 0; i < n; i++) table[i] = (int32_t)((at + i) / (rows / groups) * k);
         for (int64_t j = 0; j < columns; j++) {
-            const real *t = target + j * rows + at, *before = from + j * rows + at;
-            real best[LANES], change[LANES];
-            for (int i = 0; i < n; i++) best[i] = centroids[at + i];
+            const real *before = from + j * rows + at;
+            int32_t *index = indices + j * rows + at;
+            real t[LANES] = {0}, best[LANES];
+            memcpy(t, target + j * rows + at, n * sizeof *t);
+            for (int64_t earlier = 0; earlier < j; earlier++) {
+                const real share = coupling[j * columns + earlier], *by = moved + earlier * LANES;
+                for (int i = 0; i < LANES; i++) t[i] -= share * by[i];
+            }
+            for (int i = 0; i < n; i++) best[i] = centroids[at + i], index[i] = table[i];
             for (int64_t m = 0; m + 1 < k; m++) {
                 const real *midpoint = midpoints + m * rows + at, *centroid = centroids + (m + 1) * rows + at;
-                for (int i = 0; i < n; i++) best[i] = t[i] > midpoint[i] ? centroid[i] : best[i];
+                for (int i = 0; i < n; i++) {
+                    best[i] = t[i] > midpoint[i] ? centroid[i] : best[i];
+                    index[i] += t[i] > midpoint[i];
+                }
             }
-            for (int i = 0; i < n; i++) change[i] = before[i] - best[i];
-            memcpy(out + j * rows + at, best, n * sizeof *best);
-            for (int64_t later = j + 1; later < columns; later++) {
-                const real share = coupling[j * columns + later];
-                real *into = target + later * rows + at;
-                for (int i = 0; i < n; i++) into[i] += share * change[i];
-            }
+            for (int i = 0; i < n; i++) moved[j * LANES + i] = best[i] - before[i];
+            memcpy(target + j * rows + at, t, n * sizeof *t);
         }
+    }
 }
 
 /* Loop of kmeans.py: the optimal k-means of single values; `segments` there has the method. most[j][b] is the most that j segments of the

@@ -31,6 +31,8 @@ MOST_CENTROIDS = 64
 _FLAGS = ("-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
 # The first that the compiler takes. 512-bit vectors are a third faster here than the 256 that gcc prefers.
 _TUNING = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], [])
+# Rows of a weight that `columns` goes through together.
+_LANES = 64
 FAILURES = (OSError, subprocess.SubprocessError)
 # Below this many weights a second thread costs more than it saves.
 _WEIGHTS_PER_THREAD = 1 << 15
@@ -150,21 +152,28 @@ def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
     return means
 
 
-def columns(target: Tensor, before: Tensor, coupling: Tensor, centroids: Tensor, midpoints: Tensor) -> Tensor:
+def columns(target: Tensor, before: Tensor, coupling: Tensor, centroids: Tensor, midpoints: Tensor, groups: int) -> Tensor:
     """Do what `gptq._Tables.round_columns` does, in float32 or float64 on a CPU."""
     rows = target.shape[1]
-    out = torch.empty_like(target)
-    arguments = [*target.shape, len(centroids), target, before, coupling, centroids, midpoints, out]
+    indices = torch.empty_like(target, dtype=torch.int32)
+    arguments = [*target.shape, len(centroids), groups, target, before, coupling, centroids, midpoints]
     assert all(x.is_contiguous() and x.dtype == target.dtype for x in arguments if isinstance(x, Tensor))
-    kernel, passed = _kernel("edkm_columns", target.dtype), _passed(arguments)
-    _in_threads(lambda first, stop: kernel(*passed, *_passed([first, stop])), rows, target.numel())
-    return out
+    kernel, passed = _kernel("edkm_columns", target.dtype), _passed([*arguments, indices])
+
+    def work(first: int, stop: int) -> None:
+        moved = target.new_zeros(len(target), _LANES)
+        kernel(*passed, *_passed([moved, first, stop]))
+
+    _in_threads(work, rows, target.numel())
+    return indices
 
 
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """Load the kernels for float32 or float64; None without a compiler."""
     # Without fused multiply-adds `segments` and `columns` round as torch does.
-    return library(_SOURCE, "-ffp-contract=off", f"-DMOST={MOST_CENTROIDS}", *(["-DDOUBLE"] if dtype == torch.float64 else []))
+    return library(
+        _SOURCE, "-ffp-contract=off", f"-DMOST={MOST_CENTROIDS}", f"-DLANES={_LANES}", *(["-DDOUBLE"] if dtype == torch.float64 else [])
+    )
 
 
 def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
