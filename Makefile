@@ -94,6 +94,7 @@ bench: $(READY) $(PEERS)/.ready
 
 bench-gpu:
 	PYTHONPATH=src python3 -m benchmarks op --device cuda --json benchmarks/results/op-cuda.json
+	PYTHONPATH=src python3 -m benchmarks step-gpu --json benchmarks/results/step-cuda.json
 	PYTHONPATH=src python3 -m benchmarks packed-gpu --json benchmarks/results/packed-cuda.json
 	PYTHONPATH=src python3 -m benchmarks generation --device cuda --json benchmarks/results/generation-cuda.json
 

@@ -2,7 +2,23 @@
 
 import sys
 
-from benchmarks import ablation, coreai, fuzz, generation, kill, memory, offload, op, packed, packed_gpu, reads, recipe, step, tasks
+from benchmarks import (
+    ablation,
+    coreai,
+    fuzz,
+    generation,
+    kill,
+    memory,
+    offload,
+    op,
+    packed,
+    packed_gpu,
+    reads,
+    recipe,
+    step,
+    step_gpu,
+    tasks,
+)
 from benchmarks.compare import command as compare_command
 
 COMMANDS = {
@@ -20,6 +36,7 @@ COMMANDS = {
     "reads": reads.main,
     "recipe": recipe.main,
     "step": step.main,
+    "step-gpu": step_gpu.main,
     "tasks": tasks.main,
 }
 

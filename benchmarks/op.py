@@ -17,7 +17,7 @@ import torch
 
 import edkm
 from benchmarks.measure import kept_bytes, machine, peak_bytes, seconds, write
-from edkm.core import native
+from edkm.core import cuda, native
 from edkm.core.kmeans import temperature_for
 
 LAYERS = {
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--peers", type=Path, metavar="PYTHON", help="a python with torch and coremltools")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    check()
+    check(args.device)
     rows = []
     print(f"{'layer':<22} {'dtype':<9} {'rows/LUT':<9} {'who':<12} {'seconds':>9} {'spread':>8} {'kept':>12} {'peak':>10}")
     for layer in args.layers:
@@ -71,32 +71,32 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def check() -> None:
+def check(device: str) -> None:
     """Compare every backend with the reference, in float64, output and gradient."""
     for rows_per_lut in (None, 8):
-        _check(rows_per_lut)
+        _check(rows_per_lut, device)
 
 
-def _check(rows_per_lut: int | None) -> None:
+def _check(rows_per_lut: int | None, device: str) -> None:
     torch.manual_seed(0)
-    weight, importance = (
-        torch.randn(16, 96, dtype=torch.float64) * 0.02,
-        torch.rand(1, 96, dtype=torch.float64),
-    )
+    weight = torch.randn(16, 96, dtype=torch.float64, device=device) * 0.02
+    importance = torch.rand(1, 96, dtype=torch.float64, device=device)
     centroids = edkm.initial_centroids(weight, 3, rows_per_lut=rows_per_lut, importance=importance)
     results = {}
-    for backend in ("reference", *_backends("cpu", rows_per_lut is None)):
+    for backend in ("reference", *_backends(device, rows_per_lut is None)):
         w = weight.clone().requires_grad_()
         out = edkm.cluster(w, centroids, temperature=1e-5, importance=importance, backend=backend).weight
-        out.backward(torch.cos(torch.arange(w.numel(), dtype=torch.float64)).view_as(w))
+        out.backward(torch.cos(torch.arange(w.numel(), dtype=torch.float64, device=device)).view_as(w))
         results[backend] = out.detach(), w.grad
-    for backend in _backends("cpu", rows_per_lut is None):
+    for backend in _backends(device, rows_per_lut is None):
         for ours, truth in zip(results[backend], results["reference"], strict=True):
             torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10 * float(truth.abs().max()))
 
 
 def _backends(device: str, one_table: bool) -> list[str]:
-    return [*(["histogram"] if one_table else []), "blocks", *(["native"] if native.takes(torch.device(device), 8, 1) else [])]
+    compiled = "triton" if device == "cuda" and cuda.takes(torch.device(device), 8, 1) else None
+    compiled = "native" if native.takes(torch.device(device), 8, 1) else compiled
+    return [*(["histogram"] if one_table else []), "blocks", *([compiled] if compiled else [])]
 
 
 def _ours(layer: str, dtype: torch.dtype, rows_per_lut: int | None, backend: str, args: argparse.Namespace) -> dict:

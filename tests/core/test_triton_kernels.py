@@ -174,50 +174,57 @@ def test_where_they_do_not_run_they_are_refused(monkeypatch):
 
 
 COMPILE = """
-import re, subprocess, sys, tempfile
+import re, subprocess, tempfile
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from edkm.core import gpukernels
+from edkm.core import cuda, gpukernels
+from edkm.core.reference import Problem
 
-def build(name, architecture, k=8, **fixed):
-    kernel = getattr(gpukernels, name)
-    names, constants = kernel.arg_names, gpukernels.constants(torch.bfloat16, k, 8 if k <= 16 else 1)
-    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    constants |= fixed | ({"floor": 1e-14} if "floor" in names else {})
-    in_bf16 = ("weight", "grad", "dw") + ("out",) * (name == "decode")
-    numbers = ("stride", "iters", "groups", "parts", "per_part", "rows", "cols")
-    kinds = {n: "i32" if n in numbers else "*bf16" if n in in_bf16 else "*fp32" for n in names}
-    signature = {n: "constexpr" if n in constants else kinds[n] for n in names}
-    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()})
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+class Device:
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+def compiled(call, name, programs, warps, *arguments, **constants):
+    constants |= gpukernels.constants(call.round_to, call.k, warps)
+    built = getattr(gpukernels, name).warmup(*arguments, grid=(programs,), **constants)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(what + r":(\\d+)", used)[1]) for what in ("REG", "STACK", "LOCAL"))
-    print(name, architecture, k, registers, built.metadata.shared, stack + local)
+    print(name, Device.capability, call.k, registers, built.metadata.shared, stack + local)
 
-for architecture in (80, 90, 100):
-    build("solve", architecture)
-    build("decode", architecture)
-    build("adjoint", architecture, once=True)
-build("solve", 90, 16)
-build("solve", 90, 64)
-build("adjoint", 90, once=False)
-build("sums", 90, adjoint=True, last=True, parts=1)
-build("gradients", 90, last=False)
-# Without importance, and with what Triton makes of a table per row.
-build("solve", 80, importance=None, rows=1, iters=1)
-build("adjoint", 80, once=True, importance=None, rows=1, iters=1)
+def step(capability, groups, rows, k, iters, importance, dtype=torch.bfloat16):
+    Device.capability = capability
+    weight = torch.zeros(rows, 64, dtype=dtype)
+    problem = Problem(torch.ones(groups), importance, torch.bfloat16).for_weight(weight)
+    trajectory, _ = cuda.solve(weight, torch.zeros(groups, k, 1), problem, iters)
+    cuda.decode(weight, trajectory, problem)
+    cuda.adjoint(weight, weight, trajectory, problem)
+
+triton.runtime.driver.set_active(Device())
+cuda._Call._launch = compiled
+for capability in (80, 90, 100):
+    step(capability, 512, 8192, 8, 1, torch.ones(1, 64))
+step(90, 512, 512, 16, 3, None, torch.float32)  # a table per row, without importance
+step(90, 2, 2048, 64, 2, torch.ones(2048, 1))  # parts of tables
 """
 
 
 def test_the_kernels_compile_for_gpus_and_spill_nothing():
+    """Launched as for a GPU, but only compiled: a driver stands for one that is not there."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-W", "error::UserWarning", "-c", COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 16, done.stderr
-    for name, architecture, k, registers, shared, spilled in lines:
-        assert int(registers) <= 255 and int(shared) <= 1024 and spilled == "0", (name, architecture, k, registers, shared, spilled)
+    assert len(lines) == 19, done.stderr
+    assert {name for name, *_ in lines} == {"solve", "sums", "decode", "adjoint", "gradients"}
+    for name, capability, k, registers, shared, spilled in lines:
+        assert int(registers) <= 255 and int(shared) <= 1024 and spilled == "0", (name, capability, k, registers, shared, spilled)
