@@ -66,8 +66,8 @@ class Skeleton:
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """Read every parameter once, as it is stored, by its first name."""
-        with self.opened() as read:
-            for names in self._names.values():
+        for names in self._names.values():
+            with self.opened() as read:
                 yield names[0], read(names)
 
     def read(self, parameter: nn.Parameter) -> Tensor:
