@@ -39,9 +39,9 @@ def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tu
     return iterate(Points.of(weight, problem, groups, d), centroids, iters), None
 
 
-def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
+def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None, dtype: torch.dtype) -> Tensor:
     _, groups, _, d = trajectory.shape
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    out = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     soft_values(Points.of(weight, problem._replace(importance=None), groups, d), trajectory, group_vectors(out, groups, d))
     return out
 

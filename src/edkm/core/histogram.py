@@ -45,13 +45,13 @@ def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tu
     return blocks.iterate(histogram.points(problem.temperature), centroids, iters), histogram
 
 
-def decode(weight: Tensor, trajectory: Tensor, problem: Problem, histogram: Histogram | None = None) -> Tensor:
+def decode(weight: Tensor, trajectory: Tensor, problem: Problem, histogram: Histogram | None, dtype: torch.dtype) -> Tensor:
     key = key_dtype(weight, problem.round_to)
     if histogram is None:
         histogram = count(weight, problem._replace(importance=None), trajectory.dtype)
     soft = torch.empty_like(histogram.values)
     blocks.soft_values(histogram.points(problem.temperature), trajectory, soft.unsqueeze(1))
-    by_bin, out = histogram.by_bin(soft, weight.dtype), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    by_bin, out = histogram.by_bin(soft, dtype), torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     for rows, bins in _bins(weight, key):
         torch.index_select(by_bin, 0, bins, out=out[rows].view(-1))
     return out

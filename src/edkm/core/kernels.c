@@ -8,145 +8,204 @@
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #ifdef DOUBLE
 typedef double real;
-#define LOWEST -108 /* the logit under which an entry of A is noise: 3 log(epsilon) */
-#define NO_MASS (DBL_EPSILON * DBL_EPSILON) /* the share of a group's mass that counts as none: reference.mass_floor */
+#define EPSILON DBL_EPSILON
+#define FAR 1e150
+#define FUSED fma
+#define LOWEST -156 /* log2(epsilon^3): under it an entry of A is noise */
 #else
 typedef float real;
-#define LOWEST -47
-#define NO_MASS ((double)FLT_EPSILON * FLT_EPSILON)
+#define EPSILON FLT_EPSILON
+#define FAR 1e18f
+#define FUSED fmaf
+#define LOWEST -69
 #endif
+#if !defined(__FMA__) && !defined(__aarch64__)
+#undef FUSED
+#define FUSED(x, y, z) ((x) * (y) + (z)) /* without the instruction a call of fma would be slow */
+#endif
+#define NO_MASS ((double)EPSILON * EPSILON) /* the share of a group's mass that counts as none: reference.mass_floor */
 
-#define TILE 256
-
-typedef real Matrix[MOST][TILE]; /* [k, tile]; native.py defines MOST, of the centroids of a table */
+#define TILE 512
+#define HELD 32 /* tiles whose assignment is kept, in the second cache, where it is needed twice */
+#define VECTOR 16 /* tiles are padded to a multiple of it, */
+#define BUNCH 4   /* and tables to a multiple of it: loops take so many centroids at a time, in registers */
+#define BUNCHES(j, k) int j = 0; j < (k); j += BUNCH
 
 /* Points to cluster. `importance` has a row every `importance_stride` values (0: one row for all), or is 0. */
 typedef struct {
-    const real *weight;
+    const void *weight; /* real, or bfloat16 */
     const real *importance;
     int64_t importance_stride;
     int64_t groups, rows, cols; /* rows of one group */
     int64_t k;
+    int64_t is_bf16;
     int64_t to_bf16; /* round the points first */
 } Points;
 
-/* exp(x) for x in [LOWEST, 0] to 1e-7 relative; no branch, so that loops of it are vectors. */
-static inline real exp_of(real x) {
+/* Points of a tile and their assignment, A_ij = e_ij share_i. Padded with points 0 without importance. */
+typedef struct {
+    _Alignas(64) real w[TILE];
+    real s[TILE], v[TILE], share[TILE];
+    real e[MOST][TILE]; /* native.py defines MOST, of the centroids of a table */
+    int length, padded;
+} Tile;
+
+/* v = dL/dout. */
+typedef struct {
+    const void *values; /* real, or bfloat16 */
+    int64_t is_bf16;
+} Grad;
+
+/* 2^x for x in [LOWEST, 0] to 2e-7 relative, and exact for 0; no branch, so that loops of it are vectors. */
+static inline real exp2_of(real x) {
 #ifdef DOUBLE
-    return exp(x);
+    return exp2(x);
 #else
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    float n = x * 1.44269504f + shift;
-    int32_t bits;
-    memcpy(&bits, &n, 4);
-    n -= shift;
-    float f = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts */
-    float p = 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    int32_t scale = (bits + 127) << 23; /* the low bits of the shifted n are n */
-    float power;
-    memcpy(&power, &scale, 4);
-    return p * power;
+    float n = x + shift, f = x - (n - shift);
+    float p = 1.32647273e-3f;
+    p = FUSED(p, f, 9.67151299e-3f);
+    p = FUSED(p, f, 5.55073358e-2f);
+    p = FUSED(p, f, 2.40222424e-1f);
+    p = FUSED(p, f, 6.93147004e-1f);
+    p = FUSED(p, f, 1.0f);
+    int32_t exponent, bits;
+    memcpy(&exponent, &n, 4);
+    memcpy(&bits, &p, 4);
+    bits += exponent << 23; /* the low bits of the shifted n are n */
+    memcpy(&p, &bits, 4);
+    return p;
 #endif
 }
 
-static void read_points(const Points *p, int64_t at, int length, real *w) {
-    const real *from = p->weight + at;
-    if (!p->to_bf16) {
-        memcpy(w, from, length * sizeof *w);
-        return;
-    }
-    for (int i = 0; i < length; i++) {
-        float value = (float)from[i];
-        uint32_t bits;
-        memcpy(&bits, &value, 4);
-        bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-        memcpy(&value, &bits, 4);
-        w[i] = from[i] == from[i] ? value : from[i];
-    }
+/* The bits of the nearest bfloat16, in the upper half. */
+static inline uint32_t bf16_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return value == value ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
 }
 
-/* A [k, length] of the points w. */
-static void assignment(const real *w, int length, const real *c, int k, real tau, Matrix a) {
-    const real rate = 1 / tau;
-    real least[TILE], total[TILE];
-    for (int i = 0; i < length; i++) {
-        real d = w[i] - c[0];
-        least[i] = a[0][i] = d * d;
-        total[i] = 0;
-    }
-    for (int j = 1; j < k; j++)
-        for (int i = 0; i < length; i++) {
-            real d = w[i] - c[j];
-            d *= d;
-            a[j][i] = d;
-            least[i] = d < least[i] ? d : least[i];
+static inline float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static void load(const void *from, int64_t at, int length, int is_bf16, real *to) {
+    const uint16_t *narrow = (const uint16_t *)from + at;
+    if (is_bf16)
+        for (int i = 0; i < length; i++) to[i] = from_bits((uint32_t)narrow[i] << 16);
+    else
+        memcpy(to, (const real *)from + at, length * sizeof *to);
+}
+
+static void store(const real *from, int length, int is_bf16, void *to, int64_t at) {
+    uint16_t *narrow = (uint16_t *)to + at;
+    if (is_bf16)
+        for (int i = 0; i < length; i++) narrow[i] = (uint16_t)(bf16_of((float)from[i]) >> 16);
+    else
+        memcpy((real *)to + at, from, length * sizeof *from);
+}
+
+/* Columns of a tile: those of a row are cut evenly. */
+static int64_t tile_columns(const Points *p) {
+    const int64_t tiles = (p->cols + TILE - 1) / TILE, each = (p->cols + tiles - 1) / tiles;
+    return (each + VECTOR - 1) / VECTOR * VECTOR;
+}
+
+/* Reads the points at row `row` of group g, from column `col` on. */
+static void read_points(const Points *p, int64_t g, int64_t row, int64_t col, Tile *tile) {
+    const int64_t at = (g * p->rows + row) * p->cols + col;
+    const int64_t most = tile_columns(p);
+    const int n = tile->length = (int)(p->cols - col < most ? p->cols - col : most);
+    tile->padded = (n + VECTOR - 1) / VECTOR * VECTOR;
+    load(p->weight, at, n, (int)p->is_bf16, tile->w);
+    if (p->to_bf16)
+        for (int i = 0; i < n; i++) tile->w[i] = from_bits(bf16_of((float)tile->w[i]) & 0xffff0000u);
+    if (p->importance)
+        memcpy(tile->s, p->importance + (g * p->rows + row) * p->importance_stride + col, n * sizeof *tile->s);
+    else
+        for (int i = 0; i < n; i++) tile->s[i] = 1;
+    for (int i = n; i < tile->padded; i++) tile->w[i] = tile->s[i] = 0;
+}
+
+/* A table of k values, padded with `rest`. */
+static void read_table(const real *from, int k, real rest, real *to) {
+    for (int j = 0; j < k; j++) to[j] = from[j];
+    for (int j = k; j % BUNCH; j++) to[j] = rest;
+}
+
+/* A of a tile's points for `centroids`. */
+static void assign(Tile *tile, const real *centroids, int k, real tau) {
+    const real rate = (real)1.44269504088896340736 / tau; /* to powers of 2 */
+    const int n = tile->padded & -VECTOR;                 /* tells the compiler that it divides */
+    real c[MOST], least[TILE], total[TILE] = {0};
+    read_table(centroids, k, FAR, c);
+    for (int i = 0; i < n; i++) least[i] = FAR * FAR;
+    for (BUNCHES(j, k))
+        for (int i = 0; i < n; i++) {
+            real x = least[i];
+            for (int m = j; m < j + BUNCH; m++) {
+                real d = tile->w[i] - c[m];
+                d *= d;
+                x = d < x ? d : x;
+            }
+            least[i] = x;
         }
-    for (int j = 0; j < k; j++)
-        for (int i = 0; i < length; i++) {
-            real x = (least[i] - a[j][i]) * rate;
-            x = exp_of(x > LOWEST ? x : LOWEST);
-            a[j][i] = x;
-            total[i] += x;
+    for (BUNCHES(j, k))
+        for (int i = 0; i < n; i++) {
+            real sum = total[i];
+            for (int m = j; m < j + BUNCH; m++) {
+                real d = tile->w[i] - c[m], x = (least[i] - d * d) * rate;
+                x = exp2_of(x > LOWEST ? x : LOWEST);
+                tile->e[m][i] = x;
+                sum += x;
+            }
+            total[i] = sum;
         }
-    for (int i = 0; i < length; i++) total[i] = 1 / total[i];
-    for (int j = 0; j < k; j++)
-        for (int i = 0; i < length; i++) a[j][i] *= total[i];
+    for (int i = 0; i < n; i++) tile->share[i] = 1 / total[i];
 }
 
-/* Visits the tiles of group g: `at` is where they start, `s` their importance or 0. */
-#define FOR_TILES(p, g)                                                                                          \
-    for (int64_t row = 0; row < (p)->rows; row++)                                                                \
-        for (int64_t col = 0, length, at; col < (p)->cols                                                        \
-             && (length = (p)->cols - col < TILE ? (p)->cols - col : TILE,                                       \
-                 at = ((g) * (p)->rows + row) * (p)->cols + col, 1);                                             \
-             col += TILE)
+#define FOR_TILES(p)                              \
+    for (int64_t row = 0; row < (p)->rows; row++) \
+        for (int64_t col = 0; col < (p)->cols; col += tile_columns(p))
 
-static const real *importance_at(const Points *p, int64_t g, int64_t row, int64_t col) {
-    return p->importance ? p->importance + (g * p->rows + row) * p->importance_stride + col : 0;
-}
-
-static real dot(const real *x, const real *y, int length) {
-    real sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < length; i++) sum += x[i] * y[i];
-    return sum;
-}
-
-static real sum_of(const real *x, int length) {
-    real sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < length; i++) sum += x[i];
-    return sum;
+/* Adds sum_i e_ij x_i to sums_j. */
+static void add_sums(const Tile *tile, int k, const real *x, double *sums) {
+    for (BUNCHES(j, k)) {
+        real s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+        for (int i = 0; i < tile->padded; i++) {
+            s0 = FUSED(tile->e[j][i], x[i], s0);
+            s1 = FUSED(tile->e[j + 1][i], x[i], s1);
+            s2 = FUSED(tile->e[j + 2][i], x[i], s2);
+            s3 = FUSED(tile->e[j + 3][i], x[i], s3);
+        }
+        sums[j] += s0, sums[j + 1] += s1, sums[j + 2] += s2, sums[j + 3] += s3;
+    }
 }
 
 /* mass [groups, k] and total [groups, k] of one iteration, for the groups from `first` to before `stop`. */
 void edkm_sums(const Points *p, const real *centroids, const real *tau, real *mass, real *total, int64_t first, int64_t stop) {
-    Matrix a;
-    real w[TILE];
-    int k = (int)p->k;
+    Tile tile;
+    real x[TILE], y[TILE];
+    const int k = (int)p->k;
     for (int64_t g = first; g < stop; g++) {
         double m[MOST] = {0}, t[MOST] = {0};
-        FOR_TILES(p, g) {
-            int n = (int)length;
-            const real *s = importance_at(p, g, row, col);
-            read_points(p, at, n, w);
-            assignment(w, n, centroids + g * k, k, tau[g], a);
-            for (int j = 0; j < k; j++) {
-                if (s)
-                    for (int i = 0; i < n; i++) a[j][i] *= s[i];
-                m[j] += sum_of(a[j], n);
-                t[j] += dot(a[j], w, n);
+        FOR_TILES(p) {
+            read_points(p, g, row, col, &tile);
+            assign(&tile, centroids + g * k, k, tau[g]);
+            for (int i = 0; i < tile.padded; i++) {
+                x[i] = tile.share[i] * tile.s[i];
+                y[i] = x[i] * tile.w[i];
             }
+            add_sums(&tile, k, x, m);
+            add_sums(&tile, k, y, t);
         }
         for (int j = 0; j < k; j++) {
             mass[g * k + j] = (real)m[j];
@@ -155,20 +214,23 @@ void edkm_sums(const Points *p, const real *centroids, const real *tau, real *ma
     }
 }
 
-/* out = sum_j A_j next_j. */
-void edkm_decode(const Points *p, const real *centroids, const real *next, const real *tau, real *out, int64_t first, int64_t stop) {
-    Matrix a;
-    real w[TILE];
-    int k = (int)p->k;
+/* out = sum_j A_j next_j, in bfloat16 or as real. */
+void edkm_decode(const Points *p, const real *centroids, const real *next, const real *tau, void *out, int64_t is_bf16, int64_t first,
+                 int64_t stop) {
+    Tile tile;
+    const int k = (int)p->k;
     for (int64_t g = first; g < stop; g++)
-        FOR_TILES(p, g) {
-            int n = (int)length;
-            read_points(p, at, n, w);
-            assignment(w, n, centroids + g * k, k, tau[g], a);
-            real sum[TILE] = {0};
-            for (int j = 0; j < k; j++)
-                for (int i = 0; i < n; i++) sum[i] += a[j][i] * next[g * k + j];
-            memcpy(out + at, sum, n * sizeof *sum);
+        FOR_TILES(p) {
+            read_points(p, g, row, col, &tile);
+            assign(&tile, centroids + g * k, k, tau[g]);
+            const int n = tile.padded & -VECTOR;
+            real c[MOST], sum[TILE] = {0};
+            read_table(next + g * k, k, 0, c);
+            for (BUNCHES(j, k))
+                for (int i = 0; i < n; i++)
+                    for (int m = j; m < j + BUNCH; m++) sum[i] = FUSED(tile.e[m][i], c[m], sum[i]);
+            for (int i = 0; i < n; i++) sum[i] *= tile.share[i];
+            store(sum, tile.length, (int)is_bf16, out, (g * p->rows + row) * p->cols + col);
         }
 }
 
@@ -183,67 +245,89 @@ static void update_adjoint(int k, const double *grad, const double *mass, real *
     }
 }
 
-/* dw = dL/dw from v = dL/dout; trajectory [iters + 1, groups, k]. */
-void edkm_adjoint(const Points *p, const real *v, const real *trajectory, int64_t iters, const real *tau, real *dw, int64_t first,
-                  int64_t stop) {
-    Matrix a, dz;
-    real w[TILE];
-    int k = (int)p->k;
+/* The terms of one iteration in dL/dw of a tile's points, and dz_ij / (share_i rate) in the place of e_ij.
+
+   Both terms are one: with q_ij = (w_i - c'_j) (s_i h_j - v_i), dz_ij = s_i dZ_ij + dZ^out_ij = A_ij (q_ij - sum_m A_im q_im). */
+static void reverse_tile(Tile *tile, int k, const real *c, const real *next, const real *h, real rate, real *term) {
+    const int n = tile->padded & -VECTOR;
+    const real *w = tile->w, *s = tile->s, *v = tile->v;
+    real path[TILE] = {0}, mean[TILE] = {0}, direct[TILE] = {0};
+    for (BUNCHES(j, k))
+        for (int i = 0; i < n; i++) {
+            real eh = path[i], eq = mean[i];
+            for (int m = j; m < j + BUNCH; m++) {
+                eh = FUSED(tile->e[m][i], h[m], eh);
+                eq = FUSED(tile->e[m][i], (w[i] - next[m]) * (s[i] * h[m] - v[i]), eq);
+            }
+            path[i] = eh, mean[i] = eq;
+        }
+    for (int i = 0; i < n; i++) mean[i] *= tile->share[i];
+    for (BUNCHES(j, k))
+        for (int i = 0; i < n; i++) {
+            real sum = direct[i];
+            for (int m = j; m < j + BUNCH; m++) {
+                const real q = (w[i] - next[m]) * (s[i] * h[m] - v[i]);
+                const real dz = tile->e[m][i] * (q - mean[i]) * (w[i] - c[m]);
+                tile->e[m][i] = dz;
+                sum += dz;
+            }
+            direct[i] = sum;
+        }
+    for (int i = 0; i < n; i++) term[i] = tile->share[i] * (s[i] * path[i] - rate * direct[i]);
+}
+
+/* Reads a tile's points and v, 0 but in the last iteration, and assigns them. */
+static void read_tile(const Points *p, int64_t g, int64_t row, int64_t col, const Grad *grad, const real *c, real tau, Tile *tile) {
+    read_points(p, g, row, col, tile);
+    memset(tile->v, 0, sizeof tile->v);
+    if (grad) load(grad->values, (g * p->rows + row) * p->cols + col, tile->length, (int)grad->is_bf16, tile->v);
+    assign(tile, c, (int)p->k, tau);
+}
+
+/* dw = dL/dw from grad = dL/dout; trajectory [iters + 1, groups, k]. */
+void edkm_adjoint(const Points *p, const void *grad, int64_t is_bf16, const real *trajectory, int64_t iters, const real *tau, real *dw,
+                  int64_t first, int64_t stop) {
+    const int64_t tiles = p->rows * ((p->cols - 1) / tile_columns(p) + 1);
+    const Grad v = {grad, is_bf16};
+    Tile one, *held = tiles <= HELD ? aligned_alloc(64, tiles * sizeof *held) : 0, *tile;
+    real x[TILE], y[TILE];
+    const int k = (int)p->k;
     for (int64_t g = first; g < stop; g++) {
         const real rate = 2 / tau[g];
         double gc[MOST] = {0}; /* dL/dc of the iteration's result */
-        memset(dw + g * p->rows * p->cols, 0, p->rows * p->cols * sizeof *dw);
         for (int64_t t = iters; t > 0; t--) {
-            const real *c = trajectory + ((t - 1) * p->groups + g) * k, *next = trajectory + (t * p->groups + g) * k;
             const int last = t == iters;
+            const real *before = trajectory + ((t - 1) * p->groups + g) * k;
             double mass[MOST] = {0}, gc_before[MOST] = {0};
-            real h[MOST];
-            FOR_TILES(p, g) {
-                int n = (int)length;
-                const real *s = importance_at(p, g, row, col);
-                read_points(p, at, n, w);
-                assignment(w, n, c, k, tau[g], a);
-                for (int j = 0; j < k; j++) {
-                    mass[j] += s ? dot(a[j], s, n) : sum_of(a[j], n);
-                    if (last) gc[j] += dot(a[j], v + at, n);
+            real c[MOST], next[MOST], h[MOST] = {0};
+            read_table(before, k, 0, c);
+            read_table(before + p->groups * k, k, 0, next);
+            tile = held ? held : &one;
+            FOR_TILES(p) {
+                read_tile(p, g, row, col, last ? &v : 0, before, tau[g], tile);
+                for (int i = 0; i < tile->padded; i++) {
+                    x[i] = tile->share[i] * tile->s[i];
+                    y[i] = tile->share[i] * tile->v[i];
                 }
+                add_sums(tile, k, x, mass);
+                if (last) add_sums(tile, k, y, gc);
+                tile += held != 0;
             }
             update_adjoint(k, gc, mass, h, gc_before);
-            FOR_TILES(p, g) {
-                int n = (int)length;
-                const real *s = importance_at(p, g, row, col);
-                real path[TILE] = {0}, mean[TILE] = {0}, *into = dw + at;
-                read_points(p, at, n, w);
-                assignment(w, n, c, k, tau[g], a);
-                if (last) { /* the output's own terms */
-                    real out[TILE] = {0};
-                    for (int j = 0; j < k; j++)
-                        for (int i = 0; i < n; i++) out[i] += a[j][i] * next[j];
-                    for (int j = 0; j < k; j++) {
-                        for (int i = 0; i < n; i++) {
-                            dz[j][i] = a[j][i] * v[at + i] * (next[j] - out[i]) * (w[i] - c[j]) * rate;
-                            into[i] -= dz[j][i];
-                        }
-                        gc_before[j] += sum_of(dz[j], n);
-                    }
-                }
-                for (int j = 0; j < k; j++)
-                    for (int i = 0; i < n; i++) {
-                        dz[j][i] = h[j] * (w[i] - next[j]);
-                        mean[i] += a[j][i] * dz[j][i];
-                    }
-                for (int j = 0; j < k; j++) {
-                    for (int i = 0; i < n; i++) {
-                        dz[j][i] = a[j][i] * (dz[j][i] - mean[i]) * (w[i] - c[j]) * rate;
-                        path[i] += h[j] * a[j][i] - dz[j][i];
-                    }
-                    gc_before[j] += s ? dot(dz[j], s, n) : sum_of(dz[j], n);
-                }
-                for (int i = 0; i < n; i++) into[i] += s ? path[i] * s[i] : path[i];
+            tile = held ? held : &one;
+            FOR_TILES(p) {
+                if (!held) read_tile(p, g, row, col, last ? &v : 0, before, tau[g], tile);
+                reverse_tile(tile, k, c, next, h, rate, x);
+                real *into = dw + (g * p->rows + row) * p->cols + col;
+                for (int i = 0; i < tile->length; i++) into[i] = last ? x[i] : into[i] + x[i];
+                for (int i = 0; i < tile->padded; i++) x[i] = rate * tile->share[i];
+                if (t > 1) add_sums(tile, k, x, gc_before);
+                tile += held != 0;
             }
             memcpy(gc, gc_before, sizeof gc);
         }
     }
+    free(held);
 }
 
 /* Loop of gptq.py: round the columns of a weight to the nearest centroids, one column after another. Arrays have a row for every

@@ -54,17 +54,18 @@ def sums(weight: Tensor, centroids: Tensor, problem: Problem) -> Tensor:
     return _Call(weight, centroids, problem).sums(centroids)
 
 
-def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
+def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None, dtype: torch.dtype) -> Tensor:
     call = _Call(weight, trajectory[-1], problem._replace(importance=None))
-    out = torch.empty_like(call.weight)
-    call("edkm_decode", trajectory[-2], trajectory[-1], problem.temperature, out)
-    return out.to(weight.dtype)
+    out = torch.empty_like(call.weight, dtype=_stored(dtype))
+    call("edkm_decode", trajectory[-2], trajectory[-1], problem.temperature, out, out.dtype == torch.bfloat16)
+    return out.to(dtype)
 
 
 def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
     call = _Call(weight, trajectory[-1], problem)
-    dw = torch.empty_like(call.weight)
-    call("edkm_adjoint", grad.to(dw.dtype), trajectory, len(trajectory) - 1, problem.temperature, dw)
+    dw = torch.empty_like(call.weight, dtype=trajectory.dtype)
+    grad = grad.to(_stored(grad.dtype))
+    call("edkm_adjoint", grad, grad.dtype == torch.bfloat16, trajectory, len(trajectory) - 1, problem.temperature, dw)
     return dw.to(weight.dtype)
 
 
@@ -94,22 +95,23 @@ class _Points(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
         ("to_bf16", ctypes.c_int64),
     ]
 
 
 class _Call:
-    """A weight `[rows, cols]` as the kernels see it: in the compute dtype, contiguous."""
+    """A weight `[rows, cols]` as the kernels see it: bfloat16 or in the compute dtype, contiguous."""
 
     def __init__(self, weight: Tensor, centroids: Tensor, problem: Problem) -> None:
         self.temperature, importance, round_to = problem
         self.groups, self.k = centroids.shape[:2]
         rows, cols = weight.shape
-        dtype = compute_dtype(weight.dtype)
+        dtype = self.dtype = compute_dtype(weight.dtype)
         to_bf16 = weight.dtype == dtype and round_to == torch.bfloat16
         if round_to is not None and not to_bf16:
             weight = weight.to(round_to)
-        self.weight = weight.to(dtype).contiguous()
+        self.weight = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.to(dtype).contiguous()
         self.importance, stride = None, 0
         if importance is not None:
             importance = importance.expand(rows, cols)
@@ -117,7 +119,8 @@ class _Call:
             stride = 0 if by_column else cols
             self.importance = (importance[:1] if by_column else importance).to(dtype).contiguous()
         at = None if self.importance is None else self.importance.data_ptr()
-        self.points = _Points(self.weight.data_ptr(), at, stride, self.groups, rows // self.groups, cols, self.k, to_bf16)
+        is_bf16 = self.weight.dtype == torch.bfloat16
+        self.points = _Points(self.weight.data_ptr(), at, stride, self.groups, rows // self.groups, cols, self.k, is_bf16, to_bf16)
 
     def sums(self, centroids: Tensor) -> Tensor:
         mass, total = centroids.new_empty(2, self.groups, self.k)
@@ -127,8 +130,8 @@ class _Call:
     def __call__(self, name: str, *arguments: Tensor | int) -> None:
         """Run a kernel over all groups, in as many threads as torch would use."""
         kept = [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
-        assert all(x.dtype == self.weight.dtype for x in kept if isinstance(x, Tensor))
-        kernel = _kernel(name, self.weight.dtype)
+        assert all(x.dtype in (self.dtype, torch.bfloat16) for x in kept if isinstance(x, Tensor))
+        kernel = _kernel(name, self.dtype)
         passed = [ctypes.byref(self.points), *_passed(kept)]
         _in_threads(lambda first, stop: kernel(*passed, *_passed([first, stop])), self.groups, self.weight.numel())
 
@@ -166,6 +169,11 @@ def columns(target: Tensor, before: Tensor, coupling: Tensor, centroids: Tensor,
 
     _in_threads(work, rows, target.numel())
     return indices
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the kernels read or write values of a dtype."""
+    return dtype if dtype == torch.bfloat16 else compute_dtype(dtype)
 
 
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:

@@ -15,7 +15,7 @@ centroid path included, needs the live weight and the centroids of each iteratio
 `BACKENDS`. Backends differ by the rounding of sums in the last digits.
 
     solve(weight, centroids, problem, iters) -> (trajectory [iters + 1, g, k, d], kept)
-    decode(weight, trajectory, problem, kept=None) -> out, like weight
+    decode(weight, trajectory, problem, kept, dtype) -> out, like weight in that dtype
     adjoint(grad, weight, trajectory, problem, kept=None) -> dL/dweight, like weight
 
 `kept` is a backend's own, small, and may be None; layers hold it within an optimizer step.
@@ -66,9 +66,9 @@ class Solution(NamedTuple):
     backend: str
     kept: Any = None
 
-    def decode(self, weight: Tensor) -> Tensor:
-        """The soft weight."""
-        return BACKENDS[self.backend].decode(weight.contiguous(), self.trajectory, self.problem, self.kept)
+    def decode(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The soft weight, in the dtype of the weight if no other is given."""
+        return BACKENDS[self.backend].decode(weight.contiguous(), self.trajectory, self.problem, self.kept, dtype or weight.dtype)
 
     def adjoint(self, grad: Tensor, weight: Tensor) -> Tensor:
         """`dL/dweight` from `dL/dout`."""

@@ -255,9 +255,9 @@ class Clustering(nn.Module):
         assert self._alias is not None
         return self._alias, solution
 
-    def decode(self, weight: Tensor, solution: Solution) -> Tensor:
-        """Make the soft weight, of the shape of `weight`; no gradient."""
-        return reshaped(solution.decode(self.matrix(weight)), weight.shape)
+    def decode(self, weight: Tensor, solution: Solution, dtype: torch.dtype | None = None) -> Tensor:
+        """Make the soft weight, of the shape of `weight` and in its dtype if no other is given; no gradient."""
+        return reshaped(solution.decode(self.matrix(weight), dtype), weight.shape)
 
     def adjoint(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
         """Turn the gradient of the soft weight into `dL/dweight`."""

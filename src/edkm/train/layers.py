@@ -35,7 +35,7 @@ class _Linear(torch.autograd.Function):
         ctx.clustering, ctx.solution = clustering, solution
         ctx.save_for_backward(x, alias)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        w = clustering.decode(alias, solution).to(x.dtype)
+        w = clustering.decode(alias, solution, x.dtype)
         out = F.linear(x, w, None if bias is None else bias.to(x.dtype))
         return reshaped(out, out.shape)
 
@@ -47,7 +47,7 @@ class _Linear(torch.autograd.Function):
         rows = dy.reshape(-1, dy.shape[-1])
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = dy @ ctx.clustering.decode(alias, ctx.solution).to(dy.dtype)
+                dx = dy @ ctx.clustering.decode(alias, ctx.solution, dy.dtype)
             if ctx.needs_input_grad[1]:
                 g = rows.mT @ x.reshape(-1, x.shape[-1])
             if ctx.needs_input_grad[3]:
