@@ -1,9 +1,10 @@
 """Compiled kernels:
 
-1. in float32 and 16 bits they give the results of `blocks` in float64, rounded;
-2. one thread and several give the same bits, with every backend;
-3. kernels are built once, and again if their file was cut off;
-4. where they cannot be built, without a compiler or a home directory, it is reported and nothing fails.
+1. in float32 and 16 bits they give the results of `blocks` in float64, rounded, also of a hard assignment;
+2. every backend decodes in the dtype that is asked for, as if it were converted afterwards;
+3. one thread and several give the same bits, with every backend;
+4. kernels are built once, and again if their file was cut off;
+5. where they cannot be built, without a compiler or a home directory, it is reported and nothing fails.
 """
 
 import pytest
@@ -16,10 +17,10 @@ from edkm.core.kmeans import temperature_for
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("groups, k, cols", [(1, 16, 700), (24, 8, 300), (8, 4, 3)])
+@pytest.mark.parametrize("groups, k, cols", [(1, 16, 700), (24, 8, 300), (8, 4, 3), (3, 5, 20), (6, 2, 600)])
 @pytest.mark.parametrize("backend", ["native"])
 def test_native_in_float32(backend, groups, k, cols, dtype):
-    """Several tiles and threads, rows shorter than a vector; against `blocks` in float64."""
+    """Several tiles and threads, more and fewer tiles than are kept, rows shorter than a vector; against `blocks` in float64."""
     torch.manual_seed(groups)
     weight, grad = torch.randn(2, 24, cols).to(dtype)
     centroids, importance = torch.randn(groups, k, 1).sort(1).values, torch.rand(24, cols)
@@ -34,6 +35,30 @@ def test_native_in_float32(backend, groups, k, cols, dtype):
     rounded = (weight.bfloat16() if dtype == torch.float32 else weight).double()
     torch.testing.assert_close(decoded.double(), truth.decode(rounded), rtol=error, atol=error)
     assert distance(gradient, truth.adjoint(grad.double(), rounded)) < 10 * error
+
+
+@pytest.mark.parametrize("backend", ["native"])
+def test_hard_assignment_in_float32(backend):
+    """The gradient of the assignment is 0, however large a factor 2 / temperature rounding errors get."""
+    torch.manual_seed(0)
+    centroids = torch.randn(24, 8, 1).sort(1).values
+    weight = centroids[:, torch.arange(300) % 8, 0] + 0.01 * torch.rand(24, 300)
+    problem, grad = reference.Problem(torch.full((24,), 1e-8), None, None), torch.randn_like(weight)
+    solution = op.solve(weight, centroids, problem, 2, backend)
+    truth = op.solve(weight.double(), centroids.double(), problem._replace(temperature=problem.temperature.double()), 2, "blocks")
+    torch.testing.assert_close(solution.trajectory.double(), truth.trajectory, rtol=1e-6, atol=1e-7)
+    assert distance(solution.adjoint(grad, weight), truth.adjoint(grad.double(), weight.double())) < 1e-6
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decodes_in_the_dtype_that_is_asked_for(weight_dtype):
+    weight, start = torch.randn(16, 40).to(weight_dtype), torch.randn(1, 8, 1)
+    for backend in backends(1, 1, torch.bfloat16):
+        solution = op.solve(weight, start, reference.Problem(torch.tensor([0.1])), 1, backend)
+        assert solution.decode(weight).dtype == weight_dtype
+        wide = solution.decode(weight, torch.float32)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert torch.equal(solution.decode(weight, dtype), wide.to(dtype)), (backend, dtype)
 
 
 @pytest.mark.parametrize("groups", [1, 64])
