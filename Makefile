@@ -88,6 +88,7 @@ baselines: $(BASELINES)/.ready
 bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python -m benchmarks op --peers $(PEERS)/bin/python --json benchmarks/results/op-cpu.json
 	$(BIN)/python -m benchmarks step --json benchmarks/results/step-cpu.json
+	$(BIN)/python -m benchmarks fit --json benchmarks/results/fit-cpu.json
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt bitsandbytes
 	$(BIN)/python -m benchmarks packed --json benchmarks/results/packed-cpu.json
 	$(BIN)/python -m benchmarks generation --json benchmarks/results/generation-cpu.json
@@ -95,6 +96,7 @@ bench: $(READY) $(PEERS)/.ready
 bench-gpu:
 	PYTHONPATH=src python3 -m benchmarks op --device cuda --json benchmarks/results/op-cuda.json
 	PYTHONPATH=src python3 -m benchmarks step-gpu --json benchmarks/results/step-cuda.json
+	PYTHONPATH=src python3 -m benchmarks fit --device cuda --json benchmarks/results/fit-cuda.json
 	PYTHONPATH=src python3 -m benchmarks packed-gpu --json benchmarks/results/packed-cuda.json
 	PYTHONPATH=src python3 -m benchmarks generation --device cuda --json benchmarks/results/generation-cuda.json
 

@@ -5,6 +5,7 @@ import sys
 from benchmarks import (
     ablation,
     coreai,
+    fit,
     fuzz,
     generation,
     kill,
@@ -25,6 +26,7 @@ COMMANDS = {
     "ablation": ablation.main,
     "compare": compare_command.main,
     "coreai": coreai.main,
+    "fit": fit.main,
     "fuzz": fuzz.main,
     "generation": generation.main,
     "kill": kill.main,

@@ -5,10 +5,14 @@
 3. shrinkage, dead inputs and few tokens are harmless;
 4. the result is the same to the bit with and without a C compiler, with one thread and with two;
 5. blocks of columns and sweeps within them are those of the plain loop, and bfloat16 where it is fast costs nothing;
-6. errors name the argument and the rule.
+6. the kernel for a GPU rounds as the loop does, and compiles for compute capability 8.0, 9.0 and 10.0;
+7. errors name the argument and the rule.
 """
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -222,3 +226,45 @@ def test_products_in_bfloat16_cost_hardly_anything(monkeypatch):
         errors.append(error(weight, hard(found.weight, found.centroids), gptq._shrunk(moment, 0.2)))
         assert found.errors[-1] == pytest.approx(errors[-1], rel=1e-3)
     assert errors[1] == pytest.approx(errors[0], rel=0.01) and errors[1] != errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows, cols", [(24, 40), (6, 5), (40, 64)])
+def test_the_kernel_for_a_gpu_rounds_as_the_loop_does(rows, cols, dtype, monkeypatch):
+    """In Triton's interpreter on a CPU, or on a GPU where there is one."""
+    pytest.importorskip("triton", reason="Triton is not made for this platform")
+    from edkm.core import gptq_cuda
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight, moment, start = problem(rows, cols, 2, rows // 2, dtype=dtype)
+    w, coupling = weight.T.contiguous(), moment / moment.diagonal().unsqueeze(1)
+    before, tables = w + 0.01, gptq._Tables(start, rows)
+    found, target = w.clone().to(device), w.clone()
+    arguments = [x.to(device) for x in (before, coupling, tables.by_row, tables.midpoints)]
+    indices = gptq_cuda.columns(found, *arguments, tables.groups)
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert torch.equal(indices.cpu(), tables.round_columns(target, before, coupling))
+    torch.testing.assert_close(found.cpu(), target, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-13)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from edkm.core.gptq_cuda import _WIDTH, _columns
+
+numbers, constants = ("count", "rows", "rows_per_table"), {"k": 8, "size": 256, "width": _WIDTH}
+kinds = {n: "constexpr" if n in constants else "i32" if n in numbers else "*fp32" for n in _columns.arg_names} | {"indices": "*i32"}
+for architecture in (80, 90, 100):
+    source = ASTSource(_columns, kinds, {(_columns.arg_names.index(n),): value for n, value in constants.items()})
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    print(architecture, built.metadata.shared, ".local" in built.asm["ptx"])
+"""
+
+
+def test_the_kernel_compiles_for_gpus():
+    pytest.importorskip("triton", reason="Triton is not made for this platform")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 3 and all(int(shared) <= 16384 and local == "False" for _, shared, local in lines), done.stdout + done.stderr

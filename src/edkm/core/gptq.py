@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core import native
+from edkm.core import cuda, native
 from edkm.core.assign import round_lut
 from edkm.core.kmeans import initial_centroids
 from edkm.core.reference import compute_dtype
@@ -84,8 +84,8 @@ def fit(
 
     Cost:
         `2.5 + 2.5 turns` times `rows cols^2` multiplications, in bfloat16 where processor or GPU have instructions for it, and a Cholesky
-        factorization; memory of some six copies of the weight in float32 and four of the moment. Columns go one by one: where
-        `native` is not available, `(1 + 2 turns) cols` rounds of small operations.
+        factorization; memory of some six copies of the weight in float32 and four of the moment. Columns go one by one: in C or Triton, as
+        many threads or programs as there are rows for; where there is neither, `(1 + 2 turns) cols` rounds of small operations.
     """
     _check(weight, moment, shrinkage)
     dtype = compute_dtype(weight.dtype)
@@ -227,6 +227,10 @@ class _Tables:
         """
         if target.device.type == "cpu" and native.available():
             return native.columns(target, before, coupling, self.by_row, self.midpoints, self.groups)
+        if target.is_cuda and cuda.takes(target.device, 1, 1):
+            from edkm.core import gptq_cuda  # Triton is not everywhere
+
+            return gptq_cuda.columns(target, before, coupling, self.by_row, self.midpoints, self.groups)
         indices = torch.empty_like(target, dtype=torch.int32)
         for j, value in enumerate(target):
             indices[j] = (value > self.midpoints).sum(0) + self.k * self.of_row

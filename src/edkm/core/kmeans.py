@@ -44,7 +44,7 @@ def initial_centroids(
         rows_per_lut: rows that share a table; None for one table.
         importance: None, or non-negative and broadcastable to `weight`.
         exact: False is several times faster for scalars, for who refines the tables: values are counted in bins of equal width first, at
-            least 16 for each centroid.
+            least 8 for each centroid.
 
     Returns:
         `[g, 2**bits, dim]` float32 (float64 for a float64 weight); ascending within a table when `dim = 1`. Tables with fewer
@@ -71,20 +71,17 @@ def initial_centroids(
     weight = weight.detach()
     if not bool(weight.isfinite().all()):
         raise ValueError(f"weight: {NOT_FINITE}")
+    device, find = weight.device, native.segments if native.available() else segments
+    if not exact and dim == 1 and weight.numel() // groups > (bins := max(_LEAST_BINS, 8 * k)):
+        mass = None if importance is None else importance.to(dtype).expand(weight.shape).reshape(groups, -1)
+        means, mass = _binned(weight.to(dtype).reshape(groups, -1), mass, bins)
+        return find(means.cpu(), mass.cpu(), k).unsqueeze(2).to(device)
     # The work is done by the host: its sums need float64, which not every device has, and the tables are the same wherever a weight is.
-    device, weight, importance = weight.device, weight.cpu(), None if importance is None else importance.cpu()
+    weight, importance = weight.cpu(), None if importance is None else importance.cpu()
     if dim > 1:
         return _vector_centroids(weight, groups, k, dim, importance).to(device)
-    find = native.segments if native.available() else segments
     matrices = weight.view(groups, per_lut, -1)
     shares = None if importance is None else importance.expand(weight.shape).reshape(groups, per_lut, -1)
-    bins = max(_LEAST_BINS, 16 * k)
-    if not exact and matrices[0].numel() > bins:
-        return (
-            find(*_binned(matrices.to(dtype).flatten(1), None if shares is None else shares.to(dtype).flatten(1), bins), k)
-            .unsqueeze(2)
-            .to(device)
-        )
     if matrices[0].numel() > histogram.BINS:
         tables = [find(*_histogram(table, None if shares is None else shares[g], dtype), k) for g, table in enumerate(matrices)]
         return torch.cat(tables).unsqueeze(2).to(device)
@@ -134,18 +131,20 @@ def _histogram(rows: Tensor, importance: Tensor | None, dtype: torch.dtype) -> t
 def _binned(values: Tensor, mass: Tensor | None, bins: int) -> tuple[Tensor, Tensor]:
     """Divide the range of every table `[g, n]` into bins of equal width: their mean values, ascending, and their mass, both `[g, bins]`."""
     low, high = values.aminmax(dim=1, keepdim=True)
-    width = (high - low).clamp_min(torch.finfo(values.dtype).tiny) / bins
-    at = ((values - low) / width).int().clamp_(max=bins - 1)
-    at += bins * torch.arange(len(values), dtype=torch.int32).unsqueeze(1)
-
-    def sums(x: Tensor) -> Tensor:
-        return values.new_zeros(len(values) * bins).index_add_(0, at.reshape(-1), x.reshape(-1)).view(-1, bins)
-
+    place = (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)  # from 0 to 1
+    at = (place * bins).int().clamp_(max=bins - 1)
+    at += bins * torch.arange(len(values), dtype=torch.int32, device=at.device).unsqueeze(1)
     count = torch.ones_like(values)
     mass = count if mass is None else _or_density(mass, count)
-    total = sums(mass)
-    mean = torch.where(total > 0, sums(mass * values) / total, low + width * (torch.arange(bins) + 0.5))
-    return mean.cummax(1).values, total
+    mass = 2**31 * mass / mass.amax(1, keepdim=True)
+
+    def sums(x: Tensor) -> Tensor:
+        """Sum in integers: in any order, as a GPU takes, they are the same."""
+        return torch.zeros(len(x) * bins, dtype=torch.int64, device=x.device).index_add_(0, at.view(-1), x.long().view(-1)).view(-1, bins)
+
+    total, middle = sums(mass), (torch.arange(bins, device=low.device) + 0.5) / bins
+    mean = low + (high - low) * torch.where(total > 0, (sums(mass * place) / total.clamp_min(1)).to(low.dtype), middle.to(low.dtype))
+    return mean.cummax(1).values, total.to(values.dtype)
 
 
 def _or_density(mass: Tensor, count: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ def _choices(weight: Tensor, importance: Tensor, gradient: Tensor) -> list[Choic
         some, share = (x.view(tables, rows, -1)[picked].flatten(0, 1) for x in (weight, gradient))
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         for bits, _ in options:
-            lut = round_lut(initial_centroids(some, bits, rows_per_lut=rows, importance=importance))
+            lut = round_lut(initial_centroids(some, bits, rows_per_lut=rows, importance=importance, exact=False))
             error = quantize(some, lut).errors(some) * importance
             loss = float(error.sum(1) @ share.flatten()) * float(gradient.sum())
             found.append(Choice(_cost(weight, bits, rows), loss, bits, rows))
