@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from edkm.config import ClusterConfig
     from edkm.train.loop import TrainSettings
+    from edkm.train.skeleton import Skeleton
 
 # Category -> how torch's trackers name what belongs to it.
 PARTS = {
@@ -210,15 +211,57 @@ def _without_data() -> Iterator[None]:
         yield
 
 
+def plan_by_layer(skeleton: Skeleton, config: ClusterConfig, tokens: int, *, trained: bool = False) -> Budget:
+    """Plan the memory of compressing a model a layer at a time, by formulas for the parts that grow with the model.
+
+    Args:
+        skeleton: of the model.
+        config: how it is clustered.
+        tokens: of a batch.
+        trained: each layer is trained after its fit, with AdamW.
+    """
+    from edkm.train.targets import decide, linears_of
+
+    linears, targets = linears_of(skeleton.model, config), decide(skeleton.model, config)
+    text = skeleton.model.config.get_text_config()
+    plans = []
+    for modules in (skeleton.outer, *([*layer.modules()] for layer in skeleton.layers)):
+        within = set(modules)
+        weights = sum(target.weight.numel() for target in targets if target.modules[0] in within)
+        sizes = [module.weight.shape for module in linears if module in within]
+        # Of its inputs every weight has a moment; the fit takes six copies of the weight and three of that.
+        moments = sum(cols * cols for _, cols in sizes)
+        fit = max((6 * rows * cols + 3 * cols * cols for rows, cols in sizes), default=0)
+        others = [t.weight.numel() for t in targets if t.modules[0] in within and t.modules[0] not in linears and not t.reason]
+        training = 4 * weights if trained and modules is not skeleton.outer else 0  # a copy, its gradients, two moments of AdamW
+        work = max(moments, fit, training, 3 * max(others, default=0))
+        plans.append({"weights": 4 * weights, "clustering": 4 * (moments + work) + weights})
+    # A block of hidden states for each layer of a batch that is trained; else a few, or logits.
+    states = 4 * tokens * max(2 * text.vocab_size, 16 * text.hidden_size, (40 if trained else 0) * text.hidden_size)
+    return Budget({**max(plans, key=lambda plan: sum(plan.values())), "activations": states, "process": int(resident_mib() * 2**20)})
+
+
+def resident_mib() -> float:
+    """Return the resident set of this process."""
+    return _status("VmRSS") or peak_mib()
+
+
 def peak_mib() -> float:
     """Return the largest resident set of this process. Not `ru_maxrss`, which a process inherits from the one that started it."""
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 1024
+    if (found := _status("VmHWM")) is not None:
+        return found
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+
+
+def _status(field: str) -> float | None:
+    """Read a size from the kernel's status of this process, in MiB; None where there is none."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) / 1024
+    return None
 
 
 def peak_gpu_mib() -> float | None:

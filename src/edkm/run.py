@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edkm.compressed.jsonfile import printable
 from edkm.evaluate import perplexity, perplexity_by_layer
-from edkm.memory import plan_memory
+from edkm.memory import plan_by_layer, plan_memory
 from edkm.metrics import Recorder
 from edkm.models import load_model
 from edkm.progress import progress, shown
@@ -202,6 +202,10 @@ def show_plan(run: Run) -> None:
         print(f"bits are chosen in the run; this plan, its size and memory have {recipe.config.bits} in every linear weight")
     weights = sum(p.numel() for p in run.model.parameters())
     print(f"packed weights: {found.packed_bytes / 1e6:.1f} MB to expect (16-bit model: {weights * 2 / 1e6:.1f} MB)")
+    if run.skeleton is not None:
+        print("compressed a layer at a time, read from the checkpoint:")
+        print(plan_by_layer(run.skeleton, recipe.config, run.blocks.block_tokens))
+        return
     ranks, device = distributed.world_size(), loop.pick_device()
     print(f"training on {device}{'' if ranks == 1 else f', {ranks} ranks, ' + ('FSDP' if recipe.fsdp else 'DDP')}:")
     settings = recipe.training(1, distill=recipe.distill)

@@ -2,7 +2,7 @@
 
 1. The packed model is the one that is made in memory: the same bytes with hidden states in float32, nearly the same in bfloat16.
 2. Perplexity before and after is that of the whole model, to the rounding of hidden states.
-3. At no time is more than one decoder layer in memory.
+3. At no time is more than one decoder layer in memory, which is what `--dry-run` plans for.
 4. A run that ends at any moment, killed or by Ctrl-C, is resumed to the same bytes, from the layer it was in; another model is refused.
 5. A model whose files or layers do not allow it is held in memory, and the reason is said; weights that are not finite are named.
 """
@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edkm.compressed.checkpoint import dequantize, read
+from edkm.memory import plan_by_layer
 from edkm.models import load_model
-from edkm.recipe import Recipe, compress
+from edkm.recipe import DRY_RUN, Recipe, compress
 from edkm.train import relay, stream
 from edkm.train.skeleton import NotStreamable, open_skeleton
 
@@ -74,6 +75,17 @@ def test_the_packed_model_is_the_one_made_in_memory(family, checkpoint, data, tm
         torch.testing.assert_close(dequantize(rounded[name]), dequantize(weight), rtol=0, atol=0.05)
     records = [json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("streamed", "whole")]
     assert records[0]["histograms"] == records[1]["histograms"]
+
+
+def test_a_dry_run_plans_the_memory_of_a_layer(checkpoint, data, tmp_path, capsys):
+    source = checkpoint("llama", intermediate_size=640, num_hidden_layers=3)
+    compress(source, SETTINGS, tmp_path / "out", data=data, stages=DRY_RUN)
+    assert "compressed a layer at a time" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    skeleton, _ = open_skeleton(source)
+    plans = [plan_by_layer(skeleton, SETTINGS.config, 24, trained=trained).at_peak for trained in (False, True)]
+    layer = sum(p.numel() for p in skeleton.layers[0].parameters())
+    assert plans[0]["weights"] == plans[1]["weights"] == 4 * layer and plans[0]["clustering"] > 4 * 3 * 640**2
+    assert plans[0]["clustering"] == plans[1]["clustering"] and plans[0]["activations"] < plans[1]["activations"]
 
 
 def test_one_layer_is_in_memory_at_a_time(checkpoint, data, tmp_path, monkeypatch):
