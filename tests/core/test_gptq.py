@@ -120,13 +120,14 @@ def test_the_tables_are_the_means_of_the_weights_on_them(rows_per_lut):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_fit_is_the_same_to_the_bit_without_a_compiler_and_with_threads(dtype, monkeypatch):
+@pytest.mark.parametrize("rows_per_lut", [1, 8])
+def test_the_fit_is_the_same_to_the_bit_without_a_compiler_and_with_threads(dtype, rows_per_lut, monkeypatch):
     weight, moment, _ = problem(cols=150, dtype=dtype)
     before, found = torch.get_num_threads(), []
     for compiler, threads in ((native.available(), 1), (False, 1), (native.available(), 2)):
         monkeypatch.setattr(native, "available", lambda compiler=compiler: compiler)
         torch.set_num_threads(threads)
-        found.append(gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01))
+        found.append(gptq.fit(weight, moment, 3, rows_per_lut=rows_per_lut, shrinkage=0.01))
         torch.set_num_threads(before)
         monkeypatch.undo()
     for other in found[1:]:

@@ -74,7 +74,7 @@ def initial_centroids(
     device, find = weight.device, native.segments if native.available() else segments
     if not exact and dim == 1 and weight.numel() // groups > (bins := max(_LEAST_BINS, 8 * k)):
         mass = None if importance is None else importance.to(dtype).expand(weight.shape).reshape(groups, -1)
-        means, mass = _binned(weight.to(dtype).reshape(groups, -1), mass, bins)
+        means, mass = _binned(weight.to(dtype).reshape(groups, -1).contiguous(), mass, bins)
         return find(means.cpu(), mass.cpu(), k).unsqueeze(2).to(device)
     # The work is done by the host: its sums need float64, which not every device has, and the tables are the same wherever a weight is.
     weight, importance = weight.cpu(), None if importance is None else importance.cpu()
@@ -140,7 +140,7 @@ def _binned(values: Tensor, mass: Tensor | None, bins: int) -> tuple[Tensor, Ten
 
     def sums(x: Tensor) -> Tensor:
         """Sum in integers: in any order, as a GPU takes, they are the same."""
-        return torch.zeros(len(x) * bins, dtype=torch.int64, device=x.device).index_add_(0, at.view(-1), x.long().view(-1)).view(-1, bins)
+        return torch.zeros(len(x) * bins, dtype=torch.int64, device=x.device).index_add_(0, at.flatten(), x.long().flatten()).view(-1, bins)
 
     total, middle = sums(mass), (torch.arange(bins, device=low.device) + 0.5) / bins
     mean = low + (high - low) * torch.where(total > 0, (sums(mass * place) / total.clamp_min(1)).to(low.dtype), middle.to(low.dtype))
