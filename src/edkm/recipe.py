@@ -34,6 +34,9 @@ from edkm.models import load_model
 from edkm.progress import say
 from edkm.run import Run, begin, calibration_batches, check_out, load, print_report, show_plan
 from edkm.train import checkpoints, distributed, loop, runstate
+from edkm.train.allocate import allocate
+from edkm.train.calibrate import calibrate
+from edkm.train.layerwise import LayerTraining
 from edkm.train.optimizers import optimizer_class
 from edkm.train.prepare import plan, prepare
 from edkm.train.save import write as write_packed
@@ -50,6 +53,9 @@ class Preset:
     choose_bits: bool = False
 
 
+# Training blocks that each decoder layer is trained on, and blocks of a step: docs/log.md, 2026-11-28.
+LAYER_BLOCKS, LAYER_BATCH = 128, 4
+
 PRESETS = {"fast": Preset(1.0), "balanced": Preset(0.75), "best": Preset(0.75, choose_bits=True)}
 
 
@@ -61,6 +67,7 @@ class Recipe:
         config: for `edkm.prepare`; the clustered steps are its `anneal_steps`.
         preset: a name in `PRESETS`, for `finetune_steps` and `target_bpw` where they are None.
         target_bpw: average bits per linear weight, tables included; None keeps the bits of the config.
+        by_layer: train each decoder layer against what the original gives, when it is fitted (`edkm.LayerTraining`).
         steps: optimizer steps; None for as many as `epochs` passes over the data take.
         finetune_steps: the first of these steps, which train the model as it is.
         lr, optimizer, distill, precision, fsdp, save_every, report_to: as in `loop.TrainSettings`.
@@ -75,6 +82,7 @@ class Recipe:
     config: ClusterConfig = field(default_factory=lambda: ClusterConfig(rows_per_lut=1))
     preset: str = "balanced"
     target_bpw: float | None = None
+    by_layer: bool = False
     steps: int | None = None
     epochs: float = 1.0
     finetune_steps: int | None = None
@@ -117,6 +125,11 @@ class Recipe:
     def streams(self) -> bool:
         """Whether the model is compressed a layer at a time, so that it need not be in memory."""
         return self.steps == 0 and not self.chooses_bits
+
+    @property
+    def layer_training(self) -> LayerTraining | None:
+        """Settings of the training of each layer, if they are trained one by one."""
+        return LayerTraining(precision=loop.resolve_precision(self.precision), seed=self.seed) if self.by_layer else None
 
     def training(self, steps: int, **more: Any) -> loop.TrainSettings:
         """Return the settings of the training loop for so many steps."""
@@ -166,7 +179,12 @@ def cluster(run: Run) -> None:
         config = ClusterConfig.from_json(json.loads(chosen.read_text()))
         report = prepare(run.model, config, batches, centroids=_placeholders(run.model, config), backend=recipe.backend)
     else:
-        report = prepare(run.model, recipe.config, batches, target_bpw=recipe.target_bpw, backend=recipe.backend)
+        config, target, by_layer = recipe.config, recipe.target_bpw, recipe.layer_training
+        if by_layer is not None:
+            if target is not None:
+                config, target = allocate(run.model, config, batches, target, importance=calibrate(run.model, batches)), None
+            batches = calibration_batches(run.blocks, run.model, LAYER_BLOCKS, LAYER_BATCH)
+        report = prepare(run.model, config, batches, target_bpw=target, by_layer=by_layer, backend=recipe.backend)
         run.recorder.weights(run.model, "fitted")
         run.recorder.phase("calibration and fit", time.perf_counter() - began)
         if recipe.steps:
@@ -177,9 +195,9 @@ def cluster(run: Run) -> None:
 def _cluster_by_layer(run: Run, skeleton: Skeleton) -> None:
     """Fit and cluster a layer at a time; each leaves its result in `layers`."""
     began = last = time.perf_counter()
-    batches = calibration_batches(run.blocks, run.model)
-    drawn = partial(run.recorder.panel, when="fitted")
-    run.stream = Stream(skeleton, run.recipe.config, batches, run.work / "layers", drawn)
+    training, drawn = run.recipe.layer_training, partial(run.recorder.panel, when="fitted")
+    batches = calibration_batches(run.blocks, run.model, *((LAYER_BLOCKS, LAYER_BATCH) if training else ()))
+    run.stream = Stream(skeleton, run.recipe.config, batches, run.work / "layers", training, drawn)
     for _ in run.stream.run():
         run.recorder.phase("calibration and fit", time.perf_counter() - last)
         last = time.perf_counter()

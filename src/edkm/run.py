@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from edkm.compressed.jsonfile import printable
 from edkm.evaluate import perplexity, perplexity_by_layer
 from edkm.memory import plan_by_layer, plan_memory
@@ -185,13 +187,15 @@ def begin(run: Run) -> None:
     run.measure("original")
 
 
-def calibration_batches(blocks: Any, model: Any, count: int = 32) -> list[dict[str, Any]]:
-    """Return `count` blocks spread over the training data, on the device of the model."""
+def calibration_batches(blocks: Any, model: Any, count: int = 32, size: int = 1) -> list[dict[str, Any]]:
+    """Return `count` blocks, or all there are, spread over the training data, in batches of `size` on the device of the model."""
     device = next(model.parameters()).device
     if device.type == "meta":
         device = loop.pick_device()
     chosen = range(0, len(blocks), max(1, len(blocks) // count))[:count]
-    return [{"input_ids": blocks[i]["input_ids"].unsqueeze(0).to(device)} for i in chosen]
+    size = min(size, len(chosen))
+    batches = [[blocks[i]["input_ids"] for i in chosen[at : at + size]] for at in range(0, len(chosen) - size + 1, size)]
+    return [{"input_ids": torch.stack(batch).to(device)} for batch in batches]
 
 
 def show_plan(run: Run) -> None:

@@ -1,6 +1,7 @@
 """Compressing a model a layer at a time (`edkm.train.skeleton`, `relay`, `stream`), as `--steps 0` does.
 
-1. The packed model is the one that is made in memory: the same bytes with hidden states in float32, nearly the same in bfloat16.
+1. The packed model is the one that is made in memory, also if layers are trained: the same bytes with hidden states in float32, nearly
+   the same in bfloat16.
 2. Perplexity before and after is that of the whole model, to the rounding of hidden states.
 3. At no time is more than one decoder layer in memory, which is what `--dry-run` plans for.
 4. A run that ends at any moment, killed or by Ctrl-C, is resumed to the same bytes, from the layer it was in; another model is refused.
@@ -88,6 +89,19 @@ def test_a_dry_run_plans_the_memory_of_a_layer(checkpoint, data, tmp_path, capsy
     assert plans[0]["clustering"] == plans[1]["clustering"] and plans[0]["activations"] < plans[1]["activations"]
 
 
+def test_layers_are_trained_as_they_are_in_memory(checkpoint, data, tmp_path, monkeypatch):
+    """The same bytes with hidden states in float32, norms included; another model than without training."""
+    source, settings = checkpoint("llama"), replace(SETTINGS, by_layer=True)
+    monkeypatch.setattr(relay, "DTYPE", torch.float32)
+    compress(source, SETTINGS, tmp_path / "fitted", data=data)
+    compress(source, settings, tmp_path / "streamed", data=data)
+    in_memory(monkeypatch)
+    compress(source, settings, tmp_path / "whole", data=data)
+    assert weights(tmp_path / "streamed") == weights(tmp_path / "whole")
+    norms = [read(tmp_path / out).dense["model.layers.1.input_layernorm.weight"] for out in ("fitted", "streamed")]
+    assert not torch.equal(*norms)
+
+
 def test_one_layer_is_in_memory_at_a_time(checkpoint, data, tmp_path, monkeypatch):
     source, seen, write = checkpoint("llama", num_hidden_layers=3), [], relay.HiddenStates.__setitem__
     opened = []
@@ -107,10 +121,14 @@ class Ended(BaseException):
     """The end of a process."""
 
 
-@pytest.mark.parametrize("moment", ["states 3", "states 70", "states 110", "result 1", "result 2", "after 1", "after 2"])
+MOMENTS = ["states 3", "states 70", "states 110", "result 1", "result 2", "after 1", "after 2", "trained states 12", "trained after 1"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_that_ends_at_any_moment_is_resumed_to_the_same_bytes(moment, checkpoint, data, tmp_path, monkeypatch):
-    source, (kind, number) = checkpoint("mistral"), moment.split()
-    compress(source, SETTINGS, tmp_path / "whole", data=data)
+    source, (*trained, kind, number) = checkpoint("mistral"), moment.split()
+    settings = replace(SETTINGS, by_layer=bool(trained))
+    compress(source, settings, tmp_path / "whole", data=data)
     write, save, left = relay.HiddenStates.__setitem__, stream.Stream._save, [int(number)]
 
     def end_soon():
@@ -133,11 +151,11 @@ def test_a_run_that_ends_at_any_moment_is_resumed_to_the_same_bytes(moment, chec
         patch.setattr(stream.Stream, "_save", save_or_end)
         if kind == "states":
             patch.setattr(relay.HiddenStates, "__setitem__", write_or_end)
-        compress(source, SETTINGS, tmp_path / "parts", data=data)
+        compress(source, settings, tmp_path / "parts", data=data)
     done = len(list((tmp_path / "parts" / "training" / "layers").glob("*.safetensors")))
     ran = []
     monkeypatch.setattr(stream.Stream, "_save", lambda self, *args: ran.append(args[0]) or save(self, *args))
-    compress(source, SETTINGS, tmp_path / "parts", data=data, resume=True)
+    compress(source, settings, tmp_path / "parts", data=data, resume=True)
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole") and len(ran) == 3 - done
     assert not (tmp_path / "parts" / "training").exists()
 

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from edkm.core.assign import round_lut
 from edkm.train.chain import Call, hidden
+from edkm.train.checks import naming
 from edkm.train.clustering import Clustering
 from edkm.train.layers import install
 from edkm.train.optimizers import rate_share
@@ -91,7 +93,12 @@ def train_layer(
     for path, parameter in layer.named_parameters():
         if path not in {f"{place}.weight" for place, *_ in clusterings.values()}:
             parameter.copy_(own[path])
-    return {name: Start(weight.detach(), clustering.centroids) for name, (_, weight, clustering) in clusterings.items()}
+    found = {}
+    for name, (_, weight, clustering) in clusterings.items():
+        with naming(name):
+            # As they are stored: the layers that follow see the packed layer.
+            found[name] = Start(weight.detach(), round_lut(clustering.centroids).to(clustering.centroids.dtype))
+    return found
 
 
 def _cluster(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from edkm.progress import progress
 from edkm.train.calibrate import evaluating, without_cache
+from edkm.train.chain import Call
 from edkm.train.skeleton import Arguments, NotStreamable, Skeleton, alike
 
 Batches = Sequence[Mapping[str, Tensor]]
 DTYPE = torch.bfloat16  # of hidden states in files
 
 
-class HiddenStates:
+class HiddenStates(Sequence[Tensor]):
     """Hidden states of blocks in a file, in 16 bits, read and written block by block: a mapped file would count as memory."""
 
     def __init__(self, path: Path, count: int, shape: tuple[int, ...], device: str = "cpu") -> None:
@@ -28,7 +30,7 @@ class HiddenStates:
     def __len__(self) -> int:
         return self.blocks
 
-    def __getitem__(self, i: int) -> Tensor:
+    def __getitem__(self, i: Any) -> Any:
         """Read a block, `shape` in float32."""
         size = DTYPE.itemsize * math.prod(self.shape)
         data = np.fromfile(self.path, np.uint8, size, offset=i * size)
@@ -83,6 +85,24 @@ class Relay:
                 found = layer(given, *args, **kwargs)
                 if out is not None:
                     out[i] = found if isinstance(found, Tensor) else found[0]
+
+    def calls(self, index: int, states: HiddenStates) -> Calls:
+        """Return the calls of a layer for all blocks, whose hidden states are read when they are asked for."""
+        return Calls(states, [arguments[index] for arguments in self._arguments])
+
+
+class Calls(Sequence[Call]):
+    """Calls of a layer whose hidden states lie in a file."""
+
+    def __init__(self, states: HiddenStates, arguments: Sequence[Arguments]) -> None:
+        self.states, self.arguments = states, arguments
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, i: Any) -> Any:
+        args, kwargs = self.arguments[i]
+        return (self.states[i], *args), kwargs
 
 
 @contextmanager

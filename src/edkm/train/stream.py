@@ -33,9 +33,11 @@ from edkm.core.assign import Frozen, LazyFrozen, as_matrix, freeze, lookup
 from edkm.core.kmeans import initial_centroids
 from edkm.output import replacing
 from edkm.progress import progress
-from edkm.train.calibrate import call, measuring
+from edkm.train.calibrate import call, evaluating, measuring, without_cache
+from edkm.train.chain import Call
 from edkm.train.checks import check_finite, check_values, naming
 from edkm.train.fit import _moments
+from edkm.train.layerwise import LayerTraining, Start, train_layer
 from edkm.train.prepare import Report, report_entry
 from edkm.train.relay import Batches, Relay
 from edkm.train.skeleton import NotStreamable, Skeleton
@@ -43,7 +45,9 @@ from edkm.train.targets import Target, decide, linears_of
 
 Frozens = dict[str, Frozen]
 Errors = dict[str, float]
+Importance = Mapping[str, Tensor]
 _OUTER = "outer"
+_MOVED = "moved."  # before the names of parameters that are not clustered, and were trained
 
 
 def check_by_layer(skeleton: Skeleton, config: ClusterConfig, batch: Mapping[str, Tensor]) -> None:
@@ -84,6 +88,7 @@ class Stream:
         skeleton: checked by `check_by_layer`.
         batches: to calibrate on.
         work: directory of hidden states and of the results of parts.
+        training: of each layer, against what the original layer gives; None to fit alone.
         drawn: called with `name`, `weight` as fitted and `centroids` of every clustered weight.
     """
 
@@ -91,6 +96,7 @@ class Stream:
     config: ClusterConfig
     batches: Batches
     work: Path
+    training: LayerTraining | None = None
     drawn: Callable[..., None] = lambda **fitted: None
 
     def __post_init__(self) -> None:
@@ -119,11 +125,14 @@ class Stream:
         layer, name = self.skeleton.layers[index], self._names[self.skeleton.layers[index]]
         original, compressed = (relay.states(self._states(kind, index)) for kind in ("original", "compressed"))
         with self.skeleton.loaded(layer.modules()):
+            expected = relay.states(self._states("original", index + 1))
             with measuring(layer, name) as measured:
-                relay.through(index, original, relay.states(self._states("original", index + 1)))
-            frozen, errors = self._fit(layer.modules(), measured(), lambda: relay.through(index, compressed))
+                relay.through(index, original, expected)
+            train = None if self.training is None else partial(self._train, layer, relay.calls(index, compressed), expected)
+            frozen, errors = self._fit(layer.modules(), measured(), lambda: relay.through(index, compressed), train)
+            moved = {} if train is None else {key: p.detach() for key, p in layer.named_parameters(name) if key not in frozen}
             relay.through(index, compressed, relay.states(self._states("compressed", index + 1)))
-        self._save(index, frozen, errors)
+        self._save(index, frozen, errors, moved)
         for states in (original, compressed):
             states.path.unlink(missing_ok=True)
 
@@ -143,14 +152,30 @@ class Stream:
             frozen, errors = self._fit(self.skeleton.outer, importance, partial(run, "compressed"))
         self._save(_OUTER, frozen, errors)
 
-    def _fit(self, modules: Iterable[nn.Module], importance: Mapping[str, Tensor], run: Callable[[], Any]) -> tuple[Frozens, Errors]:
+    def _train(
+        self, layer: nn.Module, calls: Sequence[Call], expected: Sequence[Tensor], starts: dict[str, Start], importance: Importance
+    ) -> dict[str, Start]:
+        """Train a fitted layer."""
+        assert self.training is not None
+        with evaluating(layer), without_cache(self.skeleton.model):
+            return train_layer(layer, self.linears, starts, calls, expected, self.training, importance)
+
+    def _fit(
+        self,
+        modules: Iterable[nn.Module],
+        importance: Importance,
+        run: Callable[[], Any],
+        train: Callable[[dict[str, Start], Importance], dict[str, Start]] | None = None,
+    ) -> tuple[Frozens, Errors]:
         """Cluster the weights of a part, and put them on their centroids; those of linear layers are fitted to their inputs in `run`."""
         modules = list(modules)
         moments = _moments([module for module in self.linears if module in modules], run)
-        frozen, errors = {}, {}
-        for target in _within(self.targets, modules):
-            if target.reason:
-                continue
+        starts: dict[str, Start] = {}
+        errors: Errors = {}
+        fitted: dict[str, Start] = {}
+        frozen: Frozens = {}
+        targets = [target for target in _within(self.targets, modules) if not target.reason]
+        for target in targets:
             weight, settings = _weight(target), target.settings
             moment = moments.pop(target.modules[0], None)  # pyright: ignore[reportCallIssue, reportArgumentType]
             given = next((importance[name] for name in target.names if name in importance), None)
@@ -159,9 +184,15 @@ class Stream:
                 if moment is None:
                     per_lut = len(matrix) // target.tables
                     centroids = initial_centroids(matrix, settings.bits, dim=settings.dim, rows_per_lut=per_lut, importance=given)
+                    starts[target.name] = Start(matrix, centroids)
                 else:
-                    matrix, centroids, left = gptq.fit(matrix, moment, settings.bits, rows_per_lut=per_lut, importance=given)
-                    errors[target.name] = left[-1]
+                    found = gptq.fit(matrix, moment, settings.bits, rows_per_lut=per_lut, importance=given)
+                    errors[target.name] = found.errors[-1]
+                    fitted[target.name] = Start(found.weight, found.centroids)
+        starts |= fitted if train is None or not fitted else train(fitted, importance)
+        for target in targets:
+            weight, (matrix, centroids) = _weight(target), starts[target.name]
+            with naming(target.name), torch.no_grad():
                 check_values(target.name, matrix, target.tables, most_lost=1.0)
                 frozen[target.name] = found = freeze(matrix, centroids, weight.shape)
                 self.drawn(name=target.name, weight=matrix, centroids=centroids)
@@ -174,8 +205,9 @@ class Stream:
     def _states(self, kind: str, index: int) -> Path:
         return self.work / f"{kind if index else 'original'}-{index}.states"  # before the first layer both are the same
 
-    def _save(self, part: int | str, frozen: Frozens, errors: Errors) -> None:
-        tensors, about = {}, {}
+    def _save(self, part: int | str, frozen: Frozens, errors: Errors, moved: Mapping[str, Tensor] | None = None) -> None:
+        """Write the result of a part; `moved` are other parameters that were trained."""
+        tensors, about = {f"{_MOVED}{name}": tensor for name, tensor in (moved or {}).items()}, {}
         for name, tensor in frozen.items():
             tensors[name], tensors[f"{name}{LUT_SUFFIX}"] = pack_indices(tensor.indices, tensor.bits), tensor.lut
             about[name] = {"shape": tensor.shape, "rows": tensor.rows, "error": tensor.error, "left": errors.get(name)}
@@ -198,6 +230,10 @@ class Stream:
     def dense(self) -> dict[str, Tensor]:
         """Read the tensors that are not clustered."""
         left = {target.name: self.skeleton.read(target.weight) for target in self.targets if target.reason}
+        for part in range(len(self.skeleton.layers)):
+            with safe_open(self.result(part), framework="pt") as file:
+                moved = [name for name in file.keys() if name.startswith(_MOVED)]  # noqa: SIM118 - no mapping
+                left |= {name.removeprefix(_MOVED): file.get_tensor(name).clone() for name in moved}
         state = self.skeleton.model.state_dict(keep_vars=True)
         return left | {name: buffer.cpu() for name, buffer in state.items() if not isinstance(buffer, nn.Parameter)}
 
