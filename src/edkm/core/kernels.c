@@ -98,6 +98,8 @@ static inline float from_bits(uint32_t bits) {
 
 static void load(const void *from, int64_t at, int length, int is_bf16, real *to) {
     const uint16_t *narrow = (const uint16_t *)from + at;
+    const int size = is_bf16 ? 2 : sizeof(real);
+    for (int i = 0; i < length * size; i += 64) __builtin_prefetch((const char *)from + (at + length) * size + i); /* the next tile */
     if (is_bf16)
         for (int i = 0; i < length; i++) to[i] = from_bits((uint32_t)narrow[i] << 16);
     else

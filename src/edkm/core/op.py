@@ -36,9 +36,9 @@ BACKENDS = {"histogram": histogram, "blocks": blocks, "native": native, "triton"
 
 # Measured on a CPU, forward and backward, in ns (benchmarks op): an entry of A in `blocks` and in `native`, a weight of a histogram.
 # `triton` counts as `blocks` beside a histogram: neither was measured on a GPU.
-_NS_PER_ENTRY = 14.0
-_NS_PER_NATIVE_ENTRY = 6.0
-_NS_PER_WEIGHT = 30.0
+_NS_PER_ENTRY = 16.0
+_NS_PER_NATIVE_ENTRY = 2.3
+_NS_PER_WEIGHT = 8.0
 
 
 def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int, backend: str) -> Solution:
