@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     rows = []
     for precision, rows_per_lut, iters in itertools.product(args.precision, args.rows_per_lut, args.iters):
         plain, clustered = copy.deepcopy(loaded), copy.deepcopy(loaded)
-        importance = edkm.calibrate(clustered, [tokens[:2]])
+        importance = edkm.calibrate(clustered, [tokens[:1]])
         edkm.prepare(clustered, edkm.ClusterConfig(rows_per_lut=rows_per_lut, max_iters=iters), importance=importance)
         steps = {"plain": _stepper(plain, tokens, precision), "clustered": _stepper(clustered, tokens, precision)}
         times = {name: [] for name in steps}
