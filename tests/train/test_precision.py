@@ -209,7 +209,7 @@ def test_rounding_leaves_fitted_weights_on_their_centroids(dtype, bits):
     fit = gptq.fit(weight, moment, bits, rows_per_lut=64, shrinkage=0)
     off = lookup(assign(fit.weight, fit.centroids), fit.centroids) - weight.float()
     error = ((off @ moment) * off).sum() / ((weight.float() @ moment) * weight.float()).sum()
-    assert fit.weight.dtype == dtype and float(error) == pytest.approx(fit.errors[-1], rel=1e-3)
+    assert fit.weight.dtype == dtype and float(error) == pytest.approx(fit.errors[-1], rel=3e-3)
 
 
 # Nothing but training runs in autocast.

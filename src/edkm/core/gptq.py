@@ -40,7 +40,7 @@ _BLOCK = 256
 _SWEEPS = 2
 # A turn that gains less of the error is the last.
 _LEAST_GAIN = 0.005
-_CENTERING_STEPS = 4
+_CENTERING_STEPS = 2
 
 
 class Fit(NamedTuple):
@@ -49,7 +49,8 @@ class Fit(NamedTuple):
     Attributes:
         weight: like the given one; the nearest centroids are the indices found, and the centroids the weighted means.
         centroids: `[g, k, 1]`, ascending, as float16 stores them.
-        errors: relative output error `tr (W-Q) H (W-Q)^T / tr W H W^T` after the first pass and after every turn.
+        errors: relative output error `tr (W-Q) H (W-Q)^T / tr W H W^T` after the first pass and after every turn;
+            to some 0.2% where products are in bfloat16.
     """
 
     weight: Tensor
