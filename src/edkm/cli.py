@@ -122,6 +122,7 @@ def _add_compress(subparsers: Any) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, metavar="N", help="optimizer steps; 0 clusters without training (one pass over the data)")
     add("--finetune-steps", type=int, metavar="N", help="the first N of these train the model as it is (three quarters; all for fast)")
+    add("--tune-steps", type=int, metavar="N", help="N more at the end train the tables alone, as edkm tune does (0)")
     add("--lr", type=float, metavar="X", help="peak learning rate (2e-4)")
     add("--distill", type=float, metavar="X", help="share of the clustered steps' loss that keeps to the model before, 0 to 1 (0)")
     add("--block-tokens", type=int, metavar="N", help="tokens of a training block, and of a window of --eval-text (512)")

@@ -7,7 +7,8 @@ directory (`OUT/training`), so a run that is interrupted or killed goes on to th
     fine_tune                the model as it is; its weights stay in `finetuned.pt`
     cluster                  `edkm.prepare`: calibrate, choose bits, fit, cluster; the config that it used stays in `config.json`
     train_clustered          the rest of the optimizer steps
-    write, report            the packed directory, its record and page; then the work directory is removed
+    write, tune_tables       the packed directory; where asked, its tables are trained with their indices fixed
+    report                   its record and page; then the work directory is removed
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from edkm.train.save import write as write_packed
 from edkm.train.save import write_frozen
 from edkm.train.skeleton import Skeleton
 from edkm.train.stream import Stream, packed_weights
+from edkm.train.tables import write_tuned
+from edkm.tuning import Tuning, load_tunable
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Recipe:
         target_bpw: average bits per linear weight, tables included; None keeps the bits of the config.
         by_layer: train each decoder layer against what the original gives, when it is fitted (`edkm.LayerTraining`).
         steps: optimizer steps; None for as many as `epochs` passes over the data take.
+        tune_steps: steps after all these, which train the tables of the packed model with its indices fixed.
         finetune_steps: the first of these steps, which train the model as it is.
         lr, optimizer, distill, precision, fsdp, save_every, report_to: as in `loop.TrainSettings`.
         block_tokens: tokens of a training block; `batch` blocks make a micro-batch, `grad_accumulation` micro-batches a rank's step.
@@ -86,6 +90,7 @@ class Recipe:
     steps: int | None = None
     epochs: float = 1.0
     finetune_steps: int | None = None
+    tune_steps: int = 0
     lr: float = 2e-4
     optimizer: str = "adamw"
     distill: float = 0.0
@@ -102,7 +107,16 @@ class Recipe:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        at_least = {"steps": 0, "finetune_steps": 0, "save_every": 0, "block_tokens": 2, "batch": 1, "grad_accumulation": 1, "seed": 0}
+        at_least = {
+            "steps": 0,
+            "finetune_steps": 0,
+            "tune_steps": 0,
+            "save_every": 0,
+            "block_tokens": 2,
+            "batch": 1,
+            "grad_accumulation": 1,
+            "seed": 0,
+        }
         for name, low in at_least.items():
             if (value := getattr(self, name)) is not None and value < low:
                 raise ValueError(f"{name}: at least {low}, got {value}.")
@@ -218,12 +232,25 @@ def write(run: Run) -> None:
     began = time.perf_counter()
     if Path(run.source).suffix.lower() != ".gguf":
         # First: files that both have are the model's.
-        distributed.run_on_rank0(lambda: copy_companions(model_files(run.source), run.out))
+        distributed.run_on_rank0(lambda: copy_companions(model_files(run.source), run.packed))
     if run.stream is None:
-        write_packed(run.out, run.model, run.tokenizer)
+        write_packed(run.packed, run.model, run.tokenizer)
     else:
-        write_frozen(run.out, run.model, run.tokenizer, run.recipe.config, run.stream.frozen()[0], run.stream.dense())
+        write_frozen(run.packed, run.model, run.tokenizer, run.recipe.config, run.stream.frozen()[0], run.stream.dense())
     run.recorder.phase("writing", time.perf_counter() - began)
+
+
+def tune_tables(run: Run) -> None:
+    """Train the tables of the packed model for some steps, with its indices fixed."""
+    recipe = run.recipe
+    if not recipe.tune_steps:
+        return
+    run.model = run.teacher = None
+    run.model, *_ = load_tunable(run.packed)
+    run.model.to(loop.pick_device())
+    tuning = Tuning(steps=recipe.tune_steps, batch=recipe.batch, seed=recipe.seed, save_every=recipe.save_every, precision=recipe.precision)
+    _train(run, tuning.training(len(run.blocks), False), "tuning tables", run.work / "tables")
+    write_tuned(run.model, run.packed, run.out)
 
 
 def report(run: Run) -> None:
@@ -236,7 +263,7 @@ def report(run: Run) -> None:
 
 
 Stage = Callable[[Run], None]
-STAGES: tuple[Stage, ...] = (check_out, load, begin, fine_tune, cluster, train_clustered, write, report)
+STAGES: tuple[Stage, ...] = (check_out, load, begin, fine_tune, cluster, train_clustered, write, tune_tables, report)
 DRY_RUN: tuple[Stage, ...] = (load, show_plan)
 
 

@@ -63,6 +63,11 @@ class Run:
     def work(self) -> Path:
         return self.out / "training"
 
+    @property
+    def packed(self) -> Path:
+        """Name the directory of the packed model: that of the run, unless its tables are to be tuned."""
+        return self.work / "packed" if self.recipe.tune_steps else self.out
+
     def to_device(self) -> str:
         """Move the model to the device it trains on and name that; a model that is to be sharded may be too large for one."""
         device = loop.pick_device()
@@ -113,6 +118,8 @@ def check_out(run: Run) -> None:
     distributed.run_on_rank0(lambda: checkpoints.check_out(run.out, resume=run.resume, overwrite=run.overwrite))
     if run.recipe.fsdp:
         distributed.check_several_ranks()
+    if run.recipe.tune_steps and distributed.world_size() > 1:
+        raise ValueError("tune_steps: tables are tuned in one process. Leave it out, and use edkm tune afterwards without torchrun.")
 
 
 def load(run: Run) -> None:
@@ -175,7 +182,7 @@ def begin(run: Run) -> None:
         check_same_run(run.work, identity)
     else:
         distributed.run_on_rank0(lambda: shutil.rmtree(run.work) if run.work.exists() else None)
-        if run.recipe.steps or run.skeleton is not None:
+        if run.recipe.steps or run.recipe.tune_steps or run.skeleton is not None:
             distributed.run_on_rank0(lambda: begin_run(run.work, identity, run.blocks))
     print(f"device: {run.to_device()}", flush=True)
     if run.recipe.finetune_steps and not run.resume:

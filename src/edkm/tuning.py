@@ -120,7 +120,7 @@ def tune(
     text = None if eval_text is None else read_text(Path(eval_text))
     blocks = Blocks.read(kept) if resume and kept.is_file() else data
     records = [] if isinstance(blocks, Blocks) else read_records(Path(blocks))
-    model, tokenizer, fixed = _load(packed)
+    model, tokenizer, fixed = load_tunable(packed)
     if not isinstance(blocks, Blocks):
         blocks = make_blocks(records, tokenizer, block_tokens=tuning.block_tokens, source=str(data), model=model)
     if text is not None:
@@ -146,7 +146,7 @@ def tune(
     checkpoints.end_run(work)
 
 
-def _load(packed: Path) -> tuple[Any, Any, dict[str, str]]:
+def load_tunable(packed: Path) -> tuple[Any, Any, dict[str, str]]:
     """Load a packed model with trainable tables, its tokenizer, and the weights that stay as they are."""
     with progress(f"loading {packed}"):
         with checkpoint.open_items(packed) as items:  # refuses a model that is not packed

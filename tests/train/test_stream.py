@@ -4,8 +4,9 @@
    the same in bfloat16.
 2. Perplexity before and after is that of the whole model, to the rounding of hidden states.
 3. At no time is more than one decoder layer in memory, which is what `--dry-run` plans for.
-4. A run that ends at any moment, killed or by Ctrl-C, is resumed to the same bytes, from the layer it was in; another model is refused.
-5. A model whose files or layers do not allow it is held in memory, and the reason is said; weights that are not finite are named.
+4. Tables are tuned in the same run, in memory or not.
+5. A run that ends at any moment, killed or by Ctrl-C, is resumed to the same bytes, from the layer it was in; another model is refused.
+6. A model whose files or layers do not allow it is held in memory, and the reason is said; weights that are not finite are named.
 """
 
 import json
@@ -19,12 +20,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edkm import recipe
 from edkm.compressed.checkpoint import dequantize, read
 from edkm.memory import plan_by_layer
 from edkm.models import load_model
 from edkm.recipe import DRY_RUN, Recipe, compress
 from edkm.train import relay, stream
 from edkm.train.skeleton import NotStreamable, open_skeleton
+
+
+class Ended(BaseException):
+    """The end of a process."""
+
 
 SETTINGS = Recipe(families.CONFIG, steps=0, block_tokens=24)
 TEXT = "the quick brown fox jumps over the lazy dog and the other dog. " * 4
@@ -102,6 +109,27 @@ def test_layers_are_trained_as_they_are_in_memory(checkpoint, data, tmp_path, mo
     assert not torch.equal(*norms)
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_tables_are_tuned_in_the_same_run_and_a_tuning_that_ends_is_resumed(streams, tiny_dir, data, tmp_path, monkeypatch):
+    settings = replace(SETTINGS, tune_steps=4, save_every=1, block_tokens=32)
+    if not streams:
+        in_memory(monkeypatch)
+    compress(tiny_dir, replace(settings, tune_steps=0), tmp_path / "untuned", data=data)
+    compress(tiny_dir, settings, tmp_path / "whole", data=data)
+    before, after = (read(tmp_path / out).frozen for out in ("untuned", "whole"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(before[name].indices, after[name].indices) and not torch.equal(before[name].lut, after[name].lut)
+
+    def stop(*_, **__):
+        raise Ended
+
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        patch.setattr(recipe, "write_tuned", stop)
+        compress(tiny_dir, settings, tmp_path / "parts", data=data)
+    compress(tiny_dir, settings, tmp_path / "parts", data=data, resume=True)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole") and not (tmp_path / "parts" / "training").exists()
+
+
 def test_one_layer_is_in_memory_at_a_time(checkpoint, data, tmp_path, monkeypatch):
     source, seen, write = checkpoint("llama", num_hidden_layers=3), [], relay.HiddenStates.__setitem__
     opened = []
@@ -115,10 +143,6 @@ def test_one_layer_is_in_memory_at_a_time(checkpoint, data, tmp_path, monkeypatc
     monkeypatch.setattr(relay.HiddenStates, "__setitem__", watch)
     compress(source, SETTINGS, tmp_path / "out", data=data)
     assert {tuple(layers) for layers in seen} == {(), (0,), (1,), (2,)}
-
-
-class Ended(BaseException):
-    """The end of a process."""
 
 
 MOMENTS = ["states 3", "states 70", "states 110", "result 1", "result 2", "after 1", "after 2", "trained states 12", "trained after 1"]
