@@ -158,7 +158,7 @@ def _add_tune(subparsers: Any) -> None:
     add("--teacher", metavar="MODEL", help="the model that was compressed, whose predictions are to be kept")
     add("--distill", type=float, metavar="X", help="share of the loss that keeps to the teacher, above 0 to 1 (1 with --teacher)")
     add("--steps", type=int, metavar="N", help="optimizer steps (one pass over the data)")
-    add("--lr", type=float, metavar="X", help="peak learning rate (2e-3)")
+    add("--lr", type=float, metavar="X", help="peak learning rate (4e-3)")
     add("--block-tokens", type=int, metavar="N", help="tokens of a training block, and of a window of --eval-text (512)")
     add("--batch", type=int, metavar="N", help="blocks of a step (2)")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")

@@ -48,7 +48,7 @@ class Tuning:
     """
 
     steps: int | None = None
-    lr: float = 2e-3
+    lr: float = 4e-3
     distill: float | None = None
     block_tokens: int = 512
     batch: int = 2
