@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from edkm import recipe
 from edkm.compressed.checkpoint import dequantize, read
 from edkm.memory import plan_by_layer
+from edkm.modelfiles import ModelError
 from edkm.models import load_model
 from edkm.recipe import DRY_RUN, Recipe, compress
 from edkm.train import relay, stream
@@ -255,3 +256,12 @@ def test_tied_tensors_that_differ_in_the_files_are_not_streamed(checkpoint):
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(NotStreamable, match=r"model.embed_tokens.weight and lm_head.weight are tied and differ"):
         open_skeleton(source)
+
+
+def test_a_damaged_file_is_refused_in_one_line(checkpoint):
+    source = checkpoint("llama")
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"llama: the checkpoint cannot be loaded: .* Save model and tokenizer there again\.$") as caught:
+        open_skeleton(source)
+    assert "\n" not in str(caught.value)

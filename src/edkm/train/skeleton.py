@@ -234,10 +234,9 @@ def open_skeleton(source: str | Path, device: str = "cpu") -> tuple[Skeleton, An
         with suppress(OSError):
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
         tokenizer = load_tokenizer(source, directory)
-        files = _files(directory)
-    places = _match(str(source), model, files)
-    skeleton = Skeleton(model, partial(_opened, places), device)
-    _check_ties(skeleton, places)
+        places = _match(str(source), model, _files(directory))
+        skeleton = Skeleton(model, partial(_opened, places), device)
+        _check_ties(skeleton, places)
     return skeleton, tokenizer
 
 
