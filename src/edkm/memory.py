@@ -233,9 +233,11 @@ def plan_by_layer(skeleton: Skeleton, config: ClusterConfig, tokens: int, *, tra
         moments = sum(cols * cols for _, cols in sizes)
         fit = max((6 * rows * cols + 3 * cols * cols for rows, cols in sizes), default=0)
         others = [t.weight.numel() for t in targets if t.modules[0] in within and t.modules[0] not in linears and not t.reason]
-        training = 4 * weights if trained and modules is not skeleton.outer else 0  # a copy, its gradients, two moments of AdamW
-        work = max(moments, fit, training, 3 * max(others, default=0))
-        plans.append({"weights": 4 * weights, "clustering": 4 * (moments + work) + weights})
+        work = moments + max(moments, fit, 3 * max(others, default=0))
+        if trained and modules is not skeleton.outer:
+            # Until the last weight is fitted what was fitted is kept; then there are a copy, its gradients and two moments of AdamW, too.
+            work = max(work, 4 * weights) + weights
+        plans.append({"weights": 4 * weights, "clustering": 4 * work + weights})
     # A block of hidden states for each layer of a batch that is trained; else a few, or logits.
     states = 4 * tokens * max(2 * text.vocab_size, 16 * text.hidden_size, (40 if trained else 0) * text.hidden_size)
     return Budget({**max(plans, key=lambda plan: sum(plan.values())), "activations": states, "process": int(resident_mib() * 2**20)})

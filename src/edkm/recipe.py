@@ -33,7 +33,7 @@ from edkm.config import ClusterConfig
 from edkm.modelfiles import model_files
 from edkm.models import load_model
 from edkm.progress import say
-from edkm.run import Run, begin, calibration_batches, check_out, load, print_report, show_plan
+from edkm.run import LAYER_BATCH, LAYER_BLOCKS, Run, begin, calibration_batches, check_out, load, print_report, show_plan
 from edkm.train import checkpoints, distributed, loop, runstate
 from edkm.train.allocate import allocate
 from edkm.train.calibrate import calibrate
@@ -55,9 +55,6 @@ class Preset:
     finetune_share: float
     choose_bits: bool = False
 
-
-# Training blocks that each decoder layer is trained on, and blocks of a step: docs/log.md, 2026-11-28.
-LAYER_BLOCKS, LAYER_BATCH = 128, 4
 
 PRESETS = {"fast": Preset(1.0), "balanced": Preset(0.75), "best": Preset(0.75, choose_bits=True)}
 

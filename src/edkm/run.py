@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # Settings that may change when a run is resumed: how a step is shared out, and what is shown or saved meanwhile.
 _FREE = ("preset", "epochs", "batch", "grad_accumulation", "fsdp", "timeout_s", "save_every", "report_to")
+# Training blocks that each decoder layer is trained on, and blocks of a step: docs/log.md, 2026-11-28.
+LAYER_BLOCKS, LAYER_BATCH = 128, 4
 
 
 @dataclass
@@ -215,7 +217,8 @@ def show_plan(run: Run) -> None:
     print(f"packed weights: {found.packed_bytes / 1e6:.1f} MB to expect (16-bit model: {weights * 2 / 1e6:.1f} MB)")
     if run.skeleton is not None:
         print("compressed a layer at a time, read from the checkpoint:")
-        print(plan_by_layer(run.skeleton, recipe.config, run.blocks.block_tokens))
+        tokens = run.blocks.block_tokens * (LAYER_BATCH if recipe.by_layer else 1)
+        print(plan_by_layer(run.skeleton, recipe.config, tokens, trained=recipe.by_layer))
         return
     ranks, device = distributed.world_size(), loop.pick_device()
     print(f"training on {device}{'' if ranks == 1 else f', {ranks} ranks, ' + ('FSDP' if recipe.fsdp else 'DDP')}:")

@@ -94,7 +94,7 @@ def test_a_dry_run_plans_the_memory_of_a_layer(checkpoint, data, tmp_path, capsy
     plans = [plan_by_layer(skeleton, SETTINGS.config, 24, trained=trained).at_peak for trained in (False, True)]
     layer = sum(p.numel() for p in skeleton.layers[0].parameters())
     assert plans[0]["weights"] == plans[1]["weights"] == 4 * layer and plans[0]["clustering"] > 4 * 3 * 640**2
-    assert plans[0]["clustering"] == plans[1]["clustering"] and plans[0]["activations"] < plans[1]["activations"]
+    assert plans[1]["clustering"] >= plans[0]["clustering"] + 4 * layer and plans[0]["activations"] < plans[1]["activations"]
 
 
 def test_layers_are_trained_as_they_are_in_memory(checkpoint, data, tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def through_all_layers(skeleton: Skeleton, batches: Batches, work: Path) -> Iter
     try:
         relay = Relay(skeleton, batches, paths[0])
         states = relay.first
-        with progress("layers", len(skeleton.layers), "layers") as advance:
+        with progress("hidden states", len(skeleton.layers), "layers") as advance:
             for index, layer in enumerate(skeleton.layers):
                 after = relay.states(paths[(index + 1) % 2])
                 with skeleton.loaded(layer.modules()):
