@@ -84,7 +84,7 @@ def update_centroids(sums: Tensor, centroids: Tensor) -> Tensor:
     """Compute the next centroids `[g, k, d]` from the mass and the weighted sum of each, `[g, k, 1 + d]`.
 
     Every backend updates its centroids here. Its derivative stands in two places, each once in torch and once in C: by the weighted sum in
-    `blocks.update_adjoint`; by the mass in the factor `w - c'` of `blocks._iteration_adjoint` and of `edkm_adjoint`.
+    `blocks.update_adjoint`; by the mass in the factor `w - c'` of `blocks._iteration_adjoint` and of `reverse_tile` in kernels.c.
     """
     mass, total = sums[..., 0], sums[..., 1:]
     alive = ~(mass <= mass_floor(mass))  # NaN lives on, to be reported
