@@ -5,7 +5,8 @@ directory (`OUT/training`), so a run that is interrupted or killed goes on to th
 
     check_out, load, begin   files, numbers and the model are checked before anything expensive is done
     fine_tune                the model as it is; its weights stay in `finetuned.pt`
-    cluster                  `edkm.prepare`: calibrate, choose bits, fit, cluster; the config that it used stays in `config.json`
+    cluster                  `edkm.prepare`: calibrate, choose bits, fit, cluster; the config that it used stays in `config.json`.
+                             Without steps a layer at a time, each read from the checkpoint, with a result of its own in `layers`
     train_clustered          the rest of the optimizer steps
     write, tune_tables       the packed directory; where asked, its tables are trained with their indices fixed
     report                   its record and page; then the work directory is removed
