@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 an error of the user's making, one line on stderr (`--debu
 """
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -29,6 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse: 0 after `--help` or `--version`, 2 for wrong usage.
     """
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # where torchao is installed it warns of kernels for other machines, however it is imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     parser = _parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "command"):
@@ -129,6 +135,8 @@ def _add_compress(subparsers: Any) -> None:
     add("--batch", type=int, metavar="N", help="blocks of a micro-batch (2)")
     add("--grad-accumulation", type=int, metavar="N", help="micro-batches of a step (1)")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    memory = "high: float32 weights; low: bfloat16, 8-bit AdamW; lower: and steps in the backward pass (auto: the first that fits)"
+    add("--memory", choices=("auto", "high", "low", "lower"), help=memory)
     add("--fsdp", action="store_true", help="under torchrun: shard the model over the ranks (FSDP2; else DDP)")
     add("--seed", type=int, metavar="N", help="order of the data (0)")
     add("--save-every", type=int, metavar="N", help="steps between checkpoints (0: only on Ctrl-C)")

@@ -4,8 +4,9 @@ There are no formulas for activations here: they would be wrong for the next arc
 model whose tensors have shapes and no data (`FakeTensorMode`), with the model's own code, autograd, autocast, checkpointing and
 optimizer, under `MemTracker`; with FSDP2 under `FSDPMemTracker`, in a process group that sends nothing. A 7B model takes a minute.
 
-The step is one of fine-tuning, the larger part of a run: clustering adds its tables, which are a formula. Not seen are the inside of
-kernels, fragmentation, the CUDA context, communication libraries, and DDP's buckets, which are added as a copy of the gradients.
+The step is one of fine-tuning, the larger part of a run: clustering adds its tables, which are a formula. So are torchao's optimizers
+(`optimizers.PlannedSteps`), whose steps are compiled. Not seen are the inside of kernels, fragmentation, the CUDA context, communication
+libraries, and DDP's buckets, which are added as a copy of the gradients.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ PARTS = {
 # Of blocks that were freed the allocator keeps some; measured on layers of 2048 dimensions.
 _KEPT_BYTES = 1 << 29
 
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -52,8 +55,8 @@ class Budget:
 
     def __str__(self) -> str:
         rows = [f"{'GiB per process':<15} {'at the peak':>12}"]
-        rows += [f"{part:<15} {size / 2**30:>12.2f}" for part, size in self.at_peak.items()]
-        return "\n".join([*rows, f"{'peak':<15} {self.peak / 2**30:>12.2f}"])
+        rows += [f"{part:<15} {size / GIB:>12.2f}" for part, size in self.at_peak.items()]
+        return "\n".join([*rows, f"{'peak':<15} {self.peak / GIB:>12.2f}"])
 
 
 def plan_memory(
@@ -70,7 +73,8 @@ def plan_memory(
     Args:
         model: a causal language model of transformers, not prepared; not changed. It may be on the meta device.
         config: how it is clustered; None for plain fine-tuning.
-        settings: of the run; `fsdp` shards over the ranks, otherwise several ranks are a DDP.
+        settings: of the run; `fsdp` shards over the ranks, otherwise several ranks are a DDP. With `memory` `low` or `lower` the model is
+            planned in bfloat16, else in its own dtype.
         block_tokens: length of the blocks.
         ranks: processes with a device each.
         device_type: `cpu` or `cuda`, where the run will be: on a GPU most optimizers work on all weights at once.
@@ -89,8 +93,9 @@ def plan_memory(
     tables = 0 if config is None else _table_bytes(model, config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, _without_data():
-        twin = _twin(model, settings.checkpointing)
-        teacher = _twin(model, False).eval() if settings.distill else None
+        dtype = None if settings.memory == "high" else torch.bfloat16
+        twin = _twin(model, settings.checkpointing, dtype)
+        teacher = _twin(model, False, dtype).eval() if settings.distill else None
     with _sharded(twin, ranks if settings.fsdp else 1), mode, _without_data():
         ids = torch.zeros(settings.batch, block_tokens, dtype=torch.int64)
         at_peak = _track_step(twin, teacher, ids, settings, device_type)
@@ -110,12 +115,13 @@ def _track_step(twin: nn.Module, teacher: nn.Module | None, ids: Tensor, setting
     from torch.distributed._tools.mem_tracker import MemTracker
 
     from edkm.train.loop import micro_loss
-    from edkm.train.optimizers import make_optimizer
+    from edkm.train.optimizers import BackwardSteps, plan_optimizer
 
-    optimizer = make_optimizer(settings.optimizer, list(twin.parameters()), settings.lr)
+    optimizer = plan_optimizer(settings.optimizer, list(twin.parameters()), settings.lr, settings.memory)
     for group in optimizer.param_groups:
-        # Of shards the tracker would count whole tensors too: there they are taken one by one.
-        group["foreach"] = device_type == "cuda" and not settings.fsdp
+        if "foreach" in group:
+            # Of shards the tracker would count whole tensors too: there they are taken one by one.
+            group["foreach"] = device_type == "cuda" and not settings.fsdp
     tracker: Any = FSDPMemTracker(twin, optimizer) if settings.fsdp else MemTracker()
     if not settings.fsdp:
         for p in twin.parameters():
@@ -123,16 +129,23 @@ def _track_step(twin: nn.Module, teacher: nn.Module | None, ids: Tensor, setting
         optimizer.step()
         optimizer.zero_grad()
         tracker.track_external(twin, optimizer)
+    in_backward = None
     try:
         with tracker:
             for _ in range(2 if settings.fsdp else 1):  # that tracker knows the optimizer's state from its first step on
                 for _ in range(min(settings.accumulate, 2)):
                     tracker.reset_mod_stats()
-                    micro_loss(twin, {"input_ids": ids, "labels": ids}, ids.numel(), ids.numel(), settings, teacher).backward()
+                    loss = micro_loss(twin, {"input_ids": ids, "labels": ids}, ids.numel(), ids.numel(), settings, teacher)
+                    if settings.memory == "lower":  # after the tracker's hooks, which look at the gradient that these free
+                        in_backward = in_backward or BackwardSteps(optimizer)
+                    loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
     except NotImplementedError as error:
         raise ValueError("memory: torch's tracker cannot follow a model that calls a module twice in a pass. Plan without it.") from error
+    finally:
+        if in_backward is not None:
+            in_backward.remove()
     bytes_of: Counter[str] = Counter()
     for device in tracker.get_tracker_snapshot("peak").values():
         bytes_of.update({str(getattr(kind, "value", kind)): size for kind, size in device.items()})
@@ -157,15 +170,15 @@ def _table_bytes(model: nn.Module, config: ClusterConfig) -> int:
     return sum(4 * entry.tables * 2**entry.bits * entry.dim * (config.max_iters + 2) for entry in plan(model, config).clustered)
 
 
-def _twin(model: nn.Module, checkpointing: bool) -> Any:
-    """Copy a model without its data, ready to train."""
+def _twin(model: nn.Module, checkpointing: bool, dtype: Any) -> Any:
+    """Copy a model without its data, ready to train; its parameters in another dtype, if one is given."""
     import torch
 
     from edkm.train.loop import enable_checkpointing
 
     memo: dict[int, Any] = {id(b): torch.empty(b.shape, dtype=b.dtype) for b in model.buffers()}
     for p in model.parameters():
-        memo[id(p)] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
+        memo[id(p)] = torch.nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype))
     twin: Any = copy.deepcopy(model, memo).train()
     if getattr(twin.config, "_experts_implementation", None) == "eager" and twin._can_set_experts_implementation():
         # A loop over the experts that have tokens, which only data can tell.

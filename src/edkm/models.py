@@ -57,6 +57,29 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     return _load_checkpoint(str(path if path.is_dir() else source), dtype)
 
 
+def model_shapes(source: str | Path) -> Any:
+    """Make the model of a source on the meta device, in float32: its class and shapes, without weights.
+
+    Raises:
+        ModelError: as `load_model`, where the config tells.
+    """
+    path = Path(source).expanduser()
+    gguf = path.suffix.lower() == ".gguf"
+    if gguf and not path.is_file():
+        raise ModelError(f"{path}: no such file; {EXPECTED}. Check the path.")
+    if not gguf:
+        read_config(source, model_files(source))
+    transformers = import_transformers()
+    place, options = (path.parent, {"gguf_file": path.name}) if gguf else (str(path if path.is_dir() else source), {})
+    with without_bars(), explaining(str(source)):
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+    check_causal(str(source), config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
 def is_packed(source: str | Path) -> bool:
     """Look for edkm's quantization in the config; refuse a model whose class is not of transformers."""
     config = read_config(source, model_files(source))

@@ -3,7 +3,8 @@
 `compress` passes one `Run` through a list of stages, each a plain function. A stage that takes long leaves its result in the work
 directory (`OUT/training`), so a run that is interrupted or killed goes on to the same result:
 
-    check_out, load, begin   files, numbers and the model are checked before anything expensive is done
+    check_out, read, choose_kind, load, begin
+                             files, numbers and the model are checked before anything expensive is done
     fine_tune                the model as it is; its weights stay in `finetuned.pt`
     cluster                  `edkm.prepare`: calibrate, choose bits, fit, cluster; the config that it used stays in `config.json`.
                              Without steps a layer at a time, each read from the checkpoint, with a result of its own in `layers`
@@ -34,12 +35,25 @@ from edkm.config import ClusterConfig
 from edkm.modelfiles import model_files
 from edkm.models import load_model
 from edkm.progress import say
-from edkm.run import LAYER_BATCH, LAYER_BLOCKS, Run, begin, calibration_batches, check_out, load, print_report, show_plan
+from edkm.run import (
+    LAYER_BATCH,
+    LAYER_BLOCKS,
+    Run,
+    begin,
+    calibration_batches,
+    check_out,
+    choose_kind,
+    load,
+    print_report,
+    read,
+    show_plan,
+    weights_dtype,
+)
 from edkm.train import checkpoints, distributed, loop, runstate
 from edkm.train.allocate import allocate
 from edkm.train.calibrate import calibrate
 from edkm.train.layerwise import LayerTraining
-from edkm.train.optimizers import optimizer_class
+from edkm.train.optimizers import MEMORY, check_memory
 from edkm.train.prepare import plan, prepare
 from edkm.train.save import write as write_packed
 from edkm.train.save import write_frozen
@@ -73,6 +87,7 @@ class Recipe:
         tune_steps: steps after all these, which train the tables of the packed model with its indices fixed.
         finetune_steps: the first of these steps, which train the model as it is.
         lr, optimizer, distill, precision, fsdp, save_every, report_to: as in `loop.TrainSettings`.
+        memory: a kind of `edkm.train.optimizers.MEMORY`, or `auto` for the first whose plan fits the device.
         block_tokens: tokens of a training block; `batch` blocks make a micro-batch, `grad_accumulation` micro-batches a rank's step.
         timeout_s: seconds that ranks wait for each other.
         backend: as in `edkm.prepare`.
@@ -97,6 +112,7 @@ class Recipe:
     grad_accumulation: int = 1
     gradient_checkpointing: bool = False
     precision: str = "auto"
+    memory: str = "auto"
     fsdp: bool = False
     timeout_s: float = 1800.0
     seed: int = 0
@@ -125,7 +141,9 @@ class Recipe:
             raise ValueError(f"distill: from 0 to 1, got {self.distill}.")
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {', '.join(PRESETS)}, got {self.preset!r}.")
-        optimizer_class(self.optimizer)
+        if self.memory not in ("auto", *MEMORY):
+            raise ValueError(f"memory: auto, {', '.join(MEMORY)}, got {self.memory!r}.")
+        check_memory(self.training(1))
         if self.config.dim != 1 and self.chooses_bits:
             raise ValueError("dim: bits are chosen for single weights. Use dim 1, or neither target_bpw nor the preset best.")
 
@@ -144,7 +162,8 @@ class Recipe:
         return LayerTraining(precision=loop.resolve_precision(self.precision), seed=self.seed) if self.by_layer else None
 
     def training(self, steps: int, **more: Any) -> loop.TrainSettings:
-        """Return the settings of the training loop for so many steps."""
+        """Return the settings of the training loop for so many steps; of memory `high` while it is to be chosen."""
+        more.setdefault("memory", "high" if self.memory == "auto" else self.memory)
         more |= {"accumulate": self.grad_accumulation, "checkpointing": self.gradient_checkpointing}
         same = {name: getattr(self, name) for name in ("lr", "batch", "precision", "seed", "save_every", "fsdp", "optimizer", "report_to")}
         return loop.TrainSettings(steps=steps, **same, **more)
@@ -174,7 +193,7 @@ def fine_tune(run: Run) -> None:
         if not run.recipe.fsdp:
             return
         run.model = None  # the fit needs whole tensors
-        run.model = load_model(run.source)[0]
+        run.model = load_model(run.source, weights_dtype(run.recipe))[0]
     checkpoints.load_weights(kept, run.model)
     run.to_device()
 
@@ -261,8 +280,8 @@ def report(run: Run) -> None:
 
 
 Stage = Callable[[Run], None]
-STAGES: tuple[Stage, ...] = (check_out, load, begin, fine_tune, cluster, train_clustered, write, tune_tables, report)
-DRY_RUN: tuple[Stage, ...] = (load, show_plan)
+STAGES: tuple[Stage, ...] = (check_out, read, choose_kind, load, begin, fine_tune, cluster, train_clustered, write, tune_tables, report)
+DRY_RUN: tuple[Stage, ...] = (read, load, show_plan)
 
 
 def compress(

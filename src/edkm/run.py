@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ import torch
 from edkm.compressed.jsonfile import printable
 from edkm.evaluate import perplexity, perplexity_by_layer
 from edkm.memory import plan_by_layer, plan_memory
+from edkm.memorykinds import KINDS, choose_memory, first_fit, fits, free_memory, possible_kinds
 from edkm.metrics import Recorder
-from edkm.models import load_model
+from edkm.modelfiles import first_line
+from edkm.models import load_model, model_shapes
 from edkm.progress import progress, shown
 from edkm.textfile import read_text
 from edkm.train import checkpoints, distributed, loop
@@ -26,6 +29,7 @@ from edkm.train.calibrate import calibrate
 from edkm.train.checkpoints import begin_run, check_same_run, fingerprint
 from edkm.train.data import Blocks, make_blocks
 from edkm.train.limits import tokens_to_score
+from edkm.train.optimizers import check_optimizer, is_quantized
 from edkm.train.prepare import Report, check, plan
 from edkm.train.records import read_records
 from edkm.train.skeleton import NotStreamable, Skeleton, open_skeleton
@@ -55,6 +59,8 @@ class Run:
     text: str | None = None
     model: Any = None
     tokenizer: Any = None
+    records: Any = None
+    why: str = ""
     blocks: Any = None
     recorder: Any = None
     teacher: Any = None
@@ -124,25 +130,68 @@ def check_out(run: Run) -> None:
         raise ValueError("tune_steps: tables are tuned in one process. Leave it out, and use edkm tune afterwards without torchrun.")
 
 
-def load(run: Run) -> None:
-    """Read the data and the model, and settle the numbers that depend on them."""
-    # Files first: a misspelt name should not cost the minutes of loading a model.
+def read(run: Run) -> None:
+    """Read the data, before the model: a misspelt name should not cost the minutes of loading it."""
     # A resumed run goes on with the blocks that it began with: some chat templates write today's date.
     kept = run.work / "blocks.pt"
-    blocks = Blocks.read(kept) if run.resume and kept.is_file() else None
-    records = read_records(run.data) if blocks is None else []
+    if run.resume and kept.is_file():
+        run.blocks = Blocks.read(kept)
+    else:
+        run.records = read_records(run.data)
     run.text = None if run.eval_text is None else read_text(run.eval_text)
+
+
+def choose_kind(run: Run) -> None:
+    """Choose how much memory training takes, if it is to be chosen, and make sure that its optimizer works here."""
+    recipe = run.recipe
+    if recipe.memory == "auto":
+        kept = run.work / "run.json"
+        if run.resume and kept.is_file():
+            kind, why = json.loads(kept.read_text()).get("memory", "high"), "as in the interrupted run"
+        elif recipe.steps == 0:
+            kind, why = "high", ""
+        else:
+            kind, why = _fitting_kind(run)
+        run.recipe, run.why = replace(recipe, memory=kind), why
+        recipe = run.recipe
+    if recipe.steps != 0:
+        with progress("compiling the optimizer") if is_quantized(recipe.optimizer, recipe.memory) else nullcontext():
+            check_optimizer(recipe.optimizer, recipe.memory, loop.pick_device())
+
+
+def _fitting_kind(run: Run) -> tuple[str, str]:
+    """Choose by the plan of the model's shapes; the same on all ranks."""
+    recipe, device, ranks = run.recipe, loop.pick_device(), distributed.world_size()
+    shapes = model_shapes(run.source)
+    free = distributed.of_rank0(free_memory(device, ranks))
+    try:
+        return choose_memory(shapes, recipe.training(1), free, block_tokens=recipe.block_tokens, ranks=ranks, device_type=_type(device))
+    except Exception as error:  # a plan runs code of transformers on tensors without data, which not every model is made for
+        return "high", f"no plan could be made ({first_line(error)})"
+
+
+def _type(device: str) -> str:
+    return "cuda" if device == "cuda" else "cpu"  # a Mac's memory is one
+
+
+def weights_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the dtype in which a run loads and trains its weights."""
+    return torch.bfloat16 if recipe.memory in ("low", "lower") else torch.float32
+
+
+def load(run: Run) -> None:
+    """Load the model, cut the data into blocks, and settle the numbers that depend on them."""
     _open(run)
     tokens = run.recipe.block_tokens
-    if blocks is None:
-        blocks = make_blocks(records, run.tokenizer, block_tokens=tokens, source=str(run.data), model=run.model)
-    run.blocks = blocks
+    if run.blocks is None:
+        run.blocks = make_blocks(run.records, run.tokenizer, block_tokens=tokens, source=str(run.data), model=run.model)
+    run.records = []
     if run.text is not None:
         tokens_to_score(run.model, run.tokenizer, run.text, window=tokens, source=str(run.eval_text))
     recipe = run.recipe.settled(len(run.blocks))
     if run.skeleton is not None:
         try:
-            check_by_layer(run.skeleton, recipe.config, {"input_ids": blocks[0]["input_ids"][None, :16].to(run.skeleton.device)})
+            check_by_layer(run.skeleton, recipe.config, {"input_ids": run.blocks[0]["input_ids"][None, :16].to(run.skeleton.device)})
         except NotStreamable as reason:
             _hold(run, str(reason))
     if run.skeleton is None:
@@ -172,7 +221,7 @@ def _hold(run: Run, reason: str = "") -> None:
     """Load the whole model; `reason` says why it does not go layer by layer."""
     run.skeleton = run.model = None
     with progress(f"loading {run.source}"):
-        run.model, run.tokenizer = load_model(run.source)
+        run.model, run.tokenizer = load_model(run.source, weights_dtype(run.recipe))
     if reason:
         print(f"memory: the whole model is held, not a layer at a time: {printable(reason)}", flush=True)
 
@@ -220,11 +269,32 @@ def show_plan(run: Run) -> None:
         tokens = run.blocks.block_tokens * (LAYER_BATCH if recipe.by_layer else 1)
         print(plan_by_layer(run.skeleton, recipe.config, tokens, trained=recipe.by_layer))
         return
-    ranks, device = distributed.world_size(), loop.pick_device()
-    print(f"training on {device}{'' if ranks == 1 else f', {ranks} ranks, ' + ('FSDP' if recipe.fsdp else 'DDP')}:")
-    settings = recipe.training(1, distill=recipe.distill)
-    device_type = "cuda" if device == "cuda" else "cpu"  # a Mac's memory is one
-    print(plan_memory(run.model, recipe.config, settings, block_tokens=run.blocks.block_tokens, ranks=ranks, device_type=device_type))
+    _show_memory(run)
+
+
+def _show_memory(run: Run) -> None:
+    """Print the peak of each kind of memory on this device, and the plan of the one that a run takes."""
+    recipe, ranks, device = run.recipe, distributed.world_size(), loop.pick_device()
+    settings, free = recipe.training(1, distill=recipe.distill), distributed.of_rank0(free_memory(device, ranks))
+    shared = "" if ranks == 1 else f", {ranks} ranks, {'FSDP' if recipe.fsdp else 'DDP'}"
+    print(f"training on {device}{shared}, {free / 2**30:.1f} GiB free; peaks in GiB:")
+    budgets, possible = {}, possible_kinds(settings)
+    for kind, text in KINDS.items():
+        if kind not in possible:
+            print(f"  {kind:<6} {'-':>8}  not with the other settings  {text}")
+            continue
+        budgets[kind] = budget = plan_memory(
+            run.model,
+            recipe.config,
+            replace(settings, memory=kind),
+            block_tokens=run.blocks.block_tokens,
+            ranks=ranks,
+            device_type=_type(device),
+        )
+        print(f"  {kind:<6} {budget.peak / 2**30:>8.2f}  {'fits' if fits(budget.peak, free) else 'does not fit':<12}  {text}")
+    chosen = recipe.memory if recipe.memory != "auto" else first_fit({kind: budget.peak for kind, budget in budgets.items()}, free)
+    print(f"{recipe.memory} takes {chosen}:" if recipe.memory == "auto" else f"{chosen}:")
+    print(budgets[chosen])
 
 
 def print_report(report: Report, seconds: float) -> None:
@@ -251,6 +321,9 @@ def _print_counts(run: Run) -> None:
         print(f"data: {printable(note)}")
     if recipe.steps:
         steps = f"{recipe.steps:,} steps of {recipe.training(1).blocks_per_step} blocks, {recipe.finetune_steps:,} of them fine-tuning"
-        print(f"training: {steps}; lr {recipe.lr:g}, {loop.named_precision(recipe.precision)}")
+        precision = loop.named_precision(recipe.precision) if recipe.memory in ("auto", "high") else "bfloat16 weights"
+        print(f"training: {steps}; lr {recipe.lr:g}, {precision}")
+        if run.why:
+            print(f"memory: {recipe.memory}; {run.why}")
     if recipe.target_bpw is not None:
         print(f"bits: {recipe.target_bpw:.3f} per linear weight on average, tables included", flush=True)

@@ -20,7 +20,7 @@ from edkm.cli import main
 
 SOURCE = Path(edkm.__file__).parent
 OPTIONAL = {"transformers", "triton", "coremltools", "matplotlib", "accelerate", "gguf", "datasets", "lm_eval", "pyarrow", "peft", "trl"}
-OPTIONAL |= {"coreai_opt"}
+OPTIONAL |= {"coreai_opt", "torchao", "psutil"}
 
 
 def loaded_by(code):
@@ -72,14 +72,14 @@ def test_the_fields_of_the_configuration_and_of_the_recipe_are_these():
     names = (
         "config preset target_bpw by_layer steps epochs finetune_steps tune_steps lr optimizer distill block_tokens batch grad_accumulation"
     )
-    names += " gradient_checkpointing precision fsdp timeout_s seed save_every report_to backend"
+    names += " gradient_checkpointing precision memory fsdp timeout_s seed save_every report_to backend"
     assert [f.name for f in dataclasses.fields(Recipe)] == names.split()
     assert list(PRESETS) == ["fast", "balanced", "best"]
 
 
 OPTIONS = {
     "compress": "data out eval-text preset resume overwrite dry-run bits target-bpw rows-per-lut embedding-bits skip by-layer steps "
-    "finetune-steps tune-steps lr distill block-tokens batch grad-accumulation gradient-checkpointing fsdp seed save-every report-to",
+    "finetune-steps tune-steps lr distill block-tokens batch grad-accumulation gradient-checkpointing memory fsdp seed save-every report-to",
     "tune": "data out eval-text teacher distill steps lr block-tokens batch gradient-checkpointing seed save-every resume overwrite",
     "generate": "max-new-tokens temperature raw",
     "eval": "text tasks window stride max-windows limit batch json",

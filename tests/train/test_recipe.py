@@ -50,7 +50,7 @@ def test_after_fine_tuning_the_memory_of_optimizer_and_gradients_is_free(tiny_di
 
     monkeypatch.setattr(loop, "make_optimizer", remember)
     for module in ("edkm.run", "edkm.recipe"):
-        monkeypatch.setattr(f"{module}.load_model", lambda source: loads.append(source) or load_model(source))
+        monkeypatch.setattr(f"{module}.load_model", lambda source, *more: loads.append(source) or load_model(source, *more))
     try:
         compress(tiny_dir, SMALL, tmp_path / "out", data=data, stages=with_stage_after("fine_tune", look))
     finally:

@@ -235,7 +235,7 @@ def test_a_model_that_cannot_go_by_layers_is_held_in_memory(family, reason, chec
 
         forward = MistralDecoderLayer.forward
         monkeypatch.setattr(MistralDecoderLayer, "forward", lambda self, x, **kwargs: forward(self, x, **kwargs).unsqueeze(0))
-        monkeypatch.setattr("edkm.run.load_model", lambda source: monkeypatch.undo() or load_model(source))
+        monkeypatch.setattr("edkm.run.load_model", lambda source, dtype: monkeypatch.undo() or load_model(source, dtype))
     compress(source, SETTINGS, tmp_path / "out", data=data)
     assert re.search(f"memory: the whole model is held, not a layer at a time: {reason}", capsys.readouterr().out)
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -115,6 +115,14 @@ def mean_over_ranks(value: Tensor | float) -> float:
     return float(total) / world_size()
 
 
+def of_rank0(value: int) -> int:
+    """Return rank 0's value."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
     """Give the tensors of all ranks rank 0's values, in place."""
     if world_size() > 1:

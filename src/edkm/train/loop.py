@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from edkm.progress import progress, say
 from edkm.train import distributed
-from edkm.train.optimizers import make_optimizer, rate_share
+from edkm.train.optimizers import BackwardSteps, check_memory, check_optimizer, make_optimizer, rate_share, set_rate
 from edkm.train.runstate import RunState, clear_checkpoints, last_checkpoint, load_checkpoint, save_checkpoint
 from edkm.train.tracking import check_report_to, tracking
 
@@ -46,7 +46,8 @@ class TrainSettings:
         distill: share of the loss, 0 to 1, that is the divergence from the teacher's predictions, on every token; the rest is the
             cross entropy of the labels.
         first_step: steps of an earlier training on the same data, whose blocks are passed over.
-        optimizer: name of a class of `torch.optim`, in any case.
+        optimizer: name of a class of `torch.optim`, or of torchao's 8- and 4-bit Adam and AdamW, in any case.
+        memory: `high`, `low` or `lower` (`edkm.train.optimizers`); for the latter two the model is in bfloat16.
         report_to: trackers to log to, by accelerate's names: `tensorboard`, `wandb`, ..., `all` or `none`.
     """
 
@@ -62,6 +63,7 @@ class TrainSettings:
     distill: float = 0.0
     first_step: int = 0
     optimizer: str = "adamw"
+    memory: str = "high"
     report_to: tuple[str, ...] = ()
 
     @property
@@ -129,7 +131,7 @@ def train(
 
     Raises:
         ValueError: `resume` without a checkpoint, `fsdp` without other ranks, `distill` without a teacher, an unknown optimizer or
-            tracker.
+            tracker, `memory` that does not go with other settings or the dtype of the model.
         RankError: another rank failed.
     """
     checkpoint = last_checkpoint(work) if resume else None
@@ -140,6 +142,9 @@ def train(
         raise ValueError("distill: there is no teacher. Give the model as it was before it was prepared.")
     if settings.fsdp:
         distributed.check_several_ranks()
+    check_memory(settings)
+    _check_dtype(model, settings.memory)
+    check_optimizer(settings.optimizer, settings.memory, pick_device())
     trackers = check_report_to(settings.report_to)
     remedy = "The same command with --resume goes on from the last checkpoint." if settings.save_every else "Start again."
     began, state, interrupted = time.perf_counter(), RunState(), False
@@ -147,7 +152,8 @@ def train(
         wrapped = distributed.share_out(model, pick_device(), settings.fsdp)
         if teacher is not None:
             distributed.share_out(teacher.eval().requires_grad_(False), pick_device(), settings.fsdp)
-        optimizer = make_optimizer(settings.optimizer, [p for p in model.parameters() if p.requires_grad], settings.lr)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(settings.optimizer, parameters, settings.lr, settings.memory)
         torch.manual_seed(settings.seed + distributed.rank())  # for dropout, which differs from rank to rank
         if checkpoint is None:
             clear_checkpoints(work)
@@ -155,11 +161,15 @@ def train(
             load_checkpoint(checkpoint, model, optimizer, state)
         order, size = _order(len(blocks), settings), settings.blocks_per_step
         bar = progress(name, settings.steps, "steps", done=state.step)
-        with bar as advance, tracking(trackers, name, log_dir or work / "runs") as log:
+        with bar as advance, tracking(trackers, name, log_dir or work / "runs") as log, _in_backward(optimizer, settings) as in_backward:
             while state.step < settings.steps and not interrupted:
                 rate = settings.lr * rate_share(state.step, steps=settings.steps, warmup=round(0.1 * settings.steps))
                 chosen = [blocks[i] for i in order[state.step * size : (state.step + 1) * size]]
-                loss, norm = _step(wrapped, optimizer, chosen, rate, settings, teacher)
+                set_rate(optimizer, rate)
+                loss, norm = _step(wrapped, chosen, settings, teacher, in_backward)
+                with _rounding(settings, state.step):
+                    optimizer.step()
+                optimizer.zero_grad()
                 state.add(loss)
                 advance()
                 if state.step % max(1, settings.steps // 20) == 0:  # not more often: reading it makes the device wait
@@ -173,6 +183,36 @@ def train(
     return TrainResult(state.step, time.perf_counter() - began, state.losses, interrupted and state.step < settings.steps)
 
 
+def _check_dtype(model: nn.Module, memory: str) -> None:
+    for name, p in model.named_parameters():
+        if memory != "high" and p.requires_grad and p.dtype != torch.bfloat16:
+            raise ValueError(
+                f"memory: {memory} trains weights in bfloat16, and {name} is {p.dtype}. Load the model in it, or use memory high."
+            )
+
+
+@contextmanager
+def _in_backward(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> Iterator[BackwardSteps | None]:
+    """Make steps in the backward pass within the block, if the settings ask for it."""
+    steps = BackwardSteps(optimizer) if settings.memory == "lower" else None
+    try:
+        yield steps
+    finally:
+        if steps is not None:
+            steps.remove()
+
+
+@contextmanager
+def _rounding(settings: TrainSettings, step: int) -> Iterator[None]:
+    """Draw the random numbers of rounding within the block from the seed and the step, so that the replicas of DDP stay the same."""
+    if settings.memory != "low":
+        yield
+        return
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed((settings.seed << 32) + settings.first_step + step)
+        yield
+
+
 def _order(count: int, settings: TrainSettings) -> list[int]:
     """List the blocks of a training in order: each permutation of the data is used up before the next."""
     first, stop = (n * settings.blocks_per_step for n in (settings.first_step, settings.first_step + settings.steps))
@@ -183,13 +223,12 @@ def _order(count: int, settings: TrainSettings) -> list[int]:
 
 def _step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     blocks: list[dict[str, Tensor]],
-    rate: float,
     settings: TrainSettings,
     teacher: nn.Module | None,
+    in_backward: BackwardSteps | None,
 ) -> tuple[Tensor, Tensor]:
-    """Make a step with this rank's part of the blocks; return its loss (see `micro_loss`) and the norm of the gradient."""
+    """Find the gradient of this rank's part of the blocks, clipped; return its loss (see `micro_loss`) and the norm before clipping."""
     counts = [int((block["labels"][1:] != -100).sum()) for block in blocks]  # a model shifts labels, and nothing predicts the first
     starts = range(distributed.rank() * settings.batch, len(blocks), settings.batch * distributed.world_size())
     device, losses = next(model.parameters()).device, []
@@ -202,11 +241,9 @@ def _step(
             loss = micro_loss(model, batch, sum(counts[start : start + settings.batch]), sum(counts), settings, teacher)
             loss.backward()
         losses.append(loss.detach())
+    if in_backward is not None:
+        return torch.stack(losses).sum(), in_backward.norm()
     norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
     return torch.stack(losses).sum(), norm.full_tensor() if settings.fsdp else norm
 
 
