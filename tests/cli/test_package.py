@@ -79,7 +79,8 @@ def test_the_fields_of_the_configuration_and_of_the_recipe_are_these():
 
 OPTIONS = {
     "compress": "data out eval-text preset resume overwrite dry-run bits target-bpw rows-per-lut embedding-bits skip by-layer steps "
-    "finetune-steps tune-steps lr distill block-tokens batch grad-accumulation gradient-checkpointing memory fsdp seed save-every report-to",
+    "finetune-steps tune-steps lr distill block-tokens batch grad-accumulation gradient-checkpointing memory fsdp seed "
+    "save-every report-to",
     "tune": "data out eval-text teacher distill steps lr block-tokens batch gradient-checkpointing seed save-every resume overwrite",
     "generate": "max-new-tokens temperature raw",
     "eval": "text tasks window stride max-windows limit batch json",
