@@ -36,7 +36,7 @@ class LayerTraining:
     """
 
     epochs: int = 2
-    rate: float = 6e-3
+    rate: float = 2e-2
     precision: str = "fp32"
     seed: int = 0
 
