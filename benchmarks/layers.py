@@ -6,7 +6,8 @@ measured on other topics of it and on novels. Every row is a process of its own,
 fit        `edkm compress --steps 0`
 trained    the same with `--by-layer`
 straight   the same, straight through the hard assignment instead of softly
-tuned      `trained`, and then `--tune-steps` of its tables with fixed indices
+tuned      `trained`, and then `--tune-steps` of its tables with fixed indices, on the data
+taught     the same, on the predictions of the original model
 whole      the fit, and then `--steps` clustered steps of the whole model
 """
 
@@ -26,7 +27,7 @@ from edkm.memory import peak_mib
 from examples.demo.data import save_smollm2
 
 TEXTS = ("reference", "novels")
-ROWS = ("fit", "trained", "straight", "tuned", "whole")
+ROWS = ("fit", "trained", "straight", "tuned", "taught", "whole")
 
 
 def main(argv: list[str]) -> int:
@@ -75,9 +76,9 @@ def run(args: argparse.Namespace, row: str, bits: int) -> dict[str, Any]:
     from edkm.tuning import Tuning, tune
 
     data, out, began = args.out / "data" / "train.json", args.out / f"{row}-{bits}", time.perf_counter()
-    if row == "tuned":
-        tuning = Tuning(steps=args.tune_steps, block_tokens=WINDOW)
-        tune(args.out / f"trained-{bits}", tuning, out, data=data, overwrite=True)
+    if row in ("tuned", "taught"):
+        tuning, teacher = Tuning(steps=args.tune_steps, block_tokens=WINDOW), args.out / "model" if row == "taught" else None
+        tune(args.out / f"trained-{bits}", tuning, out, data=data, teacher=teacher, overwrite=True)
     elif row != "original":
         config = edkm.ClusterConfig(bits=bits, rows_per_lut=1, softness=0 if row == "straight" else 0.5)
         steps = args.steps if row == "whole" else 0
