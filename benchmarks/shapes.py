@@ -1,7 +1,7 @@
 """`python -m benchmarks shapes`: time and memory of compressing a large LLaMA shape a layer at a time, with random weights in bfloat16.
 
-A checkpoint with some layers of the shape is written, and `edkm compress --steps 0` runs on it in a process of its own, with `--by-layer` if
-asked. All layers of a shape cost the same, so the time of the whole model follows from a few of them. Random weights say nothing about
+A checkpoint with some layers of the shape is written, and `edkm compress --steps 0` runs on it in a process of its own, with `--by-layer`
+if asked. All layers of a shape cost the same, so the time of the whole model follows from a few of them. Random weights say nothing about
 quality. The tokenizer is SmolLM2's, the data that of the demonstration.
 """
 
