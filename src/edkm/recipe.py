@@ -228,7 +228,8 @@ def _cluster_by_layer(run: Run, skeleton: Skeleton) -> None:
     began = last = time.perf_counter()
     training, drawn = run.recipe.layer_training, partial(run.recorder.panel, when="fitted")
     batches = calibration_batches(run.blocks, run.model, *((LAYER_BLOCKS, LAYER_BATCH) if training else ()))
-    run.stream = Stream(skeleton, run.recipe.config, batches, run.work / "layers", training, drawn)
+    bf16 = loop.resolve_precision(run.recipe.precision) == "bf16"
+    run.stream = Stream(skeleton, run.recipe.config, batches, run.work / "layers", bf16, training, drawn)
     for _ in run.stream.run():
         run.recorder.phase("calibration and fit", time.perf_counter() - last)
         last = time.perf_counter()

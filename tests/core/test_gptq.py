@@ -134,6 +134,18 @@ def test_the_fit_is_the_same_to_the_bit_without_a_compiler_and_with_threads(dtyp
         assert torch.equal(other.weight, found[0].weight) and torch.equal(other.centroids, found[0].centroids)
 
 
+def test_rows_are_fitted_some_tables_at_a_time_each_as_if_alone(monkeypatch):
+    monkeypatch.setattr(gptq, "_WEIGHTS_AT_ONCE", 10 * 32)
+    torch.manual_seed(0)
+    weight, x = torch.randn(20, 32), torch.randn(100, 32)
+    found = gptq.fit(weight, x.T @ x / 100, 2, rows_per_lut=4)
+    parts = [gptq.fit(rows, x.T @ x / 100, 2, rows_per_lut=4) for rows in weight.split(8)]
+    assert len(parts) == 3
+    assert torch.equal(found.weight, torch.cat([part.weight for part in parts]))
+    assert torch.equal(found.centroids, torch.cat([part.centroids for part in parts]))
+    assert min(part.errors[-1] for part in parts) < found.errors[-1] < max(part.errors[-1] for part in parts)
+
+
 def test_importance_of_columns_in_the_start_lowers_the_error(monkeypatch):
     weight, moment, _ = problem(cols=150)
     found = gptq.fit(weight, moment, 3, rows_per_lut=8, shrinkage=0.01)

@@ -34,7 +34,7 @@ class Ended(BaseException):
     """The end of a process."""
 
 
-SETTINGS = Recipe(families.CONFIG, steps=0, block_tokens=24)
+SETTINGS = Recipe(families.CONFIG, steps=0, block_tokens=24, precision="fp32")
 TEXT = "the quick brown fox jumps over the lazy dog and the other dog. " * 4
 
 
@@ -68,7 +68,7 @@ def test_the_packed_model_is_the_one_made_in_memory(family, checkpoint, data, tm
     (tmp_path / "text.txt").write_text(TEXT)
     given = {"data": data, "eval_text": tmp_path / "text.txt"}
     source = checkpoint(family)
-    compress(source, SETTINGS, tmp_path / "rounded", **given)
+    compress(source, replace(SETTINGS, precision="bf16"), tmp_path / "rounded", **given)
     assert "held" not in capsys.readouterr().out and not (tmp_path / "rounded" / "training").exists()
     with monkeypatch.context() as patch:
         patch.setattr(relay, "DTYPE", torch.float32)

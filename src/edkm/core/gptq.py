@@ -38,6 +38,8 @@ from edkm.core.reference import compute_dtype
 # Columns that are rounded before what they moved reaches the rest, and how often each of them is within a turn.
 _BLOCK = 256
 _SWEEPS = 2
+# Fitted at once.
+_WEIGHTS_AT_ONCE = 1 << 24
 # A turn that gains less of the error is the last.
 _LEAST_GAIN = 0.005
 _CENTERING_STEPS = 2
@@ -85,7 +87,8 @@ def fit(
 
     Cost:
         `2.5 + 2.5 turns` times `rows cols^2` multiplications, in bfloat16 where processor or GPU have instructions for it, and a Cholesky
-        factorization; memory of some six copies of the weight in float32 and four of the moment. Columns go one by one: in C or Triton, as
+        factorization; memory of four copies of the moment, two of the weight, and some eleven of 16 million weights (of a table's,
+        if these are more). Columns go one by one: in C or Triton, as
         many threads or programs as there are rows for; where there is neither, `(1 + 2 turns) cols` rounds of small operations.
     """
     _check(weight, moment, shrinkage)
@@ -96,30 +99,45 @@ def fit(
     # The columns that matter most go first: most of the others can then compensate their errors.
     order = h.diagonal().argsort(descending=True, stable=True)
     h = h[order][:, order]
-    w = given[:, order].T.contiguous()  # [cols, rows]
     root = _root(h)
+    weighting = h.diagonal() if importance is None else importance.to(h.device, dtype).reshape(-1)[order]
+    per_lut = rows_per_lut or len(given)
+    # Groups of rows that share a table know nothing of each other: the memory is that of some of them.
+    at_once = max(1, _WEIGHTS_AT_ONCE // (per_lut * len(h))) * per_lut
+    found = []
+    for rows in given.split(at_once):
+        part, tables, errors, scale = _fit_rows(rows[:, order].T.contiguous(), h, root, bits, per_lut, turns, weighting, weight.dtype)
+        whole = torch.empty_like(rows, dtype=weight.dtype)
+        whole[:, order] = part.T
+        found.append((whole, tables, errors, scale))
+    wholes, centroids, errors, scales = zip(*found, strict=True)
+    total = max(sum(scales), torch.finfo(dtype).tiny)
+    last = max(map(len, errors))  # a part that took fewer turns stays where it is
+    mean = [sum(each[min(turn, len(each) - 1)] for each in errors) / total for turn in range(last)]
+    return Fit(torch.cat(wholes).to(weight.device), torch.cat(centroids).unsqueeze(2).to(weight.device), mean)
+
+
+def _fit_rows(
+    w: Tensor, h: Tensor, root: Tensor, bits: int, per_lut: int, turns: int, weighting: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[float], float]:
+    """Fit `w [cols, rows]`; return the weight to train, centroids `[g, k]`, the errors, and the error of zeros."""
     variance = root.diagonal().square()  # of each input given those to the right
-    start = initial_centroids(w.T, bits, rows_per_lut=rows_per_lut, importance=variance.unsqueeze(0), exact=False)
+    start = initial_centroids(w.T, bits, rows_per_lut=per_lut, importance=variance.unsqueeze(0), exact=False)
     tables, target = _Tables(start, w.shape[1]), w.clone()
     indices = _round(w, target, root, tables)
-    del root
-    diagonal = h.diagonal().unsqueeze(1)
-    scale = (_product(h, w) * w).sum().clamp_min(torch.finfo(dtype).tiny)
+    diagonal, scale = h.diagonal().unsqueeze(1), float((_product(h, w) * w).sum())
     errors: list[float] = []
     while True:
         away = tables.values(indices) - w
         slope = _product(h, away)  # half the gradient of the error
-        errors.append(float((slope * away).sum() / scale))
+        errors.append(float((slope * away).sum()))
         if len(errors) > turns or (len(errors) > 1 and errors[-1] > (1 - _LEAST_GAIN) * errors[-2]):
             break
         tables.refit(h, indices, slope)
         q = tables.values(indices)
         target = q - slope / diagonal
         indices = _round(q, target, h, tables, _SWEEPS)
-    weighting = diagonal if importance is None else importance.to(h.device, dtype).reshape(-1)[order].unsqueeze(1)
-    whole = torch.empty_like(given, dtype=weight.dtype)
-    whole[:, order] = tables.centered(target, indices, weighting, weight.dtype).T
-    return Fit(whole.to(weight.device), tables.centroids.unsqueeze(2).to(weight.device), errors)
+    return tables.centered(target, indices, weighting.unsqueeze(1), dtype), tables.centroids, errors, scale
 
 
 def _check(weight: Tensor, moment: Tensor, shrinkage: float) -> None:

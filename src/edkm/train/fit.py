@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edkm.config import ClusterConfig
@@ -163,7 +164,8 @@ def _moments(modules: list[nn.Linear], run: Callable[[], Any]) -> dict[nn.Linear
             return
         x = given.detach().reshape(-1, given.shape[-1]).float()
         if last[0] is not given:
-            last[:] = [given, x.T @ x]
+            with torch.autocast(x.device.type, enabled=False):  # in 16 bits a moment is not positive definite
+                last[:] = [given, x.T @ x]
         totals[module] = totals[module] + last[1] if module in totals else last[1]
         counts[module] = counts.get(module, 0) + len(x)
 

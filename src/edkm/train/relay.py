@@ -50,15 +50,16 @@ class HiddenStates(Sequence[Tensor]):
 class Relay:
     """Blocks of tokens on their way through the layers of a model."""
 
-    def __init__(self, skeleton: Skeleton, batches: Batches, path: Path, *, keep: bool = True) -> None:
+    def __init__(self, skeleton: Skeleton, batches: Batches, path: Path, *, keep: bool = True, bf16: bool = False) -> None:
         """Run the blocks as far as the first layer.
 
         Args:
             skeleton: probed.
+            bf16: run layers under autocast to bfloat16.
             path: of the hidden states there.
             keep: write them; else they are in the file already.
         """
-        self.skeleton, self.batches = skeleton, batches
+        self.skeleton, self.batches, self.bf16 = skeleton, batches, bf16
         self._arguments: list[list[Arguments]] = []
         shape = None
         for i, (states, arguments) in enumerate(skeleton.beginning(batches)):
@@ -79,7 +80,8 @@ class Relay:
     def through(self, index: int, states: HiddenStates, out: HiddenStates | None = None) -> None:
         """Run the blocks through a layer whose weights are in memory, and write its outputs."""
         layer = self.skeleton.layers[index]
-        with evaluating(layer), without_cache(self.skeleton.model):
+        autocast = torch.autocast(self.skeleton.device, torch.bfloat16, enabled=self.bf16)
+        with evaluating(layer), without_cache(self.skeleton.model), autocast:
             for i, given in enumerate(states):
                 args, kwargs = self._arguments[i][index]
                 found = layer(given, *args, **kwargs)

@@ -88,6 +88,7 @@ class Stream:
         skeleton: checked by `check_by_layer`.
         batches: to calibrate on.
         work: directory of hidden states and of the results of parts.
+        bf16: run layers under autocast to bfloat16.
         training: of each layer, against what the original layer gives; None to fit alone.
         drawn: called with `name`, `weight` as fitted and `centroids` of every clustered weight.
     """
@@ -96,6 +97,7 @@ class Stream:
     config: ClusterConfig
     batches: Batches
     work: Path
+    bf16: bool = False
     training: LayerTraining | None = None
     drawn: Callable[..., None] = lambda **fitted: None
 
@@ -110,7 +112,7 @@ class Stream:
         self.work.mkdir(parents=True, exist_ok=True)
         done = next((i for i in range(len(layers)) if not self.result(i).is_file()), len(layers))
         with progress("compressing", len(layers), "layers", done=done) as advance:
-            relay = Relay(self.skeleton, self.batches, self._states("original", 0), keep=not done)
+            relay = Relay(self.skeleton, self.batches, self._states("original", 0), keep=not done, bf16=self.bf16)
             for index in range(done, len(layers)):
                 self._compress_layer(relay, index)
                 advance()
