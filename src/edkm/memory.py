@@ -235,6 +235,7 @@ def plan_by_layer(skeleton: Skeleton, config: ClusterConfig, tokens: int, *, tra
         tokens: of a batch.
         trained: each layer is trained after its fit, with AdamW.
     """
+    from edkm.core.gptq import WEIGHTS_AT_ONCE
     from edkm.train.targets import decide, linears_of
 
     linears, targets = linears_of(skeleton.model, config), decide(skeleton.model, config)
@@ -244,9 +245,9 @@ def plan_by_layer(skeleton: Skeleton, config: ClusterConfig, tokens: int, *, tra
         within = set(modules)
         weights = sum(target.weight.numel() for target in targets if target.modules[0] in within)
         sizes = [module.weight.shape for module in linears if module in within]
-        # Of its inputs every weight has a moment; the fit takes eleven copies of the weight and two of that.
+        # Of its inputs every weight has a moment; the fit takes two copies of both, and eleven of the rows that it works on.
         moments = sum(cols * cols for _, cols in sizes)
-        fit = max((11 * rows * cols + 2 * cols * cols for rows, cols in sizes), default=0)
+        fit = max((11 * min(rows * cols, WEIGHTS_AT_ONCE) + 2 * rows * cols + 2 * cols * cols for rows, cols in sizes), default=0)
         others = [t.weight.numel() for t in targets if t.modules[0] in within and t.modules[0] not in linears and not t.reason]
         work = moments + max(moments, fit, 3 * max(others, default=0))
         if trained and modules is not skeleton.outer:

@@ -135,7 +135,7 @@ def test_the_fit_is_the_same_to_the_bit_without_a_compiler_and_with_threads(dtyp
 
 
 def test_rows_are_fitted_some_tables_at_a_time_each_as_if_alone(monkeypatch):
-    monkeypatch.setattr(gptq, "_WEIGHTS_AT_ONCE", 10 * 32)
+    monkeypatch.setattr(gptq, "WEIGHTS_AT_ONCE", 10 * 32)
     torch.manual_seed(0)
     weight, x = torch.randn(20, 32), torch.randn(100, 32)
     found = gptq.fit(weight, x.T @ x / 100, 2, rows_per_lut=4)

@@ -39,7 +39,7 @@ from edkm.core.reference import compute_dtype
 _BLOCK = 256
 _SWEEPS = 2
 # Fitted at once.
-_WEIGHTS_AT_ONCE = 1 << 24
+WEIGHTS_AT_ONCE = 1 << 24
 # A turn that gains less of the error is the last.
 _LEAST_GAIN = 0.005
 _CENTERING_STEPS = 2
@@ -103,7 +103,7 @@ def fit(
     weighting = h.diagonal() if importance is None else importance.to(h.device, dtype).reshape(-1)[order]
     per_lut = rows_per_lut or len(given)
     # Groups of rows that share a table know nothing of each other: the memory is that of some of them.
-    at_once = max(1, _WEIGHTS_AT_ONCE // (per_lut * len(h))) * per_lut
+    at_once = max(1, WEIGHTS_AT_ONCE // (per_lut * len(h))) * per_lut
     found = []
     for rows in given.split(at_once):
         part, tables, errors, scale = _fit_rows(rows[:, order].T.contiguous(), h, root, bits, per_lut, turns, weighting, weight.dtype)
