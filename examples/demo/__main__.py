@@ -91,7 +91,7 @@ def _control(out: Path, steps: int) -> dict[str, Any]:
     """Run the first stages of the recipe, with every step on the model as it is."""
     from edkm import recipe
 
-    stages = (recipe.check_out, recipe.load, recipe.begin, recipe.fine_tune)
+    stages = recipe.STAGES[: recipe.STAGES.index(recipe.fine_tune) + 1]
     return _train(out, "control", stages, steps=steps, finetune_steps=steps)
 
 

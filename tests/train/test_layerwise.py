@@ -1,8 +1,9 @@
 """Training one decoder layer at a time: `by_layer` of `edkm.fit` and `edkm.prepare`.
 
 1. A trained layer is nearer to the original layer than a fitted one, and so is the model; what is packed is what was trained.
-2. The same settings give the same bits; embeddings and skipped weights stay as they are.
-3. Models without a chain of layers, and settings out of range, are refused.
+2. Weights in 16 bits are trained in 32.
+3. The same settings give the same bits; embeddings and skipped weights stay as they are.
+4. Models without a chain of layers, and settings out of range, are refused.
 """
 
 import copy
@@ -59,6 +60,13 @@ def test_the_same_settings_give_the_same_bits(tiny_model):
     first, again, other = (compressed(tiny_model, t).state_dict() for t in (TRAINING, TRAINING, edkm.LayerTraining(8, 0.02, seed=1)))
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
     assert not torch.equal(first[FIRST], other[FIRST])
+
+
+def test_weights_in_16_bits_are_trained_in_32(tiny_model):
+    fitted, trained = (compressed(tiny_model.bfloat16(), by_layer) for by_layer in (None, TRAINING))
+    expected = outputs(tiny_model.eval(), 1).float()
+    errors = [(outputs(model, 1) - expected).square().mean() for model in (fitted, trained)]
+    assert errors[1] < 0.9 * errors[0] and {p.dtype for p in trained.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("options", "message"), [({"epochs": 0}, "at least one epoch"), ({"rate": 1.5}, "rate between 0 and 1")])

@@ -191,7 +191,7 @@ def test_a_run_that_is_killed_is_resumed_to_the_same_bytes(tiny_dir, data, tmp_p
         "def kill(self, i, states):\n    left[0] -= 1\n    os.kill(os.getpid(), 9) if not left[0] else write(self, i, states)\n"
         "relay.HiddenStates.__setitem__ = kill\nmain(sys.argv[1:])\n"
     )
-    settings = replace(SETTINGS, block_tokens=32)
+    settings = replace(SETTINGS, block_tokens=32, precision="auto")
     arguments = ["compress", str(tiny_dir), "--data", str(data), "--steps", "0", "--block-tokens", "32", "--rows-per-lut", "4"]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments, "--embedding-bits", "5", "--out", str(tmp_path / "parts")], check=False

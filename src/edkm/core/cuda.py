@@ -46,9 +46,9 @@ def sums(weight: Tensor, centroids: Tensor, problem: Problem) -> Tensor:
     return _Call(weight, centroids, problem).sums(centroids)
 
 
-def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
+def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None, dtype: torch.dtype | None = None) -> Tensor:
     call = _Call(weight, trajectory[-1], problem._replace(importance=None))
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    out = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     call.on_parts("decode", call.points[0], trajectory[-2], trajectory[-1], call.temperature, out)
     return out
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from edkm.core.assign import round_lut
 from edkm.train.chain import Call, hidden
@@ -74,7 +75,8 @@ def train_layer(
     Cost:
         A copy of the layer, its gradients and the two moments of AdamW; a step for every batch and epoch.
     """
-    student, steps = copy.deepcopy(layer).requires_grad_(True).eval(), training.epochs * len(calls)
+    # Steps are smaller than the digits of 16 bits.
+    student, steps = copy.deepcopy(layer).float().requires_grad_(True).eval(), training.epochs * len(calls)
     clusterings = _cluster(student, layer, linears, starts, importance, steps)
     groups = [{"params": [p], "size": float(p.detach().square().mean(dtype=torch.float32).sqrt())} for p in student.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
@@ -97,7 +99,7 @@ def train_layer(
     for name, (_, weight, clustering) in clusterings.items():
         with naming(name):
             # As they are stored: the layers that follow see the packed layer.
-            found[name] = Start(weight.detach(), round_lut(clustering.centroids).to(clustering.centroids.dtype))
+            found[name] = Start(weight.detach().to(starts[name].weight.dtype), round_lut(clustering.centroids).to(torch.float32))
     return found
 
 
@@ -130,9 +132,10 @@ def _difference(layer: nn.Module, call: Call, expected: Tensor, precision: str) 
 
     Relative for each token: a few tokens have hidden states a thousand times those of others, and the next layer normalizes them.
     """
-    (x, *args), kwargs = call
+    args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, call)
+    x = args[0]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        out = hidden(layer(x.clone(), *args, **kwargs))
+        out = hidden(layer(x.clone(), *args[1:], **kwargs))
     expected = expected.float()
     size = expected.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return ((out.float() - expected).square().mean(-1) / size).mean()
