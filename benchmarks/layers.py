@@ -4,8 +4,8 @@ Model, data and texts are those of `python -m benchmarks compare`: calibrated an
 measured on other topics of it and on novels. Every row is a process of its own, and is not repeated if `--out` holds its result already.
 
 fit        `edkm compress --steps 0`
-trained    the same with `--by-layer`
-straight   the same, straight through the hard assignment instead of softly
+trained    the same with `--by-layer`: straight through the hard assignment
+soft       the same with a softness of 0.5, annealed
 tuned      `trained`, and then `--tune-steps` of its tables with fixed indices, on the data
 taught     the same, on the predictions of the original model
 whole      the fit, and then `--steps` clustered steps of the whole model
@@ -27,7 +27,7 @@ from edkm.memory import peak_mib
 from examples.demo.data import save_smollm2
 
 TEXTS = ("reference", "novels")
-ROWS = ("fit", "trained", "straight", "tuned", "taught", "whole")
+ROWS = ("fit", "trained", "soft", "tuned", "taught", "whole")
 
 
 def main(argv: list[str]) -> int:
@@ -80,9 +80,8 @@ def run(args: argparse.Namespace, row: str, bits: int) -> dict[str, Any]:
         tuning, teacher = Tuning(steps=args.tune_steps, block_tokens=WINDOW), args.out / "model" if row == "taught" else None
         tune(args.out / f"trained-{bits}", tuning, out, data=data, teacher=teacher, overwrite=True)
     elif row != "original":
-        config = edkm.ClusterConfig(bits=bits, rows_per_lut=1, softness=0 if row == "straight" else 0.5)
-        steps = args.steps if row == "whole" else 0
-        by_layer = row in ("trained", "straight")
+        config, steps = edkm.ClusterConfig(bits=bits, rows_per_lut=1), args.steps if row == "whole" else 0
+        by_layer = edkm.LayerTraining(softness=0.5) if row == "soft" else row == "trained"
         recipe = Recipe(config, steps=steps, finetune_steps=0, block_tokens=WINDOW, by_layer=by_layer)
         compress(args.out / "model", recipe, out, data=data, overwrite=True)
     found = {"seconds": time.perf_counter() - began, "peak_mib": peak_mib()}

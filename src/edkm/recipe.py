@@ -82,7 +82,7 @@ class Recipe:
         config: for `edkm.prepare`; the clustered steps are its `anneal_steps`.
         preset: a name in `PRESETS`, for `finetune_steps` and `target_bpw` where they are None.
         target_bpw: average bits per linear weight, tables included; None keeps the bits of the config.
-        by_layer: train each decoder layer against what the original gives, when it is fitted (`edkm.LayerTraining`).
+        by_layer: train each decoder layer against what the original gives, when it is fitted; True for the settings of `LayerTraining`.
         steps: optimizer steps; None for as many as `epochs` passes over the data take.
         tune_steps: steps after all these, which train the tables of the packed model with its indices fixed.
         finetune_steps: the first of these steps, which train the model as it is.
@@ -99,7 +99,7 @@ class Recipe:
     config: ClusterConfig = field(default_factory=lambda: ClusterConfig(rows_per_lut=1))
     preset: str = "balanced"
     target_bpw: float | None = None
-    by_layer: bool = False
+    by_layer: LayerTraining | bool = False
     steps: int | None = None
     epochs: float = 1.0
     finetune_steps: int | None = None
@@ -159,7 +159,10 @@ class Recipe:
     @property
     def layer_training(self) -> LayerTraining | None:
         """Settings of the training of each layer, if they are trained one by one."""
-        return LayerTraining(precision=loop.resolve_precision(self.precision), seed=self.seed) if self.by_layer else None
+        if not self.by_layer:
+            return None
+        given = self.by_layer if isinstance(self.by_layer, LayerTraining) else LayerTraining()
+        return replace(given, precision=loop.resolve_precision(self.precision), seed=self.seed)
 
     def training(self, steps: int, **more: Any) -> loop.TrainSettings:
         """Return the settings of the training loop for so many steps; of memory `high` while it is to be chosen."""

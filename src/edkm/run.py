@@ -267,7 +267,7 @@ def show_plan(run: Run) -> None:
     if run.skeleton is not None:
         print("compressed a layer at a time, read from the checkpoint:")
         tokens = run.blocks.block_tokens * (LAYER_BATCH if recipe.by_layer else 1)
-        print(plan_by_layer(run.skeleton, recipe.config, tokens, trained=recipe.by_layer))
+        print(plan_by_layer(run.skeleton, recipe.config, tokens, trained=bool(recipe.by_layer)))
         return
     _show_memory(run)
 

@@ -1,8 +1,8 @@
-"""Train one decoder layer at a time, softly clustered, against the output of the original layer.
+"""Train one decoder layer at a time, clustered, against the output of the original layer.
 
 A fit (`core.gptq`) looks at one weight at a time, and the loss of a batch says little about one weight. In between, the weights of a layer
 are trained together, from their fitted start, until the layer on its inputs in the compressed model gives what the original layer gave
-on its own. Softness is annealed, so that the layer that was trained is the packed one.
+on its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,15 @@ class LayerTraining:
     Attributes:
         epochs: passes over the batches; every batch is a step.
         rate: highest learning rate of AdamW, as a share of the root mean square of each parameter.
+        softness: as in `ClusterConfig`, annealed over the steps of the layer. 0 trains straight through the hard assignment, which did
+            better (docs/log.md, 2026-11-28): as softness falls, soft weights lose the gradient that would move them.
         precision: `bf16` autocast or `fp32`.
         seed: for the order of the batches.
     """
 
     epochs: int = 2
     rate: float = 2e-2
+    softness: float = 0.0
     precision: str = "fp32"
     seed: int = 0
 
@@ -77,7 +80,7 @@ def train_layer(
     """
     # Steps are smaller than the digits of 16 bits.
     student, steps = copy.deepcopy(layer).float().requires_grad_(True).eval(), training.epochs * len(calls)
-    clusterings = _cluster(student, layer, linears, starts, importance, steps)
+    clusterings = _cluster(student, layer, linears, starts, importance, {"softness": training.softness, "anneal_steps": steps})
     groups = [{"params": [p], "size": float(p.detach().square().mean(dtype=torch.float32).sqrt())} for p in student.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     generator, order = torch.Generator().manual_seed(training.seed), []
@@ -109,18 +112,18 @@ def _cluster(
     linears: Linears,
     starts: Mapping[str, Start],
     importance: Mapping[str, Tensor],
-    steps: int,
+    settings: Mapping[str, Any],
 ) -> dict[str, tuple[str, nn.Parameter, Clustering]]:
     """Cluster a copy of a layer: name -> (place in the layer, weight, clustering); the rest of it stays in eval mode."""
     made = {}
     for place, module in layer.named_modules():
         if isinstance(module, nn.Linear) and module in linears and linears[module][0] in starts:
-            name, settings = linears[module]
+            name, config = linears[module]
             weight = student.get_parameter(f"{place}.weight")
             with torch.no_grad():
                 weight.copy_(starts[name].weight)
-            settings = replace(settings, anneal_steps=steps)
-            clustering = Clustering(weight, settings, importance.get(name), centroids=starts[name].centroids).train()
+            config = replace(config, **settings)
+            clustering = Clustering(weight, config, importance.get(name), centroids=starts[name].centroids).train()
             clustering.name = name
             made[name] = place, weight, clustering
     install(student, [([f"{place}.weight"], [student.get_submodule(place)], clustering) for place, _, clustering in made.values()])
