@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--layers", type=int, help="of the checkpoint (those of the shape)")
     parser.add_argument("--bits", type=int, default=3, help="(3)")
     parser.add_argument("--by-layer", action="store_true", help="train each layer")
+    parser.add_argument("--blocks", type=int, help="that layers are trained on (those of edkm compress); their time is in proportion")
     parser.add_argument("--out", type=Path, default=Path("out/shapes"))
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
@@ -60,7 +61,14 @@ def main(argv: list[str]) -> int:
     save_random(model, shape, layers, args.out / "smollm2")
     subprocess.run([sys.executable, "-m", "benchmarks", "shapes", *argv, "--run"], check=True)
     found = json.loads((args.out / "found.json").read_text())
-    found |= {"benchmark": "shapes", "shape": args.shape, "layers": layers, "bits": args.bits, "by_layer": args.by_layer}
+    found |= {
+        "benchmark": "shapes",
+        "shape": args.shape,
+        "layers": layers,
+        "bits": args.bits,
+        "by_layer": args.by_layer,
+        "blocks": args.blocks,
+    }
     found["machine"] = machine("cpu")
     each = found["layer_seconds"]
     print(f"{layers} of {shape.layers} layers: {found['seconds']:.0f} s, {each:.0f} s a layer, peak {found['peak_mib'] / 1024:.2f} GiB")
@@ -72,8 +80,10 @@ def main(argv: list[str]) -> int:
 def _compress(args: argparse.Namespace, model: Path) -> None:
     """Compress the checkpoint, and note the time of each layer and the peak of this process."""
     import edkm
+    from edkm import recipe as recipes
     from edkm.recipe import Recipe, compress
 
+    recipes.LAYER_BLOCKS = args.blocks or recipes.LAYER_BLOCKS
     recipe = Recipe(edkm.ClusterConfig(bits=args.bits, rows_per_lut=1), steps=0, by_layer=args.by_layer)
     began, out = time.perf_counter(), args.out / "packed"
     compress(model, recipe, out, data=args.out / "data" / "train.json", overwrite=True)
