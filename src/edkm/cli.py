@@ -123,7 +123,7 @@ def _add_compress(subparsers: Any) -> None:
     add("--rows-per-lut", type=int, metavar="N", help="rows that share a table; 0: one table per tensor (1; chosen for --target-bpw)")
     add("--embedding-bits", type=int, metavar="N", help="bits of embeddings; 0 leaves them alone (8)")
     add("--skip", action="append", metavar="PATTERN", help="leave weights of this name alone, or all in a module of this name (repeatable)")
-    by_layer = "train each decoder layer against the original layer, one at a time: the best of --steps 0, before other steps too"
+    by_layer = "train each decoder layer against the original layer when it is fitted; also with --steps 0"
     add("--by-layer", action="store_true", help=by_layer)
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, metavar="N", help="optimizer steps; 0 clusters without training (one pass over the data)")
