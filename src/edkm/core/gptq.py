@@ -88,8 +88,8 @@ def fit(
     Cost:
         `2.5 + 2.5 turns` times `rows cols^2` multiplications, in bfloat16 where processor or GPU have instructions for it, and a Cholesky
         factorization; memory of four copies of the moment, two of the weight, and some eleven of 16 million weights (of a table's,
-        if these are more). Columns go one by one: in C or Triton, as
-        many threads or programs as there are rows for; where there is neither, `(1 + 2 turns) cols` rounds of small operations.
+        if these are more). Columns go one by one: in C or Triton, as many threads or programs as there are rows for; where there is
+        neither, `(1 + 2 turns) cols` rounds of small operations.
     """
     _check(weight, moment, shrinkage)
     dtype = compute_dtype(weight.dtype)

@@ -84,7 +84,7 @@ def fit(
             if after is not None:
                 calls[after] = with_inputs(through(layer, made), calls[after])
         rest = [module for module, (name, _) in linears.items() if name not in starts]
-        starts |= _fit_linears(rest, linears, lambda: [call(model, batch) for batch in batches], advance=advance, **options)
+        starts |= fit_linears(rest, linears, lambda: [call(model, batch) for batch in batches], advance=advance, **options)
         for module, (name, _) in linears.items():
             if name in starts:
                 module.weight.copy_(starts[name].weight)
@@ -112,14 +112,14 @@ def compress_layer(
     Returns:
         Parameter name -> weight and centroids from which training goes on, without those that no batch reached.
     """
-    starts = _fit_linears(list(layer.modules()), linears, partial(through, layer, calls), **options)
+    starts = fit_linears(list(layer.modules()), linears, partial(through, layer, calls), **options)
     if training is not None and starts:
         starts = train_layer(layer, linears, starts, calls, expected, training, options.get("importance") or {})
         _compress(layer.modules(), linears, starts)
     return starts
 
 
-def _fit_linears(
+def fit_linears(
     modules: Iterable[nn.Module],
     linears: Linears,
     run: Callable[[], Any],
@@ -129,7 +129,13 @@ def _fit_linears(
     advance: Callable[[], Any] | None = None,
     report: Callable[[str, float], None] | None = None,
 ) -> dict[str, Start]:
-    """Fit the weights of linear modules to their inputs while `run` runs, and put them on their tables, in place."""
+    """Fit the weights of linear modules to their inputs while `run` runs, and put them on their tables, in place; no gradients here.
+
+    Args:
+        modules: others than those of `linears` are passed over.
+        turns, importance, report: as for `fit`.
+        advance: called after every weight.
+    """
     starts: dict[str, Start] = {}
     for module, moment in _moments([m for m in modules if isinstance(m, nn.Linear) and m in linears], run).items():
         name, settings = linears[module]

@@ -94,10 +94,10 @@ def train_layer(
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    own = dict(student.named_parameters())
-    for path, parameter in layer.named_parameters():
-        if path not in {f"{place}.weight" for place, *_ in clusterings.values()}:
-            parameter.copy_(own[path])
+    clustered = {id(weight) for _, weight, _ in clusterings.values()}
+    for parameter, own in zip(layer.parameters(), student.parameters(), strict=True):
+        if id(own) not in clustered:
+            parameter.copy_(own)
     found = {}
     for name, (_, weight, clustering) in clusterings.items():
         with naming(name):

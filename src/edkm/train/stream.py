@@ -28,7 +28,6 @@ from edkm.compressed.entries import LUT_SUFFIX
 from edkm.compressed.packing import pack_indices, unpack_indices
 from edkm.compressed.pretrained import check_savable
 from edkm.config import ClusterConfig
-from edkm.core import gptq
 from edkm.core.assign import Frozen, LazyFrozen, as_matrix, freeze, lookup
 from edkm.core.kmeans import initial_centroids
 from edkm.output import replacing
@@ -36,7 +35,7 @@ from edkm.progress import progress
 from edkm.train.calibrate import call, evaluating, measuring, without_cache
 from edkm.train.chain import Call
 from edkm.train.checks import check_finite, check_values, naming
-from edkm.train.fit import _moments
+from edkm.train.fit import fit_linears
 from edkm.train.layerwise import LayerTraining, Start, train_layer
 from edkm.train.prepare import Report, report_entry
 from edkm.train.relay import Batches, Relay
@@ -170,28 +169,15 @@ class Stream:
         train: Callable[[dict[str, Start], Importance], dict[str, Start]] | None = None,
     ) -> tuple[Frozens, Errors]:
         """Cluster the weights of a part, and put them on their centroids; those of linear layers are fitted to their inputs in `run`."""
-        modules = list(modules)
-        moments = _moments([module for module in self.linears if module in modules], run)
-        starts: dict[str, Start] = {}
-        errors: Errors = {}
-        fitted: dict[str, Start] = {}
-        frozen: Frozens = {}
+        modules, errors, frozen = list(modules), {}, {}
+        with torch.no_grad():
+            starts = fit_linears(modules, self.linears, run, importance=importance, report=errors.__setitem__)
+        if train is not None and starts:
+            starts = train(starts, importance)
         targets = [target for target in _within(self.targets, modules) if not target.reason]
         for target in targets:
-            weight, settings = _weight(target), target.settings
-            moment = moments.pop(target.modules[0], None)  # pyright: ignore[reportCallIssue, reportArgumentType]
-            given = next((importance[name] for name in target.names if name in importance), None)
-            with naming(target.name), torch.no_grad():
-                matrix, per_lut = as_matrix(weight, target.row_axes), settings.rows_per_lut or None
-                if moment is None:
-                    per_lut = len(matrix) // target.tables
-                    centroids = initial_centroids(matrix, settings.bits, dim=settings.dim, rows_per_lut=per_lut, importance=given)
-                    starts[target.name] = Start(matrix, centroids)
-                else:
-                    found = gptq.fit(matrix, moment, settings.bits, rows_per_lut=per_lut, importance=given)
-                    errors[target.name] = found.errors[-1]
-                    fitted[target.name] = Start(found.weight, found.centroids)
-        starts |= fitted if train is None or not fitted else train(fitted, importance)
+            if target.name not in starts:
+                starts[target.name] = _kmeans(target, importance)
         for target in targets:
             weight, (matrix, centroids) = _weight(target), starts[target.name]
             with naming(target.name), torch.no_grad():
@@ -244,6 +230,15 @@ def _within(targets: Sequence[Target], modules: Iterable[nn.Module]) -> list[Tar
     """Select the parameters that modules own."""
     owners = set(modules)
     return [target for target in targets if target.modules[0] in owners]
+
+
+def _kmeans(target: Target, importance: Importance) -> Start:
+    """Find tables for a weight that is not fitted."""
+    given = next((importance[name] for name in target.names if name in importance), None)
+    with naming(target.name):
+        matrix = as_matrix(_weight(target), target.row_axes)
+        per_lut, settings = len(matrix) // target.tables, target.settings
+        return Start(matrix, initial_centroids(matrix, settings.bits, dim=settings.dim, rows_per_lut=per_lut, importance=given))
 
 
 def _weight(target: Target) -> Tensor:
