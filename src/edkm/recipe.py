@@ -34,7 +34,6 @@ from edkm.compressed.jsonfile import write_json
 from edkm.config import ClusterConfig
 from edkm.modelfiles import model_files
 from edkm.models import load_model
-from edkm.progress import say
 from edkm.run import (
     LAYER_BATCH,
     LAYER_BLOCKS,
@@ -326,16 +325,7 @@ def _train(run: Run, settings: loop.TrainSettings, phase: str, work: Path) -> No
     result = loop.train(run.model, run.blocks, settings, work, resume=resume, teacher=run.teacher, name=phase, log_dir=run.out / "runs")
     run.recorder.phase(phase, result.seconds)
     run.recorder.losses(phase, settings.first_step, result.losses, interrupted=result.interrupted)
-    if result.interrupted:
-        say(f"edkm: interrupted after step {result.steps} of {phase}, saved")
-        distributed.barrier()
-        raise KeyboardInterrupt
-    first, last = result.losses[0][1], result.losses[-1][1]
-    if not math.isfinite(last):
-        raise ValueError(
-            f"{phase}: the training diverged, its last loss is {last}. Start again with --overwrite and a lower --lr; if the first loss "
-            f"({first:g}) is no better, the model or the data is damaged."
-        )
+    result.check(phase)
 
 
 def _placeholders(model: Any, config: ClusterConfig) -> dict[str, Tensor]:

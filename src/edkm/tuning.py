@@ -22,7 +22,7 @@ from edkm.evaluate import perplexity
 from edkm.metrics import identity
 from edkm.modelfiles import packed_directory
 from edkm.models import load_model, load_tokenizer
-from edkm.progress import progress, say
+from edkm.progress import progress
 from edkm.textfile import read_text
 from edkm.train import checkpoints, distributed, loop, runstate
 from edkm.train.data import Blocks, make_blocks
@@ -140,7 +140,7 @@ def tune(
         measure("packed")
     steps = work / "steps"
     result = tune_tables(model, blocks, settings, steps, resume=runstate.last_checkpoint(steps) is not None, teacher=teaching)
-    _check_result(result)
+    result.check("tuning")
     write_tuned(model, packed, out)
     measure("tuned")
     checkpoints.end_run(work)
@@ -196,14 +196,3 @@ def _print_counts(blocks: Blocks, settings: loop.TrainSettings, model: Any, fixe
         print(f"  {name}: its tables stay, {reason}")
     precision = loop.named_precision(settings.precision)
     print(f"training: {settings.steps:,} steps of {settings.batch} blocks; lr {settings.lr:g}, {precision}", flush=True)
-
-
-def _check_result(result: loop.TrainResult) -> None:
-    if result.interrupted:
-        say(f"edkm: interrupted after step {result.steps}, saved")
-        raise KeyboardInterrupt
-    first, last = result.losses[0][1], result.losses[-1][1]
-    if not math.isfinite(last):
-        raise ValueError(
-            f"tuning: the training diverged, its last loss is {last} (the first: {first:g}). Start again with --overwrite and a lower --lr."
-        )

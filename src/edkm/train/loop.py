@@ -7,6 +7,7 @@ tokens. The model is only lent: DDP wraps it from outside, autocast surrounds it
 from __future__ import annotations
 
 import inspect
+import math
 import signal
 import threading
 import time
@@ -79,6 +80,19 @@ class TrainResult:
     seconds: float
     losses: list[tuple[int, float]]
     interrupted: bool
+
+    def check(self, phase: str) -> None:
+        """Raise KeyboardInterrupt, on all ranks at once, where Ctrl-C ended the training, and ValueError where it diverged."""
+        if self.interrupted:
+            say(f"edkm: interrupted after step {self.steps} of {phase}, saved")
+            distributed.barrier()
+            raise KeyboardInterrupt
+        first, last = self.losses[0][1], self.losses[-1][1]
+        if not math.isfinite(last):
+            raise ValueError(
+                f"{phase}: the training diverged, its last loss is {last}. Start again with --overwrite and a lower --lr; if the first "
+                f"loss ({first:g}) is no better, the model or the data is damaged."
+            )
 
 
 def pick_device() -> str:
