@@ -241,24 +241,35 @@ def _add_report(subparsers: Any) -> None:
 
 _EXPORT = """Write a packed model for another runtime, with its indices and tables as they are.
 
+Everything on the disk is read back and must equal the packed weights, bit for bit; else nothing is written.
+
 --to coreml: a package for iOS 18 and macOS 15, made on Linux or macOS. Inputs inputIds and, with
---kv-cache, fullAttentionMask; output logits; states keyCache and valueCache. The tables and indices on the
-disk must equal the packed ones, and the program must give the packed model's logits; else nothing is
-written. Any causal language model that torch traces (LLaMA, Mistral, Qwen, Gemma, Phi and others).
-Needs pip install 'edkm[coreml]'."""
+--kv-cache, fullAttentionMask; output logits; states keyCache and valueCache. The program must give the
+packed model's logits. Any causal language model that torch traces, with free tables.
+Needs pip install 'edkm[coreml]'.
+
+--to gguf: a file for llama.cpp. --to compressed-tensors: a directory for vLLM and transformers. --to mlx: a
+directory for MLX. --to bitsandbytes: a directory for transformers with bitsandbytes. --to onnx: a directory
+for ONNX Runtime. These take models that were compressed into a format of the runtime (docs/runtimes.md)."""
 
 
 def _add_export(subparsers: Any) -> None:
     example = "edkm export ./packed --to coreml --out Model.mlpackage --kv-cache"
-    add = _command(subparsers, "export", text=_EXPORT, example=example).add_argument
+    # Only options that are given are in the result: each runtime has its own.
+    parser = _command(subparsers, "export", text=_EXPORT, example=example, argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
     add("directory", metavar="DIR", type=Path, help=_PACKED)
-    add("--to", required=True, choices=("coreml",), help="the runtime")
-    add("--out", required=True, metavar="M.mlpackage", type=Path, help="package to write")
-    add("--precision", default="float16", choices=("float16", "float32"), help="of all arithmetic (float16)")
+    add("--to", required=True, choices=tuple(commands.EXPORTS), help="the runtime")
+    add("--out", required=True, metavar="OUT", type=Path, help="M.mlpackage, M.gguf or a directory to write")
+    parser.add_argument("--overwrite", action="store_true", default=False, help="replace OUT if it is there")
+    add = parser.add_argument_group("coreml").add_argument
+    add("--precision", choices=("float16", "float32"), help="of all arithmetic (float16)")
     add("--kv-cache", action="store_true", help="keep keys and values in a state, to continue a text token by token")
     add("--context", type=int, metavar="N", help="longest text in tokens (2048, or what the model was made for)")
     add("--fixed", action="store_true", help="take exactly N tokens, not 1 to N; not with --kv-cache")
-    add("--overwrite", action="store_true", help="replace the package if there is one")
+    add = parser.add_argument_group("gguf").add_argument
+    add("--tokenizer-pre", metavar="NAME", help="llama.cpp's name of the tokenizer's splitting of text, where it is not known by itself")
+    add("--like", type=Path, metavar="FILE", help="take metadata and tokenizer from this .gguf file of the same model")
 
 
 _UNPACK = """Write a packed model as an ordinary checkpoint, for programs that do not know edkm.

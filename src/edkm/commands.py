@@ -173,21 +173,32 @@ def run_report(args: argparse.Namespace) -> int:
     return 0
 
 
+# Of each runtime: the module that writes for it, and the options that it alone has.
+EXPORTS = {
+    "coreml": ("edkm.compressed.coreml.export", ("precision", "kv_cache", "context", "fixed")),
+    "gguf": ("edkm.export.gguf", ("tokenizer_pre", "like")),
+    "compressed-tensors": ("edkm.export.compressed_tensors", ()),
+    "mlx": ("edkm.export.mlx", ()),
+    "bitsandbytes": ("edkm.export.bnb", ()),
+    "onnx": ("edkm.export.onnx", ()),
+}
+
+
 def run_export(args: argparse.Namespace) -> int:
     """Write a packed model for another runtime."""
-    from edkm.compressed.coreml.export import export
+    from importlib import import_module
+
     from edkm.modelfiles import packed_directory
 
-    names = ("precision", "kv_cache", "context", "fixed", "overwrite")
-    done = export(packed_directory(args.directory), args.out, **{name: getattr(args, name) for name in names})
-    print(f"wrote {args.out}: {done.package_bytes:,} bytes, {done.clustered} clustered tensors, indices and tables on the disk equal")
-    for name, bits in done.widened.items():
-        print(f"{name}: stored with {bits} bits, its values unchanged")
-    for label, found in (("the program", done.program), ("Core ML", done.device)):
-        if found is not None:
-            print(f"logits of {label}: cosine {found.cosine:.7f}, largest difference {found.largest:.3g}")
-    if done.device is None:
-        print("Core ML itself was not run: that needs macOS 15")
+    module, own = EXPORTS[args.to]
+    for runtime, (_, names) in EXPORTS.items():
+        if odd := next((name for name in names if name in args and name not in own), None):
+            raise ValueError(f"--{odd.replace('_', '-')}: is an option of --to {runtime}; leave it out")
+    options = {name: getattr(args, name) for name in own if name in args}
+    done = import_module(module).export(packed_directory(args.directory), args.out, overwrite=args.overwrite, **options)
+    print(f"wrote {args.out}: {done.size_bytes:,} bytes, {done.clustered} clustered tensors, read back equal")
+    for note in done.notes:
+        print(note)
     return 0
 
 

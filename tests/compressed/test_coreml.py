@@ -117,7 +117,7 @@ def test_untied_weights_are_both_there_and_five_and_seven_bits_are_stored_with_m
 def test_the_program_is_the_model(packed, exported, options, cosine):
     out, done = exported(**options)
     assert done.clustered == 15 and done.program.cosine > cosine
-    assert done.package_bytes == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert done.size_bytes == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     # Other tokens, and for a cache other steps, than those of the check.
     tokens = torch.randint(70, (1, options["context"] if "fixed" in options else 9), dtype=torch.int32)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_the_command(packed, tmp_path, capsys, caplog):
     assert capsys.readouterr().err == f"edkm: error: {out}: exists; name another or add --overwrite\n"
     assert cli.main([*arguments, "--overwrite"]) == 0
     printed = capsys.readouterr()
-    assert "15 clustered tensors, indices and tables on the disk equal" in printed.out
+    assert "15 clustered tensors, read back equal" in printed.out
     assert "logits of the program: cosine 0.9999" in printed.out
     # Nothing of coremltools.
     assert all(line.startswith("export: ") for line in printed.err.splitlines()) and "all checked" in printed.err

@@ -23,22 +23,31 @@ _CONTEXT = 2048
 _CHANGING_ROPE = ("dynamic", "longrope")
 
 
-class Exported(NamedTuple):
+class ExportedPackage(NamedTuple):
     """The size of an exported package and the results of its checks.
 
     Attributes:
-        package_bytes: size on disk.
+        size_bytes: on disk.
         clustered: tensors stored as tables and indices, all read back equal.
         widened: tensors with indices of 5 or 7 bits, which Core ML lacks, and how many bits they are stored with.
         program: logits of the program in the package against the packed model's.
         device: those of Core ML's own prediction; None where Core ML is not.
     """
 
-    package_bytes: int
+    size_bytes: int
     clustered: int
     widened: dict[str, int]
     program: check.Difference
     device: check.Difference | None
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user, beside the sizes."""
+        lines = [f"{name}: stored with {bits} bits, its values unchanged" for name, bits in self.widened.items()]
+        for label, found in (("the program", self.program), ("Core ML", self.device)):
+            if found is not None:
+                lines.append(f"logits of {label}: cosine {found.cosine:.7f}, largest difference {found.largest:.3g}")
+        return lines if self.device else [*lines, "Core ML itself was not run: that needs macOS 15"]
 
 
 def export(
@@ -50,7 +59,7 @@ def export(
     context: int | None = None,
     fixed: bool = False,
     overwrite: bool = False,
-) -> Exported:
+) -> ExportedPackage:
     """Write a packed causal language model as a Core ML package for iOS 18 and macOS 15.
 
     Indices of 5 and 7 bits, which Core ML lacks, are stored with 6 and 8: the same values.
@@ -100,7 +109,7 @@ def export(
             size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
             _put(package, out)
             advance(note="all checked")
-    return Exported(size, len(frozen), widened, on_program, on_device)
+    return ExportedPackage(size, len(frozen), widened, on_program, on_device)
 
 
 def _check_options(out: Path, precision: str, kv_cache: bool, fixed: bool, overwrite: bool) -> None:
