@@ -98,10 +98,10 @@ def test_ops_are_registered_properly(backend):
     groups = 1 if backend == "histogram" else 2
     weight, centroids, temperature, importance, upstream = make(groups, 1, importance="full", dtype=torch.float32)
     how = torch.bfloat16, backend
-    _, trajectory = op._cluster(weight, importance, centroids, temperature, 3, *how)
+    _, trajectory = op._cluster(weight, importance, centroids, temperature, None, 3, *how)
     calls = {
-        op._cluster: (weight.clone().requires_grad_(), importance, centroids, temperature, 3, *how),
-        op._cluster_adjoint: (upstream, weight, importance, trajectory, temperature, *how),
+        op._cluster: (weight.clone().requires_grad_(), importance, centroids, temperature, None, 3, *how),
+        op._cluster_adjoint: (upstream, weight, importance, trajectory, temperature, None, *how),
     }
     for function, arguments in calls.items():
         assert set(torch.library.opcheck(function, arguments).values()) == {"SUCCESS"}

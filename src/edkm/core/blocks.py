@@ -14,6 +14,8 @@ and the last iteration carries the output's own terms, with `v = dL/dout`:
     D_i   = -(2/tau) sum_j dZ^out_ij (w_i - c_j)        and gc_prev gets dZ^out as well
     dL/dw_i = D_i + s_i P_i
 
+With tables of a shape (`c = B theta`) all of this stays, but for `h = B (B^T diag(den) B)^-1 B^T gc`.
+
 Rows of dZ sum to zero, so that `sum_j dZ_ij (w_i - c_j) = -sum_j dZ_ij c_j`, which is a product of small matrices.
 
 `histogram` clusters the values of its bins instead of weights: `v` is then the sum over the weights of a bin, and D must still be
@@ -29,26 +31,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core.reference import Problem, compute_dtype, group_importance, group_vectors, mass_floor, update_centroids
+from edkm.core.reference import (
+    Problem,
+    compute_dtype,
+    entries,
+    group_importance,
+    group_vectors,
+    mass_floor,
+    normal_inverse,
+    update_centroids,
+)
 
 # The three functions that every backend has; op.py documents them.
 
 
 def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, None]:
-    groups, _, d = centroids.shape
-    return iterate(Points.of(weight, problem, groups, d), centroids, iters), None
+    return iterate(Points.of(weight, problem, *centroids.shape), centroids, iters), None
 
 
 def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None, dtype: torch.dtype) -> Tensor:
-    _, groups, _, d = trajectory.shape
+    groups, _, d = trajectory.shape[1:]
     out = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-    soft_values(Points.of(weight, problem._replace(importance=None), groups, d), trajectory, group_vectors(out, groups, d))
+    soft_values(Points.of(weight, problem._replace(importance=None), *trajectory.shape[1:]), trajectory, group_vectors(out, groups, d))
     return out
 
 
 def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
-    _, groups, _, d = trajectory.shape
-    points = Points.of(weight, problem, groups, d)
+    groups, _, d = trajectory.shape[1:]
+    points = Points.of(weight, problem, *trajectory.shape[1:])
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     grouped = group_vectors(dw, groups, d)
     for block, direct, path in reverse(points, trajectory, group_vectors(grad, groups, d)):
@@ -71,11 +81,15 @@ class Points(NamedTuple):
     importance: Tensor | None  # [g, rows, cols]
     temperature: Tensor  # [g]
     round_to: torch.dtype | None
+    basis: Tensor | None
+    k: int  # entries of a table
 
     @classmethod
-    def of(cls, weight: Tensor, problem: Problem, groups: int, d: int) -> Points:
+    def of(cls, weight: Tensor, problem: Problem, groups: int, k: int, d: int) -> Points:
+        """Make points for centroids `[groups, k, d]`, or theta of that shape."""
         importance = group_importance(problem.importance, weight.shape, groups, d)
-        return cls(group_vectors(weight, groups, d), importance, problem.temperature, problem.round_to)
+        k = k if problem.basis is None else len(problem.basis)
+        return cls(group_vectors(weight, groups, d), importance, problem.temperature, problem.round_to, problem.basis, k)
 
     def read(self, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
         """A block's values `[g, d, n]`, rounded, importance `[g, 1, n]` and temperature `[g, 1, 1]`, in the compute dtype."""
@@ -88,21 +102,22 @@ class Points(NamedTuple):
 
 
 def iterate(points: Points, centroids: Tensor, iters: int) -> Tensor:
-    """Run the iterations: the trajectory `[iters + 1, g, k, d]`."""
+    """Run the iterations: the trajectory `[iters + 1, g, k, d]`, or that of theta."""
     trajectory = centroids.repeat(iters + 1, 1, 1, 1)
     plan, buffers = _plan(points, centroids)
     for blocks in plan:
         groups = blocks[0].groups
         for t in range(iters):
             c = trajectory[t, groups]
-            trajectory[t + 1, groups].copy_(update_centroids(_sums(points, blocks, buffers, c), c))
+            found = _sums(points, blocks, buffers, entries(c, points.basis))
+            trajectory[t + 1, groups].copy_(update_centroids(found, c, points.basis))
     return trajectory
 
 
 def sums(points: Points, centroids: Tensor) -> Tensor:
-    """Mass and weighted sum of every centroid in one iteration, `[g, k, 1 + d]`: for `update_centroids`."""
+    """Mass and weighted sum of every entry in one iteration, `[g, k, 1 + d]`: for `update_centroids`."""
     plan, buffers = _plan(points, centroids)
-    return torch.cat([_sums(points, blocks, buffers, centroids[blocks[0].groups]) for blocks in plan])
+    return torch.cat([_sums(points, blocks, buffers, entries(centroids[blocks[0].groups], points.basis)) for blocks in plan])
 
 
 def _sums(points: Points, blocks: list[Block], buffers: Tensor, c: Tensor) -> Tensor:
@@ -123,7 +138,7 @@ def soft_values(points: Points, trajectory: Tensor, out: Tensor) -> None:
     plan, buffers = _plan(points, trajectory[0])
     for block in (block for blocks in plan for block in blocks):
         w, _, tau = points.read(block, trajectory.dtype)
-        c, c_next = trajectory[-2:, block.groups]
+        c, c_next = entries(trajectory[-2:, block.groups], points.basis)
         a, spare, _ = _views(buffers, w, c)
         assignment(w, c, tau, a, spare)
         into = out[block.groups, :, block.rows]
@@ -148,9 +163,9 @@ def reverse(points: Points, trajectory: Tensor, grad: Tensor, *, summed: bool = 
     dtype = trajectory.dtype
     plan, buffers = _plan(points, trajectory[0])
     for blocks in plan:
-        gc = torch.zeros_like(trajectory[0, blocks[0].groups])
+        gc = torch.zeros_like(entries(trajectory[0, blocks[0].groups], points.basis))
         for t in range(len(trajectory) - 1, 0, -1):
-            c, c_next = trajectory[t - 1 : t + 1, blocks[0].groups]
+            c, c_next = entries(trajectory[t - 1 : t + 1, blocks[0].groups], points.basis)
             last = t == len(trajectory) - 1
             mass = torch.zeros_like(gc[..., 0])
             for block in blocks:
@@ -160,7 +175,7 @@ def reverse(points: Points, trajectory: Tensor, grad: Tensor, *, summed: bool = 
                 mass += (a if s is None else torch.mul(a, s, out=spare)).sum(-1)
                 if last:
                     gc += moments(a, grad[block.groups, :, block.rows].to(dtype).flatten(2), None, spare)
-            h, gc = update_adjoint(gc, mass)
+            h, gc = update_adjoint(gc, mass, points.basis)
             for block in blocks:
                 w, s, tau = points.read(block, dtype)
                 views = _views(buffers, w, c)
@@ -176,16 +191,19 @@ def reverse(points: Points, trajectory: Tensor, grad: Tensor, *, summed: bool = 
                 yield Gradient(block, direct, path)
 
 
-def update_adjoint(grad: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+def update_adjoint(grad: Tensor, mass: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The adjoint of `update_centroids`.
 
     Args:
-        grad: `dL/d(centroids after)`, `[g, k, d]`.
+        grad: `dL/d(entries after)`, `[g, k, d]`.
         mass: `[g, k]`.
 
     Returns:
-        `dL/d(weighted sum)`, and the part of `dL/d(centroids before)` from centroids that stayed; both `[g, k, d]`.
+        `dL/d(weighted sum)`, and the part of `dL/d(entries before)` from centroids that stayed; both `[g, k, d]`.
     """
+    if basis is not None:
+        inverse, alive = normal_inverse(mass, basis)
+        return torch.where(alive, basis @ (inverse @ (basis.mT @ grad)), 0), torch.where(alive, 0, grad)
     alive = (mass > mass_floor(mass)).unsqueeze(-1)
     return torch.where(alive, grad / torch.where(alive, mass.unsqueeze(-1), 1), 0), torch.where(alive, 0, grad)
 
@@ -263,7 +281,7 @@ def cut(groups: int, rows: int, per_row: int, entries: int) -> list[list[Block]]
 def _plan(points: Points, centroids: Tensor) -> tuple[list[list[Block]], Tensor]:
     """Blocks of the points, and buffers for three matrices: fresh ones every time cost more in page faults than the arithmetic."""
     groups, _, rows, cols = points.values.shape
-    per_row = cols * centroids.shape[1]
+    per_row = cols * points.k
     plan = cut(groups, rows, per_row, block_entries(centroids.device))
     sizes = [(b.groups.stop - b.groups.start) * (b.rows.stop - b.rows.start) * per_row for blocks in plan for b in blocks]
     return plan, centroids.new_empty(3, max(sizes))

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edkm.core.blocks import update_adjoint
-from edkm.core.reference import Problem, update_centroids
+from edkm.core import blocks
+from edkm.core.blocks import Points, update_adjoint
+from edkm.core.reference import Problem, spread_importance, update_centroids
 
 MOST_CENTROIDS = 64
 # So many warps fill a GPU. All sizes here are the same on every GPU: sums are added in the same order.
@@ -32,6 +33,8 @@ _WEIGHTS_PER_WARP = 1 << 12
 
 
 def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, None]:
+    if problem.basis is not None:
+        return blocks.solve(weight, centroids, problem, iters)
     call, trajectory = _Call(weight, centroids, problem), centroids.repeat(iters + 1, 1, 1, 1)
     if call.whole_tables:
         call.on_tables("solve", *call.points, trajectory, call.temperature, iters)
@@ -43,10 +46,14 @@ def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tu
 
 def sums(weight: Tensor, centroids: Tensor, problem: Problem) -> Tensor:
     """Mass and weighted sum of every centroid in one iteration, `[g, k, 2]`: for `update_centroids`."""
+    if problem.basis is not None:
+        return blocks.sums(Points.of(weight, problem, *centroids.shape), centroids)
     return _Call(weight, centroids, problem).sums(centroids)
 
 
 def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None, dtype: torch.dtype | None = None) -> Tensor:
+    if problem.basis is not None:
+        return blocks.decode(weight, trajectory, problem, kept, dtype or weight.dtype)
     call = _Call(weight, trajectory[-1], problem._replace(importance=None))
     out = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     call.on_parts("decode", call.points[0], trajectory[-2], trajectory[-1], call.temperature, out)
@@ -54,6 +61,8 @@ def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = No
 
 
 def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
+    if problem.basis is not None:
+        return blocks.adjoint(grad, weight, trajectory, problem)
     call, grad, iters = _Call(weight, trajectory[-1], problem), grad.contiguous(), len(trajectory) - 1
     # Sums over iterations are made in the compute dtype.
     dtype = weight.dtype if iters == 1 else trajectory.dtype
@@ -85,14 +94,14 @@ class _Call:
     """A weight `[rows, cols]` as the kernels see it: contiguous."""
 
     def __init__(self, weight: Tensor, centroids: Tensor, problem: Problem) -> None:
-        temperature, importance, self.round_to = problem
+        temperature, importance, self.round_to, _ = problem
         self.temperature = temperature.contiguous()
         self.groups, self.k = centroids.shape[:2]
         rows, cols = weight.shape
         self.shape = rows // self.groups, cols
         stride = 0
         if importance is not None:
-            importance = importance.expand(rows, cols)
+            importance = spread_importance(importance, (rows, cols))
             by_column = importance.stride(0) == 0  # one row for all: not written out
             stride = 0 if by_column else cols
             importance = (importance[:1] if by_column else importance).contiguous()

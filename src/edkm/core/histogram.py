@@ -42,7 +42,7 @@ _LARGEST_WITH_EMPTY_BINS = {torch.bfloat16: 0x5E80, torch.float16: 0x7BFF}
 
 def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, Histogram]:
     histogram = count(weight, problem, centroids.dtype)
-    return blocks.iterate(histogram.points(problem.temperature), centroids, iters), histogram
+    return blocks.iterate(histogram.points(problem, centroids), centroids, iters), histogram
 
 
 def decode(weight: Tensor, trajectory: Tensor, problem: Problem, histogram: Histogram | None, dtype: torch.dtype) -> Tensor:
@@ -50,7 +50,7 @@ def decode(weight: Tensor, trajectory: Tensor, problem: Problem, histogram: Hist
     if histogram is None:
         histogram = count(weight, problem._replace(importance=None), trajectory.dtype)
     soft = torch.empty_like(histogram.values)
-    blocks.soft_values(histogram.points(problem.temperature), trajectory, soft.unsqueeze(1))
+    blocks.soft_values(histogram.points(problem, trajectory), trajectory, soft.unsqueeze(1))
     by_bin, out = histogram.by_bin(soft, dtype), torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     for rows, bins in _bins(weight, key):
         torch.index_select(by_bin, 0, bins, out=out[rows].view(-1))
@@ -64,7 +64,7 @@ def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, 
     (summed,) = totals(weight, key, [grad], dtype)
     direct, path = torch.zeros_like(histogram.values), torch.zeros_like(histogram.values)
     bins_grad = histogram.folded(summed).unsqueeze(1)
-    for block, d, p in blocks.reverse(histogram.points(problem.temperature), trajectory, bins_grad, summed=True):
+    for block, d, p in blocks.reverse(histogram.points(problem, trajectory), trajectory, bins_grad, summed=True):
         into = path[block.groups, block.rows]
         into += p.view(into.shape)
         if d is not None:
@@ -87,8 +87,10 @@ class Histogram(NamedTuple):
     values: Tensor  # [1, ceil(u / FOLD), FOLD]
     mass: Tensor  # like values: summed importance; NaN throughout if a weight is not finite
 
-    def points(self, temperature: Tensor) -> Points:
-        return Points(self.values.unsqueeze(1), self.mass, temperature, None)
+    def points(self, problem: Problem, centroids: Tensor) -> Points:
+        """Make points of the bins, for centroids `[..., k, d]` or theta."""
+        k = centroids.shape[-2] if problem.basis is None else len(problem.basis)
+        return Points(self.values.unsqueeze(1), self.mass, problem.temperature, None, problem.basis, k)
 
     def folded(self, by_bin: Tensor) -> Tensor:
         """Shape entries by bin `[BINS]` like `values`, padded with zeros."""

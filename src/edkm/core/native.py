@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edkm.core.reference import Problem, compute_dtype, update_centroids
+from edkm.core import blocks
+from edkm.core.blocks import Points
+from edkm.core.reference import Problem, compute_dtype, spread_importance, update_centroids
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 MOST_CENTROIDS = 64
@@ -42,6 +44,8 @@ _WEIGHTS_PER_THREAD = 1 << 15
 
 
 def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, None]:
+    if problem.basis is not None:
+        return blocks.solve(weight, centroids, problem, iters)
     trajectory = centroids.repeat(iters + 1, 1, 1, 1)
     call = _Call(weight, centroids, problem)
     for t in range(iters):
@@ -51,10 +55,14 @@ def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tu
 
 def sums(weight: Tensor, centroids: Tensor, problem: Problem) -> Tensor:
     """Mass and weighted sum of every centroid in one iteration, `[g, k, 2]`: for `update_centroids`."""
+    if problem.basis is not None:
+        return blocks.sums(Points.of(weight, problem, *centroids.shape), centroids)
     return _Call(weight, centroids, problem).sums(centroids)
 
 
 def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None, dtype: torch.dtype) -> Tensor:
+    if problem.basis is not None:
+        return blocks.decode(weight, trajectory, problem, kept, dtype)
     call = _Call(weight, trajectory[-1], problem._replace(importance=None))
     out = torch.empty_like(call.weight, dtype=_stored(dtype))
     call("edkm_decode", trajectory[-2], trajectory[-1], problem.temperature, out, out.dtype == torch.bfloat16)
@@ -62,6 +70,8 @@ def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None, dty
 
 
 def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
+    if problem.basis is not None:
+        return blocks.adjoint(grad, weight, trajectory, problem)
     call = _Call(weight, trajectory[-1], problem)
     dw = torch.empty_like(call.weight, dtype=trajectory.dtype)
     grad = grad.to(_stored(grad.dtype))
@@ -104,7 +114,7 @@ class _Call:
     """A weight `[rows, cols]` as the kernels see it: bfloat16 or in the compute dtype, contiguous."""
 
     def __init__(self, weight: Tensor, centroids: Tensor, problem: Problem) -> None:
-        self.temperature, importance, round_to = problem
+        self.temperature, importance, round_to, _ = problem
         self.groups, self.k = centroids.shape[:2]
         rows, cols = weight.shape
         dtype = self.dtype = compute_dtype(weight.dtype)
@@ -114,7 +124,7 @@ class _Call:
         self.weight = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.to(dtype).contiguous()
         self.importance, stride = None, 0
         if importance is not None:
-            importance = importance.expand(rows, cols)
+            importance = spread_importance(importance, (rows, cols))
             by_column = importance.stride(0) == 0  # one row for all: not written out
             stride = 0 if by_column else cols
             self.importance = (importance[:1] if by_column else importance).to(dtype).contiguous()

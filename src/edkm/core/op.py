@@ -14,7 +14,7 @@ centroid path included, needs the live weight and the centroids of each iteratio
 `auto` takes the one that costs least by `choose_backend`, never `reference`. Each of the others is a module with three functions, listed in
 `BACKENDS`. Backends differ by the rounding of sums in the last digits.
 
-    solve(weight, centroids, problem, iters) -> (trajectory [iters + 1, g, k, d], kept)
+    solve(weight, centroids, problem, iters) -> (trajectory [iters + 1, g, k, d], kept)      with a basis theta, [..., g, p, 1]
     decode(weight, trajectory, problem, kept, dtype) -> out, like weight in that dtype
     adjoint(grad, weight, trajectory, problem, kept=None) -> dL/dweight, like weight
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from edkm.core import blocks, cuda, histogram, native, reference
-from edkm.core.reference import NOT_FINITE, Problem, compute_dtype
+from edkm.core.reference import NOT_FINITE, Problem, compute_dtype, importance_in_blocks, in_blocks, normal_inverse
 
 BACKENDS = {"histogram": histogram, "blocks": blocks, "native": native, "triton": cuda}
 
@@ -46,7 +46,7 @@ def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int, backe
 
     Args:
         weight: `[rows, cols]`, detached.
-        centroids: `[g, k, d]` in the compute dtype of the weight, where to start.
+        centroids: `[g, k, d]` in the compute dtype of the weight, where to start; theta `[g, p, 1]` if the problem has a basis.
         backend: one of `BACKENDS`, which can cluster this weight (`pick_backend`).
     """
     problem = problem.for_weight(weight)
@@ -58,7 +58,7 @@ class Solution(NamedTuple):
     """The centroids found for a weight, and the problem that they solve.
 
     Attributes:
-        trajectory: `[iters + 1, g, k, d]`, the centroids before the first and after every iteration.
+        trajectory: `[iters + 1, g, k, d]`, the centroids before the first and after every iteration; of theta with a basis.
     """
 
     trajectory: Tensor
@@ -81,10 +81,12 @@ class Clustered(NamedTuple):
     Attributes:
         weight: `[rows, cols]`, dtype of the input, differentiable: the softly clustered weight.
         centroids: `[g, k, d]`, detached: the centroids after the last iteration, the start of the next step.
+        theta: `[g, p]`, detached, with a basis: `centroids = basis theta`.
     """
 
     weight: Tensor
     centroids: Tensor
+    theta: Tensor | None = None
 
 
 def cluster(
@@ -95,6 +97,7 @@ def cluster(
     importance: Tensor | None = None,
     max_iters: int = 3,
     round_to: torch.dtype | None = torch.bfloat16,
+    basis: Tensor | None = None,
     backend: str = "auto",
 ) -> Clustered:
     """Differentiable k-means: replace every weight by its soft centroid and improve the centroids on the way.
@@ -105,36 +108,46 @@ def cluster(
     Args:
         weight: `[rows, cols]`, float32, bfloat16, float16 or float64.
         centroids: `[g, k, d]` float32 (float64 with a float64 weight), where to start; gets no gradient. Consecutive rows are split
-            evenly over the `g` tables. `d > 1` clusters vectors of `d` consecutive values along the rows.
+            evenly over the `g` tables; of more tables than rows each has a block of consecutive columns of a row. `d > 1` clusters
+            vectors of `d` consecutive values along the rows.
         temperature: scalar or `[g]`, > 0, in squared weight units.
         importance: None, or non-negative and broadcastable to `weight`; a vector takes the mean over its values.
         max_iters: iterations, at least 1.
         round_to: 16-bit dtype that a wider weight is rounded to first, straight-through, whatever the backend; None keeps full
             width, which rules `histogram` out.
+        basis: None for free tables; or float `[k, p]`, for tables with a shape, `centroids = basis theta` (formats.py). Its columns are
+            the values of a format, ascending, and before them ones if there is an offset. `centroids` that are not in its span are
+            projected on it, each entry with equal weight.
         backend: `reference`, `histogram`, `blocks`, `native`, `triton`, or `auto` (see `choose_backend`).
 
     Returns:
-        `Clustered(weight, centroids)`.
+        `Clustered(weight, centroids, theta)`.
 
     Raises:
         ValueError: shapes that do not divide, more centroids than weights, non-finite weights, a temperature that is not
             positive, negative importance, an unknown or impossible backend.
 
     Cost:
-        Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids. Passes over the weight: `histogram` 2
+        Kept for backward: the weight itself (no copy), `max_iters + 1` times the centroids, or theta. Passes over the weight: `histogram` 2
         forward and 3 backward; the others `max_iters + 1` forward, `max_iters` to `2 max_iters` backward.
         `reference` keeps `O(max_iters n k)`.
     """
-    check_shapes(weight, centroids, importance, max_iters)
+    check_shapes(weight, centroids, importance, max_iters, free=basis is None)
     start = centroids.detach()
     tau = torch.as_tensor(temperature, dtype=start.dtype, device=weight.device).detach().expand(len(start))
-    importance = None if importance is None else importance.detach()
+    importance = importance_in_blocks(None if importance is None else importance.detach(), weight.shape, len(start))
+    if basis is not None:
+        basis = basis.detach().to(start)
+        check_basis(basis, start)
+        start = normal_inverse(torch.ones_like(start[..., 0]), basis)[0] @ (basis.mT @ start)
+    matrix = in_blocks(weight, len(start))
     if backend == "reference":
-        out, trajectory = reference.cluster(weight, start, Problem(tau, importance, round_to), max_iters)
+        out, trajectory = reference.cluster(matrix, start, Problem(tau, importance, round_to, basis), max_iters)
         _check_problem(importance, tau, trajectory.detach())
     else:
-        out, trajectory = _cluster(weight, importance, start, tau, max_iters, round_to, backend)
-    return Clustered(out, trajectory[-1].detach())
+        out, trajectory = _cluster(matrix, importance, start, tau, basis, max_iters, round_to, backend)
+    found = trajectory[-1].detach()
+    return Clustered(out.view(weight.shape), reference.entries(found, basis), None if basis is None else found.squeeze(-1))
 
 
 @torch.library.custom_op("edkm::cluster", mutates_args=())
@@ -143,19 +156,20 @@ def _cluster(
     importance: Tensor | None,
     centroids: Tensor,
     temperature: Tensor,
+    basis: Tensor | None,
     iters: int,
     round_to: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Compute `(soft weight, trajectory)`; a custom op, so that torch.compile calls it as it is."""
-    backend, _ = pick_backend(backend, weight, centroids.shape, round_to)
-    solution = solve(weight, centroids, Problem(temperature, importance, round_to), iters, backend)
+    backend, _ = pick_backend(backend, weight, table_shape(centroids, basis), round_to)
+    solution = solve(weight, centroids, Problem(temperature, importance, round_to, basis), iters, backend)
     _check_problem(importance, temperature, solution.trajectory)
     return solution.decode(weight), solution.trajectory
 
 
 @_cluster.register_fake
-def _(weight, importance, centroids, temperature, iters, round_to, backend):
+def _(weight, importance, centroids, temperature, basis, iters, round_to, backend):
     return torch.empty_like(weight, memory_format=torch.contiguous_format), centroids.new_empty(iters + 1, *centroids.shape)
 
 
@@ -166,30 +180,37 @@ def _cluster_adjoint(
     importance: Tensor | None,
     trajectory: Tensor,
     temperature: Tensor,
+    basis: Tensor | None,
     round_to: torch.dtype | None,
     backend: str,
 ) -> Tensor:
     """Compute `dL/dweight` from `dL/dout`."""
-    backend, _ = pick_backend(backend, weight, trajectory.shape[1:], round_to)
-    problem = Problem(temperature, importance, round_to).for_weight(weight)
+    backend, _ = pick_backend(backend, weight, table_shape(trajectory[0], basis), round_to)
+    problem = Problem(temperature, importance, round_to, basis).for_weight(weight)
     return Solution(trajectory, problem, backend).adjoint(grad, weight)
 
 
 @_cluster_adjoint.register_fake
-def _(grad, weight, importance, trajectory, temperature, round_to, backend):
+def _(grad, weight, importance, trajectory, temperature, basis, round_to, backend):
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output) -> None:
-    weight, importance, _, temperature, _, ctx.round_to, ctx.backend = inputs
-    ctx.save_for_backward(weight, importance, output[1], temperature)
+    weight, importance, _, temperature, basis, _, ctx.round_to, ctx.backend = inputs
+    ctx.save_for_backward(weight, importance, output[1], temperature, basis)
 
 
 def _backward(ctx, grad: Tensor, _):
-    return _cluster_adjoint(grad, *ctx.saved_tensors, ctx.round_to, ctx.backend), None, None, None, None, None, None
+    return _cluster_adjoint(grad, *ctx.saved_tensors, ctx.round_to, ctx.backend), *[None] * 7
 
 
 _cluster.register_autograd(_backward, setup_context=_save)
+
+
+def table_shape(centroids: Tensor, basis: Tensor | None) -> tuple[int, int, int]:
+    """Return the shape of the tables, `(g, k, d)`, of centroids of that shape, or of theta `[g, p, 1]`."""
+    groups, k, d = centroids.shape
+    return groups, k if basis is None else len(basis), d
 
 
 def choose_backend(
@@ -256,8 +277,8 @@ def _no_histogram(weight: Tensor, groups: int, d: int, round_to: torch.dtype | N
     return f"{weight.dtype}, round_to={round_to}" if wide else None
 
 
-def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, max_iters: int = 1) -> None:
-    """Refuse what cannot be clustered, by shape and dtype alone."""
+def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, max_iters: int = 1, *, free: bool = True) -> None:
+    """Refuse what cannot be clustered, by shape and dtype alone; free tables need as many weights as they have entries."""
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(
             f"weight: clustering takes a floating-point matrix [rows, cols], got {weight.dtype} {list(weight.shape)}. "
@@ -270,13 +291,14 @@ def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, m
         )
     groups, k, d = centroids.shape
     rows, cols = weight.shape
-    if groups == 0 or d == 0 or rows == 0 or rows % (groups * d):
+    blocks = d == 1 and rows and groups > rows and groups % rows == 0 and cols % (groups // rows) == 0
+    if not blocks and (groups == 0 or d == 0 or rows == 0 or rows % (groups * d)):
         raise ValueError(
             f"weight: {rows} rows do not divide into {groups} tables of vectors of {d} rows ({list(weight.shape)}). "
             "Choose rows_per_lut and dim that divide the rows, or skip the tensor."
         )
     n = rows * cols // (groups * d)
-    if k > n:
+    if free and k > n:
         raise ValueError(
             f"weight: {k} centroids need at least {k} weights, got {n} in each of {groups} groups ({list(weight.shape)}). "
             "Use fewer bits or more rows per table, or skip the tensor."
@@ -290,6 +312,17 @@ def check_shapes(weight: Tensor, centroids: Tensor, importance: Tensor | None, m
             raise ValueError(
                 f"importance: {list(importance.shape)} does not broadcast to the weight {list(weight.shape)}. [1, cols] weighs the columns."
             ) from None
+
+
+def check_basis(basis: Tensor, centroids: Tensor) -> None:
+    """Refuse a basis that is not that of a format with the table's size."""
+    groups, k, d = centroids.shape
+    fits = basis.ndim == 2 and basis.shape[0] == k and basis.shape[1] in (1, 2) and d == 1 and k > 1
+    if not fits or not bool((basis[1:, -1] > basis[:-1, -1]).all()) or not bool((basis[:, :-1] == 1).all()):
+        raise ValueError(
+            f"basis: expected [{k}, 1], the ascending values of a format, or [{k}, 2], ones and these values, for centroids "
+            f"[{groups}, {k}, 1], got {list(basis.shape)} for {list(centroids.shape)}. Format.basis of edkm.core.formats makes them."
+        )
 
 
 def check_importance(importance: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from edkm.core import blocks, cuda, histogram, native
 from edkm.core.assign import quantize
 from edkm.core.blocks import Points
 from edkm.core.op import Solution
-from edkm.core.reference import Problem, compute_dtype, update_centroids
+from edkm.core.reference import Problem, compute_dtype, spread_importance, update_centroids
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -52,15 +52,15 @@ def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: 
         mine = problem._replace(importance=_of_rows(problem.importance, rows, rows.start, rows.values))
         counted = histogram.needs_count(problem.importance)  # of the whole: the same on all ranks
         found = histogram.count(rows.values, mine, centroids.dtype, counted=counted, reduce=reduce)
-        trajectory = blocks.iterate(found.points(problem.temperature), centroids, iters)
+        trajectory = blocks.iterate(found.points(problem, centroids), centroids, iters)
         return Solution(trajectory, problem, backend, found)
     groups, k, d = centroids.shape
     trajectory, own_parts = centroids.repeat(iters + 1, 1, 1, 1), parts(rows, groups, d, reduce)
     for t in range(iters):
-        total = trajectory.new_zeros(groups, k, 1 + d)
+        total = trajectory.new_zeros(groups, k if problem.basis is None else len(problem.basis), 1 + d)
         for part in own_parts:
             total[part.groups] += _sums(part, rows, trajectory[t, part.groups], problem, backend)
-        trajectory[t + 1] = update_centroids(reduce(total), trajectory[t])
+        trajectory[t + 1] = update_centroids(reduce(total), trajectory[t], problem.basis)
     return Solution(trajectory, problem, backend)
 
 
@@ -83,16 +83,15 @@ def freeze(rows: Rows, lut: Tensor, reduce: Reduce) -> tuple[Tensor, float]:
 def _sums(part: Part, rows: Rows, centroids: Tensor, problem: Problem, backend: str) -> Tensor:
     """Mass and weighted sum of the centroids of a part in one iteration, `[g, k, 1 + d]`."""
     importance = _of_rows(problem.importance, rows, part.start, part.values)
-    problem = Problem(problem.temperature[part.groups], importance, problem.round_to)
+    problem = problem._replace(temperature=problem.temperature[part.groups], importance=importance)
     if backend in ("native", "triton"):
         return {"native": native, "triton": cuda}[backend].sums(part.values, centroids, problem)
-    groups, _, d = centroids.shape
-    return blocks.sums(Points.of(part.values, problem, groups, d), centroids)
+    return blocks.sums(Points.of(part.values, problem, *centroids.shape), centroids)
 
 
 def _of_rows(importance: Tensor | None, rows: Rows, start: int, values: Tensor) -> Tensor | None:
     """Cut the importance to the rows `values`, which begin at `start`."""
-    return None if importance is None else importance.expand(rows.total, values.shape[1])[start : start + len(values)]
+    return None if importance is None else spread_importance(importance, (rows.total, values.shape[1]))[start : start + len(values)]
 
 
 class Part(NamedTuple):
