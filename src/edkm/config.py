@@ -8,10 +8,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from edkm.core.formats import TABLE, format_named
-
 # What may differ from tensor to tensor.
-PER_TENSOR = ("bits", "dim", "rows_per_lut", "softness", "format")
+PER_TENSOR = ("bits", "dim", "rows_per_lut", "softness")
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,6 @@ class ClusterConfig:
     """Mathematical settings of a clustering.
 
     Attributes:
-        format: `table`, free lookup tables; or one of `core.formats.FORMATS`, which says the bits and the blocks of weights.
         bits: bits per index, 1 to 8; a lookup table has `2**bits` centroids.
         dim: consecutive rows that share an index; a weight takes `bits / dim` bits.
         rows_per_lut: rows that share a table; 0 for one table per tensor.
@@ -29,14 +26,12 @@ class ClusterConfig:
         max_iters: k-means iterations per optimizer step; they start from the centroids of the last step, so that one is enough.
         embedding_bits: bits per index of embeddings (one table each, `dim` 1) and of linear layers tied to them; 0 leaves them alone.
         skip: name patterns (`*`, `?`) of weights left alone, or of modules with all weights in them. One without effect is refused.
-        overrides: name pattern, as in `skip` -> other values of `bits`, `dim`, `rows_per_lut`, `softness`, `format`; the first match
-            applies.
+        overrides: name pattern, as in `skip` -> other values of `bits`, `dim`, `rows_per_lut`, `softness`; the first match applies.
 
     Raises:
         ValueError: a value out of range, an unknown field in `overrides`.
     """
 
-    format: str = TABLE
     bits: int = 3
     dim: int = 1
     rows_per_lut: int = 16
@@ -59,8 +54,6 @@ class ClusterConfig:
             if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or not low <= value <= high:
                 kind = "an integer" if integer else "a number"
                 raise ValueError(f"{name}: {kind} from {low} to {high}, got {value!r}.")
-        if self.format != TABLE:
-            format_named(self.format)
         for pattern, values in self.overrides.items():
             unknown = set(values) - set(PER_TENSOR)
             if unknown:
