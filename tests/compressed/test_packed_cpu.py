@@ -2,7 +2,7 @@
 
 1. Any width, shape, dtype and layout of x gives torch's float32 product, as exactly; decoding gives the weight to the bit.
 2. The kernels read no byte beyond the stream, the tables and x; an index beyond its table counts as zero; subnormal values are read.
-3. The number of threads changes no bit, and the threads are torch's.
+3. The number of threads changes no bit, nor do several weights in one call; the threads are torch's.
 4. Without a compiler plain torch takes over, and one warning says so; a weight with another layout is not given to the kernels.
 """
 
@@ -193,6 +193,26 @@ def test_threads_do_not_change_the_result(bits, luts):
     assert all(torch.equal(a, b) for found in fused[1:] for a, b in zip(fused[0], found, strict=True))
     for found in results[1:]:
         torch.testing.assert_close(found[2], results[0][2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bits,cols", [(3, 1024), (4, 200), (3, 33), (8, 512)])
+def test_several_weights_in_one_call(kernels, bits, cols, threads):
+    if kernels is None:
+        return  # it has no such call
+    matrices = []
+    for rows in (200, 1, 64, 640, 65):
+        packed, _ = packed_weight(rows, cols, bits, rows, seed=rows)
+        matrices.append((packed.stream, packed.lut, *packed.matrix))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for x in (torch.randn(1, cols), torch.randn(2, 3, cols).half(), torch.randn(0, cols)):
+            together = cpu.products(x, matrices)
+            for out, matrix in zip(together, matrices, strict=True):
+                assert torch.equal(out, cpu.multiply(x, *matrix)) and out.shape == (*x.shape[:-1], matrix[3])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc")

@@ -54,17 +54,22 @@ struct Job {
     const uint8_t *packed; /* the stream of rows * cols indices */
     const void *lut;       /* [luts, k] */
     int64_t rows, cols, bits, luts, k, lut_type;
-    const void *x; /* [batch, cols] */
     void *out;     /* [batch, rows], or what is unpacked of [rows, cols] */
     int64_t batch, x_type;
     Kernel *kernel;
     int64_t first, stop; /* the rows asked for */
     float *xs;           /* x in float32, as the kernel reads it: [batch, padded as in `blocks`][stride] */
     int64_t stride;
+};
+
+/* Products of one x with several weights, or one weight to unpack: the threads are woken once. */
+typedef struct {
+    const Job *jobs;
+    int64_t count, parts;  /* of PART rows, in all jobs */
     float *scratch;        /* of `apart` floats for every thread */
     int64_t apart;
-    int64_t next, entered; /* the first row that no thread has taken, and how many threads have come */
-};
+    int64_t next, entered; /* the first part that no thread has taken, and how many threads have come */
+} Run;
 
 /* Looking up: the low 4 bits of every lane, or those of them that the table's size needs. A permutation of 16 takes 4 bits: enough for 2
    indices of 2 bits or 4 of 1 bit before one shift, each with a table of its own that ignores the bits below `low`. */
@@ -478,24 +483,31 @@ static void rows_of_any(const Job *j, int64_t first, int64_t stop, float *scratc
     }
 }
 
+static int64_t parts_of(const Job *j) { return (j->stop - j->first + PART - 1) / PART; }
+
 /* What each thread does: takes rows until none are left. */
-static void work(void *job) {
-    Job *j = job;
-    float *scratch = j->scratch + __atomic_fetch_add(&j->entered, 1, __ATOMIC_RELAXED) * j->apart;
-    for (int64_t first; (first = __atomic_fetch_add(&j->next, PART, __ATOMIC_RELAXED)) < j->stop;)
+static void work(void *all) {
+    Run *r = all;
+    float *scratch = r->scratch + __atomic_fetch_add(&r->entered, 1, __ATOMIC_RELAXED) * r->apart;
+    for (int64_t part; (part = __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED)) < r->parts;) {
+        const Job *j = r->jobs;
+        for (; part >= parts_of(j); j++) part -= parts_of(j);
+        const int64_t first = j->first + part * PART;
         j->kernel(j, first, first + PART < j->stop ? first + PART : j->stop, scratch);
+    }
 }
 
 /* GOMP_parallel of the OpenMP library that the process has already, or 0: given by cpu.py. */
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 void edkm_use(void *run) { memcpy(&parallel, &run, sizeof parallel); }
 
-static void run(Job *j, int64_t threads) {
-    j->next = j->first;
+static void run(Run *r, int64_t threads) {
+    r->parts = 0;
+    for (int64_t i = 0; i < r->count; i++) r->parts += parts_of(r->jobs + i);
     if (parallel && threads > 1)
-        parallel(work, j, (unsigned)threads, 0);
+        parallel(work, r, (unsigned)threads, 0);
     else
-        work(j);
+        work(r);
 }
 
 static int fused(int64_t cols, int64_t bits) { return bits <= 4 && cols * bits % 8 == 0; }
@@ -503,36 +515,53 @@ static int fused(int64_t cols, int64_t bits) { return bits <= 4 && cols * bits %
 /* The most rows of x that are faster so than by unpacking W for a matrix product, as measured at 2048 x 2048 and 1536 x 576. */
 int64_t edkm_most(int64_t cols, int64_t bits) { return fused(cols, bits) ? 2 * LANES : LANES; }
 
-/* y = x W^T: y float32, or bfloat16 if x is. 0, or 1 without memory. */
-int edkm_linear(const uint8_t *packed, const void *lut, int64_t rows, int64_t cols, int64_t bits, int64_t luts, int64_t k, int64_t lut_type,
-                const void *x, void *out, int64_t batch, int64_t x_type, int64_t threads) {
+/* A packed weight, and memory for its result. */
+typedef struct {
+    const uint8_t *packed;
+    const void *lut;
+    int64_t rows, cols, bits, luts, k, lut_type;
+    void *out;
+} Weight;
+
+static Job job_of(const Weight *w, Kernel *kernel, int64_t first, int64_t stop) {
+    return (Job){w->packed, w->lut, w->rows, w->cols, w->bits, w->luts, w->k, w->lut_type, w->out, 0, FLOAT32, kernel, first, stop, 0, 0};
+}
+
+/* y = x W^T, x [batch, cols], for each of up to MOST weights of the same columns and bits: y float32, or bfloat16 if x is.
+   0, or 1 without memory. */
+enum { MOST = 8 };
+int edkm_linear(const Weight *weights, int64_t count, const void *x, int64_t batch, int64_t x_type, int64_t threads) {
     static Kernel *const KERNELS[] = {0, rows1, rows2, rows3, rows4};
+    const int64_t cols = weights->cols, bits = weights->bits;
     const int direct = fused(cols, bits);
-    Job j = {packed, lut, rows, cols, bits, luts, k, lut_type, x, out, batch, x_type, direct ? KERNELS[bits] : rows_of_any, 0, rows, 0, 0, 0, 0, 0, 0};
-    const int64_t padded = batch + (batch % GROUP == 3); /* as `blocks` goes */
-    j.stride = direct ? vectors_of(&j) * steps_of(&j) * LANES : cols;
-    j.apart = direct ? 0 : 8 * cols;
-    char *memory = malloc((padded * j.stride + cols + threads * j.apart + 16) * sizeof(float));
+    Job jobs[MOST];
+    for (int64_t i = 0; i < count; i++) {
+        jobs[i] = job_of(weights + i, direct ? KERNELS[bits] : rows_of_any, 0, weights[i].rows);
+        jobs[i].batch = batch, jobs[i].x_type = x_type;
+        jobs[i].stride = direct ? vectors_of(jobs) * steps_of(jobs) * LANES : cols;
+    }
+    Run r = {jobs, count, 0, 0, direct ? 0 : 8 * cols, 0, 0};
+    const int64_t padded = batch + (batch % GROUP == 3), stride = jobs->stride; /* as `blocks` goes */
+    char *memory = malloc((padded * stride + cols + threads * r.apart + 16) * sizeof(float));
     if (!memory) return 1;
-    j.xs = (float *)(memory + (-(uintptr_t)memory & 63));
-    float *row = j.xs + padded * j.stride;
-    j.scratch = row + cols;
+    float *xs = (float *)(memory + (-(uintptr_t)memory & 63)), *row = xs + padded * stride;
+    r.scratch = row + cols;
+    for (int64_t i = 0; i < count; i++) jobs[i].xs = xs;
     for (int64_t b = 0; b < batch; b++)
         if (direct) {
             read_floats(x, x_type, b * cols, cols, row);
-            arrange(&j, row, j.xs + b * j.stride);
+            arrange(jobs, row, xs + b * stride);
         } else {
-            read_floats(x, x_type, b * cols, cols, j.xs + b * j.stride);
+            read_floats(x, x_type, b * cols, cols, xs + b * stride);
         }
-    memset(j.xs + batch * j.stride, 0, (padded - batch) * j.stride * sizeof(float));
-    run(&j, threads);
+    memset(xs + batch * stride, 0, (padded - batch) * stride * sizeof(float));
+    run(&r, threads);
     free(memory);
     return 0;
 }
 
 /* Rows `first` to `stop` of W as float32. */
-void edkm_unpack(const uint8_t *packed, const void *lut, int64_t rows, int64_t cols, int64_t bits, int64_t luts, int64_t k, int64_t lut_type,
-                 float *out, int64_t first, int64_t stop, int64_t threads) {
-    Job j = {packed, lut, rows, cols, bits, luts, k, lut_type, 0, out, 0, FLOAT32, UNPACK[bits], first, stop, 0, 0, 0, 0, 0, 0};
-    run(&j, threads);
+void edkm_unpack(const Weight *weight, int64_t first, int64_t stop, int64_t threads) {
+    const Job job = job_of(weight, UNPACK[weight->bits], first, stop);
+    run(&(Run){&job, 1, 0, 0, 0, 0, 0}, threads);
 }

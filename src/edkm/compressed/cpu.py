@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +27,11 @@ _FLAGS = ("-ffp-contract=fast",)
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in cpu.c
 # Fewer weights are not worth a second thread.
 _WORTH_THREADS = 1 << 17
+# Weights in one call, as in cpu.c.
+MOST = 8
+_WEIGHT = struct.Struct("9q").pack
+# A stream of indices, its tables, bits, rows and columns.
+Matrix = tuple[Tensor, Tensor, int, int, int]
 
 
 def reads(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
@@ -66,15 +73,25 @@ def multiply(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols:
         One pass over `stream`, from cache once more for every 4 rows of x; `4.2 * cols` bytes live for a row of x. Rows that are not whole
         bytes, or more than 4 bits: half as fast, and 8 rows of W live for every thread.
     """
-    library, batch = _library(), x.numel() // cols
+    return products(x, [(stream, lut, bits, rows, cols)])[0]
+
+
+def products(x: Tensor, weights: Sequence[Matrix]) -> list[Tensor]:
+    """Multiply as `multiply` does, by up to `MOST` weights of the same columns and bits: x is prepared once, threads are woken once."""
+    library, (_, _, bits, _, cols) = _library(), weights[0]
+    batch, total = x.numel() // cols, sum(rows for _, _, _, rows, _ in weights)
     half = x.dtype == torch.float16
     x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], rows, dtype=torch.float32 if half else None)
-    if batch and library is not None:
-        weight = _weight(stream, lut, bits, rows, cols)
-        if library.edkm_linear(*weight, x.data_ptr(), out.data_ptr(), batch, TYPES[x.dtype], _threads(batch * rows * cols)):
-            raise MemoryError(f"{4 * batch * cols} bytes for the activations of a packed product.")
-    return out.half() if half else out
+    outs, described = [], b""
+    for weight in weights:
+        assert weight[2] == bits and weight[4] == cols and len(weights) <= MOST
+        out = x.new_empty(*x.shape[:-1], weight[3], dtype=torch.float32 if half else None)
+        outs.append(out)
+        described += _described(weight, out)
+    assert library is not None
+    if batch and library.edkm_linear(described, len(outs), x.data_ptr(), batch, TYPES[x.dtype], _threads(batch * total * cols)):
+        raise MemoryError(f"{4 * batch * cols} bytes for the activations of a packed product.")
+    return [out.half() for out in outs] if half else outs
 
 
 def unpack(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int, start: int, stop: int, out: Tensor) -> None:
@@ -82,11 +99,13 @@ def unpack(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int, start: 
     assert start % 8 == 0 and 0 <= start <= stop <= rows and out.dtype == torch.float32 and out.is_contiguous()
     library = _library()
     assert library is not None
-    library.edkm_unpack(*_weight(stream, lut, bits, rows, cols), out.data_ptr(), start, stop, _threads(out.numel()))
+    library.edkm_unpack(_described((stream, lut, bits, rows, cols), out), start, stop, _threads(out.numel()))
 
 
-def _weight(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> tuple[int, ...]:
-    return stream.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], TYPES[lut.dtype]
+def _described(weight: Matrix, out: Tensor) -> bytes:
+    """Write the struct `Weight` of `cpu.c`: converting one argument takes less time than nine."""
+    stream, lut, bits, rows, cols = weight
+    return _WEIGHT(stream.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], TYPES[lut.dtype], out.data_ptr())
 
 
 def _threads(weights: int) -> int:
@@ -111,9 +130,8 @@ def _library() -> ctypes.CDLL | None:
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the types of the functions that `cpu.c` exports, and give it torch's threads."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    weight = [pointer, pointer, *[integer] * 6]
-    library.edkm_linear.argtypes = [*weight, pointer, pointer, integer, integer, integer]
-    library.edkm_unpack.argtypes = [*weight, pointer, integer, integer, integer]
+    library.edkm_linear.argtypes = [ctypes.c_char_p, integer, pointer, integer, integer, integer]
+    library.edkm_unpack.argtypes = [ctypes.c_char_p, integer, integer, integer]
     library.edkm_unpack.restype = None
     library.edkm_most.argtypes = [integer, integer]
     library.edkm_most.restype = integer
