@@ -13,6 +13,7 @@ from edkm.compressed.entries import entry_of
 from edkm.compressed.linear import PackedWeight
 from edkm.compressed.packing import pack_indices
 from edkm.core.assign import Frozen
+from edkm.core.formats import FORMATS, freeze_blocks
 
 TOKENS = torch.arange(24).view(2, 12) * 5 % 128
 TINY = {
@@ -41,6 +42,19 @@ def freeze(shape, bits, luts=1, dim=1, k=None, seed=0, row_axes=1):
     indices = torch.randint(k, (rows // dim, cols), generator=generator, dtype=torch.uint8)
     lut = torch.randn(luts, k, dim, generator=generator).sort(1).values.mul_(0.05).half()
     return Frozen(indices, lut, tuple(shape), 0.25)
+
+
+def blocks(shape, name, seed=0, row_axes=1):
+    """A random weight in a format, with scales of its range."""
+    form, rows = FORMATS[name], math.prod(shape[:row_axes])
+    weight = 0.02 * torch.randn(rows, math.prod(shape[row_axes:]), generator=torch.Generator().manual_seed(seed))
+    groups = weight.unflatten(1, (-1, form.width(weight.shape[1])))
+    theta = groups.abs().amax(-1, keepdim=True) / max(map(abs, form.values))
+    if form.p == 2:
+        low, high = groups.amin(-1), groups.amax(-1)
+        step = (high - low) / (form.values[-1] - form.values[0])
+        theta = torch.stack([low - step * form.values[0], step], -1)
+    return freeze_blocks(weight, theta, form, shape)
 
 
 def packed(frozen):

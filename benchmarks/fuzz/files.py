@@ -157,6 +157,9 @@ def meaning(directory: Path, rng: Random) -> None:
     # In the originals only these have bits after the last index, and indices beyond their table.
     part = {"padding": "q_proj", "index": "up_proj"}.get(how, "")
     name = rng.choice([name for name in sorted(entries) if part in name])
+    if entries[name].get("format", "table") != "table":
+        _meaning_of_format(directory, config, name, rng)
+        return
     path = next(path for path in sorted(directory.glob("*.safetensors")) if name in split(path)[0])
     entry = entries[name]
     tensors = _tensors(path)
@@ -194,6 +197,33 @@ def meaning(directory: Path, rng: Random) -> None:
         del entries[name]
     else:
         _store(path, tensors)
+    (directory / CONFIG).write_text(json.dumps(config))
+
+
+def _meaning_of_format(directory: Path, config: dict[str, Any], name: str, rng: Random) -> None:
+    """Do as `meaning` does, to a tensor in a format."""
+    path = next(path for path in sorted(directory.glob("*.safetensors")) if name in split(path)[0])
+    entry, tensors = config[_ENTRIES[0]][_ENTRIES[1]][name], _tensors(path)
+    part = rng.choice(sorted(other for other in tensors if other.startswith(name) and other != name))
+    kind, shape, data = tensors[part]
+    how = rng.choice(["nan", "dtype", "long", "flat", "gone", "format", "bits", "table", "short"])
+    if how == "nan" and kind in ("F16", "BF16", "F32", "F8_E4M3"):
+        tensors[part] = kind, shape, b"\xff" * len(data)
+    elif how == "dtype":
+        tensors[part] = {"F16": "BF16", "BF16": "F16", "F32": "I32"}.get(kind, "I8"), shape, data
+    elif how == "long":
+        tensors[name] = "U8", [len(tensors[name][2]) + 1], tensors[name][2] + b"\0"
+    elif how == "flat":
+        tensors[part] = kind, [*shape, 1], data
+    elif how in ("format", "table"):
+        entry["format"] = "table" if how == "table" else rng.choice(["q4_0", "int8_g32", "q5_k", "", 4])
+    elif how == "bits":
+        entry["bits"] += rng.choice([-1, 1])
+    elif how == "short":
+        entry["shape"] = [entry["shape"][0], entry["shape"][1] // 2]
+    else:
+        del tensors[rng.choice([name, part])]
+    _store(path, tensors)
     (directory / CONFIG).write_text(json.dumps(config))
 
 

@@ -130,7 +130,7 @@ def run(
         try:
             for number in numbers:
                 rng = Random(f"{seed}-{number}")
-                original = rng.choices(originals, (20, 19, 1))[0]
+                original = rng.choices(originals, (20, 19, 10, 1))[0]
                 kind = kinds[number % len(kinds)]
                 place = Path(folder) / "case"
                 directory = place / "model"

@@ -136,7 +136,7 @@ def config_shape_huge(directory: Path, rng: Random) -> None:
     entry = rng.choice(sorted(content["quantization_config"]["tensors"].items()))[1]
     entry["shape"] = [entry["shape"][0] << rng.choice([20, 33, 50, 70]), entry["shape"][1] << rng.choice([0, 20])]
     if rng.random() < 0.5:
-        entry["luts"] <<= rng.choice([10, 40])
+        entry["luts"] = entry.get("luts", 1) << rng.choice([10, 40])
     (directory / CONFIG).write_text(json.dumps(content))
 
 

@@ -33,6 +33,8 @@ BINS = 128
 # In root mean squares of the weights that share a table: the few weights beyond are counted, not drawn.
 REACH = 4.0
 _WEIGHTS_AT_ONCE = 1 << 20
+# Of the tables of a weight, evenly chosen: their centroids are sorted.
+_TABLES_DRAWN = 1 << 15
 _NOT_FINITE = {"nan", "inf", "-inf"}
 
 # `edkm eval --text --json` and `edkm eval --tasks --json`.
@@ -279,7 +281,8 @@ def describe(weight: Tensor, tables: int, lut: Tensor | None = None) -> dict[str
         counts += torch.histc((block.float() / scales[-1][:, None]).cpu(), BINS, -REACH, REACH).long()
     centroids: list[list[float]] = []
     if lut is not None and lut.shape[2] == 1:
-        scaled = lut[:, :, 0].float() / torch.cat(scales)[:, None].to(lut.device)  # [tables, k]
+        every = -(-tables // _TABLES_DRAWN)
+        scaled = lut[::every, :, 0].float() / torch.cat(scales)[::every, None].to(lut.device)  # [tables, k]
         spread = torch.quantile(scaled.sort(dim=1).values.cpu(), torch.tensor([0.25, 0.5, 0.75]), dim=0)  # [3, k]
         centroids = [[round(value, 4) for value in one] for one in spread.T.tolist()]
     return {"counts": counts.tolist(), "outside": weight.numel() - int(counts.sum()), "centroids": centroids}

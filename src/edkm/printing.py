@@ -22,10 +22,12 @@ def summary_table(summary: dict[str, Any]) -> str:
     """Format `checkpoint.summary`: one line a tensor, layer 10 after layer 9, totals last."""
     from edkm.report import natural_order
 
-    rows = [["tensor", "shape", "bits", "dim", "tables", "bytes", "bits/weight", "error"]]
+    rows = [["tensor", "shape", "format", "bits", "dim", "tables", "bytes", "bits/weight", "error"]]
     for row in sorted(summary["tensors"], key=lambda row: natural_order(row["name"])):
         counts = [f"{row[key]:,}" for key in ("bits", "dim", "luts", "stored_bytes")]
-        rows.append([row["name"], "x".join(map(str, row["shape"])), *counts, f"{row['bits_per_weight']:.3f}", f"{row['error']:.3e}"])
+        rows.append(
+            [row["name"], "x".join(map(str, row["shape"])), row["format"], *counts, f"{row['bits_per_weight']:.3f}", f"{row['error']:.3e}"]
+        )
     size, plain = summary["file_bytes"], summary["bytes_in_16_bits"]
     ratio = f", {plain / size:.2f} times smaller than in 16 bits ({plain:,})" if size else ""
     totals = [
@@ -34,7 +36,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"dense      {summary['dense_tensors']:,} tensors, {summary['dense_weights']:,} weights",
         f"total      {summary['weights']:,} weights, {size:,} bytes, {_bits(summary['bits_per_weight'])}{ratio}",
     ]
-    return "\n".join([*columns(rows, right=range(1, 8)), *totals])
+    return "\n".join([*columns(rows, right=range(3, 9)), *totals])
 
 
 def task_table(scores: dict[str, Any], mean: tuple[float, float]) -> str:

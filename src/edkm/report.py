@@ -157,13 +157,15 @@ def _dense(directory: Path) -> dict[str, Any]:
 def _packed_histograms(subject: Subject) -> list[dict[str, Any]]:
     """Describe the packed values of a few weights, for a directory without metrics."""
     from edkm.compressed import checkpoint
+    from edkm.core.assign import Frozen
 
     found = []
     with checkpoint.open_items(subject.directory) as items:
         for name in chosen(tensor["name"] for tensor in subject.summary["tensors"] if not tensor["embedding"]):
             frozen: Any = items[name].load()
-            panel = describe(checkpoint.dequantize(frozen), len(frozen.lut), frozen.lut)
-            found.append({"name": name, "tables": len(frozen.lut), "panels": [{"when": "packed", **panel}]})
+            lut = frozen.lut if isinstance(frozen, Frozen) else frozen.entries()
+            panel = describe(checkpoint.dequantize(frozen), len(lut), lut)
+            found.append({"name": name, "tables": len(lut), "panels": [{"when": "packed", **panel}]})
     return found
 
 

@@ -23,10 +23,10 @@ from edkm.models import load_model
 COMMANDS = list(RUN)
 TEXT = "the quick brown fox jumps over the lazy dog. " * 12
 
-KEYS = ("name", "shape", "bits", "dim", "luts", "error", "stored_bytes", "bits_per_weight")
+KEYS = ("name", "shape", "format", "bits", "dim", "luts", "error", "stored_bytes", "bits_per_weight")
 ROWS = [
-    ("model.embed_tokens.weight", [300, 64], 8, 1, 1, 1.25e-7, 19712, 8.213),
-    ("model.layers.0.mlp.up_proj.weight", [128, 64], 3, 1, 8, 0.0015, 3200, 3.125),
+    ("model.embed_tokens.weight", [300, 64], "table", 8, 1, 1, 1.25e-7, 19712, 8.213),
+    ("model.layers.0.mlp.up_proj.weight", [128, 64], "table", 3, 1, 8, 0.0015, 3200, 3.125),
 ]
 SUMMARY = {
     "tensors": [dict(zip(KEYS, row, strict=True)) for row in ROWS],
@@ -122,9 +122,9 @@ def test_inspect_prints_an_aligned_table_with_totals_last(stub, capsys):
     assert cli.main(["inspect", "packed"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[:3]] == [
-        ["tensor", "shape", "bits", "dim", "tables", "bytes", "bits/weight", "error"],
-        ["model.embed_tokens.weight", "300x64", "8", "1", "1", "19,712", "8.213", "1.250e-07"],
-        ["model.layers.0.mlp.up_proj.weight", "128x64", "3", "1", "8", "3,200", "3.125", "1.500e-03"],
+        ["tensor", "shape", "format", "bits", "dim", "tables", "bytes", "bits/weight", "error"],
+        ["model.embed_tokens.weight", "300x64", "table", "8", "1", "1", "19,712", "8.213", "1.250e-07"],
+        ["model.layers.0.mlp.up_proj.weight", "128x64", "table", "3", "1", "8", "3,200", "3.125", "1.500e-03"],
     ]
     assert len({len(line) for line in lines[:3]}) == 1
     assert lines[3:] == [

@@ -13,23 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from checkpointing import NAME, OTHER, contents, first_byte, refuses, save, save_small
+from checkpointing import NAME, OTHER, contents, first_byte, refuses, save, save_small, store
 from packed import edit_json, freeze
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from edkm.compressed import weightfiles
 from edkm.compressed.checkpoint import FormatError, read, write
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return save_small(tmp_path / "model")
-
-
-def store(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a file with right checksums, and as before `described` was."""
-    crc = {name: weightfiles.checksum(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, path, {"format": "pt", "edkm": json.dumps({"crc32": crc})})
 
 
 def edit_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -45,8 +38,8 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method must be 'edkm', got 'gptq'"),
-        ({"format_version": 3}, "format_version must be 1 to 2, got 3. Use a newer edkm"),
-        ({"format_version": True}, "format_version must be 1 to 2, got True"),
+        ({"format_version": 4}, "format_version must be 1 to 3, got 4. Use a newer edkm"),
+        ({"format_version": True}, "format_version must be 1 to 3, got True"),
         ({"format_version": 2}, f"{NAME}: lacks rows"),
         ({"scales": 1}, "unknown fields scales. Use a newer edkm"),
         ({"a\nb" * 1000: 1}, r"unknown fields a\\nba.* \.\.\. .*Use a newer edkm"),

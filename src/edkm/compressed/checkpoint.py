@@ -1,8 +1,9 @@
 """Write, open and read the weights of a packed model (docs/format.md, for readers in other languages).
 
-A clustered tensor `NAME` becomes two stored ones: `NAME`, its indices as a stream of bits, and `NAME_lut`, its tables in float16.
-Every other tensor is stored as it is. `quantization_config` in `config.json` describes how to put them together. A reader refuses
-whatever it does not know: a model that loads is the model that was saved.
+A clustered tensor `NAME` becomes several stored ones: `NAME`, its indices as a stream of bits, and `NAME_lut`, its tables in float16, or,
+of a tensor in a format (`core.formats`), `NAME_scale` and other parts of theta. Every other tensor is stored as it is.
+`quantization_config` in `config.json` describes how to put them together. A reader refuses whatever it does not know: a model that loads is
+the model that was saved.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ import torch
 from torch import Tensor
 
 from edkm.compressed.entries import (
-    LUT_SUFFIX,
     QUANT_METHOD,
     Entry,
-    check_centroids,
+    check_entries,
     check_indices,
     check_stored,
     entry_of,
     quantization_config,
     read_entries,
+    stored_kind,
 )
 from edkm.compressed.jsonfile import FormatError
-from edkm.compressed.packing import check_padding, pack_indices, stored_bytes, unpack_indices
+from edkm.compressed.packing import check_padding, pack_indices, unpack_indices
 from edkm.compressed.weightfiles import Pending, Stored, description, files_of, open_files, write_files
-from edkm.core.assign import LUT_DTYPE, Frozen, LazyFrozen, lookup
+from edkm.core.assign import Clustered, Frozen, LazyFrozen
+from edkm.core.formats import FrozenBlocks
 
 __all__ = ["FormatError", "Item", "Packed", "dequantize", "open_items", "read", "summary", "write"]
 
@@ -40,7 +42,7 @@ __all__ = ["FormatError", "Item", "Packed", "dequantize", "open_items", "read", 
 class Packed(NamedTuple):
     """A checkpoint in memory: clustered tensors, the others, and `quantization_config` as it was written."""
 
-    frozen: dict[str, Frozen]
+    frozen: dict[str, Clustered]
     dense: dict[str, Tensor]
     quantization_config: dict[str, Any]
 
@@ -54,12 +56,12 @@ class Item(NamedTuple):
         load: reads, checks and returns it.
         check: reads and checks it; many times faster than `load` for a clustered one.
         entry: how a clustered tensor is cut; None for a dense one.
-        k: centroids in each of its tables.
+        k: entries of each of its tables.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    load: Callable[[], Frozen | Tensor]
+    load: Callable[[], Clustered | Tensor]
     check: Callable[[], object]
     entry: Entry | None = None
     k: int = 0
@@ -67,7 +69,7 @@ class Item(NamedTuple):
 
 def write(
     directory: str | Path,
-    frozen: Mapping[str, Frozen | LazyFrozen],
+    frozen: Mapping[str, Clustered | LazyFrozen],
     dense: dict[str, Tensor],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def write(
     # Settings that JSON cannot hold must fail now, not when the weights are written and config.json is not.
     json.dumps(settings, allow_nan=False)
     entries = {name: entry_of(name, tensor) for name, tensor in frozen.items()}
-    check_names([*entries, *(name + LUT_SUFFIX for name in entries), *dense])
+    check_names([*entries, *(name + suffix for name, entry in entries.items() for suffix in entry.suffixes.values()), *dense])
     pending = {key: part for name, entry in entries.items() for key, part in _pending(name, frozen[name], entry).items()}
     memory: dict[tuple[int, ...], str] = {}
     for name, tensor in dense.items():
@@ -113,7 +115,7 @@ def check_names(names: Iterable[str]) -> None:
     taken = {"__metadata__"}  # a key of every file's header
     for name in names:
         if name in taken:
-            raise FormatError(f"{name}: the name is taken ({LUT_SUFFIX} marks tables). Rename the tensor.")
+            raise FormatError(f"{name}: the name is taken (a suffix as _lut marks tables). Rename the tensor.")
         if not name.isprintable():
             raise FormatError(f"{name}: a name must be printable. Rename the tensor.")
         taken.add(name)
@@ -123,7 +125,7 @@ def read(directory: str | Path) -> Packed:
     """Read a whole checkpoint into memory; raises as `open_items` does."""
     with open_items(directory) as items:
         tensors = {name: item.load() for name, item in items.items()}
-    frozen = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Frozen)}
+    frozen = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, Tensor)}
     dense = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     return Packed(frozen, dense, quantization_config(Path(directory)))
 
@@ -149,30 +151,36 @@ def open_items(directory: str | Path) -> Iterator[dict[str, Item]]:
         now = description(stored, {name: entry.about() for name, entry in entries.items()})
         if odd := {tensor.path for tensor in stored.values() if tensor.described not in (None, now)}:
             raise FormatError(f"{min(odd)}: its header and config.json are not of one model. Fetch both files again.")
-        items = {}
+        items, parts_of_others = {}, {name + suffix for name, entry in entries.items() for suffix in entry.suffixes.values()}
         for name, tensor in stored.items():
             if (entry := entries.get(name)) is not None:
-                parts = (entry, tensor, stored[name + LUT_SUFFIX])
-                items[name] = Item(entry.shape, None, partial(_load, *parts), partial(_check, *parts), entry, parts[2].shape[1])
-            elif name.removesuffix(LUT_SUFFIX) not in entries:
+                parts = {part: stored[name + suffix] for part, suffix in entry.suffixes.items()}
+                k = parts["lut"].shape[1] if entry.form is None else len(entry.form.values)
+                found = entry, k, tensor, parts
+                items[name] = Item(entry.shape, None, partial(_load, *found), partial(_check, *found), entry, k)
+            elif name not in parts_of_others:
                 items[name] = Item(tensor.shape, tensor.dtype, tensor.load, tensor.load)
         yield items
 
 
-def dequantize(frozen: Frozen, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Look up the weight that a clustered tensor stands for. float32 and float16 hold its tables exactly, bfloat16 rounds them."""
-    return lookup(frozen.indices, frozen.lut, dtype).view(frozen.shape)
+def dequantize(frozen: Clustered, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Look up the weight that a clustered tensor stands for.
+
+    float32 and float16 hold free tables exactly; entries of a format are float32 numbers, which other dtypes round.
+    """
+    return frozen.values(dtype)
 
 
 def summary(directory: str | Path) -> dict[str, Any]:
     """Sum up sizes and errors of a checkpoint, for `edkm inspect`.
 
     Returns:
-        A JSON object. `tensors`: one object per clustered tensor (`name`, `shape`, `rows`, `bits`, `luts`, `dim`, `embedding`,
-        `stored_bytes` and `bits_per_weight` with the tables counted, `error`). `dense_tensors`, `dense_weights`: the others.
-        `weights`: all, tied ones once. `file_bytes`: the weight files. `bits_per_weight`: the files over all weights.
-        `clustered_bits_per_weight`: over clustered tensors that are not embeddings, None if there are none. `bytes_in_16_bits`: the
-        same model with 2 bytes a weight. A tensor counts as an embedding if its module's name has "embed" in it or is "wte" or "wpe".
+        A JSON object. `tensors`: one object per clustered tensor (`name`, `shape`, `rows`, `bits`, `luts`, `dim`, `format`, `embedding`,
+        `stored_bytes` and `bits_per_weight` with the tables counted, `error`; `luts` of a tensor in a format are its blocks).
+        `dense_tensors`, `dense_weights`: the others. `weights`: all, tied ones once. `file_bytes`: the weight files. `bits_per_weight`: the
+        files over all weights. `clustered_bits_per_weight`: over clustered tensors that are not embeddings, None if there are none.
+        `bytes_in_16_bits`: the same model with 2 bytes a weight. A tensor counts as an embedding if its module's name has "embed" in it or
+        is "wte" or "wpe".
 
     Cost:
         Headers only, with the checks of `open_items`.
@@ -185,9 +193,9 @@ def summary(directory: str | Path) -> dict[str, Any]:
             if (entry := item.entry) is None:
                 dense.append(count)
                 continue
-            size = stored_bytes(count, entry.bits, entry.luts, entry.dim, item.k)
+            size = entry.stored_bytes(item.k)
             row = {"name": name, "embedding": _is_embedding(name), "stored_bytes": size, "bits_per_weight": 8 * size / count}
-            rows.append(row | entry.to_json())
+            rows.append(row | entry._asdict() | {"shape": list(entry.shape), "luts": entry.tables})
     linear = [row for row in rows if not row["embedding"]]
     in_linear = sum(math.prod(row["shape"]) for row in linear)
     weights = sum(dense) + sum(math.prod(row["shape"]) for row in rows)
@@ -204,33 +212,45 @@ def summary(directory: str | Path) -> dict[str, Any]:
     }
 
 
-def _pending(name: str, frozen: Frozen | LazyFrozen, entry: Entry) -> dict[str, Pending]:
-    """Announce the two stored tensors of a clustered one."""
+def _pending(name: str, frozen: Clustered | LazyFrozen, entry: Entry) -> dict[str, Pending]:
+    """Announce the stored tensors of a clustered one."""
+    k = frozen.parts["lut"].shape[1] if entry.form is None else len(entry.form.values)
 
     def pack() -> Tensor:
-        indices = frozen.indices if isinstance(frozen, Frozen) else frozen.make()
-        check_indices(name, entry, indices, frozen.lut.shape[1])
+        indices = frozen.make() if isinstance(frozen, LazyFrozen) else frozen.indices
+        check_indices(name, entry, indices, k)
         return pack_indices(indices, entry.bits)
 
-    return {
-        name: Pending(torch.uint8, (entry.packed_bytes,), pack),
-        name + LUT_SUFFIX: Pending(LUT_DTYPE, tuple(frozen.lut.shape), lambda: frozen.lut),
-    }
+    pending = {name: Pending(torch.uint8, (entry.packed_bytes,), pack)}
+    for part, suffix in entry.suffixes.items():
+        tensor, about = frozen.parts[part], entry.layout.get(part)
+        if about is not None and about.bits:
+            pending[name + suffix] = Pending(*stored_kind(about), partial(pack_indices, tensor, about.bits))
+        else:
+            pending[name + suffix] = Pending(tensor.dtype, tuple(tensor.shape), partial(torch.Tensor.detach, tensor))
+    return pending
 
 
-def _check(entry: Entry, packed: Stored, lut: Stored) -> tuple[Tensor, Tensor]:
-    """Read and check stream and tables; indices are decoded only where a table has none for some of them."""
-    stream, tables, where = packed.load(), lut.load(), f"{packed.path}: {packed.name}"
+def _check(entry: Entry, k: int, packed: Stored, stored: Mapping[str, Stored]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Read and check stream and parts; indices are decoded only where a table has none for some of them."""
+    stream, where, parts = packed.load(), f"{packed.path}: {packed.name}", {part: tensor.load() for part, tensor in stored.items()}
     check_padding(where, stream, entry.bits, math.prod(entry.grid))
-    check_centroids(where, tables)
-    if tables.shape[1] < 1 << entry.bits:
-        check_indices(where, entry, _unpack(stream, entry), tables.shape[1])
-    return stream, tables
+    for part, about in entry.layout.items():
+        if about.bits:
+            count = math.prod(about.shape)
+            check_padding(f"{stored[part].path}: {stored[part].name}", parts[part], about.bits, count)
+            parts[part] = unpack_indices(parts[part], about.bits, count).view(about.shape)
+    check_entries(where, entry, parts)
+    if k < 1 << entry.bits:
+        check_indices(where, entry, _unpack(stream, entry), k)
+    return stream, parts
 
 
-def _load(entry: Entry, packed: Stored, lut: Stored) -> Frozen:
-    stream, tables = _check(entry, packed, lut)
-    return Frozen(_unpack(stream, entry), tables, entry.shape, float(entry.error))
+def _load(entry: Entry, k: int, packed: Stored, stored: Mapping[str, Stored]) -> Clustered:
+    stream, parts = _check(entry, k, packed, stored)
+    if entry.form is None:
+        return Frozen(_unpack(stream, entry), parts["lut"], entry.shape, float(entry.error))
+    return FrozenBlocks(_unpack(stream, entry), parts, entry.shape, float(entry.error), entry.format)
 
 
 def _unpack(stream: Tensor, entry: Entry) -> Tensor:

@@ -22,7 +22,7 @@ from edkm.compressed.jsonfile import FormatError, read_json, show, text_limit, w
 from edkm.compressed.modelconfig import config_in_memory, model_config, refusing
 from edkm.compressed.names import match_names
 from edkm.compressed.weightfiles import Pending, description, write_files
-from edkm.core.assign import Frozen, LazyFrozen
+from edkm.core.assign import Clustered, LazyFrozen
 from edkm.progress import without_bars
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _TEXT_PER_TENSOR = 300
 
 def save_pretrained(
     directory: str | Path,
-    frozen: Mapping[str, Frozen | LazyFrozen],
+    frozen: Mapping[str, Clustered | LazyFrozen],
     dense: dict[str, Tensor],
     settings: dict[str, Any],
     model: PreTrainedModel,
@@ -189,4 +189,4 @@ def unpack(directory: str | Path, out: str | Path) -> None:
 
 def _dense(item: checkpoint.Item, dtype: torch.dtype) -> Tensor:
     tensor = item.load()
-    return checkpoint.dequantize(tensor, dtype) if isinstance(tensor, Frozen) else tensor.to(dtype)
+    return tensor.to(dtype) if isinstance(tensor, Tensor) else checkpoint.dequantize(tensor, dtype)

@@ -11,12 +11,13 @@ all the matrices in order. Consecutive rows share a table, and no table spans tw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from edkm.core.formats import FORMATS, TABLE, FrozenBlocks
 from edkm.core.reference import NOT_FINITE, compute_dtype
 
 LUT_DTYPE = torch.float16
@@ -159,6 +160,18 @@ class Frozen(NamedTuple):
     def rows(self) -> int:
         return len(self.indices) * self.lut.shape[2]
 
+    @property
+    def format(self) -> str:
+        return TABLE
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        return {"lut": self.lut}
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight that the tensor stands for, in its own shape."""
+        return lookup(self.indices, self.lut, dtype).view(self.shape)
+
 
 def freeze(weight: Tensor, centroids: Tensor, shape: Sequence[int]) -> Frozen:
     """Put a weight `[rows, cols]` on its nearest centroids in `centroids [g, k, d]` as a packed file stores them; the result is on the CPU.
@@ -179,14 +192,24 @@ def freeze(weight: Tensor, centroids: Tensor, shape: Sequence[int]) -> Frozen:
 
 
 class LazyFrozen(NamedTuple):
-    """A `Frozen` whose indices are made when they are written, each time anew."""
+    """A `Frozen` or `FrozenBlocks` whose indices are made when they are written, each time anew.
 
-    lut: Tensor
+    Attributes:
+        parts: `{"lut": [g, k, d]}` of free tables, or those of a format.
+        make: returns the indices.
+        format: its name.
+    """
+
+    parts: Mapping[str, Tensor]
     shape: tuple[int, ...]
     rows: int
     error: float
     make: Callable[[], Tensor]
+    format: str = TABLE
 
     @property
     def bits(self) -> int:
-        return (self.lut.shape[1] - 1).bit_length()
+        return FORMATS[self.format].bits if self.format in FORMATS else (self.parts["lut"].shape[1] - 1).bit_length()
+
+
+Clustered = Frozen | FrozenBlocks

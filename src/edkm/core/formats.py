@@ -144,6 +144,11 @@ class FrozenBlocks(NamedTuple):
         form = FORMATS[self.format]
         return form.lookup(self.indices, form.storage.read(self.parts), dtype).view(self.shape)
 
+    def entries(self) -> Tensor:
+        """Return the table of every block, `[g, k, 1]` float32."""
+        form = FORMATS[self.format]
+        return (form.storage.read(self.parts).flatten(0, 1) @ form.basis().T).unsqueeze(-1)
+
 
 def freeze_blocks(weight: Tensor, theta: Tensor, form: Format, shape: tuple[int, ...]) -> FrozenBlocks:
     """Put a weight `[rows, cols]` on the nearest entries of theta `[rows, blocks, p]` as a packed file stores them, on the CPU.

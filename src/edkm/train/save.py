@@ -15,7 +15,7 @@ from edkm.compressed.entries import RECORD
 from edkm.compressed.jsonfile import write_json
 from edkm.compressed.pretrained import is_transformers
 from edkm.config import ClusterConfig
-from edkm.core.assign import Frozen, LazyFrozen
+from edkm.core.assign import Clustered, LazyFrozen
 from edkm.metrics import PAGE
 from edkm.output import check_output
 from edkm.train import distributed
@@ -61,7 +61,7 @@ def write(out: Path, model: Any, tokenizer: Any) -> None:
 
 
 def write_frozen(
-    out: Path, model: Any, tokenizer: Any, config: ClusterConfig, frozen: Mapping[str, Frozen | LazyFrozen], dense: dict[str, Tensor]
+    out: Path, model: Any, tokenizer: Any, config: ClusterConfig, frozen: Mapping[str, Clustered | LazyFrozen], dense: dict[str, Tensor]
 ) -> None:
     """Write the packed directory of a model from its tensors."""
     for name in (RECORD, PAGE):  # of the weights that are replaced

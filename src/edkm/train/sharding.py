@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from edkm.core import sharded
-from edkm.core.assign import Frozen, LazyFrozen, as_matrix, round_lut
+from edkm.core.assign import Clustered, LazyFrozen, as_matrix, round_lut
 from edkm.core.sharded import Rows
 from edkm.train.clustering import Clustering, SharedRows
 from edkm.train.prepare import clusterings, unclustered
@@ -87,7 +87,7 @@ def _checksum(x: Tensor) -> Tensor:
 
 
 def save_from_first_rank(
-    model: nn.Module, write: Callable[[Mapping[str, Frozen | LazyFrozen], dict[str, Tensor]], None], group: ProcessGroup | None = None
+    model: nn.Module, write: Callable[[Mapping[str, Clustered | LazyFrozen], dict[str, Tensor]], None], group: ProcessGroup | None = None
 ) -> None:
     """Write a prepared model from rank 0, which never holds more than one clustered tensor; call it on all ranks.
 
@@ -125,7 +125,7 @@ def _announce(number: int, weight: Tensor, clustering: Clustering, found: list, 
         assert indices is not None
         return indices
 
-    return LazyFrozen(lut.cpu(), tuple(weight.shape), _rows(weight, clustering, group).total, error, ask)
+    return LazyFrozen({"lut": lut.cpu()}, tuple(weight.shape), _rows(weight, clustering, group).total, error, ask)
 
 
 def _request(number: int, like: Tensor, group: ProcessGroup | None) -> int:

@@ -210,7 +210,7 @@ class Stream:
                 for name, about in json.loads(file.metadata()["about"]).items():
                     lut, shape = file.get_tensor(f"{name}{LUT_SUFFIX}").clone(), tuple(about["shape"])
                     make = partial(_indices, self.result(part), name, lut, about["rows"], shape)
-                    found[name], errors[name] = LazyFrozen(lut, shape, about["rows"], about["error"], make), about["left"]
+                    found[name], errors[name] = LazyFrozen({"lut": lut}, shape, about["rows"], about["error"], make), about["left"]
         clustered = [target for target in self.targets if not target.reason]
         entries = tuple(report_entry(target, target.note, errors.get(target.name)) for target in self.targets)
         return {target.name: found[target.name] for target in clustered}, Report(entries, self.config)
@@ -263,6 +263,6 @@ def packed_weights(directory: Path) -> Iterator[Callable[[Sequence[str]], Tensor
 
         def read(names: Sequence[str]) -> Tensor:
             found = items[next(name for name in names if name in items)].load()
-            return dequantize(found) if isinstance(found, Frozen) else found
+            return found if isinstance(found, Tensor) else dequantize(found)
 
         yield read

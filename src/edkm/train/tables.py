@@ -32,7 +32,7 @@ from edkm.compressed.jsonfile import read_json, write_json
 from edkm.compressed.linear import PackedWeight
 from edkm.compressed.modules import PackedLinear, PackedModule
 from edkm.compressed.packing import unpack_rows
-from edkm.core.assign import LUT_DTYPE, Frozen, LazyFrozen
+from edkm.core.assign import LUT_DTYPE, Clustered, LazyFrozen
 from edkm.metrics import PAGE
 from edkm.train.clustering import reshaped
 from edkm.train.loop import TrainResult, TrainSettings, train
@@ -241,7 +241,7 @@ def write_tuned(model: nn.Module, packed: Path, out: Path) -> None:
         Two passes over the packed files; memory of the tensors that are not clustered, and of the indices of one that is.
     """
     tuned, before = tuned_tensors(model), quantization_config(packed)
-    frozen: dict[str, Frozen | LazyFrozen] = {}
+    frozen: dict[str, Clustered | LazyFrozen] = {}
     dense: dict[str, Tensor] = {}
     copy_companions(packed, out)
     for name in (RECORD, PAGE):  # of the weights that are replaced
@@ -252,12 +252,12 @@ def write_tuned(model: nn.Module, packed: Path, out: Path) -> None:
             if item.entry is None:
                 dense[name] = tuned[name] if name in tuned else cast(Tensor, item.load())
             elif lut is None:
-                frozen[name] = cast(Frozen, item.load())
+                frozen[name] = cast(Clustered, item.load())
             else:
-                frozen[name] = LazyFrozen(lut, item.shape, item.entry.rows, item.entry.error, partial(_indices, item))
+                frozen[name] = LazyFrozen({"lut": lut}, item.shape, item.entry.rows, item.entry.error, partial(_indices, item))
         quantization = checkpoint.write(out, frozen, dense, before["settings"])
     write_json(out / "config.json", read_json(packed / "config.json") | {"quantization_config": quantization})
 
 
 def _indices(item: checkpoint.Item) -> Tensor:
-    return cast(Frozen, item.load()).indices
+    return cast(Clustered, item.load()).indices
