@@ -13,6 +13,7 @@ from edkm.compressed import checkpoint, pretrained
 from edkm.compressed.coreml import check, program
 from edkm.compressed.entries import read_entries
 from edkm.compressed.modelconfig import model_config
+from edkm.core.assign import Frozen
 from edkm.progress import progress
 
 _SUFFIX = ".mlpackage"
@@ -88,8 +89,13 @@ def export(
     with progress("export", 4, "parts") as advance:
         config = model_config(directory)
         most = _longest(directory, config, context)
-        widened = _widened(read_entries(directory))
-        frozen, dense, _ = checkpoint.read(directory)
+        entries = read_entries(directory)
+        if odd := {name: entry for name, entry in entries.items() if entry.form is not None}:
+            name, entry = min(odd.items())
+            raise ValueError(f"{name}: Core ML has no {entry.format}. Compress the model with free tables (format table) for it.")
+        widened = _widened(entries)
+        clustered, dense, _ = checkpoint.read(directory)
+        frozen = {name: tensor for name, tensor in clustered.items() if isinstance(tensor, Frozen)}
         for name, tensor in dense.items():
             check_dense(name, tensor, precision)
         model: Any = pretrained.load(directory)
