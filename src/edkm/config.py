@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from edkm.core.formats import TABLE, format_named
+
 # What may differ from tensor to tensor.
-PER_TENSOR = ("bits", "dim", "rows_per_lut", "softness")
+PER_TENSOR = ("bits", "dim", "rows_per_lut", "softness", "format")
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class ClusterConfig:
     """Mathematical settings of a clustering.
 
     Attributes:
+        format: `table`, free lookup tables; or one of `core.formats.FORMATS`, which says the bits and the blocks of weights.
         bits: bits per index, 1 to 8; a lookup table has `2**bits` centroids.
         dim: consecutive rows that share an index; a weight takes `bits / dim` bits.
         rows_per_lut: rows that share a table; 0 for one table per tensor.
@@ -26,12 +29,14 @@ class ClusterConfig:
         max_iters: k-means iterations per optimizer step; they start from the centroids of the last step, so that one is enough.
         embedding_bits: bits per index of embeddings (one table each, `dim` 1) and of linear layers tied to them; 0 leaves them alone.
         skip: name patterns (`*`, `?`) of weights left alone, or of modules with all weights in them. One without effect is refused.
-        overrides: name pattern, as in `skip` -> other values of `bits`, `dim`, `rows_per_lut`, `softness`; the first match applies.
+        overrides: name pattern, as in `skip` -> other values of `bits`, `dim`, `rows_per_lut`, `softness`, `format`; the first match
+            applies.
 
     Raises:
         ValueError: a value out of range, an unknown field in `overrides`.
     """
 
+    format: str = TABLE
     bits: int = 3
     dim: int = 1
     rows_per_lut: int = 16
@@ -54,6 +59,8 @@ class ClusterConfig:
             if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or not low <= value <= high:
                 kind = "an integer" if integer else "a number"
                 raise ValueError(f"{name}: {kind} from {low} to {high}, got {value!r}.")
+        if self.format != TABLE:
+            _check_format(self.format, {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default})
         for pattern, values in self.overrides.items():
             unknown = set(values) - set(PER_TENSOR)
             if unknown:
@@ -62,16 +69,26 @@ class ClusterConfig:
                     "to leave a tensor alone use skip."
                 )
             try:
-                replace(self, overrides={}, **values)
+                self._overridden(values)
             except ValueError as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from None
 
-    def for_tensor(self, *names: str) -> ClusterConfig | None:
-        """Return the settings of one weight (a tied one has several names), overrides applied; None if it is skipped."""
+    def for_tensor(self, *names: str, base: ClusterConfig | None = None) -> ClusterConfig | None:
+        """Return the settings of one weight (a tied one has several names), None if it is skipped; overrides apply to `base`, or self."""
         if any(matches(pattern, name) for pattern in self.skip for name in names):
             return None
         pattern = self.override_of(*names)
-        return self if pattern is None else replace(self, overrides={}, **self.overrides[pattern])
+        base = base or self
+        return base if pattern is None else base._overridden(self.overrides[pattern])
+
+    def _overridden(self, values: Mapping[str, Any]) -> ClusterConfig:
+        """Override values; a new format brings its own bits."""
+        form = values.get("format", self.format)
+        if form != TABLE:
+            _check_format(form, values)
+        if form != self.format:
+            values = {name: getattr(ClusterConfig, name) for name in ("bits", "dim", "embedding_bits")} | dict(values)
+        return replace(self, overrides={}, **values)
 
     def override_of(self, *names: str) -> str | None:
         """Return the pattern of `overrides` that applies to a weight, if there is one."""
@@ -100,6 +117,15 @@ def matches(pattern: str, name: str) -> bool:
         return name == pattern or name.startswith(f"{pattern}.")
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(len(parts), 0, -1))
+
+
+def _check_format(name: str, given: Mapping[str, Any]) -> None:
+    """Refuse settings beside a format that it has of its own."""
+    form = format_named(name)
+    for key, only in (("bits", form.bits), ("dim", 1), ("embedding_bits", 8)):
+        if (value := given.get(key, only)) != only and not (key == "embedding_bits" and value == 0):
+            whose = "its embeddings have 8 bits, or 0" if key == "embedding_bits" else f"its indices have {form.bits} bits, one a weight"
+            raise ValueError(f"{key}: {name} has this of its own: {whose}; got {value}. Leave it out.")
 
 
 _RANGES = {

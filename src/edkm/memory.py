@@ -12,6 +12,7 @@ libraries, and DDP's buckets, which are added as a copy of the gradients.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -167,7 +168,7 @@ def _table_bytes(model: nn.Module, config: ClusterConfig) -> int:
     """Return the bytes of the centroids and of their values during a step, in float32."""
     from edkm.train.prepare import plan
 
-    return sum(4 * entry.tables * 2**entry.bits * entry.dim * (config.max_iters + 2) for entry in plan(model, config).clustered)
+    return sum(4 * math.prod(entry.table_shape) * (config.max_iters + 2) for entry in plan(model, config).clustered)
 
 
 def _twin(model: nn.Module, checkpointing: bool, dtype: Any) -> Any:

@@ -331,4 +331,4 @@ def _train(run: Run, settings: loop.TrainSettings, phase: str, work: Path) -> No
 def _placeholders(model: Any, config: ClusterConfig) -> dict[str, Tensor]:
     """Make tables of the right shapes for all clustered weights, to be read from a checkpoint."""
     entries = plan(model, config).clustered
-    return {e.name: torch.linspace(-1, 1, 2**e.bits).view(1, -1, 1).repeat(e.tables, 1, e.dim) for e in entries}
+    return {e.name: torch.linspace(-1, 1, e.table_shape[1]).view(1, -1, 1).repeat(e.tables, 1, e.table_shape[2]) for e in entries}

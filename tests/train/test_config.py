@@ -66,6 +66,10 @@ def test_numbers_are_of_their_kind_and_in_range(name):
             {"overrides": {"a*": {"max_iters": 2, "anneal": 0.5}}},
             r"^overrides\['a\*'\]: anneal, max_iters cannot differ by tensor\. Only bits, .*use skip",
         ),
+        ({"format": "q5_9"}, r"^format: 'q5_9' is not one of table, q4_0, "),
+        ({"format": "q4_0", "bits": 2}, r"^bits: q4_0 has this of its own: its indices have 4 bits, one a weight; got 2\. Leave it out\."),
+        ({"format": "q4_0", "embedding_bits": 4}, r"^embedding_bits: q4_0 has this of its own: its embeddings have 8 bits, or 0; got 4\."),
+        ({"format": "q4_0", "overrides": {"a*": {"bits": 3}}}, r"^overrides\['a\*'\]: bits: q4_0 has this of its own"),
         ({"overrides": {"a*": {"bits": 9}}}, r"^overrides\['a\*'\]: bits: an integer from 1 to 8, got 9\."),
     ],
 )
@@ -93,9 +97,14 @@ def test_the_first_matching_override_gives_the_settings_of_a_tensor():
     assert config.for_tensor("m.down.weight").bits == 5 and config.for_tensor("m.down.weight").dim == 2
     assert config.for_tensor("m.bias") == config
     assert config.for_tensor("M.UP.weight").bits == 5  # case counts
+    mixed = ClusterConfig(bits=2, overrides={"a": {"format": "q4_0"}, "b": {"format": "table", "bits": 3}})
+    assert [(mixed.for_tensor(name).format, mixed.for_tensor(name).bits) for name in "abc"] == [("q4_0", 3), ("table", 3), ("table", 2)]
+    blocks = ClusterConfig(format="q4_0", overrides={"b": {"format": "table", "bits": 3}})
+    assert [blocks.for_tensor(name).format for name in "ab"] == ["q4_0", "table"]
 
 
 OFF_DEFAULT = {
+    "format": "nvfp4",
     "bits": 2,
     "dim": 2,
     "rows_per_lut": 8,
@@ -134,11 +143,12 @@ def test_every_field_changes_something():
     assert same(outcome(), outcome())
     for name, value in OFF_DEFAULT.items():
         assert value != getattr(ClusterConfig(), name)
-        base = {"anneal_steps": 4} if name == "anneal" else {}  # without steps nothing is annealed
+        # Without steps nothing is annealed, and beside a format embeddings have 8 bits or are left alone.
+        base = {"anneal": {"anneal_steps": 4}, "format": {"embedding_bits": 8}}.get(name, {})
         assert not same(outcome(**base), outcome(**base | {name: value})), name
 
 
-@pytest.mark.parametrize("name", PER_TENSOR)
+@pytest.mark.parametrize("name", (*PER_TENSOR, "format"))
 def test_every_override_changes_something(name):
     assert not same(outcome(), outcome(overrides={"1.weight": {name: OFF_DEFAULT[name]}}))
 

@@ -17,17 +17,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core.formats import FORMATS, TABLE, FrozenBlocks
+from edkm.core.formats import FORMATS, TABLE, Format, FrozenBlocks, freeze_blocks
 from edkm.core.reference import NOT_FINITE, compute_dtype
 
 LUT_DTYPE = torch.float16
 _BLOCK_WEIGHTS = 1 << 20
 
 
-def quantize(weight: Tensor, lut: Tensor, dtype: torch.dtype | None = None) -> Quantized:
-    """Put a weight `[rows, cols]` on its nearest centroids in `lut [g, k, d]`; values in the compute dtype of the weight, or `dtype`."""
+def quantize(weight: Tensor, lut: Tensor, dtype: torch.dtype | None = None, form: Format | None = None) -> Quantized:
+    """Put a weight `[rows, cols]` on its nearest centroids.
+
+    Args:
+        lut: `[g, k, d]`; in a format theta `[g, p, 1]`.
+        dtype: of the values; None for the compute dtype of the weight.
+        form: None for free tables.
+    """
+    dtype = dtype or compute_dtype(weight.dtype)
+    if form is not None:
+        theta = lut.reshape(len(weight), -1, form.p)
+        indices = form.assign(weight, theta)
+        return Quantized(indices, form.lookup(indices, theta, dtype))
     indices = assign(weight, lut)
-    return Quantized(indices, lookup(indices, lut, dtype or compute_dtype(weight.dtype)))
+    return Quantized(indices, lookup(indices, lut, dtype))
+
+
+def stored_tables(centroids: Tensor, form: Format | None, rows: int) -> Tensor:
+    """Return centroids `[g, k, d]`, or theta `[g, p, 1]` of a weight with `rows` rows, as a packed file stores them."""
+    return as_stored(centroids) if form is None else form.round(centroids.reshape(rows, -1, form.p)).view_as(centroids)
 
 
 class Quantized(NamedTuple):
@@ -173,15 +189,19 @@ class Frozen(NamedTuple):
         return lookup(self.indices, self.lut, dtype).view(self.shape)
 
 
-def freeze(weight: Tensor, centroids: Tensor, shape: Sequence[int]) -> Frozen:
-    """Put a weight `[rows, cols]` on its nearest centroids in `centroids [g, k, d]` as a packed file stores them; the result is on the CPU.
+def freeze(weight: Tensor, centroids: Tensor, shape: Sequence[int], form: Format | None = None) -> Frozen | FrozenBlocks:
+    """Put a weight `[rows, cols]` on its nearest centroids as a packed file stores them; the result is on the CPU.
 
     Args:
+        centroids: `[g, k, d]`; in a format theta `[g, p, 1]`.
         shape: of the weight in its module.
+        form: None for free tables.
 
     Raises:
         ValueError: a centroid does not fit float16, a weight is not finite.
     """
+    if form is not None:
+        return freeze_blocks(weight, centroids.reshape(len(weight), -1, form.p), form, tuple(shape))
     lut = round_lut(centroids)
     quantized = quantize(weight, lut)
     norm = weight.to(quantized.values.dtype).square().sum()

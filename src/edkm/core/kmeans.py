@@ -15,8 +15,9 @@ from torch import Tensor
 
 from edkm.core import histogram, native
 from edkm.core.assign import quantize
+from edkm.core.formats import Format
 from edkm.core.op import check_shapes
-from edkm.core.reference import NOT_FINITE, compute_dtype, group_importance, group_vectors
+from edkm.core.reference import NOT_FINITE, compute_dtype, group_importance, group_vectors, importance_in_blocks, in_blocks
 
 # Values that are searched together where there is no compiler.
 _BLOCK_VALUES = 1 << 18
@@ -91,22 +92,23 @@ def initial_centroids(
     return find(values, _or_density(mass, count), k).unsqueeze(2).to(device)
 
 
-def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None, softness: float) -> Tensor:
+def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None, softness: float, form: Format | None = None) -> Tensor:
     """Compute `tau = 2 softness D` per table, `D` the importance-weighted mean squared distance to the nearest centroid.
 
     An absolute temperature means nothing across layers whose weights differ in scale; softness is the ratio of the softmax's
     variance to the quantization error, so that 0.5 blurs a weight by about as much as rounding moves it.
 
     Args:
-        weight: `[rows, cols]`. centroids: `[g, k, d]` as `initial_centroids` returns them. softness: > 0.
+        weight: `[rows, cols]`. centroids: `[g, k, d]` as `initial_centroids` returns them; in a format theta `[g, p, 1]`. softness: > 0.
 
     Returns:
         `[g]`, dtype of the centroids, positive even where every weight sits on a centroid.
     """
     groups, _, d = centroids.shape
     dtype = centroids.dtype
-    s = group_importance(importance, weight.shape, groups, d)
-    square = group_vectors(quantize(weight, centroids, dtype).errors(weight), groups, d).sum(1)  # [g, vectors, cols]
+    errors = in_blocks(quantize(weight, centroids, dtype, form).errors(weight), groups)
+    s = group_importance(importance_in_blocks(importance, weight.shape, groups), errors.shape, groups, d)
+    square = group_vectors(errors, groups, d).sum(1)  # [g, vectors, cols]
     distortion = _total(square) / square[0].numel()
     if s is not None:
         total = _total(s.to(dtype))

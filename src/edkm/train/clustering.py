@@ -10,7 +10,7 @@ the sum into the gradient of the weight.
 
 from __future__ import annotations
 
-import functools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -19,68 +19,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from edkm.config import ClusterConfig
 from edkm.core import sharded
-from edkm.core.assign import Frozen, as_matrix, as_stored, count_tables, freeze, quantize
+from edkm.core.assign import Frozen, as_matrix, count_tables, freeze, quantize, stored_tables
+from edkm.core.formats import FORMATS, Format, FrozenBlocks
 from edkm.core.kmeans import initial_centroids, temperature_for
-from edkm.core.op import Solution, check_importance, pick_backend, solve
-from edkm.core.reference import NOT_FINITE, Problem, compute_dtype
+from edkm.core.op import Solution, check_importance, pick_backend, solve, table_shape
+from edkm.core.reference import NOT_FINITE, Problem, compute_dtype, importance_in_blocks, in_blocks
 from edkm.core.sharded import Reduce, Rows
+from edkm.core.theta import initial_theta
+from edkm.train.steps import steps
 
 # Softness 0 is the hard assignment: this fraction of the quantisation error leaves every weight on one centroid.
 _HARD = 1e-6
-
-
-class _Steps:
-    """Count the steps of optimizers: some write through `.data` or raw pointers, where a weight's `_version` does not see them.
-
-    Attributes:
-        all: by any optimizer. A weight without gradients takes them all, so that it is annealed with the others.
-        of: by parameter.
-        on_shards: on DTensors. FSDP gathers them into other tensors for the forward pass, which no optimizer ever sees.
-        moved: parameters whose centroids have moved since the last step on them, and references to their clusterings.
-    """
-
-    def __init__(self) -> None:
-        self.all = self.on_shards = 0
-        self.of, self.moved = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
-
-    @functools.cache  # noqa: B019
-    def watch(self) -> None:
-        """Count from now on."""
-        register_optimizer_step_post_hook(self._count)
-
-    def on(self, weight: Tensor) -> tuple[int, int]:
-        """Return a pair that changes with every step on the weight."""
-        return (self.of.get(weight) or 0) if weight.requires_grad else self.all, self.on_shards
-
-    def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.all += 1
-        self.on_shards += any(hasattr(parameter, "full_tensor") for parameter in parameters)
-        moved = []
-        for parameter in parameters:
-            self.of[parameter] = (self.of.get(parameter) or 0) + 1
-            moved.append(self.moved.pop(parameter, lambda: None)())
-        _check_finite([clustering for clustering in moved if clustering is not None])
-
-
-def _check_finite(clusterings: list[Clustering]) -> None:
-    """Name a weight that was not finite in this step: one number is read from a device, whatever the number of layers."""
-    by_device: dict[torch.device, list[Clustering]] = {}
-    for clustering in clusterings:
-        by_device.setdefault(clustering.centroids.device, []).append(clustering)
-    for found in by_device.values():
-        sums = torch.stack([clustering.centroids.sum(dtype=torch.float32) for clustering in found])
-        if not bool(sums.isfinite().all()):
-            wrong = next(clustering.name for clustering, finite in zip(found, sums.isfinite().tolist(), strict=True) if not finite)
-            raise ValueError(f"{wrong}: {NOT_FINITE}")
-
-
-_steps = _Steps()
 
 
 class SharedRows(NamedTuple):
@@ -102,15 +54,16 @@ class SharedRows(NamedTuple):
 class Clustering(nn.Module):
     """State of one clustered weight. All of it is in buffers, so that a resumed run is the same run.
 
-    Buffers: `centroids [g, k, d]` float32 after the last step, `temperature [g]` at the start of training, `importance` or None,
-    `step` the number of steps taken; a frozen weight takes them with the others. Between a forward and the optimizer's step the centroids
-    have moved and the weight has not: save after the step, as trainers do.
+    Buffers: `centroids [g, k, d]` float32 after the last step (in a format theta `[g, p, 1]`), `temperature [g]` at the start of training,
+    `importance` or None, `step` the number of steps taken; a frozen weight takes them with the others. Between a forward and the
+    optimizer's step the centroids have moved and the weight has not: save after the step, as trainers do.
     """
 
     centroids: Tensor
     temperature: Tensor
     importance: Tensor | None
     step: Tensor
+    basis: Tensor | None
 
     def __init__(
         self,
@@ -122,27 +75,30 @@ class Clustering(nn.Module):
         row_axes: int = 1,
     ) -> None:
         super().__init__()
-        _steps.watch()
-        matrix = as_matrix(weight.detach(), row_axes)
-        tables = count_tables(weight.shape, row_axes, config.rows_per_lut)
+        steps.watch()
+        matrix, form = as_matrix(weight.detach(), row_axes), FORMATS.get(config.format)
+        shape = table_shape_of(weight.shape, row_axes, config)
         if importance is not None:
             importance = importance.to(matrix.device, compute_dtype(matrix.dtype))
             check_importance(importance)
-        if centroids is None:
-            per_lut = len(matrix) // tables
+        if centroids is None and form is not None:
+            centroids = initial_theta(matrix, form, importance).reshape(shape)
+        elif centroids is None:
+            per_lut = len(matrix) // shape[0]
             centroids = initial_centroids(matrix, config.bits, dim=config.dim, rows_per_lut=per_lut, importance=importance)
         else:
-            shape = (tables, 2**config.bits, config.dim)
             if centroids.shape != shape:
                 raise ValueError(f"centroids: expected {list(shape)} by the config, got {list(centroids.shape)}.")
             centroids = centroids.to(matrix.device, compute_dtype(matrix.dtype))
-        temperature = temperature_for(matrix, centroids, importance, config.softness or _HARD)
+        temperature = temperature_for(matrix, centroids, importance, config.softness or _HARD, form)
         if not bool(temperature.isfinite().all()):
             raise ValueError(f"weight: {NOT_FINITE}")
         self.register_buffer("centroids", centroids)
         self.register_buffer("temperature", temperature)
         self.register_buffer("importance", importance)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=matrix.device))
+        basis = None if form is None else form.basis(centroids.dtype, matrix.device)
+        self.register_buffer("basis", basis, persistent=False)
         self.config, self.row_axes = config, row_axes
         self._asked, self._matrix_shape = backend, matrix.shape
         self._choice: tuple[str, str] | None = None
@@ -157,8 +113,14 @@ class Clustering(nn.Module):
         self._shared: SharedRows | None = None
 
     def extra_repr(self) -> str:
-        groups, k, d = self.centroids.shape
-        return f"bits={(k - 1).bit_length()}, tables={groups}, dim={d}, softness={self.config.softness}"
+        groups, k, d = table_shape(self.centroids, self.basis)
+        table = f"bits={(k - 1).bit_length()}, tables={groups}, dim={d}" if self.form is None else f"{self.form.name}, blocks={groups}"
+        return f"{table}, softness={self.config.softness}"
+
+    @property
+    def form(self) -> Format | None:
+        """The format; None for free tables."""
+        return FORMATS.get(self.config.format)
 
     @property
     def choice(self) -> tuple[str, str]:
@@ -166,8 +128,8 @@ class Clustering(nn.Module):
         device = self.centroids.device
         choice = self._choice
         if choice is None or device != self._chosen_on:
-            weight = torch.empty(self._matrix_shape, device="meta")
-            choice = self._choice = pick_backend(self._asked, weight, self.centroids.shape, torch.bfloat16, device)
+            weight = in_blocks(torch.empty(self._matrix_shape, device="meta"), self.tables)
+            choice = self._choice = pick_backend(self._asked, weight, table_shape(self.centroids, self.basis), torch.bfloat16, device)
             self._chosen_on = device
         return choice
 
@@ -191,7 +153,7 @@ class Clustering(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _steps.watch()
+        steps.watch()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -225,22 +187,25 @@ class Clustering(nn.Module):
                 self.centroids.copy_(self._solution.trajectory[-1])
                 self.step += 1
             self._counted = True
-            _steps.moved[weight if self._shared is None else self._shared.weight] = weakref.ref(self)
+            steps.moved[weight if self._shared is None else self._shared.weight] = weakref.ref(self)
         return self._solution
 
     def _state_of(self, weight: Tensor) -> tuple[Any, ...]:
         """Return a value that changes when the weight does."""
         if self._shared is not None:
-            return self._shared.weight._version, *_steps.on(self._shared.weight)
-        return weight.untyped_storage()._cdata, weight._version, *_steps.on(weight)
+            return self._shared.weight._version, *steps.on(self._shared.weight)
+        return weight.untyped_storage()._cdata, weight._version, *steps.on(weight)
 
     def _solve(self, weight: Tensor) -> Solution:
         dtype = compute_dtype(weight.dtype)
-        problem = Problem(self.current_temperature().to(dtype), self.importance, torch.bfloat16)
+        importance = importance_in_blocks(self.importance, self._matrix_shape, self.tables)
+        basis = None if self.basis is None else self.basis.to(dtype)
+        problem = Problem(self.current_temperature().to(dtype), importance, torch.bfloat16, basis)
         start, iters = self.centroids.to(dtype), self.config.max_iters
         if self._shared is not None:
-            return sharded.solve(self._shared.rows(), start, problem, iters, self.choice[0], self._shared.reduce)
-        return solve(self.matrix(weight), start, problem, iters, self.choice[0])
+            rows = self._shared.rows().in_blocks(self.tables)
+            return sharded.solve(rows, start, problem, iters, self.choice[0], self._shared.reduce)
+        return solve(self.blocks(weight), start, problem, iters, self.choice[0])
 
     def attach(self, weight: Tensor) -> tuple[Tensor, Solution]:
         """Return an alias of the weight whose gradient, for autograd, is that of the clustered weight; and the solution to decode it by."""
@@ -257,29 +222,34 @@ class Clustering(nn.Module):
 
     def decode(self, weight: Tensor, solution: Solution, dtype: torch.dtype | None = None) -> Tensor:
         """Make the soft weight, of the shape of `weight` and in its dtype if no other is given; no gradient."""
-        return reshaped(solution.decode(self.matrix(weight), dtype), weight.shape)
+        return reshaped(solution.decode(self.blocks(weight), dtype), weight.shape)
 
     def adjoint(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
         """Turn the gradient of the soft weight into `dL/dweight`."""
         if self.config.softness == 0:
             return grad.to(weight.dtype)
-        matrix = self.matrix(weight)
-        return solution.adjoint(grad.reshape(matrix.shape), matrix).view(weight.shape)
+        blocks = self.blocks(weight)
+        return solution.adjoint(grad.reshape(blocks.shape), blocks).view(weight.shape)
 
-    def freeze(self, weight: Tensor) -> Frozen:
+    def freeze(self, weight: Tensor) -> Frozen | FrozenBlocks:
         """Return indices and tables of the weight as it is now, which `eval()` uses and the packed file holds."""
         try:
-            return freeze(self.matrix(weight), self.centroids, weight.shape)
+            return freeze(self.matrix(weight), self.centroids, weight.shape, self.form)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
     def hard(self, weight: Tensor) -> Tensor:
         """Put every value of the weight on its nearest centroid; no gradient."""
-        return quantize(self.matrix(weight), as_stored(self.centroids), weight.dtype).values.view(weight.shape)
+        matrix = self.matrix(weight)
+        return quantize(matrix, stored_tables(self.centroids, self.form, len(matrix)), weight.dtype, self.form).values.view(weight.shape)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """View the weight as `[rows, cols]`, detached."""
         return as_matrix(weight.detach(), self.row_axes)
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """View the weight as the matrix that is clustered: a block of columns is a row."""
+        return in_blocks(self.matrix(weight), self.tables)
 
     @property
     def tables(self) -> int:
@@ -288,6 +258,15 @@ class Clustering(nn.Module):
     @property
     def is_soft(self) -> bool:
         return self.training or self.soft_in_eval
+
+
+def table_shape_of(shape: Sequence[int], row_axes: int, config: ClusterConfig) -> tuple[int, int, int]:
+    """Return the shape of the centroids of a weight, `(g, k, d)`, or in a format of its theta, `(g, p, 1)`."""
+    form = FORMATS.get(config.format)
+    if form is None:
+        return count_tables(shape, row_axes, config.rows_per_lut), 2**config.bits, config.dim
+    rows, cols = math.prod(shape[:row_axes]), math.prod(shape[row_axes:])
+    return rows * (cols // form.width(cols)), form.p, 1
 
 
 def reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:

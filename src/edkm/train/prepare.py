@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edkm.compressed.packing import stored_bytes
 from edkm.compressed.pretrained import check_savable
 from edkm.config import ClusterConfig
 from edkm.core.assign import Frozen
+from edkm.core.formats import FORMATS, TABLE, FrozenBlocks
 from edkm.progress import progress
 from edkm.train.allocate import allocate
 from edkm.train.calibrate import calibrate
@@ -33,10 +33,12 @@ class ReportEntry:
         name: of the parameter, the first if it is tied.
         shape: of the parameter.
         bits: of an index; 0 for a parameter that was left alone.
-        tables: number of lookup tables; 0 likewise.
+        tables: number of lookup tables, or of blocks; 0 likewise.
         dim: weights per index.
         note: why it was left alone, or which backend was chosen and why.
         error: relative output error that the fit left; None without a fit.
+        format: `table`, or the format's name.
+        stored_bytes: in a packed file; those that are left alone in float32.
     """
 
     name: str
@@ -46,6 +48,15 @@ class ReportEntry:
     dim: int
     note: str
     error: float | None = None
+    format: str = TABLE
+    stored_bytes: int = 0
+
+    @property
+    def table_shape(self) -> tuple[int, int, int]:
+        """Shape of the centroids, `(g, k, d)`, or in a format of theta, `(g, p, 1)`."""
+        if self.format == TABLE:
+            return self.tables, 2**self.bits, self.dim
+        return self.tables, FORMATS[self.format].p, 1
 
 
 @dataclass(frozen=True)
@@ -66,14 +77,14 @@ class Report:
     @property
     def packed_bytes(self) -> int:
         """Estimate the size of the packed weights: indices and float16 tables, skipped weights in float32."""
-        sizes = [(math.prod(e.shape), e) for e in self.entries]
-        return sum(stored_bytes(n, e.bits, e.tables, e.dim) if e.tables else 4 * n for n, e in sizes)
+        return sum(entry.stored_bytes for entry in self.entries)
 
     def __str__(self) -> str:
         width = max(len(e.name) for e in self.entries)
         lines = []
         for e in self.entries:
-            taken = f"{e.bits} bits, {e.tables} tables" + (f", dim {e.dim}" if e.dim > 1 else "") if e.tables else "skipped"
+            table = f"{e.bits} bits, {e.tables} tables" + (f", dim {e.dim}" if e.dim > 1 else "")
+            taken = "skipped" if not e.tables else table if e.format == TABLE else e.format
             lines.append(f"{e.name:<{width}}  {'x'.join(map(str, e.shape)):<14}  {taken:<20}  {e.note}")
         return "\n".join(lines)
 
@@ -200,8 +211,10 @@ def report_entry(target: Target, note: str = "", error: float | None = None) -> 
     """Report on one parameter."""
     shape = tuple(target.weight.shape)
     if target.reason:
-        return ReportEntry(target.name, shape, 0, 0, 1, target.reason)
-    return ReportEntry(target.name, shape, target.settings.bits, target.tables, target.settings.dim, note, error)
+        return ReportEntry(target.name, shape, 0, 0, 1, target.reason, stored_bytes=4 * math.prod(shape))
+    settings = target.settings
+    counts = settings.bits, target.tables, settings.dim
+    return ReportEntry(target.name, shape, *counts, note, error, settings.format, target.stored_bytes)
 
 
 def _clustering(target: Target, importance: Mapping[str, Tensor], centroids: Mapping[str, Tensor], backend: str) -> tuple[Clustering, str]:
@@ -215,11 +228,11 @@ def _clustering(target: Target, importance: Mapping[str, Tensor], centroids: Map
     return clustering, "; ".join(filter(None, remarks))
 
 
-def freeze(model: nn.Module) -> dict[str, Frozen]:
+def freeze(model: nn.Module) -> dict[str, Frozen | FrozenBlocks]:
     """Assign indices and round tables of every clustered weight, exactly those that the model uses in `eval()`.
 
     Returns:
-        Parameter name (the first, if tied) -> `Frozen`, on the CPU.
+        Parameter name (the first, if tied) -> `Frozen`, or `FrozenBlocks` in a format, on the CPU.
 
     Raises:
         ValueError: the model was not prepared.

@@ -28,7 +28,7 @@ from edkm.compressed.entries import LUT_SUFFIX
 from edkm.compressed.packing import pack_indices, unpack_indices
 from edkm.compressed.pretrained import check_savable
 from edkm.config import ClusterConfig
-from edkm.core.assign import Frozen, LazyFrozen, as_matrix, freeze, lookup
+from edkm.core.assign import Frozen, LazyFrozen, as_matrix, freeze
 from edkm.core.kmeans import initial_centroids
 from edkm.output import replacing
 from edkm.progress import progress
@@ -65,6 +65,8 @@ def check_by_layer(skeleton: Skeleton, config: ClusterConfig, batch: Mapping[str
     for target in targets:
         if not any(part.issuperset(target.modules) for part in parts):
             raise NotStreamable(f"{target.name} is shared between layers")
+        if target.form is not None and not target.reason:
+            raise NotStreamable(f"{target.name} is in the format {target.form.name}")
 
     def look(modules: Sequence[nn.Module]) -> None:
         for target in _within(targets, modules):
@@ -182,9 +184,11 @@ class Stream:
             weight, (matrix, centroids) = _weight(target), starts[target.name]
             with naming(target.name), torch.no_grad():
                 check_values(target.name, matrix, target.tables, most_lost=1.0)
-                frozen[target.name] = found = freeze(matrix, centroids, weight.shape)
+                found = freeze(matrix, centroids, weight.shape)
+                assert isinstance(found, Frozen)  # `check_by_layer` has refused formats
+                frozen[target.name] = found
                 self.drawn(name=target.name, weight=matrix, centroids=centroids)
-                weight.copy_(lookup(found.indices, found.lut).view(weight.shape))
+                weight.copy_(found.values())
         return frozen, errors
 
     def result(self, part: int | str) -> Path:

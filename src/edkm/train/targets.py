@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from edkm.compressed.packing import stored_bytes
 from edkm.config import ClusterConfig
-from edkm.core.assign import as_matrix, count_tables
+from edkm.core.assign import as_matrix
+from edkm.core.formats import FORMATS, TABLE, Format, format_for
 from edkm.core.op import check_shapes, pick_backend
-from edkm.core.reference import compute_dtype
+from edkm.core.reference import compute_dtype, in_blocks
 from edkm.train.checks import check_kind, check_patterns, check_readers, naming
-from edkm.train.clustering import Clustering
+from edkm.train.clustering import Clustering, table_shape_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 NO_WEIGHT = "neither the weight of a Linear, Embedding, Conv1d or Conv2d nor a stack of matrices"
@@ -32,6 +34,7 @@ class Target:
         row_axes: for `core.assign.as_matrix`; 0 for a parameter that cannot be clustered.
         settings: that `decide` found.
         reason: why it is left alone; "" for a parameter that is clustered.
+        instead_of: the format that was asked for, if another took its place.
     """
 
     names: list[str]
@@ -40,6 +43,7 @@ class Target:
     row_axes: int = 0
     settings: ClusterConfig = field(default_factory=ClusterConfig)
     reason: str = ""
+    instead_of: str = ""
 
     @property
     def name(self) -> str:
@@ -51,14 +55,29 @@ class Target:
 
     @property
     def tables(self) -> int:
-        """Number of lookup tables."""
-        return count_tables(self.weight.shape, self.row_axes, self.settings.rows_per_lut)
+        """Number of lookup tables, or of blocks."""
+        return table_shape_of(self.weight.shape, self.row_axes, self.settings)[0]
+
+    @property
+    def form(self) -> Format | None:
+        """The format; None for free tables."""
+        return FORMATS.get(self.settings.format)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the clustered weight in a packed file."""
+        matrix, settings = self.matrix, self.settings
+        if self.form is not None:
+            return -(-self.form.stored_bits(*matrix.shape) // 8)
+        return stored_bytes(matrix.numel(), settings.bits, self.tables, settings.dim)
 
     @property
     def note(self) -> str:
         """Remark for the report on a weight that is not an ordinary matrix."""
         if self.row_axes > 1:
             return f"a stack of {len(self.weight)} matrices"
+        if self.form is not None and self.instead_of:
+            return f"{self.form.name}, as {self.instead_of} does not divide {self.matrix.shape[1]} columns"
         return "its rows are inputs" if any(isinstance(m, transposed_linear()) for m in self.modules) else ""
 
 
@@ -106,6 +125,8 @@ def decide(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> li
     targets = targets_of(model)
     for target in targets:
         target.settings, target.reason = _settings(config, target)
+        if not target.reason:
+            _resolve_format(target)
     clustered = [target for target in targets if not target.reason]
     for target in clustered:
         check_kind(target.name, target.weight)
@@ -118,9 +139,11 @@ def decide(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> li
         raise ValueError(f"model: no weight is clustered ({reasons or 'no parameters'}). Check skip and embedding_bits.")
     for target in clustered:
         with naming(target.name):
-            shape = (target.tables, 2**target.settings.bits, target.settings.dim)
-            check_shapes(target.matrix, torch.empty(shape, dtype=compute_dtype(target.weight.dtype), device="meta"), None)
-            pick_backend(backend, target.matrix, shape, torch.bfloat16)
+            groups, k, d = table_shape_of(target.weight.shape, target.row_axes, target.settings)
+            free = target.form is None
+            shape = (groups, k if target.form is None else len(target.form.values), d)
+            check_shapes(target.matrix, torch.empty(shape, dtype=compute_dtype(target.weight.dtype), device="meta"), None, free=free)
+            pick_backend(backend, in_blocks(target.matrix, groups), shape, torch.bfloat16)
     return targets
 
 
@@ -128,15 +151,43 @@ def _settings(config: ClusterConfig, target: Target) -> tuple[ClusterConfig, str
     """Return the settings of a parameter, and why it is left alone if it is."""
     if not target.row_axes:
         return config, "a vector" if target.weight.ndim < 2 else NO_WEIGHT
+    base = config
     embedding = next((m for m in target.modules if isinstance(m, nn.Embedding)), None)
     if embedding is not None:
         if not config.embedding_bits:
             return config, "an embedding, and embedding_bits is 0"
         if embedding.max_norm is not None or embedding.sparse:
             return config, "an embedding with max_norm or sparse gradients"
-        config = replace(config, bits=config.embedding_bits, rows_per_lut=0, dim=1)
-    settings = config.for_tensor(*target.names)
+        form = embedding_format(config)
+        if not form:
+            return config, f"an embedding, and {config.format} has none"
+        base = replace(config, overrides={}, format=form, bits=config.embedding_bits, rows_per_lut=0, dim=1)
+    settings = config.for_tensor(*target.names, base=base)
     return (config, "matches skip") if settings is None else (settings, "")
+
+
+def embedding_format(config: ClusterConfig) -> str:
+    """Name the format of embeddings, and of output layers tied to them; "" if they are left alone."""
+    return TABLE if config.format == TABLE else FORMATS[config.format].embedding
+
+
+def _resolve_format(target: Target) -> None:
+    """Put the format in the place of the one that was asked for which divides the columns, and settle what follows from it; or leave the
+    parameter alone."""
+    asked = target.settings.format
+    if asked == TABLE:
+        return
+    cols = target.matrix.shape[1]
+    form = format_for(asked, cols)
+    if form is None:
+        target.reason = f"{asked} does not divide its {cols} columns"
+    elif any(isinstance(m, transposed_linear()) for m in target.modules):
+        target.reason = f"its rows are inputs, and {asked} has blocks along the inputs"
+    else:
+        target.instead_of = "" if form.name == asked else asked
+        # With so many entries as 8 bits have, weights are rounded: a soft assignment would be no other.
+        softness = target.settings.softness if form.bits < 7 else 0.0
+        target.settings = replace(target.settings, format=form.name, bits=form.bits, softness=softness)
 
 
 Linears = dict[nn.Linear, tuple[str, ClusterConfig]]
