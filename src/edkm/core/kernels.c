@@ -1,7 +1,8 @@
 /* Loops of native.py: differentiable k-means of single values, one table after another.
 
    Points are the weights of a group, rows x cols, contiguous. A tile of them and its assignment A [k, tile] stay in the first cache,
-   and every inner loop runs along the tile, at vector width. blocks.py states the equations.
+   and every inner loop runs along the tile, at vector width. blocks.py states the equations. Tables with a shape, whose groups are small,
+   have loops of their own, which need no A at all (`edkm_solve` and what follows).
 
    Plain C, built by native.py with the compiler of the machine: for float32, and with -DDOUBLE for float64. */
 
@@ -16,12 +17,14 @@ typedef double real;
 #define EPSILON DBL_EPSILON
 #define FAR 1e150
 #define FUSED fma
+#define CEIL ceil
 #define LOWEST -156 /* log2(epsilon^3): under it an entry of A is noise */
 #else
 typedef float real;
 #define EPSILON FLT_EPSILON
 #define FAR 1e18f
 #define FUSED fmaf
+#define CEIL ceilf
 #define LOWEST -69
 #endif
 #if !defined(__FMA__) && !defined(__aarch64__)
@@ -29,6 +32,7 @@ typedef float real;
 #define FUSED(x, y, z) ((x) * (y) + (z)) /* without the instruction a call of fma would be slow */
 #endif
 #define NO_MASS ((double)EPSILON * EPSILON) /* the share of a group's mass that counts as none: reference.mass_floor */
+#define LEAST_SPREAD 1e-3                   /* reference.LEAST_SPREAD */
 
 #define TILE 512
 #define HELD 32 /* tiles whose assignment is kept, in the second cache, where it is needed twice */
@@ -36,15 +40,17 @@ typedef float real;
 #define BUNCH 4   /* and tables to a multiple of it: loops take so many centroids at a time, in registers */
 #define BUNCHES(j, k) int j = 0; j < (k); j += BUNCH
 
-/* Points to cluster. `importance` has a row every `importance_stride` values (0: one row for all), or is 0. */
+/* Points to cluster. */
 typedef struct {
-    const void *weight; /* real, or bfloat16 */
-    const real *importance;
-    int64_t importance_stride;
+    const void *weight;         /* real, or bfloat16 */
+    const real *importance;     /* or 0 */
+    int64_t period;             /* values of `importance`, which are repeated over the weight: one row, some, or all */
     int64_t groups, rows, cols; /* rows of one group */
     int64_t k;
     int64_t is_bf16;
-    int64_t to_bf16; /* round the points first */
+    int64_t to_bf16;    /* round the points first */
+    const real *values; /* v [k], ascending, of tables with a shape; 0 for free tables */
+    int64_t p;          /* 1: entries are scale v_j; 2: offset + scale v_j */
 } Points;
 
 /* Points of a tile and their assignment, A_ij = e_ij share_i. Padded with points 0 without importance. */
@@ -114,6 +120,24 @@ static void store(const real *from, int length, int is_bf16, void *to, int64_t a
         memcpy((real *)to + at, from, length * sizeof *from);
 }
 
+/* Reads n points from the weight's value `at` on, and their importance; returns their number padded. */
+static int read_run(const Points *p, int64_t at, int n, real *w, real *s) {
+    const int padded = (n + VECTOR - 1) / VECTOR * VECTOR;
+    load(p->weight, at, n, (int)p->is_bf16, w);
+    if (p->to_bf16)
+        for (int i = 0; i < n; i++) w[i] = from_bits(bf16_of((float)w[i]) & 0xffff0000u);
+    if (p->importance) {
+        int64_t from = at % p->period;
+        for (int64_t i = 0, count; i < n; i += count, from = 0) {
+            count = n - i < p->period - from ? n - i : p->period - from;
+            memcpy(s + i, p->importance + from, count * sizeof *s);
+        }
+    } else
+        for (int i = 0; i < n; i++) s[i] = 1;
+    for (int i = n; i < padded; i++) w[i] = s[i] = 0;
+    return padded;
+}
+
 /* Columns of a tile: those of a row are cut evenly. */
 static int64_t tile_columns(const Points *p) {
     const int64_t tiles = (p->cols + TILE - 1) / TILE, each = (p->cols + tiles - 1) / tiles;
@@ -124,22 +148,23 @@ static int64_t tile_columns(const Points *p) {
 static void read_points(const Points *p, int64_t g, int64_t row, int64_t col, Tile *tile) {
     const int64_t at = (g * p->rows + row) * p->cols + col;
     const int64_t most = tile_columns(p);
-    const int n = tile->length = (int)(p->cols - col < most ? p->cols - col : most);
-    tile->padded = (n + VECTOR - 1) / VECTOR * VECTOR;
-    load(p->weight, at, n, (int)p->is_bf16, tile->w);
-    if (p->to_bf16)
-        for (int i = 0; i < n; i++) tile->w[i] = from_bits(bf16_of((float)tile->w[i]) & 0xffff0000u);
-    if (p->importance)
-        memcpy(tile->s, p->importance + (g * p->rows + row) * p->importance_stride + col, n * sizeof *tile->s);
-    else
-        for (int i = 0; i < n; i++) tile->s[i] = 1;
-    for (int i = n; i < tile->padded; i++) tile->w[i] = tile->s[i] = 0;
+    tile->length = (int)(p->cols - col < most ? p->cols - col : most);
+    tile->padded = read_run(p, at, tile->length, tile->w, tile->s);
 }
 
 /* A table of k values, padded with `rest`. */
 static void read_table(const real *from, int k, real rest, real *to) {
     for (int j = 0; j < k; j++) to[j] = from[j];
     for (int j = k; j % BUNCH; j++) to[j] = rest;
+}
+
+/* The entries of group g's table: centroids [groups, k], or theta [groups, p]. */
+static void read_entries(const Points *p, const real *centroids, int64_t g, real *to) {
+    const int k = (int)p->k, n = (int)p->p;
+    if (!p->values)
+        memcpy(to, centroids + g * k, k * sizeof *to);
+    else
+        for (int j = 0; j < k; j++) to[j] = (n == 2 ? centroids[2 * g] : 0) + centroids[n * g + n - 1] * p->values[j];
 }
 
 /* A of a tile's points for `centroids`. */
@@ -199,9 +224,11 @@ void edkm_sums(const Points *p, const real *centroids, const real *tau, real *ma
     const int k = (int)p->k;
     for (int64_t g = first; g < stop; g++) {
         double m[MOST] = {0}, t[MOST] = {0};
+        real c[MOST];
+        read_entries(p, centroids, g, c);
         FOR_TILES(p) {
             read_points(p, g, row, col, &tile);
-            assign(&tile, centroids + g * k, k, tau[g]);
+            assign(&tile, c, k, tau[g]);
             for (int i = 0; i < tile.padded; i++) {
                 x[i] = tile.share[i] * tile.s[i];
                 y[i] = x[i] * tile.w[i];
@@ -327,6 +354,317 @@ void edkm_adjoint(const Points *p, const void *grad, int64_t is_bf16, const real
                 tile += held != 0;
             }
             memcpy(gc, gc_before, sizeof gc);
+        }
+    }
+    free(held);
+}
+
+/* Tables with a shape, c_j = o + a v_j, the values v fixed. Groups are small (32 columns), so that several make a tile, and nothing is kept
+   by entry: all that an iteration and its gradient need of A are moments of y_j = v_j - v_near about the value nearest to a point,
+
+       e_m = sum_j A_j y_j^m       m = 1, 2, and in the gradient 3, 4
+
+   which lose no digits when A is nearly hard, and are 0 when it is. With u the distance of the point from that value, in units of the scale,
+   the logits are -(a^2 / tau) y_j (y_j - 2u), and those of values a few steps away do not count at all. */
+
+typedef struct {
+    double o, a; /* the offset, and the scale */
+} Theta;
+
+/* Sums over the points of a group, with t_i = v_near - middle: M = sum s_i, and of x_i = t_i + y the first two moments under A; the right
+   side of the least squares for the distance from the present theta; and sum_i v_i A_i (1, x). */
+typedef struct {
+    double mass, first, second, right0, right1, grad0, grad1;
+} Sums;
+
+/* Points of whole groups, or of a part of one, each group padded; their nearest value and their moments. */
+typedef struct {
+    _Alignas(64) real w[TILE];
+    real s[TILE], v[TILE], near[TILE], u[TILE], rate[TILE];
+    real e[4][TILE]; /* e1 to e4 */
+    int groups, each, padded; /* groups, the points of each, and their number padded */
+    int64_t from;             /* the first point of the first group */
+} Cells;
+
+/* How groups lie in tiles. */
+typedef struct {
+    int64_t points; /* of a group */
+    int together;   /* groups in a tile */
+    int parts;      /* tiles of a group */
+    int width;      /* points of a part */
+    int integers;   /* the values are consecutive integers */
+} Layout;
+
+static Layout layout_of(const Points *p) {
+    Layout l = {p->rows * p->cols, 1, 1, 0, 1};
+    l.parts = (int)((l.points + TILE - 1) / TILE);
+    l.width = (int)(((l.points + l.parts - 1) / l.parts + VECTOR - 1) / VECTOR * VECTOR);
+    l.parts = (int)((l.points + l.width - 1) / l.width);
+    if (l.parts == 1) l.together = TILE / l.width;
+    for (int64_t j = 0; j < p->k; j++) l.integers &= p->values[j] == p->values[0] + j && p->values[j] == (int)p->values[j];
+    return l;
+}
+
+static Theta theta_of(const Points *p, const real *theta, int64_t g) {
+    return p->p == 1 ? (Theta){0, theta[g]} : (Theta){theta[2 * g], theta[2 * g + 1]};
+}
+
+/* Reads a part of `groups` groups from g on, and v, which is 0 without a gradient. */
+static void read_cells(const Points *p, const Layout *l, int64_t g, int groups, int part, const Grad *grad, Cells *c) {
+    const int64_t rest = l->points - (int64_t)part * l->width;
+    c->groups = groups;
+    c->each = (int)(rest < l->width ? rest : l->width);
+    c->from = g * l->points + (int64_t)part * l->width;
+    memset(c->v, 0, sizeof c->v);
+    for (int i = 0, at = 0; i < groups; i++, at += c->padded) {
+        c->padded = read_run(p, c->from + i * l->points, c->each, c->w + at, c->s + at);
+        if (grad) load(grad->values, c->from + i * l->points, c->each, (int)grad->is_bf16, c->v + at);
+    }
+}
+
+#define FOR_GROUPS(c) for (int group = 0, at = 0; group < (c)->groups; group++, at += (c)->padded)
+
+/* The value nearest to each point, halfway between two the lower; and u. tau 0 is a hard assignment. Returns the steps that count. */
+static int find_nearest(const Points *p, const Layout *l, const real *theta, const real *tau, int64_t g, Cells *c) {
+    const int k = (int)p->k, n = c->groups * c->padded;
+    const real low = p->values[0], high = p->values[k - 1];
+    real sharpness = FAR;
+    FOR_GROUPS(c) {
+        const Theta now = theta_of(p, theta, g + group);
+        const real o = (real)now.o, a = (real)now.a, divisor = a == 0 ? 1 : a;
+        real rate = 0;
+        if (tau) {
+            rate = a * a / tau[g + group] * (real)1.44269504088896340736; /* to powers of 2 */
+            rate = rate < 1 / FAR ? 1 / FAR : rate;
+            sharpness = rate < sharpness ? rate : sharpness;
+        }
+        for (int i = at; i < at + c->padded; i++) c->u[i] = (c->w[i] - o) / divisor, c->rate[i] = rate;
+    }
+    if (l->integers)
+        for (int i = 0; i < n; i++) {
+            const real x = CEIL(c->u[i] - (real)0.5);
+            c->near[i] = x > low ? x < high ? x : high : low;
+        }
+    else {
+        for (int i = 0; i < n; i++) c->near[i] = low;
+        for (int j = 1; j < k; j++) {
+            const real middle = (p->values[j - 1] + p->values[j]) / 2, value = p->values[j];
+            for (int i = 0; i < n; i++) c->near[i] = c->u[i] > middle ? value : c->near[i];
+        }
+    }
+    for (int i = 0; i < n; i++) c->u[i] -= c->near[i];
+    const double steps = 1.5 + sqrt(-LOWEST / (double)sharpness + 0.25); /* from there on rate y (y - 1) > -LOWEST */
+    return steps < k ? (int)steps : k;
+}
+
+/* e1 to e<order>, over all values, or if they are integers those fewer than `steps` from the nearest. */
+static inline __attribute__((always_inline)) void add_moments(const Points *p, int integers, int steps, int order, Cells *c) {
+    const int first = integers ? 1 - steps : 0, stop = integers ? steps : (int)p->k, n = (c->groups * c->padded) & -VECTOR;
+    enum { AT_ONCE = 5 }; /* as many integers count at the usual softness */
+    const real low = p->values[0], high = p->values[p->k - 1];
+    real e0[TILE] = {0};
+    for (int m = 0; m < order; m++) memset(c->e[m], 0, n * sizeof(real));
+    for (int j = first; j < stop; j += AT_ONCE) {
+        real v[AT_ONCE];
+        for (int m = 0; m < AT_ONCE; m++) v[m] = integers ? j + m : j + m < stop ? p->values[j + m] : FAR;
+        for (int i = 0; i < n; i++) {
+            const real near = c->near[i], twice = 2 * c->u[i], rate = -c->rate[i];
+            real s0 = e0[i], s1 = c->e[0][i], s2 = c->e[1][i], s3 = c->e[2][i], s4 = c->e[3][i];
+            for (int m = 0; m < AT_ONCE; m++) {
+                const real y = integers ? v[m] : v[m] - near, x = rate * y * (y - twice);
+                real e = exp2_of(x);
+                e = x > LOWEST ? e : 0;
+                if (integers) e = near + v[m] < low ? 0 : e, e = near + v[m] > high ? 0 : e;
+                s0 += e;
+                s1 += e *= y;
+                s2 += e *= y;
+                s3 += e *= y;
+                s4 += e *= y;
+            }
+            e0[i] = s0, c->e[0][i] = s1, c->e[1][i] = s2;
+            if (order == 4) c->e[2][i] = s3, c->e[3][i] = s4;
+        }
+    }
+    for (int i = 0; i < n; i++) e0[i] = 1 / e0[i];
+    for (int m = 0; m < order; m++)
+        for (int i = 0; i < n; i++) c->e[m][i] *= e0[i];
+}
+
+static void find_moments(const Points *p, const Layout *l, const real *theta, const real *tau, int64_t g, int order, Cells *c) {
+    const int steps = find_nearest(p, l, theta, tau, g, c), few = l->integers && 2 * steps - 1 < p->k + p->k / 4;
+    if (!tau)
+        memset(c->e, 0, sizeof c->e);
+    else if (order == 4)
+        few ? add_moments(p, 1, steps, 4, c) : add_moments(p, 0, 0, 4, c);
+    else
+        few ? add_moments(p, 1, steps, 2, c) : add_moments(p, 0, 0, 2, c);
+}
+
+/* The value about which a group's sums are made, so that they lose no digits: that of a point. */
+static real middle_of(const Points *p, const Cells *c, int at) { return p->p == 1 ? 0 : c->near[at]; }
+
+/* Adds the sums of every group of a tile. `middle` is that of each. */
+static void add_group_sums(const Points *p, const Cells *c, const real *theta, int64_t g, const real *middle, Sums *sums) {
+    FOR_GROUPS(c) {
+        const Theta now = theta_of(p, theta, g + group);
+        const real o = (real)now.o, a = (real)now.a, around = middle[group];
+        real mass = 0, first = 0, second = 0, right0 = 0, right1 = 0, grad0 = 0, grad1 = 0;
+#pragma omp simd reduction(+ : mass, first, second, right0, right1, grad0, grad1)
+        for (int i = at; i < at + c->padded; i++) {
+            const real s = c->s[i], t = c->near[i] - around, e1 = c->e[0][i], e2 = c->e[1][i], d = c->w[i] - (o + a * c->near[i]);
+            const real away = d - a * e1;
+            mass += s;
+            first += s * (t + e1);
+            second += s * (t * (t + 2 * e1) + e2);
+            right0 += s * away;
+            right1 += s * (t * away + (d * e1 - a * e2));
+            grad0 += c->v[i];
+            grad1 += c->v[i] * (t + e1);
+        }
+        Sums *to = sums + group;
+        to->mass += mass, to->first += first, to->second += second;
+        to->right0 += right0, to->right1 += right1;
+        to->grad0 += grad0, to->grad1 += grad1;
+    }
+}
+
+/* The variance of a group's values, or about 0 without an offset, times its mass; 0 where it is too small to tell a scale:
+   reference.normal_inverse. */
+static double spread_of(const Points *p, const Sums *x) {
+    const double step = (p->values[p->k - 1] - p->values[0]) / (double)(p->k - 1);
+    const double spread = p->p == 1 ? x->second : x->second - x->first * x->first / x->mass;
+    return x->mass == 0 || spread <= LEAST_SPREAD * step * step * x->mass ? 0 : spread; /* NaN lives on */
+}
+
+/* Theta after an iteration, for the groups from `first` to before `stop`: writes trajectory[1:], [iters + 1, groups, p]. */
+void edkm_solve(const Points *p, real *trajectory, int64_t iters, const real *tau, int64_t first, int64_t stop) {
+    const Layout l = layout_of(p);
+    Cells c;
+    for (int64_t g = first; g < stop; g += l.together) {
+        const int groups = (int)(stop - g < l.together ? stop - g : l.together);
+        for (int64_t t = 0; t < iters; t++) {
+            const real *now = trajectory + t * p->groups * p->p;
+            real *next = trajectory + (t + 1) * p->groups * p->p, middle[TILE / VECTOR];
+            Sums sums[TILE / VECTOR] = {0};
+            for (int part = 0; part < l.parts; part++) {
+                if (t == 0 || l.parts > 1) read_cells(p, &l, g, groups, part, 0, &c);
+                find_moments(p, &l, now, tau, g, 2, &c);
+                if (part == 0)
+                    FOR_GROUPS(&c) middle[group] = middle_of(p, &c, at);
+                add_group_sums(p, &c, now, g, middle, sums);
+            }
+            for (int i = 0; i < groups; i++) {
+                const Sums *x = sums + i;
+                const Theta before = theta_of(p, now, g + i);
+                const double spread = spread_of(p, x), mean = p->p == 1 ? 0 : x->first / x->mass;
+                const double scale = spread == 0 ? 0 : (x->right1 - mean * x->right0) / spread;
+                real *to = next + (g + i) * p->p;
+                to[p->p - 1] = (real)(before.a + scale);
+                if (p->p == 2) to[0] = (real)(spread == 0 ? before.o : before.o + x->right0 / x->mass - scale * (mean + middle[i]));
+            }
+        }
+    }
+}
+
+/* out = sum_j A_j c'_j, in bfloat16 or as real. */
+void edkm_decode_shaped(const Points *p, const real *theta, const real *next, const real *tau, void *out, int64_t is_bf16, int64_t first,
+                        int64_t stop) {
+    const Layout l = layout_of(p);
+    Cells c;
+    real soft[TILE];
+    for (int64_t g = first; g < stop; g += l.together) {
+        const int groups = (int)(stop - g < l.together ? stop - g : l.together);
+        for (int part = 0; part < l.parts; part++) {
+            read_cells(p, &l, g, groups, part, 0, &c);
+            find_moments(p, &l, theta, tau, g, 2, &c);
+            FOR_GROUPS(&c) {
+                const Theta after = theta_of(p, next, g + group);
+                const real o = (real)after.o, a = (real)after.a;
+                for (int i = at; i < at + c.padded; i++) soft[i] = a * (c.near[i] + c.e[0][i]) + o;
+                store(soft + at, c.each, (int)is_bf16, out, c.from + group * l.points);
+            }
+        }
+    }
+}
+
+/* dL/dtheta of a group, and h_j = h0 + h1 (v_j - middle). */
+typedef struct {
+    double o, a;
+    double h0, h1;
+} Pull;
+
+/* As blocks.update_adjoint: h, and in the pull itself what goes past the iteration, where theta stayed. */
+static void pull_back(const Points *p, const Sums *x, double middle, Pull *pull) {
+    const double spread = spread_of(p, x), mean = p->p == 1 ? 0 : x->first / x->mass;
+    pull->h0 = pull->h1 = 0;
+    if (spread == 0) return;
+    pull->h1 = (pull->a - (mean + middle) * pull->o) / spread;
+    if (p->p == 2) pull->h0 = pull->o / x->mass - pull->h1 * mean;
+    pull->o = pull->a = 0;
+}
+
+/* Adds the terms of one iteration to dL/dw, and to the pull on the theta before it. With q_j = (w - c'_j) (s h_j - v), a quadratic in y_j,
+   and K = cov(q, y), L = cov(q, y^2) under A:   dL/dw = s sum_j A_j h_j + (2 / tau) a K. */
+static void reverse_cells(const Points *p, const Cells *c, const real *theta, const real *next, const real *tau, int64_t g,
+                          const real *middle, Pull *pull, int64_t points, int last, real *dw) {
+    FOR_GROUPS(c) {
+        const Theta now = theta_of(p, theta, g + group), after = theta_of(p, next, g + group);
+        const real o = (real)now.o, a = (real)now.a, after_o = (real)after.o, after_a = (real)after.a, around = middle[group];
+        const real h0 = (real)pull[group].h0, h1 = (real)pull[group].h1, rate = 2 / tau[g + group];
+        real term[TILE], on_o = 0, on_a = 0;
+#pragma omp simd reduction(+ : on_o, on_a)
+        for (int i = at; i < at + c->padded; i++) {
+            const real s = c->s[i], near = c->near[i], t = near - around, e1 = c->e[0][i], e2 = c->e[1][i], e3 = c->e[2][i], e4 = c->e[3][i];
+            const real h = h0 + h1 * t, left = c->w[i] - (after_o + after_a * near), right = s * h - c->v[i];
+            const real q1 = left * s * h1 - after_a * right, q2 = -after_a * s * h1;
+            const real k11 = e2 - e1 * e1, k12 = e3 - e1 * e2, k22 = e4 - e2 * e2;
+            const real k = q1 * k11 + q2 * k12, l = q1 * k12 + q2 * k22;
+            term[i - at] = s * (h + h1 * e1) + rate * a * k;
+            on_o -= rate * a * k;
+            on_a += rate * ((c->w[i] - (o + a * near) - a * t) * k - a * l);
+        }
+        real *into = dw + c->from + group * points;
+        for (int i = 0; i < c->each; i++) into[i] = last ? term[i] : into[i] + term[i];
+        pull[group].o += on_o;
+        pull[group].a += on_a + around * (double)on_o;
+    }
+}
+
+/* dw = dL/dw from grad = dL/dout. */
+void edkm_adjoint_shaped(const Points *p, const void *grad, int64_t is_bf16, const real *trajectory, int64_t iters, const real *tau,
+                         real *dw, int64_t first, int64_t stop) {
+    const Layout l = layout_of(p);
+    const Grad v = {grad, is_bf16};
+    const int keep = l.parts <= HELD;
+    Cells *held = aligned_alloc(64, (keep ? l.parts : 1) * sizeof *held);
+    for (int64_t g = first; g < stop; g += l.together) {
+        const int groups = (int)(stop - g < l.together ? stop - g : l.together);
+        Pull pull[TILE / VECTOR] = {0};
+        for (int64_t t = iters; t > 0; t--) {
+            const int last = t == iters;
+            const real *now = trajectory + (t - 1) * p->groups * p->p, *next = now + p->groups * p->p;
+            real middle[TILE / VECTOR];
+            Sums sums[TILE / VECTOR] = {0};
+            for (int part = 0; part < l.parts; part++) {
+                Cells *c = held + (keep ? part : 0);
+                read_cells(p, &l, g, groups, part, last ? &v : 0, c);
+                find_moments(p, &l, now, tau, g, 4, c);
+                if (part == 0)
+                    FOR_GROUPS(c) middle[group] = middle_of(p, c, at);
+                add_group_sums(p, c, now, g, middle, sums);
+            }
+            for (int i = 0; i < groups; i++) {
+                if (last) pull[i].o = sums[i].grad0, pull[i].a = sums[i].grad1 + middle[i] * sums[i].grad0;
+                pull_back(p, sums + i, middle[i], pull + i);
+            }
+            for (int part = 0; part < l.parts; part++) {
+                Cells *c = held + (keep ? part : 0);
+                if (!keep) {
+                    read_cells(p, &l, g, groups, part, last ? &v : 0, c);
+                    find_moments(p, &l, now, tau, g, 4, c);
+                }
+                reverse_cells(p, c, now, next, tau, g, middle, pull, l.points, last, dw);
+            }
         }
     }
     free(held);

@@ -1,4 +1,4 @@
-"""Cluster on a CPU in C: the equations of `blocks` for single values and at most 64 centroids, many times faster.
+"""Cluster on a CPU in C: the equations of `blocks` for single values, many times faster. Free tables have at most 64 centroids.
 
 `kernels.c` is built with the machine's compiler on first use, in a second or two, and kept in the user's cache. Without a compiler
 `available` is false, and training takes `blocks`: the same numbers up to the rounding of sums. The loops of kmeans.py and gptq.py are here
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from edkm.core import blocks
 from edkm.core.blocks import Points
-from edkm.core.reference import Problem, compute_dtype, spread_importance, update_centroids
+from edkm.core.reference import Problem, compute_dtype, importance_rows, table_shape, update_centroids
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 MOST_CENTROIDS = 64
@@ -44,10 +44,11 @@ _WEIGHTS_PER_THREAD = 1 << 15
 
 
 def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, None]:
-    if problem.basis is not None:
-        return blocks.solve(weight, centroids, problem, iters)
     trajectory = centroids.repeat(iters + 1, 1, 1, 1)
     call = _Call(weight, centroids, problem)
+    if problem.basis is not None:
+        call("edkm_solve", trajectory, iters, problem.temperature)
+        return trajectory, None
     for t in range(iters):
         trajectory[t + 1] = update_centroids(call.sums(trajectory[t]), trajectory[t])
     return trajectory, None
@@ -55,33 +56,31 @@ def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tu
 
 def sums(weight: Tensor, centroids: Tensor, problem: Problem) -> Tensor:
     """Mass and weighted sum of every centroid in one iteration, `[g, k, 2]`: for `update_centroids`."""
-    if problem.basis is not None:
+    if problem.basis is not None and len(problem.basis) > MOST_CENTROIDS:
         return blocks.sums(Points.of(weight, problem, *centroids.shape), centroids)
     return _Call(weight, centroids, problem).sums(centroids)
 
 
 def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None, dtype: torch.dtype) -> Tensor:
-    if problem.basis is not None:
-        return blocks.decode(weight, trajectory, problem, kept, dtype)
     call = _Call(weight, trajectory[-1], problem._replace(importance=None))
     out = torch.empty_like(call.weight, dtype=_stored(dtype))
-    call("edkm_decode", trajectory[-2], trajectory[-1], problem.temperature, out, out.dtype == torch.bfloat16)
+    name = "edkm_decode" if problem.basis is None else "edkm_decode_shaped"
+    call(name, trajectory[-2], trajectory[-1], problem.temperature, out, out.dtype == torch.bfloat16)
     return out.to(dtype)
 
 
 def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
-    if problem.basis is not None:
-        return blocks.adjoint(grad, weight, trajectory, problem)
     call = _Call(weight, trajectory[-1], problem)
     dw = torch.empty_like(call.weight, dtype=trajectory.dtype)
     grad = grad.to(_stored(grad.dtype))
-    call("edkm_adjoint", grad, grad.dtype == torch.bfloat16, trajectory, len(trajectory) - 1, problem.temperature, dw)
+    name = "edkm_adjoint" if problem.basis is None else "edkm_adjoint_shaped"
+    call(name, grad, grad.dtype == torch.bfloat16, trajectory, len(trajectory) - 1, problem.temperature, dw)
     return dw.to(weight.dtype)
 
 
-def takes(device: torch.device, k: int, d: int) -> bool:
-    """Whether this backend can cluster a weight on this device of this machine."""
-    return device.type == "cpu" and k <= MOST_CENTROIDS and d == 1 and available()
+def takes(device: torch.device, k: int, d: int, *, shaped: bool = False) -> bool:
+    """Whether this backend can cluster a weight on this device of this machine; of tables with a shape, those of any size."""
+    return device.type == "cpu" and (shaped or k <= MOST_CENTROIDS) and d == 1 and available()
 
 
 @functools.cache
@@ -100,13 +99,15 @@ class _Points(ctypes.Structure):
     _fields_ = [
         ("weight", ctypes.c_void_p),
         ("importance", ctypes.c_void_p),
-        ("importance_stride", ctypes.c_int64),
+        ("period", ctypes.c_int64),
         ("groups", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("is_bf16", ctypes.c_int64),
         ("to_bf16", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("p", ctypes.c_int64),
     ]
 
 
@@ -114,23 +115,21 @@ class _Call:
     """A weight `[rows, cols]` as the kernels see it: bfloat16 or in the compute dtype, contiguous."""
 
     def __init__(self, weight: Tensor, centroids: Tensor, problem: Problem) -> None:
-        self.temperature, importance, round_to, _ = problem
-        self.groups, self.k = centroids.shape[:2]
+        self.temperature, importance, round_to, basis = problem
+        self.groups, self.k, _ = table_shape(centroids, basis)
         rows, cols = weight.shape
         dtype = self.dtype = compute_dtype(weight.dtype)
         to_bf16 = weight.dtype == dtype and round_to == torch.bfloat16
         if round_to is not None and not to_bf16:
             weight = weight.to(round_to)
         self.weight = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.to(dtype).contiguous()
-        self.importance, stride = None, 0
-        if importance is not None:
-            importance = spread_importance(importance, (rows, cols))
-            by_column = importance.stride(0) == 0  # one row for all: not written out
-            stride = 0 if by_column else cols
-            self.importance = (importance[:1] if by_column else importance).to(dtype).contiguous()
-        at = None if self.importance is None else self.importance.data_ptr()
-        is_bf16 = self.weight.dtype == torch.bfloat16
-        self.points = _Points(self.weight.data_ptr(), at, stride, self.groups, rows // self.groups, cols, self.k, is_bf16, to_bf16)
+        self.importance = None if importance is None else importance_rows(importance, weight.shape).to(dtype).contiguous()
+        self.values = None if basis is None else basis[:, -1].to(dtype).contiguous()
+        at, values = (None if x is None else x.data_ptr() for x in (self.importance, self.values))
+        period = 0 if self.importance is None else self.importance.numel()
+        is_bf16, p = self.weight.dtype == torch.bfloat16, 0 if basis is None else basis.shape[1]
+        shape = self.groups, rows // self.groups, cols, self.k
+        self.points = _Points(self.weight.data_ptr(), at, period, *shape, is_bf16, to_bf16, values, p)
 
     def sums(self, centroids: Tensor) -> Tensor:
         mass, total = centroids.new_empty(2, self.groups, self.k)

@@ -5,7 +5,7 @@
 centroid path included, needs the live weight and the centroids of each iteration: nothing else is kept.
 
     backend    computes                                         takes
-    native     `blocks` in C                                    a CPU with a compiler, up to 64 centroids, single values
+    native     `blocks` in C                                    a CPU with a compiler, single values; up to 64 centroids without a basis
     triton     `blocks` in Triton                               a GPU, up to 64 centroids, single values
     histogram  on distinct 16-bit values                        any device, one table for the weight: embeddings, `rows_per_lut=0`
     blocks     in torch                                         everything: no compiler or Triton, more centroids, vectors
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from edkm.core import blocks, cuda, histogram, native, reference
-from edkm.core.reference import NOT_FINITE, Problem, compute_dtype, importance_in_blocks, in_blocks, normal_inverse
+from edkm.core.reference import NOT_FINITE, Problem, compute_dtype, importance_in_blocks, in_blocks, normal_inverse, table_shape
 
 BACKENDS = {"histogram": histogram, "blocks": blocks, "native": native, "triton": cuda}
 
@@ -162,7 +162,7 @@ def _cluster(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Compute `(soft weight, trajectory)`; a custom op, so that torch.compile calls it as it is."""
-    backend, _ = pick_backend(backend, weight, table_shape(centroids, basis), round_to)
+    backend, _ = pick_backend(backend, weight, table_shape(centroids, basis), round_to, shaped=basis is not None)
     solution = solve(weight, centroids, Problem(temperature, importance, round_to, basis), iters, backend)
     _check_problem(importance, temperature, solution.trajectory)
     return solution.decode(weight), solution.trajectory
@@ -185,7 +185,7 @@ def _cluster_adjoint(
     backend: str,
 ) -> Tensor:
     """Compute `dL/dweight` from `dL/dout`."""
-    backend, _ = pick_backend(backend, weight, table_shape(trajectory[0], basis), round_to)
+    backend, _ = pick_backend(backend, weight, table_shape(trajectory[0], basis), round_to, shaped=basis is not None)
     problem = Problem(temperature, importance, round_to, basis).for_weight(weight)
     return Solution(trajectory, problem, backend).adjoint(grad, weight)
 
@@ -207,16 +207,12 @@ def _backward(ctx, grad: Tensor, _):
 _cluster.register_autograd(_backward, setup_context=_save)
 
 
-def table_shape(centroids: Tensor, basis: Tensor | None) -> tuple[int, int, int]:
-    """Return the shape of the tables, `(g, k, d)`, of centroids of that shape, or of theta `[g, p, 1]`."""
-    groups, k, d = centroids.shape
-    return groups, k if basis is None else len(basis), d
-
-
 def choose_backend(
-    weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None, device: torch.device | None = None
+    weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None, device: torch.device | None = None, *, shaped: bool = False
 ) -> tuple[str, str]:
     """Choose the fastest backend for a weight `[rows, cols]`, as `auto` does; `device` is where it will be, if not where it is.
+
+    `shaped`: the tables have a basis.
 
     Compares the entries of A that each would compute, plus the cost per weight of a histogram. Shape, dtype and device decide, not the
     values: the choice is the same in every step and in a resumed run, and costs nothing.
@@ -225,7 +221,7 @@ def choose_backend(
         `(backend, reason)`.
     """
     device, n = device or weight.device, weight.numel()
-    if native.takes(device, k, d):
+    if native.takes(device, k, d, shaped=shaped):
         costs = {n * k * _NS_PER_NATIVE_ENTRY: ("native", f"{k} centroids, on a CPU with a compiler")}
     elif device.type == "cuda" and cuda.takes(device, k, d):
         costs = {n * k * _NS_PER_ENTRY: ("triton", f"{k} centroids, on a GPU with Triton")}
@@ -241,22 +237,29 @@ def choose_backend(
 
 
 def pick_backend(
-    name: str, weight: Tensor, shape: Sequence[int], round_to: torch.dtype | None, device: torch.device | None = None
+    name: str,
+    weight: Tensor,
+    shape: Sequence[int],
+    round_to: torch.dtype | None,
+    device: torch.device | None = None,
+    *,
+    shaped: bool = False,
 ) -> tuple[str, str]:
     """Resolve the name of a backend as `(backend, reason)`: `choose_backend` for `auto`; refuse an unknown or impossible one.
 
     Args:
         shape: of the centroids, `(g, k, d)`.
+        shaped: the tables have a basis.
     """
     groups, k, d = shape
     if name == "auto":
-        return choose_backend(weight, groups, k, d, round_to, device)
+        return choose_backend(weight, groups, k, d, round_to, device, shaped=shaped)
     device = device or weight.device
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}, auto; edkm.cluster takes reference, too.")
     if name == "histogram" and (why := _no_histogram(weight, groups, d, round_to)):
         raise ValueError(f"backend: histogram needs one table of single 16-bit values, got {why}. Use auto.")
-    if name == "native" and not native.takes(device, k, d):
+    if name == "native" and not native.takes(device, k, d, shaped=shaped):
         raise ValueError(
             f"backend: native needs a CPU, a C compiler, single values and at most {native.MOST_CENTROIDS} centroids, got "
             f"{device.type}, {'a compiler' if native.available() else 'no compiler'}, d={d}, {k} centroids. Use auto."

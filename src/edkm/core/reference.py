@@ -126,6 +126,7 @@ def normal_inverse(mass: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """
     values = basis[:, -1]
     whole = mass.sum(-1, keepdim=True)  # [g, 1]
+    whole = torch.where(whole == 0, 1, whole)  # a group without importance
     # The variance of the values about their mean, where there is an offset, loses no digits that two products would.
     mean = (mass @ values).unsqueeze(-1) / whole if basis.shape[1] == 2 else 0.0
     spread = (mass * (values - mean).square()).sum(-1, keepdim=True)
@@ -136,6 +137,12 @@ def normal_inverse(mass: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         return rate.unsqueeze(-1), alive.unsqueeze(-1)
     inverse = torch.cat([1 / whole + mean * mean * rate, -mean * rate, -mean * rate, rate], -1).unflatten(-1, (2, 2))
     return inverse, alive.unsqueeze(-1)
+
+
+def table_shape(centroids: Tensor, basis: Tensor | None) -> tuple[int, int, int]:
+    """Return the shape of the tables, `(g, k, d)`, of centroids of that shape, or of theta `[g, p, 1]`."""
+    groups, k, d = centroids.shape
+    return groups, k if basis is None else len(basis), d
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -158,8 +165,14 @@ def group_importance(importance: Tensor | None, shape: torch.Size, groups: int, 
 
 def spread_importance(importance: Tensor, shape: Sequence[int]) -> Tensor:
     """Give each weight `[rows, cols]` its importance: broadcast it, or repeat its rows."""
-    count = importance.shape[0] if importance.ndim == 2 else 1
-    return importance.expand(shape) if count in (1, shape[0]) else importance.expand(-1, shape[1]).repeat(shape[0] // count, 1)
+    found = importance_rows(importance, shape)
+    return found.expand(*shape) if len(found) == 1 else found.repeat(shape[0] // len(found), 1)
+
+
+def importance_rows(importance: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the rows of an importance of weights `[rows, cols]` that are repeated over the weight, `[m, cols]`; 1 if all are one row."""
+    count = importance.shape[0] if importance.ndim == 2 and importance.stride(0) else 1
+    return (importance[:1] if importance.ndim == 2 and count == 1 else importance).expand(count, shape[1])
 
 
 def in_blocks(weight: Tensor, groups: int) -> Tensor:
