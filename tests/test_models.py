@@ -1,6 +1,7 @@
 """Loading models.
 
-1. Directories, packed directories, GGUF files and hub ids load as ordinary dense models in the dtype asked for, silently.
+1. Directories, packed directories, GGUF files and hub ids load as ordinary dense models in the dtype asked for, silently; a packed one
+   stays packed if that is asked for.
 2. A checkpoint that lacks weights, holds more for a layer than the layer reads, or holds codes in the place of weights is refused.
 3. Quantized checkpoints are dequantised for good, or refused before they are read.
 4. Directories of other kinds, damaged files and missing packages are explained in one line with a remedy.
@@ -57,6 +58,16 @@ def test_a_packed_directory_loads(packed_dir, tiny_model, dtype):
     assert len(clustered.unique()) == 8
     assert not torch.equal(clustered, tiny_model.model.layers[1].mlp.up_proj.weight.to(dtype))
     assert torch.equal(model.lm_head.weight, tiny_model.lm_head.weight.to(dtype))
+
+
+def test_a_packed_directory_is_kept_packed_if_asked_to(packed_dir):
+    model, _ = load_model(packed_dir, keep_packed=True)
+    dense, _ = load_model(packed_dir)
+    assert not model.training
+    assert model.state_dict()["model.layers.1.mlp.up_proj.weight"].dtype == torch.uint8
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_packed_directory_without_tokenizer_is_refused(packed_dir, tmp_path):

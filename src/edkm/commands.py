@@ -139,7 +139,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     numbers = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     check_generation(**numbers)
-    model, tokenizer = _load(args.model)
+    model, tokenizer = _load(args.model, keep_packed=True)
     print(generate(model, tokenizer, args.prompt, chat=False if args.raw else None, **numbers))
     return 0
 
@@ -215,11 +215,11 @@ def run_unpack(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(source: str) -> tuple[Any, Any]:
+def _load(source: str, *, keep_packed: bool = False) -> tuple[Any, Any]:
     from edkm.models import load_model
 
     with progress(f"loading {source}"):
-        return load_model(source)
+        return load_model(source, keep_packed=keep_packed)
 
 
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -28,7 +28,7 @@ from edkm.modelfiles import (
 from edkm.progress import without_bars
 
 
-def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_model(source: str | Path, dtype: torch.dtype = torch.float32, *, keep_packed: bool = False) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
@@ -36,9 +36,11 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
             directory. A path that exists wins over a hub id of the same name.
         dtype: floating point type of the loaded weights. GGUF files, and checkpoints in float8 or another format that transformers
             dequantises while loading, are dequantised to it.
+        keep_packed: keep a packed model in the bytes of its file, as `from_pretrained` does; its weights cannot be trained then.
 
     Returns:
-        (model, tokenizer): a `PreTrainedModel` in eval mode with dense weights, and its tokenizer with the chat template it came with.
+        (model, tokenizer): a `PreTrainedModel` in eval mode, dense unless `keep_packed`, and its tokenizer with the chat template it came
+        with.
 
     Raises:
         ModelError: the path is missing or holds no checkpoint, the model is not a causal language model, lacks weights or is quantized,
@@ -48,10 +50,10 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     if path.suffix.lower() == ".gguf":
         return _load_gguf(path, dtype)
     if is_packed(source):
-        from edkm.compressed.pretrained import load
+        from edkm.compressed.pretrained import load, load_packed
 
         directory = packed_directory(source)
-        model = load(directory, dtype)
+        model = load_packed(directory, dtype).eval() if keep_packed else load(directory, dtype)
         check_causal(str(source), model.config)
         return model, load_tokenizer(source, directory)
     return _load_checkpoint(str(path if path.is_dir() else source), dtype)

@@ -82,12 +82,15 @@ def test_eval_warns_of_a_perplexity_that_is_not_finite(tiny_dir, text_file, caps
     assert "edkm: warning: the perplexity is not finite" in captured.err
 
 
-def test_generate_prints_the_answer(tiny_dir, capsys):
-    model, tokenizer = load_model(tiny_dir)
+@pytest.mark.parametrize("kind", ["tiny_dir", "packed_dir"])
+def test_generate_prints_the_answer(kind, request, capsys, monkeypatch):
+    directory = request.getfixturevalue(kind)
+    model, tokenizer = load_model(directory)
+    monkeypatch.setattr("edkm.compressed.pretrained.load", lambda *_: pytest.fail("a packed model is not made dense"))
     for raw in (False, True):
         expected = generate(model, tokenizer, "the dog", max_new_tokens=8, chat=not raw)
         options = ["--max-new-tokens", "8", *(["--raw"] if raw else [])]
-        assert cli.main(["generate", str(tiny_dir), "the dog", *options]) == 0
+        assert cli.main(["generate", str(directory), "the dog", *options]) == 0
         assert capsys.readouterr().out == expected + "\n"
 
 
