@@ -8,10 +8,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from edkm.compressed import pretrained
-from edkm.compressed.checkpoint import dequantize
+from edkm.compressed.blockweight import weight_of
+from edkm.compressed.checkpoint import _pending, dequantize
 from edkm.compressed.entries import entry_of
-from edkm.compressed.linear import PackedWeight
-from edkm.compressed.packing import pack_indices
 from edkm.core.assign import Frozen
 from edkm.core.formats import FORMATS, freeze_blocks
 
@@ -57,21 +56,28 @@ def blocks(shape, name, seed=0, row_axes=1):
     return freeze_blocks(weight, theta, form, shape)
 
 
+def stored(frozen, name="weight"):
+    """The tensors of the file."""
+    return {key: pending.make() for key, pending in _pending(name, frozen, entry_of(name, frozen)).items()}
+
+
 def packed(frozen):
-    return PackedWeight(pack_indices(frozen.indices, frozen.bits), frozen.lut, entry_of("weight", frozen))
+    tensors, entry = stored(frozen), entry_of("weight", frozen)
+    return weight_of(tensors["weight"], {part: tensors["weight" + suffix] for part, suffix in entry.suffixes.items()}, entry)
 
 
 def parts(model, bits=3, plan=None):
     """Clustered and dense tensors: every matrix at some bits, a table per row (one for embeddings). The model takes their values.
 
-    `plan(name, shape, number)` gives bits, tables, dim and centroids of a matrix instead.
+    `plan(name, shape, number)` gives bits, tables, dim and centroids of a matrix, or the name of a format, instead.
     """
     frozen, dense = {}, {}
     for number, (name, weight) in enumerate(model.named_parameters()):
         if weight.dim() >= 2 and not name.endswith(("cls_token", "position_embeddings")):
             embedding = "embed_tokens" in name
             kind = (8 if embedding else bits, 1 if embedding else len(weight)) if plan is None else plan(name, weight.shape, number)
-            frozen[name] = freeze(weight.shape, *kind, seed=len(frozen))
+            make = (blocks, kind) if isinstance(kind, str) else (freeze, *kind)
+            frozen[name] = make[0](weight.shape, *make[1:], seed=len(frozen))
             weight.data.copy_(dequantize(frozen[name]))
         else:
             dense[name] = weight.detach()

@@ -76,7 +76,8 @@ class DenseView(Tensor):
         """Say whether this is `weight` in `dtype`; its tables may be a copy."""
         mine = self.packed
         same = mine.stream is weight.stream and self.device == weight.stream.device and self.dtype == dtype
-        return same and (mine.lut is weight.lut or mine.lut.is_meta or torch.equal(mine.lut, weight.lut))
+        pairs = zip(mine.parts.values(), weight.parts.values(), strict=True)
+        return same and all(a is b or a.is_meta or torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
     @property
     def data(self) -> DenseView:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -167,7 +168,7 @@ class Parameters(dict[str, Any]):
     def __init__(self, content: dict[str, Any], module: nn.Module) -> None:
         super().__init__(content)
         self.module: Any = weakref.ref(module)
-        self.known: dict[str, tuple[PackedWeight, Tensor, torch.device]] = {}
+        self.known: dict[str, tuple[PackedWeight, dict[str, Tensor], torch.device]] = {}
         self.views: dict[str, tuple[PackedWeight, DenseView]] = {}
 
     def __setitem__(self, name: str, value: Any) -> None:

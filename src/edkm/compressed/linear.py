@@ -22,7 +22,7 @@ from torch.fx import Proxy
 
 from edkm.compressed import cpu
 from edkm.compressed.entries import Entry
-from edkm.compressed.packing import unpack_rows
+from edkm.compressed.packing import unpack_at, unpack_rows
 from edkm.core.assign import lookup
 
 # Weights decoded at once where no kernel multiplies: on a CPU 4 MiB of float32, which stay in the cache until they are multiplied.
@@ -39,6 +39,7 @@ class PackedWeight:
     Attributes:
         stream: uint8, the indices as docs/format.md has them.
         lut: `[luts, k, dim]` float16.
+        parts: the tensors beside the stream, by name.
         entry: its shape, bits and tables.
         rows, cols: of the weight as a matrix.
         matrix: its bits, rows and columns.
@@ -47,6 +48,7 @@ class PackedWeight:
 
     def __init__(self, stream: Tensor, lut: Tensor, entry: Entry) -> None:
         self.stream, self.lut, self.entry = stream, lut, entry
+        self.parts = {"lut": lut}
         self.rows, self.cols = entry.grid[0] * entry.dim, entry.grid[1]
         self.matrix = entry.bits, self.rows, self.cols
 
@@ -83,6 +85,16 @@ class PackedWeight:
         for first, last, memory in self.tiles(start, stop, torch.float32):
             found[first - start : last - start] = self.decode_rows(first, last, torch.float32, memory)
         return found
+
+    def rows_at(self, at: Tensor) -> Tensor:
+        """Decode the rows `at` `[n]` of a weight with `dim` 1: `[n, cols]` in the dtype of the tables."""
+        index = unpack_at(self.stream, self.entry.bits, self.cols, at)
+        table = at.unsqueeze(1) // (self.rows // self.entry.luts)
+        return self.lut[table, index.long(), 0]
+
+    def as_operator(self, x: Tensor) -> Tensor:
+        """Multiply, as one operator of torch.compile."""
+        return _operator(x, self.stream, self.lut, *self.matrix)
 
     def _looked_up(self, start: int, stop: int, dtype: torch.dtype, *, in_blocks: bool) -> Tensor:
         first, last = start // self.entry.dim, stop // self.entry.dim  # rows of indices
@@ -152,7 +164,7 @@ def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
         x = x.to(torch.get_autocast_dtype(device))
     if recorded:
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            return _operator(x, weight.stream, weight.lut, *weight.matrix)
+            return weight.as_operator(x)
         return F.linear(x, weight.dense(x.dtype))
     if torch.is_grad_enabled() and x.requires_grad:
         return _PackedProduct.apply(x, weight)  # pyright: ignore[reportReturnType]
@@ -171,7 +183,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
         batch = x.numel() // weight.cols
         if batch <= 4 or batch <= cpu.most_rows(weight.cols, weight.entry.bits):
             return cpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
-    elif x.is_cuda and (gpu := _gpu()) is not None and gpu.takes(x, weight.lut, weight.cols):
+    elif x.is_cuda and weight.entry.form is None and (gpu := _gpu()) is not None and gpu.takes(x, weight.lut, weight.cols):
         return gpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
     flat = x.reshape(-1, weight.cols).to(torch.float32 if half else x.dtype)
     # In its own shape from the start: the output of an autograd.Function must not be a view.
@@ -200,10 +212,11 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return _input_gradient(grad, ctx.weight), None
+        return input_gradient(grad, ctx.weight), None
 
 
-def _input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
+def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
+    """Multiply by the weight itself: the gradient of x."""
     # The sum over tiles of 16 bits is in float32.
     total = torch.zeros(*grad.shape[:-1], weight.cols, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
     for start, stop, memory in weight.tiles(0, weight.rows, grad.dtype):
@@ -223,7 +236,7 @@ def _operator(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols
 
 @torch.library.custom_op("edkm::linear_input_gradient", mutates_args=())
 def _gradient_operator(grad: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
-    return _input_gradient(grad, _weight_of(stream, lut, bits, rows, cols))
+    return input_gradient(grad, _weight_of(stream, lut, bits, rows, cols))
 
 
 @_operator.register_fake

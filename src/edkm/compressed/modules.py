@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from edkm.compressed.blockweight import weight_of
 from edkm.compressed.dense_view import DenseView, Parameters
-from edkm.compressed.entries import LUT_SUFFIX, Entry
+from edkm.compressed.entries import Entry, stored_kind
 from edkm.compressed.linear import PackedWeight, is_recorded, packed_linear
 from edkm.core.assign import LUT_DTYPE
 
@@ -57,18 +58,20 @@ class PackedModule(nn.Module):
                 f"{type(self).__name__}.{name}: a packed weight is a constant, and something (an adapter on it, say) has taken it away. "
                 "Put adapters on linear layers and embeddings, or call dequantize() on the model first."
             )
-        lut = (self if self.tables_of is None else self.tables_of)._buffers[name + LUT_SUFFIX]
-        assert lut is not None
-        if lut.is_meta and not stream.is_meta:
-            kind = type(self).__name__
-            raise ValueError(f"{kind}.{name}: its tables are offloaded with the layer it is tied to. Load without offload_buffers.")
+        buffers: Any = (self if self.tables_of is None else self.tables_of)._buffers
         # Once and not at every product: a small layer is multiplied in less time than this takes.
         known = None if torch.compiler.is_compiling() else parameters.known.get(name)
-        if known is not None and known[0].stream is stream and known[1] is lut and known[2] == stream.device:
+        same = known is not None and known[0].stream is stream and known[2] == stream.device
+        if known is not None and same and all(buffers[key] is part for key, part in known[1].items()):
             return known[0]
-        weight = PackedWeight(stream, lut.to(stream.device), self.packed_entries[name])
+        entry = self.packed_entries[name]
+        parts = {part: buffers[name + suffix] for part, suffix in entry.suffixes.items()}
+        if any(part.is_meta for part in parts.values()) and not stream.is_meta:
+            kind = type(self).__name__
+            raise ValueError(f"{kind}.{name}: its tables are offloaded with the layer it is tied to. Load without offload_buffers.")
+        weight = weight_of(stream, {key: part.to(stream.device) for key, part in parts.items()}, entry)
         if not is_recorded(stream):  # a tensor made while operations are recorded is of no use later
-            parameters.known[name] = weight, lut, stream.device
+            parameters.known[name] = weight, {name + entry.suffixes[part]: tensor for part, tensor in parts.items()}, stream.device
         return weight
 
     def seen(self, name: str) -> Tensor:
@@ -135,21 +138,26 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
-        kept = {name: b for name, b in self._buffers.items() if b is not None and name.removesuffix(LUT_SUFFIX) in self.packed_entries}
+        kept = {key: b for name in self.packed_entries for key in self._keys(name) if (b := self._buffers.get(key)) is not None}
         with self._as_kept():
             super()._apply(fn, recurse)
         for name, before in kept.items():
             after = self._buffers[name]
             assert after is not None
-            if after.dtype != before.dtype:  # a table in bfloat16 would be another table
+            if after.dtype != before.dtype:  # a table in another dtype would be another table
                 self._buffers[name] = before.to(after.device)
         return self
 
     def extra_repr(self) -> str:
         cut = [
-            f"{name}: {e.bits} bits, {e.luts} tables" + (f", dim {e.dim}" if e.dim > 1 else "") for name, e in self.packed_entries.items()
+            f"{name}: {e.bits} bits, {e.luts} tables" + (f", dim {e.dim}" if e.dim > 1 else "") if e.form is None else f"{name}: {e.format}"
+            for name, e in self.packed_entries.items()
         ]
         return "; ".join(text for text in (super().extra_repr(), *cut) if text)
+
+    def _keys(self, name: str) -> list[str]:
+        """List the buffers of parameter `name`."""
+        return [name + suffix for suffix in self.packed_entries[name].suffixes.values()]
 
 
 class PackedLinear(PackedModule, nn.Linear):
@@ -170,27 +178,15 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         weight, tokens = self.packed(), input.reshape(-1).long()  # rows * cols * bits may be beyond 32 bits
         if is_recorded(tokens, weight.stream):  # neither may their values be looked at, nor their number
-            return _embedded(weight, tokens).to(self.dense_dtype).view(*input.shape, weight.cols)
+            return weight.rows_at(tokens).to(self.dense_dtype).view(*input.shape, weight.cols)
         # A GPU would have to be waited for.
         if tokens.is_cpu and len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < weight.rows:
             raise IndexError(f"token {int(tokens.min())} or {int(tokens.max())} is not in the {weight.rows} rows of the embedding")
         out = torch.empty(len(tokens), weight.cols, dtype=self.dense_dtype, device=tokens.device)
         step = max(1, _EMBEDDED_WEIGHTS // weight.cols)
         for start in range(0, len(tokens), step):
-            out[start : start + step] = _embedded(weight, tokens[start : start + step])
+            out[start : start + step] = weight.rows_at(tokens[start : start + step])
         return out.view(*input.shape, weight.cols)
-
-
-def _embedded(weight: PackedWeight, tokens: Tensor) -> Tensor:
-    """Decode some rows: `[n, cols]` in the dtype of the tables."""
-    bits, tokens = weight.entry.bits, tokens.unsqueeze(1)
-    bit = (tokens * weight.cols + torch.arange(weight.cols, device=tokens.device)) * bits  # [n, cols]
-    # An index lies in two bytes at most; the last one does not read beyond the stream.
-    byte = bit // 8
-    low, high = (weight.stream[b].int() for b in (byte, (byte + 1).clamp_(max=len(weight.stream) - 1)))
-    index = torch.bitwise_right_shift(low + 256 * high, (bit % 8).int()) & ((1 << bits) - 1)
-    table = tokens // (weight.rows // weight.entry.luts)
-    return weight.lut[table, index.long(), 0]
 
 
 class _DecodedModule(PackedModule):
@@ -237,7 +233,7 @@ def pack_module(module: nn.Module, name: str, entry: Entry, k: int, dtype: torch
         module: owns the parameter, of the shape in `entry`.
         name: of the parameter in it.
         entry: its bits, tables and shape.
-        k: centroids in a table.
+        k: centroids in a table; of no use for a format.
         dtype: of the weights that it stands for.
         device: of the empty tensors that wait for the bytes.
     """
@@ -250,7 +246,9 @@ def pack_module(module: nn.Module, name: str, entry: Entry, k: int, dtype: torch
     module.packed_entries[name] = entry
     stream = torch.empty(entry.packed_bytes, dtype=torch.uint8, device=device)
     module._parameters[name] = nn.Parameter(stream, requires_grad=False)
-    module.register_buffer(name + LUT_SUFFIX, torch.empty(entry.luts, k, entry.dim, dtype=LUT_DTYPE, device=device))
+    kinds = {part: stored_kind(about) for part, about in entry.layout.items()} or {"lut": (LUT_DTYPE, (entry.luts, k, entry.dim))}
+    for part, (dtype_of_part, shape) in kinds.items():
+        module.register_buffer(name + entry.suffixes[part], torch.empty(shape, dtype=dtype_of_part, device=device))
     # transformers would give random values to a parameter that is not loaded because it stays on disk.
     module._parameters[name]._is_hf_initialized = True  # pyright: ignore
 
@@ -276,7 +274,8 @@ def _blank(ordinary: type[nn.Module], dims: Iterable[tuple[str, int]]) -> nn.Mod
 
 def tie_module(module: PackedModule, name: str, owner: PackedModule) -> None:
     """Use the tables of `owner` for the parameter `name`, in place; its stream is tied as any parameter is."""
-    module._buffers.pop(name + LUT_SUFFIX)
+    for key in module._keys(name):
+        module._buffers.pop(key)
     module.__dict__["tables_of"] = owner
 
 
@@ -298,7 +297,8 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             if weight.stream not in dense:
                 dense[weight.stream] = nn.Parameter(weight.dense(dtype or module.dense_dtype))
             module._parameters[name] = dense[weight.stream]
-            module._buffers.pop(name + LUT_SUFFIX, None)
+            for key in module._keys(name):
+                module._buffers.pop(key, None)
         module.__class__ = module.ordinary  # pyright: ignore
         for attribute in ("packed_entries", "dense_dtype", "ordinary", "tables_of", "decoded"):
             del module.__dict__[attribute]

@@ -103,6 +103,18 @@ def unpack_rows(packed: Tensor, bits: int, shape: tuple[int, int], start: int, s
     return indices.view(-1, cols)[: stop - start]
 
 
+def unpack_at(packed: Tensor, bits: int, cols: int, rows: Tensor) -> Tensor:
+    """Read the indices of rows `[n]` int64 of a grid of `cols` columns: int32 `[n, cols]`.
+
+    It can be traced; some 40 bytes live for each.
+    """
+    bit = (rows.unsqueeze(1) * cols + torch.arange(cols, device=rows.device)) * bits
+    # An index lies in two bytes at most; the last one does not read beyond the stream.
+    byte = bit // 8
+    low, high = (packed[b].int() for b in (byte, (byte + 1).clamp_(max=len(packed) - 1)))
+    return torch.bitwise_right_shift(low + 256 * high, (bit % 8).int()) & ((1 << bits) - 1)
+
+
 def check_padding(name: str, packed: Tensor, bits: int, count: int) -> None:
     """Refuse a stream with a bit after the last index that is not zero: it was packed with another width or count, or is damaged."""
     used = count * bits % 8
