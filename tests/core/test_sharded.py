@@ -3,7 +3,8 @@
 1. any cut of the rows gives the centroids, output and gradient of the whole weight, and all ranks the same bits;
 2. frozen pieces one after another are the frozen whole;
 3. a weight that is not finite on one rank is noticed on all;
-4. no rank reads a row of another: only sums travel.
+4. no rank reads a row of another: only sums travel;
+5. blocks of columns, in a format, are clustered and frozen as in one process.
 """
 
 import itertools
@@ -15,9 +16,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edkm.core import op, sharded
-from edkm.core.assign import assign, round_lut
+from edkm.core.assign import assign, round_lut, stored_parts, stored_tables
+from edkm.core.formats import FORMATS, freeze_blocks
 from edkm.core.reference import Problem
 from edkm.core.sharded import Rows
+from edkm.core.theta import initial_theta
 
 
 class Ranks:
@@ -150,3 +153,31 @@ def test_no_rank_reads_a_row_of_another(backend, groups, travels):
 
     Ranks(3).run(one)
     assert set(sizes) == {travels}
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q2_k", "nvfp4"])
+def test_blocks_of_columns_are_clustered_and_frozen_as_in_one_process(name):
+    form, edges = FORMATS[name], (3, 3)
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    theta = initial_theta(weight, form)
+    start, tau = theta.reshape(-1, form.p, 1), torch.full((theta.shape[0] * theta.shape[1],), 0.02)
+    groups = len(start)
+    importance = torch.rand(1, 256, generator=torch.Generator().manual_seed(1)).view(-1, form.block)
+    given = Problem(tau, importance, None, form.basis())
+    whole = op.solve(weight.view(groups, -1), start, given, 2, "blocks")
+    expected = freeze_blocks(weight, whole.trajectory[-1].view_as(theta), form, (8, 256))
+
+    def one(rank, reduce):
+        rows = cut(weight, edges)[rank]
+        found = sharded.solve(rows.in_blocks(groups), start, given, 2, "blocks", reduce)
+        after = found.trajectory[-1]
+        return after, *sharded.freeze(rows, stored_tables(after, form, 8), reduce, form)
+
+    results = Ranks(3).run(one)
+    for after, _, error in results:
+        assert torch.allclose(after, whole.trajectory[-1], rtol=1e-4, atol=1e-6) and torch.equal(after, results[0][0])
+        assert error == pytest.approx(expected.error, rel=1e-3)
+    indices = torch.cat([indices for _, indices, _ in results])
+    assert (indices != expected.indices).float().mean() < 1e-2
+    parts = stored_parts(results[0][0], form, 8)
+    assert all(torch.allclose(parts[part].float(), expected.parts[part].float(), rtol=0.15, atol=1) for part in parts)

@@ -134,6 +134,16 @@ def as_stored(centroids: Tensor) -> Tensor:
     return lut.sort(dim=1).values if lut.shape[2] == 1 else lut
 
 
+def stored_parts(centroids: Tensor, form: Format | None, rows: int) -> dict[str, Tensor]:
+    """Round centroids `[g, k, d]`, or theta `[g, p, 1]` of a weight with `rows` rows, to what a packed file stores, on the CPU.
+
+    Raises:
+        ValueError: a number does not fit.
+    """
+    parts = {"lut": round_lut(centroids)} if form is None else form.checked_store(centroids.reshape(rows, -1, form.p))
+    return {name: part.cpu() for name, part in parts.items()}
+
+
 def as_matrix(weight: Tensor, row_axes: int) -> Tensor:
     """View a weight as `[rows, cols]`."""
     return weight.flatten(0, row_axes - 1).flatten(1)

@@ -84,6 +84,16 @@ class Format(NamedTuple):
             theta = torch.stack([torch.where(scale < 0, offset + scale * (first + last), offset), scale.abs()], -1)
         return self.storage.store(theta.detach())
 
+    def checked_store(self, theta: Tensor) -> dict[str, Tensor]:
+        """Do what `store` does; raises ValueError if a number does not fit its type."""
+        parts = self.store(theta)
+        if not bool(self.storage.read(parts).isfinite().all()):
+            raise ValueError(
+                f"theta: {self.name} cannot hold a scale or an offset of magnitude {theta.abs().max().item():.6g}. "
+                "Rescale the weight or leave it out of the clustering (skip)."
+            )
+        return parts
+
     def assign(self, weight: Tensor, theta: Tensor) -> Tensor:
         """Find the nearest entry of every weight `[rows, cols]`, as its index: uint8 `[rows, cols]`.
 
@@ -156,13 +166,8 @@ def freeze_blocks(weight: Tensor, theta: Tensor, form: Format, shape: tuple[int,
     Raises:
         ValueError: a number does not fit its type, a weight is not finite.
     """
-    parts = form.store(theta)
+    parts = form.checked_store(theta)
     stored = form.storage.read(parts)
-    if not bool(stored.isfinite().all()):
-        raise ValueError(
-            f"theta: {form.name} cannot hold a scale or an offset of magnitude {theta.abs().max().item():.6g}. "
-            "Rescale the weight or leave it out of the clustering (skip)."
-        )
     indices = form.assign(weight, stored)
     away = weight.detach().float() - form.lookup(indices, stored)
     error = float(away.square().sum() / weight.detach().float().square().sum().clamp_min(torch.finfo(torch.float32).tiny))

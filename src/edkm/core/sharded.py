@@ -19,6 +19,7 @@ from torch import Tensor
 from edkm.core import blocks, cuda, histogram, native
 from edkm.core.assign import quantize
 from edkm.core.blocks import Points
+from edkm.core.formats import Format
 from edkm.core.op import Solution
 from edkm.core.reference import Problem, compute_dtype, spread_importance, update_centroids
 
@@ -73,16 +74,22 @@ def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: 
     return Solution(trajectory, problem, backend)
 
 
-def freeze(rows: Rows, lut: Tensor, reduce: Reduce) -> tuple[Tensor, float]:
-    """Assign this rank's vectors to `lut [g, k, d]` from `round_lut`, the same on all ranks.
+def freeze(rows: Rows, lut: Tensor, reduce: Reduce, form: Format | None = None) -> tuple[Tensor, float]:
+    """Assign this rank's vectors to tables as they are stored, the same on all ranks.
+
+    Args:
+        lut: `[g, k, d]` from `stored_tables`; in a format theta `[g, p, 1]`.
 
     Returns:
         Indices `[vectors, cols]` uint8, those of the whole weight if put one after another, and the relative squared error of the whole.
     """
     dtype = compute_dtype(rows.values.dtype)
     found, sums = [rows.values.new_empty(0, rows.values.shape[1], dtype=torch.uint8)], lut.new_zeros(2, dtype=dtype)
-    for part in parts(rows, lut.shape[0], lut.shape[2], reduce):
-        quantized = quantize(part.values, lut[part.groups])
+    # Blocks lie within rows: each rank has whole ones.
+    per = 1 if form is None else len(lut) // rows.total
+    own = Part(slice(rows.start * per, (rows.start + len(rows.values)) * per), rows.start, rows.values)
+    for part in parts(rows, lut.shape[0], lut.shape[2], reduce) if form is None else [own]:
+        quantized = quantize(part.values, lut[part.groups], form=form)
         sums += torch.stack([quantized.errors(part.values).sum(), part.values.to(dtype).square().sum()])
         found.append(quantized.indices)
     error, norm = reduce(sums).tolist()

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from edkm.core import sharded
-from edkm.core.assign import Clustered, LazyFrozen, as_matrix, round_lut
+from edkm.core.assign import Clustered, LazyFrozen, as_matrix, stored_parts, stored_tables
 from edkm.core.sharded import Rows
 from edkm.train.clustering import Clustering, SharedRows
 from edkm.train.prepare import clusterings, unclustered
@@ -116,7 +116,7 @@ def save_from_first_rank(
 
 
 def _announce(number: int, weight: Tensor, clustering: Clustering, found: list, group: ProcessGroup | None) -> LazyFrozen:
-    lut = round_lut(clustering.centroids)
+    rows = _rows(weight, clustering, group).total
     _, error = _freeze(weight, clustering, group)
 
     def ask() -> Tensor:
@@ -125,7 +125,8 @@ def _announce(number: int, weight: Tensor, clustering: Clustering, found: list, 
         assert indices is not None
         return indices
 
-    return LazyFrozen({"lut": lut.cpu()}, tuple(weight.shape), _rows(weight, clustering, group).total, error, ask)
+    parts = stored_parts(clustering.centroids, clustering.form, rows)
+    return LazyFrozen(parts, tuple(weight.shape), rows, error, ask, clustering.config.format)
 
 
 def _request(number: int, like: Tensor, group: ProcessGroup | None) -> int:
@@ -136,7 +137,8 @@ def _request(number: int, like: Tensor, group: ProcessGroup | None) -> int:
 
 
 def _freeze(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> tuple[Tensor, float]:
-    return sharded.freeze(_rows(weight, clustering, group), round_lut(clustering.centroids), partial(_add_up, group=group))
+    rows, form = _rows(weight, clustering, group), clustering.form
+    return sharded.freeze(rows, stored_tables(clustering.centroids, form, rows.total), partial(_add_up, group=group), form)
 
 
 def _send_indices(weight: Tensor, clustering: Clustering, group: ProcessGroup | None) -> Tensor | None:
