@@ -34,7 +34,7 @@ def quantize(weight: Tensor, lut: Tensor, dtype: torch.dtype | None = None, form
     """
     dtype = dtype or compute_dtype(weight.dtype)
     if form is not None:
-        theta = lut.reshape(len(weight), -1, form.p)
+        theta = lut.reshape(len(weight), weight.shape[1] // form.width(weight.shape[1]), form.p)
         indices = form.assign(weight, theta)
         return Quantized(indices, form.lookup(indices, theta, dtype))
     indices = assign(weight, lut)

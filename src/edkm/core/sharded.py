@@ -40,11 +40,8 @@ class Rows(NamedTuple):
     def in_blocks(self, groups: int) -> Rows:
         """Take a block of columns for a row, where there are more groups than rows."""
         per = max(1, groups // self.total)
-        return Rows(
-            self.values.reshape(len(self.values) * per, -1 if len(self.values) else self.values.shape[1] // per),
-            self.start * per,
-            self.total * per,
-        )
+        values = self.values.reshape(len(self.values) * per, self.values.shape[1] // per)
+        return Rows(values, self.start * per, self.total * per)
 
 
 def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: str, reduce: Reduce) -> Solution:
