@@ -17,7 +17,7 @@ All linear weights are in the format and nothing else is (llama-quantize with `-
 Q8_0 in GGUF formats and in 8-bit affine rows in all others. The formats `table` and `table@BITS` are free tables, one a row: 4 bits, and
 bits chosen to that average.
 
-`--model wide` is the same function in a width of 768, padded with zeros, for formats whose blocks are of 256.
+`--model wide` is the same function in a width of 768, padded with zeros, for formats whose blocks are of 256; so is its control.
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ def main(argv: list[str]) -> int:
 
 def _results(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Make the rows of a model; each is printed when it is there."""
-    make_starts(args.out, model, args.steps)
-    rows = [("bf16", start) for start in STARTS]
+    make_starts(args.out, model)
+    rows = [("bf16", start) for start in (STARTS if model == "smollm2" else STARTS[1:])]
     rows += [(name, method) for name in args.formats or FORMATS[model] for method in methods_of(name) if method in args.methods]
     found = []
+    if model == "wide":
+        _result(args, "smollm2", "bf16", "control")
     for row in rows:
         found.append(_result(args, model, *row))
         print(table([found[min(1, len(found) - 1)], found[-1]]).splitlines()[-1], flush=True)

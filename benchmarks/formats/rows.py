@@ -16,7 +16,7 @@ from benchmarks.compare.dense import linear_weights, round_embeddings
 from benchmarks.compare.readme import WINDOW
 from benchmarks.compare.rtn import round_to_nearest
 from benchmarks.formats.llama import LlamaCpp
-from benchmarks.formats.starts import CALIBRATION, load_blocks
+from benchmarks.formats.starts import CALIBRATION, load_blocks, save_wide
 
 TEXTS = ("reference", "novels")
 STARTS = ("original", "control")
@@ -67,12 +67,15 @@ def _perplexities(args: argparse.Namespace, folder: Path, model: Any) -> dict[st
 
 
 def _start(args: argparse.Namespace, folder: Path, method: str) -> Any:
-    """Load the original, or train the control from it and save it."""
+    """Load the original, or train the control from it and save it; widen that for the wide model."""
     from benchmarks.compare.dense import save
     from edkm.models import load_model
     from edkm.recipe import Recipe
     from edkm.train import loop
 
+    if folder.name == "wide":
+        save_wide(args.out / "smollm2" / method, folder / method)
+        return load_model(folder / method)[0]
     model, tokenizer = load_model(folder / "original")
     if method == "control":
         blocks = load_blocks(args.out, folder / "original")

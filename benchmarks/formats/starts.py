@@ -15,7 +15,7 @@ WIDTH = 768  # a multiple of 256, and of SmolLM2's head of 64
 CALIBRATION = "calibration.safetensors"
 
 
-def make_starts(out: Path, model: str, steps: int) -> None:
+def make_starts(out: Path, model: str) -> None:
     """Make data, model and calibration blocks in `out`, unless they are there."""
     folder = out / model
     (folder / "rows").mkdir(parents=True, exist_ok=True)

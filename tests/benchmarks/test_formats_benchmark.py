@@ -50,7 +50,7 @@ def test_the_wide_model_has_the_same_function(tiny_dir, tmp_path):
 
 
 def test_rows_start_from_one_control(args, monkeypatch):
-    starts.make_starts(args.out, "smollm2", args.steps)
+    starts.make_starts(args.out, "smollm2")
     found = {method: made(args, "bf16", method) for method in rows.STARTS}
     found |= {name: made(args, name, "rounded") for name in ("int4_g64", "nf4")}
     found |= {method: made(args, "table", method) for method in ("fit", "trained")}
