@@ -14,8 +14,8 @@ layers     edkm: the same with `--by-layer`
 trained    edkm: from the original, `edkm compress --format` with the preset `balanced`: the last quarter of the steps is clustered
 
 All linear weights are in the format and nothing else is (llama-quantize with `--pure`). The embedding, which is the output layer too, is in
-Q8_0 in GGUF formats and in 8-bit affine rows in all others. The formats `table` and `table@BITS` are free tables, one a row: 4 bits, and
-bits chosen to that average.
+Q8_0 in GGUF formats and in 16 bits beside NF4 and integers. The formats `table` and `table@BITS` are free tables, one a row: 4 bits, and
+bits chosen to that average; the embedding is in 8 bits.
 
 `--model wide` is the same function in a width of 768, padded with zeros, for formats whose blocks are of 256; so is its control.
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare.dense import linear_weights, round_embeddings
+from benchmarks.compare.dense import linear_weights
 from benchmarks.compare.readme import WINDOW
 from benchmarks.compare.rtn import round_to_nearest
 from benchmarks.formats.llama import LlamaCpp
@@ -22,8 +22,6 @@ TEXTS = ("reference", "novels")
 STARTS = ("original", "control")
 OTHERS = ("rounded", "imatrix", "gptq", "awq")
 EDKM = ("fit", "layers", "trained")
-# Bits of a weight, scales and zero points counted. GPTQ's and AWQ's scales are float16 here, the format's bfloat16.
-BITS = {"q4_0": 4.5, "iq4_nl": 4.5, "q3_k": 3.4375, "q2_k": 2.625, "tq2_0": 2.0625, "nf4": 4.5, "int4_g64": 4 + 20 / 64, "bf16": 16.0}
 GGUF = ("q4_0", "iq4_nl", "q3_k", "q2_k", "tq2_0")
 INTEGERS = {"int4_g64": (4, 64)}
 _RUNNER = Path(__file__).parents[1] / "compare" / "baselines" / "run_llmcompressor.py"
@@ -42,11 +40,12 @@ def run(args: argparse.Namespace, model: str, name: str, method: str) -> None:
 
     folder, began = args.out / model, time.perf_counter()
     if name == "bf16":
-        loaded, bits = _start(args, folder, method), BITS[name]
+        loaded, bits = _start(args, folder, method), 16.0
     elif method in EDKM:
         loaded, bits = _edkm(args, folder, name, method)
     else:
-        loaded, bits = _other(args, folder, name, method), BITS[name]
+        loaded = _other(args, folder, name, method)
+        bits = _bits(loaded, name)
     found = {"model": model, "format": name, "method": method, "bits": bits, "steps": args.steps, "windows": args.max_windows}
     found |= {"seconds": time.perf_counter() - began, "peak_mib": peak_mib(), **_perplexities(args, folder, loaded)}
     part = folder / "rows" / "part.json"
@@ -105,8 +104,15 @@ def _other(args: argparse.Namespace, folder: Path, name: str, method: str) -> An
         with torch.no_grad():
             for weight in linear_weights(model).values():
                 weight.copy_(_nf4(weight) if name == "nf4" else round_to_nearest(weight, *INTEGERS[name]))
-    round_embeddings(model)
     return model
+
+
+def _bits(model: Any, name: str) -> float:
+    """Count the bits of a linear weight, scales and zero points included; GPTQ's and AWQ's scales are float16, the format's bfloat16."""
+    from edkm.core.formats import format_named
+
+    weights = linear_weights(model).values()
+    return sum(format_named(name).stored_bits(*weight.shape) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def _nf4(weight: torch.Tensor) -> torch.Tensor:
@@ -125,12 +131,13 @@ def _llmcompressor(args: argparse.Namespace, folder: Path, method: str, bits: in
         raise SystemExit(f"{args.baselines}: is not there. Make it (make baselines), or leave {method} out of --methods.")
     work = (folder / method).resolve()
     work.mkdir(exist_ok=True)
-    words = [args.baselines.absolute(), _RUNNER, method, "--model", (folder / "control").resolve(), "--calibration"]
-    words += [(folder / CALIBRATION).resolve(), "--bits", bits, "--group", group, "--out", work, "--skip", "lm_head"]
-    # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    with (work / "library.log").open("w") as log:
-        subprocess.run(list(map(str, words)), cwd=work, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
+    if not (work / "weights.safetensors").is_file():
+        words = [args.baselines.absolute(), _RUNNER, method, "--model", (folder / "control").resolve(), "--calibration"]
+        words += [(folder / CALIBRATION).resolve(), "--bits", bits, "--group", group, "--out", work, "--skip", "lm_head"]
+        # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+        with (work / "library.log").open("w") as log:
+            subprocess.run(list(map(str, words)), cwd=work, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
     return load_file(work / "weights.safetensors")
 
 
@@ -145,7 +152,7 @@ def _edkm(args: argparse.Namespace, folder: Path, name: str, method: str) -> tup
     if kind == "table":
         config = edkm.ClusterConfig(bits=4, rows_per_lut=1)
     else:
-        config = edkm.ClusterConfig(format=kind, embedding_format="q8_0" if kind in GGUF else "int8_row")
+        config = edkm.ClusterConfig(format=kind)
     trained = method == "trained"
     settings: dict[str, Any] = {"target_bpw": float(target) if target else None, "by_layer": method == "layers"}
     recipe = Recipe(config, steps=args.steps if trained else 0, block_tokens=WINDOW, memory="high", **settings)
