@@ -47,7 +47,10 @@ def run(args: argparse.Namespace, model: str, name: str, method: str) -> None:
         loaded = _other(args, folder, name, method)
         bits = _bits(loaded, name)
     found = {"model": model, "format": name, "method": method, "bits": bits, "steps": args.steps, "windows": args.max_windows}
-    found |= {"seconds": time.perf_counter() - began, "peak_mib": peak_mib(), **_perplexities(args, folder, loaded)}
+    found |= {"seconds": time.perf_counter() - began, "peak_mib": peak_mib()}
+    if (figures := folder / method / "figures.json").is_file():  # of a process of its own
+        found |= {key: json.loads(figures.read_text())[key] for key in ("seconds", "peak_mib")}
+    found |= _perplexities(args, folder, loaded)
     part = folder / "rows" / "part.json"
     part.write_text(json.dumps(found))
     part.replace(folder / "rows" / f"{name}-{method}.json")

@@ -94,5 +94,5 @@ def test_llama_cpp_is_checked(tmp_path):
         for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
             write()
     llama.check_types(tmp_path / "Q4_0.gguf", "q4_0")
-    with pytest.raises(SystemExit, match="ffn_up.weight is Q8_0, not q4_0"):
+    with pytest.raises(SystemExit, match=r"ffn_up\.weight is Q8_0, not q4_0"):
         llama.check_types(tmp_path / "Q8_0.gguf", "q4_0")
