@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import edkm
-from edkm.core import gptq, native
+from edkm.core import gptq, gptq_tables, native
 from edkm.core.assign import assign, lookup, round_lut
 
 
@@ -83,7 +83,7 @@ def test_no_single_index_could_be_better(monkeypatch):
 
 def test_tables_are_least_squares():
     weight, moment, start = problem(rows=6, cols=20, bits=2, rows_per_lut=3)
-    tables = gptq._Tables(start, 6)
+    tables = gptq.Tables(start, 6)
     index = assign(weight, round_lut(start)).long() + 4 * torch.arange(2).repeat_interleave(3).unsqueeze(1)  # [rows, cols]
     indices, slope = index.T.int(), moment @ (hard(weight, start) - weight).T
     scale = float(slope.abs().max())
@@ -202,7 +202,7 @@ def test_the_factor_of_a_moment_is_the_same_by_any_number_of_threads():
 
 def test_more_columns_than_a_block_are_rounded_as_one_by_one(monkeypatch):
     weight, moment, start = problem(rows=6, cols=40, bits=2, rows_per_lut=3)
-    w, root, tables = weight.T.contiguous(), gptq._root(moment), gptq._Tables(start, 6)
+    w, root, tables = weight.T.contiguous(), gptq._root(moment), gptq.Tables(start, 6)
     target, q = w.clone(), torch.empty_like(w)
     for j in range(40):
         target[j] -= root[j, :j] @ (q - w)[:j] / root[j, j]
@@ -218,7 +218,7 @@ def test_more_columns_than_a_block_are_rounded_as_one_by_one(monkeypatch):
 def test_sweeps_within_a_block_go_on_where_the_last_one_ended():
     """All columns are in one block here: two sweeps are two calls."""
     weight, moment, start = problem(rows=6, cols=40, bits=2, rows_per_lut=3)
-    w, tables = weight.T.contiguous(), gptq._Tables(start, 6)
+    w, tables = weight.T.contiguous(), gptq.Tables(start, 6)
     q, diagonal = hard(weight, start).T.contiguous(), moment.diagonal().unsqueeze(1)
     both = q - moment @ (q - w) / diagonal
     indices = gptq._round(q, both, moment, tables, 2)
@@ -234,7 +234,7 @@ def test_products_in_bfloat16_cost_hardly_anything(monkeypatch):
     weight, moment, _ = problem(rows=64, cols=300, dtype=torch.float32)
     errors = []
     for fast in (False, True):
-        monkeypatch.setattr(gptq, "_fast_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(gptq_tables, "_fast_bfloat16", lambda device, fast=fast: fast)
         found = gptq.fit(weight, moment, 3, rows_per_lut=8)
         errors.append(error(weight, hard(found.weight, found.centroids), gptq._shrunk(moment, 0.2)))
         assert found.errors[-1] == pytest.approx(errors[-1], rel=1e-3)
@@ -251,7 +251,7 @@ def test_the_kernel_for_a_gpu_rounds_as_the_loop_does(rows, cols, dtype, monkeyp
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight, moment, start = problem(rows, cols, 2, rows // 2, dtype=dtype)
     w, coupling = weight.T.contiguous(), moment / moment.diagonal().unsqueeze(1)
-    before, tables = w + 0.01, gptq._Tables(start, rows)
+    before, tables = w + 0.01, gptq.Tables(start, rows)
     found, target = w.clone().to(device), w.clone()
     arguments = [x.to(device) for x in (before, coupling, tables.by_row, tables.midpoints)]
     indices = gptq_cuda.columns(found, *arguments, tables.groups)

@@ -68,7 +68,7 @@ class Format(NamedTuple):
 
     def basis(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
         """Return `B [k, p]`."""
-        values = torch.tensor(self.values, dtype=torch.float32, device=device).to(dtype)
+        values = self.entries(dtype, torch.device(device or "cpu"))
         return torch.stack([torch.ones_like(values), values][-self.p :], 1)
 
     def round(self, theta: Tensor) -> Tensor:
@@ -101,26 +101,47 @@ class Format(NamedTuple):
             A few passes over the weight; transient memory of some 12 bytes a weight.
         """
         dtype = compute_dtype(weight.dtype)
-        theta = theta.to(dtype)
+        x = self.scaled(weight.detach().to(dtype).unflatten(1, (theta.shape[1], -1)), theta.to(dtype))
+        if self.even:
+            found = self.snap(x).sub_(self.values[0])
+        else:
+            found = torch.bucketize(x, self.midpoints(dtype, x.device), out_int32=True)
+        return found.to(torch.uint8).flatten(1)
+
+    def scaled(self, weight: Tensor, theta: Tensor) -> Tensor:
+        """Return `(weight - offset) / scale` of weights `[rows, blocks, width]`; where the scale is 0 all entries are the same."""
         scale = theta[..., -1:]
-        x = weight.detach().to(dtype).unflatten(1, (theta.shape[1], -1))
-        if self.p == 2:
-            x = x - theta[..., :1]
-        x = x / torch.where(scale == 0, 1, scale)
-        return torch.bucketize(x, self._midpoints(dtype, x.device), out_int32=True).to(torch.uint8).flatten(1)
+        return (weight if self.p == 1 else weight - theta[..., :1]) / torch.where(scale == 0, 1, scale)
+
+    @property
+    def even(self) -> bool:
+        """Whether the values are consecutive integers."""
+        return self.values[-1] - self.values[0] == len(self.values) - 1
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Return the nearest of the values; halfway between two the lower one."""
+        if self.even:
+            return (x - 0.5).ceil_().clamp_(self.values[0], self.values[-1])
+        nearest = torch.bucketize(x, self.midpoints(x.dtype, x.device), out_int32=True)
+        return self.entries(x.dtype, x.device).index_select(0, nearest.view(-1)).view_as(x)
 
     def lookup(self, indices: Tensor, theta: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight `[rows, cols]` that indices stand for, rounded from float32 to `dtype`."""
         theta = theta.to(torch.promote_types(dtype, torch.float32))
-        values = torch.tensor(self.values, dtype=torch.float32, device=indices.device).to(theta.dtype)
-        x = values[indices.int()].unflatten(1, (theta.shape[1], -1)) * theta[..., -1:]
+        x = self.entries(theta.dtype, indices.device)[indices.int()].unflatten(1, (theta.shape[1], -1)) * theta[..., -1:]
         if self.p == 2:
             x = x + theta[..., :1]
         return x.flatten(1).to(dtype)
 
     @functools.cache  # noqa: B019
-    def _midpoints(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        values = torch.tensor(self.values, dtype=torch.float32, device=device).to(dtype)
+    def entries(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the values `[k]`."""
+        return torch.tensor(self.values, dtype=torch.float32, device=device).to(dtype)
+
+    @functools.cache  # noqa: B019
+    def midpoints(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the middles between the values, `[k - 1]`."""
+        values = self.entries(dtype, device)
         return (values[1:] + values[:-1]) / 2
 
 

@@ -670,11 +670,23 @@ void edkm_adjoint_shaped(const Points *p, const void *grad, int64_t is_bf16, con
     free(held);
 }
 
-/* Loop of gptq.py: round the columns of a weight to the nearest centroids, one column after another. Arrays have a row for every
-   column of the weight, so that the inner loops run along its rows, each of which has a table.
+/* Loops of gptq_tables.py: round the columns of a weight to the nearest centroids, one column after another. Arrays have a row for every
+   column of the weight, so that the inner loops run along its rows.
 
-   target, from, indices [columns, rows]; coupling [columns, columns]; centroids [k, rows] ascending; midpoints [k - 1, rows]. Indices
-   count the centroids of all tables. moved [columns, LANES] is scratch memory of the thread. */
+   target, from, indices [columns, rows]; coupling [columns, columns]. moved [columns, LANES] is scratch memory of the thread: by how
+   much columns have moved. */
+
+/* The target of column j in n rows, after the columns before it have moved. */
+static inline void follow(const real *target, const real *coupling, const real *moved, int64_t j, int n, real *t) {
+    memset(t, 0, LANES * sizeof *t);
+    memcpy(t, target, n * sizeof *t);
+    for (int64_t earlier = 0; earlier < j; earlier++) {
+        const real share = coupling[earlier], *by = moved + earlier * LANES;
+        for (int i = 0; i < LANES; i++) t[i] -= share * by[i];
+    }
+}
+
+/* Each row has a table: centroids [k, rows] ascending, midpoints [k - 1, rows]. Indices count the centroids of all tables. */
 void edkm_columns(int64_t columns, int64_t rows, int64_t k, int64_t groups, real *target, const real *from, const real *coupling,
                   const real *centroids, const real *midpoints, int32_t *indices, real *moved, int64_t first, int64_t stop) {
     for (int64_t at = first, n; at < stop && (n = stop - at < LANES ? stop - at : LANES, 1); at += LANES) {
@@ -683,12 +695,8 @@ void edkm_columns(int64_t columns, int64_t rows, int64_t k, int64_t groups, real
         for (int64_t j = 0; j < columns; j++) {
             const real *before = from + j * rows + at;
             int32_t *index = indices + j * rows + at;
-            real t[LANES] = {0}, best[LANES];
-            memcpy(t, target + j * rows + at, n * sizeof *t);
-            for (int64_t earlier = 0; earlier < j; earlier++) {
-                const real share = coupling[j * columns + earlier], *by = moved + earlier * LANES;
-                for (int i = 0; i < LANES; i++) t[i] -= share * by[i];
-            }
+            real t[LANES], best[LANES];
+            follow(target + j * rows + at, coupling + j * columns, moved, j, (int)n, t);
             for (int i = 0; i < n; i++) best[i] = centroids[at + i], index[i] = table[i];
             for (int64_t m = 0; m + 1 < k; m++) {
                 const real *midpoint = midpoints + m * rows + at, *centroid = centroids + (m + 1) * rows + at;
@@ -699,6 +707,44 @@ void edkm_columns(int64_t columns, int64_t rows, int64_t k, int64_t groups, real
             }
             for (int i = 0; i < n; i++) moved[j * LANES + i] = best[i] - before[i];
             memcpy(target + j * rows + at, t, n * sizeof *t);
+        }
+    }
+}
+
+/* Each row has scales, and offsets or 0, for the block of the column: [blocks, rows]; the centroids are offset + scale * values[k].
+   Indices count the values, which are consecutive integers where they are even. */
+void edkm_columns_of_format(int64_t columns, int64_t rows, int64_t k, int64_t even, real *target, const real *from, const real *coupling,
+                            const real *values, const real *midpoints, const int32_t *block_of, const real *scales, const real *offsets,
+                            int32_t *indices, real *moved, int64_t first, int64_t stop) {
+    for (int64_t at = first, n; at < stop && (n = stop - at < LANES ? stop - at : LANES, 1); at += LANES) {
+        for (int64_t j = 0; j < columns; j++) {
+            const real *before = from + j * rows + at, *scale = scales + block_of[j] * rows + at;
+            const real *offset = offsets ? offsets + block_of[j] * rows + at : 0;
+            int32_t *index = indices + j * rows + at;
+            real t[LANES], x[LANES], best[LANES];
+            follow(target + j * rows + at, coupling + j * columns, moved, j, (int)n, t);
+            memcpy(target + j * rows + at, t, n * sizeof *t);
+            if (offset)
+                for (int i = 0; i < n; i++) t[i] -= offset[i];
+            for (int i = 0; i < n; i++) x[i] = t[i] / (scale[i] == 0 ? 1 : scale[i]);
+            if (even) {
+                for (int i = 0; i < n; i++) {
+                    const real up = CEIL(x[i] - (real)0.5), low = up < values[0] ? values[0] : up;
+                    best[i] = low > values[k - 1] ? values[k - 1] : low;
+                    index[i] = (int32_t)(best[i] - values[0]);
+                }
+            } else {
+                for (int i = 0; i < n; i++) best[i] = values[0], index[i] = 0;
+                for (int64_t m = 0; m + 1 < k; m++)
+                    for (int i = 0; i < n; i++) {
+                        best[i] = x[i] > midpoints[m] ? values[m + 1] : best[i];
+                        index[i] += x[i] > midpoints[m];
+                    }
+            }
+            for (int i = 0; i < n; i++) best[i] *= scale[i];
+            if (offset)
+                for (int i = 0; i < n; i++) best[i] += offset[i];
+            for (int i = 0; i < n; i++) moved[j * LANES + i] = best[i] - before[i];
         }
     }
 }

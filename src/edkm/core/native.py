@@ -165,18 +165,39 @@ def segments(values: Tensor, mass: Tensor, k: int) -> Tensor:
 
 
 def columns(target: Tensor, before: Tensor, coupling: Tensor, centroids: Tensor, midpoints: Tensor, groups: int) -> Tensor:
-    """Do what `gptq._Tables.round_columns` does, in float32 or float64 on a CPU."""
-    rows = target.shape[1]
+    """Do what `gptq_tables.Tables.round_columns` does, in float32 or float64 on a CPU."""
+    return _columns("edkm_columns", [len(centroids), groups], [target, before, coupling, centroids, midpoints])
+
+
+def columns_of_format(
+    target: Tensor,
+    before: Tensor,
+    coupling: Tensor,
+    values: Tensor,
+    midpoints: Tensor,
+    block_of: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    even: bool,
+) -> Tensor:
+    """Do what `gptq_tables.BlockTables.round_columns` does, in float32 or float64 on a CPU."""
+    tensors = [target, before, coupling, values, midpoints, block_of, scale, 0 if offset is None else offset]
+    return _columns("edkm_columns_of_format", [len(values), even], tensors)
+
+
+def _columns(name: str, numbers: Sequence[int], tensors: Sequence[Tensor | int]) -> Tensor:
+    """Call a loop over the columns of `tensors[0]`, in threads along its rows."""
+    target = tensors[0]
+    assert isinstance(target, Tensor)
+    assert all(x.is_contiguous() and x.dtype in (target.dtype, torch.int32) for x in tensors if isinstance(x, Tensor))
     indices = torch.empty_like(target, dtype=torch.int32)
-    arguments = [*target.shape, len(centroids), groups, target, before, coupling, centroids, midpoints]
-    assert all(x.is_contiguous() and x.dtype == target.dtype for x in arguments if isinstance(x, Tensor))
-    kernel, passed = _kernel("edkm_columns", target.dtype), _passed([*arguments, indices])
+    kernel, passed = _kernel(name, target.dtype), _passed([*target.shape, *numbers, *tensors, indices])
 
     def work(first: int, stop: int) -> None:
         moved = target.new_zeros(len(target), _LANES)
         kernel(*passed, *_passed([moved, first, stop]))
 
-    _in_threads(work, rows, target.numel())
+    _in_threads(work, target.shape[1], target.numel())
     return indices
 
 

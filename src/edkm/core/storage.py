@@ -113,7 +113,7 @@ class SuperBlock(NamedTuple):
         """
         low, high = -self.zero, 2**self.bits - 1 - self.zero
         largest = x.gather(-1, x.abs().argmax(-1, keepdim=True)) if self.zero else x.amax(-1, keepdim=True)
-        best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+        best, least = (largest / high).to(torch.float16).to(x.dtype), torch.full_like(largest, torch.inf)  # infinite if all are
         for integer in [*range(low, 0), *range(1, high + 1)]:
             d = (largest / integer).to(torch.float16).to(x.dtype)
             away = (x - d * self._nearest(x, d)).square_().sum(-1, keepdim=True)
@@ -151,16 +151,18 @@ class PowerOfTwo:
 
 
 class Float8:
-    """A scale in float8 (e4m3) over a float32 of the tensor."""
+    """A scale in float8 (e4m3) over a float32 of the tensor, a power of two."""
 
     def layout(self, rows: int, blocks: int, p: int) -> dict[str, ThetaPart]:
         return {"scale": ThetaPart((rows, blocks), torch.float8_e4m3fn), "global_scale": ThetaPart((1,), torch.float32)}
 
     def store(self, theta: Tensor) -> dict[str, Tensor]:
-        scale, most = theta[..., 0].abs(), torch.finfo(torch.float8_e4m3fn).max
-        whole = most / scale.amax().clamp_min(torch.finfo(torch.float32).tiny * most)
-        whole = whole.float()
-        return {"scale": (scale * whole).clamp_max(most).to(torch.float8_e4m3fn), "global_scale": whole.reshape(1)}
+        scale, most = theta[..., 0].abs(), torch.finfo(torch.float8_e4m3fn).max  # 448, or 0.875 of 2^9
+        # A power of two that makes the largest scale, rounded, 240 to 448: some rows alone are then stored as in the whole tensor.
+        mantissa, exponent = torch.frexp(scale.amax())
+        exponent = 9 - exponent - ((16 * mantissa).round() > 14).to(exponent.dtype)
+        whole = torch.ldexp(torch.ones((1,), device=scale.device), exponent.clamp(-126, 126))
+        return {"scale": (scale * whole).clamp_max(most).to(torch.float8_e4m3fn), "global_scale": whole}
 
     def read(self, parts: Mapping[str, Tensor]) -> Tensor:
         return (parts["scale"].float() / parts["global_scale"]).unsqueeze(-1)
