@@ -13,7 +13,14 @@ from edkm.core.formats import FORMATS, FrozenBlocks
 from edkm.export.ggml import exact_type, ggml_blocks, ggml_type
 
 ROWS, COLS = 6, 512
-SAME = {"int4_g32_sym": "Q4_0", "int4_g128_sym": "Q4_0", "int3_g64_sym": "Q4_0", "int8_g32_sym": "Q8_0", "mlx4_g64": "Q4_1", "mlx2_g32": "Q4_1"}
+SAME = {
+    "int4_g32_sym": "Q4_0",
+    "int4_g128_sym": "Q4_0",
+    "int3_g64_sym": "Q4_0",
+    "int8_g32_sym": "Q8_0",
+    "mlx4_g64": "Q4_1",
+    "mlx2_g32": "Q4_1",
+}
 NATIVE = ["q4_0", "q4_1", "iq4_nl", "q8_0", "tq2_0", "q2_k", "q3_k", "q4_k", "q6_k", "mxfp4"]
 
 

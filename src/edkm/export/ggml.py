@@ -1,8 +1,8 @@
 """Pack clustered tensors as blocks of ggml, the weight types of llama.cpp, with every number as it is.
 
-A block of ggml holds 32 or 256 consecutive weights of a row: their indices in planes of bits, and scales between or behind these. Offsets and
-names below are those of `ggml-common.h`. Other formats whose entries are the same numbers are packed as the type that holds them: int4 with
-a symmetric scale is Q4_0, MLX's 4 bits are Q4_1, int8 is Q8_0; groups of 64 or 128 are blocks of 32 with one scale.
+A block of ggml holds 32 or 256 consecutive weights of a row: their indices in planes of bits, and scales before or behind these, as in
+`ggml-common.h`. Other formats whose entries are the same numbers are packed as the type that holds them: int4 with a symmetric scale is
+Q4_0, MLX's 4 bits are Q4_1, int8 is Q8_0; groups of 64 or 128 are blocks of 32 with one scale.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def export(
 ) -> Exported:
     """Write a packed causal language model as a GGUF file.
 
-    Tensors in a format of llama.cpp keep their indices and scales. Other matrices are written in the smallest floating-point type that holds
-    them exactly, vectors in float32.
+    Tensors in a format of llama.cpp keep their indices and scales. Other matrices are written in the smallest floating-point type that
+    holds them exactly, vectors in float32.
 
     Args:
         directory: a packed checkpoint, compressed into a format of llama.cpp.
@@ -42,7 +42,7 @@ def export(
         like: a GGUF file of the same model; metadata and tokenizer are copied from it.
 
     Raises:
-        ValueError: llama.cpp has no such model or tokenizer, a tensor has no exact place in GGUF, or what was written is not what is packed.
+        ValueError: llama.cpp has no such model or tokenizer, a tensor has no exact place in GGUF, or the file is not the packed model.
         FormatError: all that `checkpoint.open_items` refuses.
 
     Cost:

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +67,9 @@ def family_of(directory: Path, config: Any) -> Family:
     if family.period and kinds is not None:
         expected = ["full_attention" if (i + 1) % family.period == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
         if list(kinds) != expected:
-            raise ValueError(f"{directory}: llama.cpp has full attention in every layer {family.period} alone; layer_types differ. {OTHERS}")
+            raise ValueError(
+                f"{directory}: llama.cpp has full attention in every layer {family.period} alone; layer_types differ. {OTHERS}"
+            )
     rope = _rope(config)
     if (kind := rope.get("rope_type", "default")) not in ("default", "linear", "yarn", "llama3", "longrope"):
         raise ValueError(f"{directory}: rotary positions of type {kind!r} are not written as GGUF. {OTHERS}")
@@ -119,39 +122,41 @@ def add_hyperparameters(writer: Any, config: Any, family: Family) -> None:
 
 
 def _add_rope(writer: Any, config: Any, size: int) -> None:
-    import gguf
+    from gguf import RopeScalingType
 
-    rope, kind = _rope(config), _rope(config).get("rope_type", "default")
+    rope = _rope(config)
     writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1.0) * size))
     writer.add_rope_freq_base(rope["rope_theta"])
     if sliding := config.rope_parameters.get("sliding_attention"):
         writer.add_rope_freq_base_swa(sliding["rope_theta"])
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    if config.model_type == "phi3":
-        writer.add_rope_scaling_orig_ctx_len(original or config.max_position_embeddings)
-    if kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    longest = config.max_position_embeddings
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or longest
+    kind = rope.get("rope_type", "default")
+    if config.model_type == "phi3" or kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(original)
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType[kind.upper()])
         writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(original or config.max_position_embeddings)
-        for name, add in (("attention_factor", "attn_factors"), ("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+        for name, add in (("attention_factor", "attn_factor"), ("beta_fast", "beta_fast"), ("beta_slow", "beta_slow")):
             if rope.get(name) is not None:
-                getattr(writer, f"add_rope_scaling_{add}")(rope[name])
+                getattr(writer, f"add_rope_scaling_yarn_{add}")(rope[name])
     elif kind == "llama3":
         writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, size).numpy())
     elif kind == "longrope":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
-        stretch = config.max_position_embeddings / original
-        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0)
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        stretch = math.log(longest / original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + stretch / math.log(original)) if stretch > 0 else 1.0)
         for name in ("long", "short"):
-            writer.add_tensor(f"rope_factors_{name}.weight", torch.tensor(rope[f"{name}_factor"], dtype=torch.float32).numpy())
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
 
 
 def _llama3_factors(rope: dict[str, Any], size: int) -> Tensor:
     """Compute how much slower each pair of Llama 3.1's rotary positions turns."""
-    turns = rope["original_max_position_embeddings"] * rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size) / (2 * math.pi)
+    turns = (
+        rope["original_max_position_embeddings"]
+        * rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        / (2 * math.pi)
+    )
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()

@@ -1,4 +1,4 @@
-"""Describe a tokenizer as llama.cpp wants it: tokens, merges or scores, special tokens, chat template, and how text is split before merging.
+"""Describe a tokenizer as llama.cpp wants it: tokens, merges or scores, special tokens, chat template, and how text is split first.
 
 llama.cpp splits text by rules that it knows by name (`tokenizer.ggml.pre`, `llama-vocab.cpp`). Its converter recognises a tokenizer by a
 hash of the tokens of a test sentence. Here the rules themselves are compared, so that a tokenizer with other tokens is recognised as well.
@@ -107,7 +107,9 @@ def _tokens(content: dict[str, Any], size: int, directory: Path) -> tuple[list[s
     vocabulary, unknown = content["model"]["vocab"], content["model"].get("unk_token")
     added = content["added_tokens"]
     if (most := max([*vocabulary.values(), *(token["id"] for token in added)])) >= size:
-        raise ValueError(f"{directory}: its tokenizer has token {most}, and the model {size} rows of embedding. Use the model's own tokenizer.")
+        raise ValueError(
+            f"{directory}: its tokenizer has token {most}, and the model {size} rows of embedding. Use the model's own tokenizer."
+        )
     for token, i in vocabulary.items():
         byte = re.fullmatch(r"<0x[0-9A-F]{2}>", token) and content["model"].get("byte_fallback")
         tokens[i], kinds[i] = token, TokenType.UNKNOWN if token == unknown else TokenType.BYTE if byte else TokenType.NORMAL
