@@ -44,6 +44,7 @@ def byte_level(*rules, ignore_merges=False):
 
 
 def test_splittings_are_recognised_by_their_rules():
+    from transformers.convert_slow_tokenizer import TikTokenConverter
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     def name(*rules, **options):
@@ -52,7 +53,7 @@ def test_splittings_are_recognised_by_their_rules():
     def split(regex):
         return pre_tokenizers.Split(Regex(regex), "isolated")
 
-    llama3 = transformers.convert_slow_tokenizer.TikTokenConverter("unused").pattern
+    llama3 = TikTokenConverter("unused").pattern
     assert (name(), name(split(PRETOKENIZE_REGEX))) == ("gpt-2", "qwen2")
     assert (name(split(llama3), ignore_merges=True), name(split(llama3))) == ("llama-bpe", "dbrx")
     digits = byte_level()
