@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from edkm.core import native
+from edkm.core.blocks import cut
 from edkm.core.formats import FORMATS, TABLE, Format, FrozenBlocks, freeze_blocks
 from edkm.core.reference import NOT_FINITE, compute_dtype
 
@@ -83,16 +85,14 @@ def assign(weight: Tensor, lut: Tensor) -> Tensor:
     midpoints = (tables[:, 1:, 0] + tables[:, :-1, 0]) / 2
     grouped = weight.detach().view(groups, vectors, d, cols)
     indices = torch.empty(groups, vectors, cols, dtype=torch.uint8, device=weight.device)
-    # Vectors need distances to all k centroids, single values only a binary search between midpoints.
-    step = max(1, _BLOCK_WEIGHTS // (cols * d * (k if d > 1 else 1)))
-    for g in range(groups):
-        for start in range(0, vectors, step):
-            block = grouped[g, start : start + step].to(dtype)  # [v, d, cols]
-            if d == 1:
-                nearest = torch.bucketize(block.squeeze(1), midpoints[g], out_int32=True)
-            else:
-                nearest = (block.unsqueeze(1) - tables[g].view(1, k, d, 1)).square().sum(2).argmin(1)  # [v, cols]
-            indices[g, start : start + step].copy_(nearest)
+    # Vectors need distances to all k centroids, single values only comparisons with midpoints.
+    for block in (block for blocks in cut(groups, vectors, cols * d * (k if d > 1 else 1), _BLOCK_WEIGHTS) for block in blocks):
+        part = grouped[block.groups, block.rows].to(dtype)  # [g, v, d, cols]
+        if d == 1:
+            found = native.nearest(part.flatten(1), midpoints[block.groups])
+        else:
+            found = (part.unsqueeze(2) - tables[block.groups].view(-1, 1, k, d, 1)).square().sum(3).argmin(2)  # [g, v, cols]
+        indices[block.groups, block.rows].copy_(found.view(-1, part.shape[1], cols))
     return indices.view(groups * vectors, cols)
 
 

@@ -271,7 +271,7 @@ def cut(groups: int, rows: int, per_row: int, entries: int) -> list[list[Block]]
     Each inner list covers its groups completely: several whole groups in one block, or one group in several.
     """
     if rows * per_row <= entries:
-        step = entries // (rows * per_row)
+        step = entries // max(1, rows * per_row)
         return [[Block(slice(g, min(g + step, groups)), slice(0, rows))] for g in range(0, groups, step)]
     step = max(1, entries // per_row)
     starts = range(0, rows, step)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from edkm.core import native
 from edkm.core.reference import NOT_FINITE, compute_dtype
 from edkm.core.storage import SUPER_BLOCK, Float8, Floats, PowerOfTwo, Storage, SuperBlock, ThetaPart, ZeroPoint
 
@@ -105,7 +106,7 @@ class Format(NamedTuple):
         if self.even:
             found = self.snap(x).sub_(self.values[0])
         else:
-            found = torch.bucketize(x, self.midpoints(dtype, x.device), out_int32=True)
+            found = self._nearest(x)
         return found.to(torch.uint8).flatten(1)
 
     def scaled(self, weight: Tensor, theta: Tensor) -> Tensor:
@@ -122,8 +123,12 @@ class Format(NamedTuple):
         """Return the nearest of the values; halfway between two the lower one."""
         if self.even:
             return (x - 0.5).ceil_().clamp_(self.values[0], self.values[-1])
-        nearest = torch.bucketize(x, self.midpoints(x.dtype, x.device), out_int32=True)
-        return self.entries(x.dtype, x.device).index_select(0, nearest.view(-1)).view_as(x)
+        return self.entries(x.dtype, x.device).index_select(0, self._nearest(x).view(-1).int()).view_as(x)
+
+    def _nearest(self, x: Tensor) -> Tensor:
+        """Return the indices of the nearest values."""
+        rows = x.reshape(max(1, len(x)), -1)
+        return native.nearest(rows, self.midpoints(x.dtype, x.device).expand(len(rows), -1)).view_as(x)
 
     def lookup(self, indices: Tensor, theta: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight `[rows, cols]` that indices stand for, rounded from float32 to `dtype`."""

@@ -670,6 +670,26 @@ void edkm_adjoint_shaped(const Points *p, const void *grad, int64_t is_bf16, con
     free(held);
 }
 
+/* Loop of assign.py: indices [groups, n], of each value how many of its table's ascending midpoints [groups, m] lie below it. */
+void edkm_nearest(int64_t n, int64_t m, const real *values, const real *midpoints, uint8_t *indices, int64_t first, int64_t stop) {
+    for (int64_t g = first; g < stop; g++)
+        for (int64_t at = g * n; at < (g + 1) * n; at += TILE) {
+            const int length = (int)((g + 1) * n - at < TILE ? (g + 1) * n - at : TILE);
+            real w[TILE] = {0};
+            int32_t below[TILE] = {0};
+            memcpy(w, values + at, length * sizeof *w);
+            int64_t j = 0;
+            for (; j + BUNCH <= m; j += BUNCH) {
+                const real *c = midpoints + g * m + j;
+                for (int i = 0; i < (length + VECTOR - 1) / VECTOR * VECTOR; i++)
+                    below[i] += (w[i] > c[0]) + (w[i] > c[1]) + (w[i] > c[2]) + (w[i] > c[3]);
+            }
+            for (; j < m; j++)
+                for (int i = 0; i < length; i++) below[i] += w[i] > midpoints[g * m + j];
+            for (int i = 0; i < length; i++) indices[at + i] = (uint8_t)below[i];
+        }
+}
+
 /* Loops of gptq_tables.py: round the columns of a weight to the nearest centroids, one column after another. Arrays have a row for every
    column of the weight, so that the inner loops run along its rows.
 

@@ -99,7 +99,7 @@ def temperature_for(weight: Tensor, centroids: Tensor, importance: Tensor | None
     variance to the quantization error, so that 0.5 blurs a weight by about as much as rounding moves it.
 
     Args:
-        weight: `[rows, cols]`. centroids: `[g, k, d]` as `initial_centroids` returns them; in a format theta `[g, p, 1]`. softness: > 0.
+        weight: `[rows, cols]`. centroids: `[g, k, d]` as `initial_centroids` returns them; in a format theta `[g, p, 1]`. softness: >= 0.
 
     Returns:
         `[g]`, dtype of the centroids, positive even where every weight sits on a centroid.

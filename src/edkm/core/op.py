@@ -10,9 +10,10 @@ centroid path included, needs the live weight and the centroids of each iteratio
     histogram  on distinct 16-bit values                        any device, one table for the weight: embeddings, `rows_per_lut=0`
     blocks     in torch                                         everything: no compiler or Triton, more centroids, vectors
     reference  in plain torch, differentiated by autograd       everything; it is the specification
+    hard       the limit for temperature 0, straight through    everything
 
-`auto` takes the one that costs least by `choose_backend`, never `reference`. Each of the others is a module with three functions, listed in
-`BACKENDS`. Backends differ by the rounding of sums in the last digits.
+`auto` takes the one that costs least by `choose_backend`, never `reference`, and `hard` at temperature 0. All but `reference` are modules
+with three functions. Backends differ by the rounding of sums in the last digits.
 
     solve(weight, centroids, problem, iters) -> (trajectory [iters + 1, g, k, d], kept)      with a basis theta, [..., g, p, 1]
     decode(weight, trajectory, problem, kept, dtype) -> out, like weight in that dtype
@@ -29,10 +30,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core import blocks, cuda, histogram, native, reference
+from edkm.core import blocks, cuda, hard, histogram, native, reference
 from edkm.core.reference import NOT_FINITE, Problem, compute_dtype, importance_in_blocks, in_blocks, normal_inverse, table_shape
 
 BACKENDS = {"histogram": histogram, "blocks": blocks, "native": native, "triton": cuda}
+_MODULES = {**BACKENDS, "hard": hard}
 
 # Measured on a CPU, forward and backward, in ns (benchmarks op): an entry of A in `blocks` and in `native`, a weight of a histogram.
 # `triton` counts as `blocks` beside a histogram: neither was measured on a GPU.
@@ -47,10 +49,10 @@ def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int, backe
     Args:
         weight: `[rows, cols]`, detached.
         centroids: `[g, k, d]` in the compute dtype of the weight, where to start; theta `[g, p, 1]` if the problem has a basis.
-        backend: one of `BACKENDS`, which can cluster this weight (`pick_backend`).
+        backend: one of `BACKENDS`, which can cluster this weight (`pick_backend`); or `hard`, for temperature 0.
     """
     problem = problem.for_weight(weight)
-    trajectory, kept = BACKENDS[backend].solve(weight.contiguous(), centroids, problem, iters)
+    trajectory, kept = _MODULES[backend].solve(weight.contiguous(), centroids, problem, iters)
     return Solution(trajectory, problem, backend, kept)
 
 
@@ -68,11 +70,11 @@ class Solution(NamedTuple):
 
     def decode(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The soft weight, in the dtype of the weight if no other is given."""
-        return BACKENDS[self.backend].decode(weight.contiguous(), self.trajectory, self.problem, self.kept, dtype or weight.dtype)
+        return _MODULES[self.backend].decode(weight.contiguous(), self.trajectory, self.problem, self.kept, dtype or weight.dtype)
 
     def adjoint(self, grad: Tensor, weight: Tensor) -> Tensor:
         """`dL/dweight` from `dL/dout`."""
-        return BACKENDS[self.backend].adjoint(grad, weight.contiguous(), self.trajectory, self.problem, self.kept)
+        return _MODULES[self.backend].adjoint(grad, weight.contiguous(), self.trajectory, self.problem, self.kept)
 
 
 class Clustered(NamedTuple):
@@ -110,7 +112,8 @@ def cluster(
         centroids: `[g, k, d]` float32 (float64 with a float64 weight), where to start; gets no gradient. Consecutive rows are split
             evenly over the `g` tables; of more tables than rows each has a block of consecutive columns of a row. `d > 1` clusters
             vectors of `d` consecutive values along the rows.
-        temperature: scalar or `[g]`, > 0, in squared weight units.
+        temperature: scalar or `[g]`, > 0, in squared weight units. The number 0 puts every weight on its nearest centroid, and the
+            gradient passes straight through; `backend` must be `auto`.
         importance: None, or non-negative and broadcastable to `weight`; a vector takes the mean over its values.
         max_iters: iterations, at least 1.
         round_to: 16-bit dtype that a wider weight is rounded to first, straight-through, whatever the backend; None keeps full
@@ -141,6 +144,8 @@ def cluster(
         check_basis(basis, start)
         start = normal_inverse(torch.ones_like(start[..., 0]), basis)[0] @ (basis.mT @ start)
     matrix = in_blocks(weight, len(start))
+    if backend == "auto" and isinstance(temperature, (int, float)) and temperature == 0:
+        backend = "hard"
     if backend == "reference":
         out, trajectory = reference.cluster(matrix, start, Problem(tau, importance, round_to, basis), max_iters)
         _check_problem(importance, tau, trajectory.detach())
@@ -162,9 +167,10 @@ def _cluster(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Compute `(soft weight, trajectory)`; a custom op, so that torch.compile calls it as it is."""
-    backend, _ = pick_backend(backend, weight, table_shape(centroids, basis), round_to, shaped=basis is not None)
+    if backend != "hard":
+        backend, _ = pick_backend(backend, weight, table_shape(centroids, basis), round_to, shaped=basis is not None)
     solution = solve(weight, centroids, Problem(temperature, importance, round_to, basis), iters, backend)
-    _check_problem(importance, temperature, solution.trajectory)
+    _check_problem(importance, None if backend == "hard" else temperature, solution.trajectory)
     return solution.decode(weight), solution.trajectory
 
 
@@ -201,7 +207,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor, _):
-    return _cluster_adjoint(grad, *ctx.saved_tensors, ctx.round_to, ctx.backend), *[None] * 7
+    if ctx.backend != "hard":  # an operator may not return what it was given
+        grad = _cluster_adjoint(grad, *ctx.saved_tensors, ctx.round_to, ctx.backend)
+    return grad, *[None] * 7
 
 
 _cluster.register_autograd(_backward, setup_context=_save)
@@ -210,11 +218,10 @@ _cluster.register_autograd(_backward, setup_context=_save)
 def choose_backend(
     weight: Tensor, groups: int, k: int, d: int, round_to: torch.dtype | None, device: torch.device | None = None, *, shaped: bool = False
 ) -> tuple[str, str]:
-    """Choose the fastest backend for a weight `[rows, cols]`, as `auto` does; `device` is where it will be, if not where it is.
+    """Choose the fastest backend for a weight `[rows, cols]`, as `auto` does.
 
-    `shaped`: the tables have a basis.
-
-    Compares the entries of A that each would compute, plus the cost per weight of a histogram. Shape, dtype and device decide, not the
+    `device` is where it will be, if not where it is; `shaped`: its tables have a basis. Compares the entries of A that each would compute,
+    plus the cost per weight of a histogram. Shape, dtype and device decide, not the
     values: the choice is the same in every step and in a resumed run, and costs nothing.
 
     Returns:
@@ -334,9 +341,9 @@ def check_importance(importance: Tensor | None) -> None:
         raise ValueError("importance: must be finite and not negative. Mean squared inputs and squared gradients are.")
 
 
-def _check_problem(importance: Tensor | None, temperature: Tensor, trajectory: Tensor) -> None:
+def _check_problem(importance: Tensor | None, temperature: Tensor | None, trajectory: Tensor) -> None:
     """Refuse a problem that is ill-posed, or whose centroids are not finite. Reads from the device."""
-    if not bool((temperature > 0).all()):
+    if temperature is not None and not bool((temperature > 0).all()):
         raise ValueError(f"temperature: must be positive, got {temperature.min().item():.6g}. It is in squared weight units.")
     check_importance(importance)
     if not bool(trajectory.isfinite().all()):

@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.core import blocks, cuda, histogram, native
+from edkm.core import blocks, cuda, hard, histogram, native
 from edkm.core.assign import quantize
 from edkm.core.blocks import Points
 from edkm.core.formats import Format
 from edkm.core.op import Solution
-from edkm.core.reference import Problem, compute_dtype, spread_importance, update_centroids
+from edkm.core.op import solve as solve_alone
+from edkm.core.reference import Problem, compute_dtype, importance_rows, update_centroids
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -52,7 +53,7 @@ def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: 
 
     Cost:
         One pass over this rank's rows per iteration, and a sum of `g k (d + 1)` numbers over the ranks. `histogram`: one pass, and one sum
-        of 65,536 numbers, or of two for each if importance has zeros.
+        of 65,536 numbers, or of two for each if importance has zeros. A table for each row: one sum, of the trajectory.
     """
     problem = problem.for_weight(rows.values)
     if backend == "histogram":
@@ -62,6 +63,8 @@ def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: 
         trajectory = blocks.iterate(found.points(problem, centroids), centroids, iters)
         return Solution(trajectory, problem, backend, found)
     groups, k, d = centroids.shape
+    if groups == rows.total:
+        return Solution(reduce(_own_tables(rows, centroids, problem, iters, backend)), problem, backend)
     trajectory, own_parts = centroids.repeat(iters + 1, 1, 1, 1), parts(rows, groups, d, reduce)
     for t in range(iters):
         total = trajectory.new_zeros(groups, k if problem.basis is None else len(problem.basis), 1 + d)
@@ -69,6 +72,17 @@ def solve(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: 
             total[part.groups] += _sums(part, rows, trajectory[t, part.groups], problem, backend)
         trajectory[t + 1] = update_centroids(reduce(total), trajectory[t], problem.basis)
     return Solution(trajectory, problem, backend)
+
+
+def _own_tables(rows: Rows, centroids: Tensor, problem: Problem, iters: int, backend: str) -> Tensor:
+    """Make the trajectory where each row has a table of its own, which needs nobody else's rows: 0 for those of others."""
+    own = slice(rows.start, rows.start + len(rows.values))
+    trajectory = centroids.new_zeros(iters + 1, *centroids.shape)
+    if len(rows.values):
+        importance = _of_rows(problem.importance, rows, rows.start, rows.values)
+        problem = problem._replace(temperature=problem.temperature[own], importance=importance)
+        trajectory[:, own] = solve_alone(rows.values, centroids[own], problem, iters, backend).trajectory
+    return trajectory
 
 
 def freeze(rows: Rows, lut: Tensor, reduce: Reduce, form: Format | None = None) -> tuple[Tensor, float]:
@@ -97,14 +111,19 @@ def _sums(part: Part, rows: Rows, centroids: Tensor, problem: Problem, backend: 
     """Mass and weighted sum of the centroids of a part in one iteration, `[g, k, 1 + d]`."""
     importance = _of_rows(problem.importance, rows, part.start, part.values)
     problem = problem._replace(temperature=problem.temperature[part.groups], importance=importance)
-    if backend in ("native", "triton"):
-        return {"native": native, "triton": cuda}[backend].sums(part.values, centroids, problem)
+    if backend in ("native", "triton", "hard"):
+        return {"native": native, "triton": cuda, "hard": hard}[backend].sums(part.values, centroids, problem)
     return blocks.sums(Points.of(part.values, problem, *centroids.shape), centroids)
 
 
 def _of_rows(importance: Tensor | None, rows: Rows, start: int, values: Tensor) -> Tensor | None:
     """Cut the importance to the rows `values`, which begin at `start`."""
-    return None if importance is None else spread_importance(importance, (rows.total, values.shape[1]))[start : start + len(values)]
+    if importance is None:
+        return None
+    found = importance_rows(importance, (rows.total, values.shape[1]))
+    if len(found) == 1 or (len(values) and start % len(found) == 0 and len(values) % len(found) == 0):
+        return found  # repeated over these rows, too
+    return found[torch.arange(start, start + len(values), device=found.device) % len(found)]
 
 
 class Part(NamedTuple):

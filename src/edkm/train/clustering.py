@@ -31,9 +31,6 @@ from edkm.core.sharded import Reduce, Rows
 from edkm.core.theta import initial_theta
 from edkm.train.steps import steps
 
-# Softness 0 is the hard assignment: this fraction of the quantisation error leaves every weight on one centroid.
-_HARD = 1e-6
-
 
 class SharedRows(NamedTuple):
     """A weight whose rows several ranks cluster together.
@@ -90,7 +87,7 @@ class Clustering(nn.Module):
             if centroids.shape != shape:
                 raise ValueError(f"centroids: expected {list(shape)} by the config, got {list(centroids.shape)}.")
             centroids = centroids.to(matrix.device, compute_dtype(matrix.dtype))
-        temperature = temperature_for(matrix, centroids, importance, config.softness or _HARD, form)
+        temperature = temperature_for(matrix, centroids, importance, config.softness, form)
         if not bool(temperature.isfinite().all()):
             raise ValueError(f"weight: {NOT_FINITE}")
         self.register_buffer("centroids", centroids)
@@ -128,8 +125,13 @@ class Clustering(nn.Module):
         device = self.centroids.device
         choice = self._choice
         if choice is None or device != self._chosen_on:
-            weight = in_blocks(torch.empty(self._matrix_shape, device="meta"), self.tables)
-            choice = self._choice = pick_backend(self._asked, weight, table_shape(self.centroids, self.basis), torch.bfloat16, device)
+            if self.config.softness == 0:
+                choice = "hard", "softness 0"
+            else:
+                weight = in_blocks(torch.empty(self._matrix_shape, device="meta"), self.tables)
+                shape, shaped = table_shape(self.centroids, self.basis), self.basis is not None
+                choice = pick_backend(self._asked, weight, shape, torch.bfloat16, device, shaped=shaped)
+            self._choice = choice
             self._chosen_on = device
         return choice
 
@@ -226,8 +228,6 @@ class Clustering(nn.Module):
 
     def adjoint(self, grad: Tensor, weight: Tensor, solution: Solution) -> Tensor:
         """Turn the gradient of the soft weight into `dL/dweight`."""
-        if self.config.softness == 0:
-            return grad.to(weight.dtype)
         blocks = self.blocks(weight)
         return solution.adjoint(grad.reshape(blocks.shape), blocks).view(weight.shape)
 

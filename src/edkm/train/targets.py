@@ -143,7 +143,7 @@ def decide(model: nn.Module, config: ClusterConfig, backend: str = "auto") -> li
             free = target.form is None
             shape = (groups, k if target.form is None else len(target.form.values), d)
             check_shapes(target.matrix, torch.empty(shape, dtype=compute_dtype(target.weight.dtype), device="meta"), None, free=free)
-            pick_backend(backend, in_blocks(target.matrix, groups), shape, torch.bfloat16)
+            pick_backend(backend, in_blocks(target.matrix, groups), shape, torch.bfloat16, shaped=not free)
     return targets
 
 
