@@ -92,7 +92,7 @@ def assign(weight: Tensor, lut: Tensor) -> Tensor:
             found = native.nearest(part.flatten(1), midpoints[block.groups])
         else:
             found = (part.unsqueeze(2) - tables[block.groups].view(-1, 1, k, d, 1)).square().sum(3).argmin(2)  # [g, v, cols]
-        indices[block.groups, block.rows].copy_(found.view(-1, part.shape[1], cols))
+        indices[block.groups, block.rows].copy_(found.view(len(part), part.shape[1], cols))
     return indices.view(groups * vectors, cols)
 
 
