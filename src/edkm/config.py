@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from edkm.core.formats import TABLE, format_named
+from edkm.core.formats import FORMATS, TABLE, Format, format_named
 
 # What may differ from tensor to tensor.
 PER_TENSOR = ("bits", "dim", "rows_per_lut", "softness", "format")
@@ -72,6 +72,11 @@ class ClusterConfig:
                 self._overridden(values)
             except ValueError as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from None
+
+    @property
+    def form(self) -> Format | None:
+        """The format; None for free tables."""
+        return FORMATS.get(self.format)
 
     def for_tensor(self, *names: str, base: ClusterConfig | None = None) -> ClusterConfig | None:
         """Return the settings of one weight (a tied one has several names), None if it is skipped; overrides apply to `base`, or self."""

@@ -27,6 +27,8 @@ from edkm.compressed.jsonfile import FormatError, finite, read_json, write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edkm.core.formats import Format
+
 VERSION = 1
 PAGE = "report.html"  # made from the numbers
 BINS = 128
@@ -105,16 +107,19 @@ class Recorder:
         drawn = {histogram["name"] for histogram in self.content["histograms"]}
         for name, weight, clustering in clusterings(model):
             if name in drawn:
-                self.panel(name, when, whole(weight), clustering.centroids)
+                self.panel(name, when, whole(weight), clustering.centroids, clustering.form)
 
-    def panel(self, name: str, when: str, weight: Tensor, centroids: Tensor | None = None) -> None:
+    def panel(self, name: str, when: str, weight: Tensor, centroids: Tensor | None = None, form: Format | None = None) -> None:
         """Add a histogram of a weight, if it is one of the few: "original", in 16 bits, or "fitted" or "trained" with its centroids."""
         from edkm.core.assign import round_lut
 
         for found in self.content["histograms"]:
             if found["name"] == name:
                 # Chosen bits come with their own number of tables.
-                drawn: Any = (weight.bfloat16(), found["tables"]) if centroids is None else (weight, len(centroids), round_lut(centroids))
+                drawn: Any = weight.bfloat16(), found["tables"]
+                if centroids is not None:
+                    entries = round_lut(centroids) if form is None else form.basis(centroids.dtype, centroids.device) @ centroids
+                    drawn = weight, len(centroids), entries
                 found["panels"] = [*(p for p in found["panels"] if p["when"] != when), {"when": when, **describe(*drawn)}]
                 self._save()
 

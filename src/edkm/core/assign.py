@@ -134,6 +134,14 @@ def as_stored(centroids: Tensor) -> Tensor:
     return lut.sort(dim=1).values if lut.shape[2] == 1 else lut
 
 
+def checked_tables(centroids: Tensor, form: Format | None, rows: int) -> Tensor:
+    """Do what `stored_tables` does; raises ValueError if a number does not fit."""
+    if form is None:
+        return round_lut(centroids)
+    theta = centroids.detach().reshape(rows, -1, form.p)
+    return form.storage.read(form.checked_store(theta)).to(theta.dtype).view_as(centroids)
+
+
 def stored_parts(centroids: Tensor, form: Format | None, rows: int) -> dict[str, Tensor]:
     """Round centroids `[g, k, d]`, or theta `[g, p, 1]` of a weight with `rows` rows, to what a packed file stores, on the CPU.
 

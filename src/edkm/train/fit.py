@@ -55,7 +55,8 @@ def fit(
         by_layer: train each decoder layer against the original's output when it is fitted; other weights are fitted alone.
 
     Returns:
-        Parameter name -> centroids `[g, k, 1]`, for `prepare(centroids=...)`. Weights that no batch reached are absent.
+        Parameter name -> centroids `[g, k, 1]`, or in a format theta `[g, p, 1]`, for `prepare(centroids=...)`. Weights that no batch
+        reached are absent.
 
     Raises:
         ValueError: no batches, values that are not finite, a tensor that cannot be clustered as asked (named), `by_layer` for a model
@@ -139,9 +140,9 @@ def fit_linears(
     starts: dict[str, Start] = {}
     for module, moment in _moments([m for m in modules if isinstance(m, nn.Linear) and m in linears], run).items():
         name, settings = linears[module]
-        per_lut, weighing = settings.rows_per_lut or None, (importance or {}).get(name)
+        options = {"turns": turns, "importance": (importance or {}).get(name), "form": settings.form}
         with naming(name):
-            found = gptq.fit(module.weight, moment, settings.bits, rows_per_lut=per_lut, turns=turns, importance=weighing)
+            found = gptq.fit(module.weight, moment, settings.bits, rows_per_lut=settings.rows_per_lut or None, **options)
         starts[name] = Start(found.weight, found.centroids)
         _compress([module], linears, starts)
         if advance is not None:
@@ -154,8 +155,8 @@ def fit_linears(
 def _compress(modules: Iterable[nn.Module], linears: Linears, starts: Mapping[str, Start]) -> None:
     for module in modules:
         if isinstance(module, nn.Linear) and module in linears and linears[module][0] in starts:
-            start = starts[linears[module][0]]
-            module.weight.copy_(quantize(start.weight, start.centroids, module.weight.dtype).values)
+            name, settings = linears[module]
+            module.weight.copy_(quantize(*starts[name], module.weight.dtype, settings.form).values)
 
 
 def _moments(modules: list[nn.Linear], run: Callable[[], Any]) -> dict[nn.Linear, Tensor]:

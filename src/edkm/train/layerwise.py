@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from edkm.core.assign import round_lut
+from edkm.core.assign import checked_tables
 from edkm.train.chain import Call, hidden
 from edkm.train.checks import naming
 from edkm.train.clustering import Clustering
@@ -50,7 +50,10 @@ class LayerTraining:
 
 
 class Start(NamedTuple):
-    """A weight from which training starts, and the centroids `[g, k, 1]` that its values are nearest to once it is compressed."""
+    """A weight from which training starts, and the centroids `[g, k, 1]` that its values are nearest to once it is compressed.
+
+    In a format they are theta `[g, p, 1]`.
+    """
 
     weight: Tensor
     centroids: Tensor
@@ -102,7 +105,8 @@ def train_layer(
     for name, (_, weight, clustering) in clusterings.items():
         with naming(name):
             # As they are stored: the layers that follow see the packed layer.
-            found[name] = Start(weight.detach().to(starts[name].weight.dtype), round_lut(clustering.centroids).to(torch.float32))
+            tables = checked_tables(clustering.centroids, clustering.form, len(weight)).to(torch.float32)
+            found[name] = Start(weight.detach().to(starts[name].weight.dtype), tables)
     return found
 
 

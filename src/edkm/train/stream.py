@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edkm.compressed.checkpoint import dequantize, open_items
-from edkm.compressed.entries import LUT_SUFFIX
 from edkm.compressed.packing import pack_indices, unpack_indices
 from edkm.compressed.pretrained import check_savable
 from edkm.config import ClusterConfig
-from edkm.core.assign import Frozen, LazyFrozen, as_matrix, freeze
+from edkm.core.assign import Clustered, LazyFrozen, as_matrix, freeze
+from edkm.core.formats import FORMATS
 from edkm.core.kmeans import initial_centroids
+from edkm.core.theta import initial_theta
 from edkm.output import replacing
 from edkm.progress import progress
 from edkm.train.calibrate import call, evaluating, measuring, without_cache
@@ -42,11 +43,12 @@ from edkm.train.relay import Batches, Relay
 from edkm.train.skeleton import NotStreamable, Skeleton
 from edkm.train.targets import Target, decide, linears_of
 
-Frozens = dict[str, Frozen]
+Frozens = dict[str, Clustered]
 Errors = dict[str, float]
 Importance = Mapping[str, Tensor]
 _OUTER = "outer"
 _MOVED = "moved."  # before the names of parameters that are not clustered, and were trained
+_ABOUT = ("shape", "rows", "error", "format")  # of a clustered tensor, kept with its parts
 
 
 def check_by_layer(skeleton: Skeleton, config: ClusterConfig, batch: Mapping[str, Tensor]) -> None:
@@ -65,8 +67,6 @@ def check_by_layer(skeleton: Skeleton, config: ClusterConfig, batch: Mapping[str
     for target in targets:
         if not any(part.issuperset(target.modules) for part in parts):
             raise NotStreamable(f"{target.name} is shared between layers")
-        if target.form is not None and not target.reason:
-            raise NotStreamable(f"{target.name} is in the format {target.form.name}")
 
     def look(modules: Sequence[nn.Module]) -> None:
         for target in _within(targets, modules):
@@ -91,7 +91,7 @@ class Stream:
         work: directory of hidden states and of the results of parts.
         bf16: run layers under autocast to bfloat16.
         training: of each layer, against what the original layer gives; None to fit alone.
-        drawn: called with `name`, `weight` as fitted and `centroids` of every clustered weight.
+        drawn: called with `name`, `weight` as fitted, `centroids` and `form` of every clustered weight.
     """
 
     skeleton: Skeleton
@@ -184,10 +184,8 @@ class Stream:
             weight, (matrix, centroids) = _weight(target), starts[target.name]
             with naming(target.name), torch.no_grad():
                 check_values(target.name, matrix, target.tables, most_lost=1.0)
-                found = freeze(matrix, centroids, weight.shape)
-                assert isinstance(found, Frozen)  # `check_by_layer` has refused formats
-                frozen[target.name] = found
-                self.drawn(name=target.name, weight=matrix, centroids=centroids)
+                frozen[target.name] = found = freeze(matrix, centroids, weight.shape, target.form)
+                self.drawn(name=target.name, weight=matrix, centroids=centroids, form=target.form)
                 weight.copy_(found.values())
         return frozen, errors
 
@@ -201,8 +199,9 @@ class Stream:
         """Write the result of a part; `moved` are other parameters that were trained."""
         tensors, about = {f"{_MOVED}{name}": tensor for name, tensor in (moved or {}).items()}, {}
         for name, tensor in frozen.items():
-            tensors[name], tensors[f"{name}{LUT_SUFFIX}"] = pack_indices(tensor.indices, tensor.bits), tensor.lut
-            about[name] = {"shape": tensor.shape, "rows": tensor.rows, "error": tensor.error, "left": errors.get(name)}
+            tensors[name] = pack_indices(tensor.indices, tensor.bits)
+            tensors |= {f"{name}_{part}": stored for part, stored in tensor.parts.items()}
+            about[name] = {key: getattr(tensor, key) for key in _ABOUT} | {"parts": list(tensor.parts), "left": errors.get(name)}
         with replacing(self.result(part)) as path:
             save_file(tensors, path, {"about": json.dumps(about)})
 
@@ -212,9 +211,11 @@ class Stream:
         for part in [*range(len(self.skeleton.layers)), _OUTER]:
             with safe_open(self.result(part), framework="pt") as file:
                 for name, about in json.loads(file.metadata()["about"]).items():
-                    lut, shape = file.get_tensor(f"{name}{LUT_SUFFIX}").clone(), tuple(about["shape"])
-                    make = partial(_indices, self.result(part), name, lut, about["rows"], shape)
-                    found[name], errors[name] = LazyFrozen({"lut": lut}, shape, about["rows"], about["error"], make), about["left"]
+                    parts = {suffix: file.get_tensor(f"{name}_{suffix}").clone() for suffix in about["parts"]}
+                    shape, rows, error, form = (about[key] for key in _ABOUT)
+                    lazy = LazyFrozen(parts, tuple(shape), rows, error, torch.Tensor, form)
+                    found[name] = lazy._replace(make=partial(_indices, self.result(part), name, lazy))
+                    errors[name] = about["left"]
         clustered = [target for target in self.targets if not target.reason]
         entries = tuple(report_entry(target, target.note, errors.get(target.name)) for target in self.targets)
         return {target.name: found[target.name] for target in clustered}, Report(entries, self.config)
@@ -242,6 +243,8 @@ def _kmeans(target: Target, importance: Importance) -> Start:
     with naming(target.name):
         matrix = as_matrix(_weight(target), target.row_axes)
         per_lut, settings = len(matrix) // target.tables, target.settings
+        if target.form is not None:
+            return Start(matrix, initial_theta(matrix, target.form, given).reshape(target.tables, target.form.p, 1))
         return Start(matrix, initial_centroids(matrix, settings.bits, dim=settings.dim, rows_per_lut=per_lut, importance=given))
 
 
@@ -252,12 +255,11 @@ def _weight(target: Target) -> Tensor:
     return weight.detach()
 
 
-def _indices(path: Path, name: str, lut: Tensor, rows: int, shape: tuple[int, ...]) -> Tensor:
+def _indices(path: Path, name: str, lazy: LazyFrozen) -> Tensor:
     """Read the indices of a clustered weight from the result of its part."""
-    dim, count = lut.shape[2], math.prod(shape)
+    dim, count = 1 if lazy.format in FORMATS else lazy.parts["lut"].shape[2], math.prod(lazy.shape)
     with safe_open(path, framework="pt") as file:
-        stream = file.get_tensor(name)
-        return unpack_indices(stream, (lut.shape[1] - 1).bit_length(), count // dim).view(rows // dim, count // rows)
+        return unpack_indices(file.get_tensor(name), lazy.bits, count // dim).view(lazy.rows // dim, count // lazy.rows)
 
 
 @contextmanager
