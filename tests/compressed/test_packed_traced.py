@@ -1,25 +1,27 @@
 """Packed models under code that records or transforms operations.
 
-1. torch.export, jit.trace and make_fx give programs with the same numbers, for other inputs too, that need no edkm.
+1. torch.export takes a model whole, every product and embedding one operator; `ORDINARY` and torch.onnx make a program that needs no edkm.
+   jit.trace and make_fx give such a program. All have the same numbers, for other inputs too.
 2. torch.compile takes a model in one graph, with the same gradients; function transforms and counters see the dense operations.
 3. torch.fx.symbolic_trace, which knows no shapes, is refused.
 """
 
 import copy
 import io
+from collections import Counter
 
 import pytest
 import torch
-from packed import TINY, TOKENS, freeze, logits, pack
+from packed import TOKENS, freeze, load, logits, make, pack
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from edkm.compressed.entries import entry_of
-from edkm.compressed.modules import pack_module, unpack_modules
+from edkm.compressed.modules import PackedEmbedding, PackedLinear, pack_module, unpack_modules
+from edkm.compressed.operators import ORDINARY
 from edkm.compressed.packing import pack_indices
 
 # torch's own, while it traces.
@@ -69,6 +71,11 @@ def expected(layers):
     return dense(IDS)
 
 
+def ours(graph):
+    """Count our operators in a graph."""
+    return Counter(str(node.target) for node in graph.nodes if "edkm" in str(node.target))
+
+
 def saved_and_loaded(program):
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -81,27 +88,46 @@ def saved_and_loaded(program):
 def test_an_exported_program_gives_the_same(strict, grad, layers, expected):
     with torch.set_grad_enabled(grad):
         program = torch.export.export(layers, (IDS,), strict=strict)
-    # It holds the bytes and needs no edkm.
     assert program.state_dict["up.weight"].dtype == torch.uint8
-    assert not any("edkm" in str(node.target) for node in program.graph.nodes)
-    torch.testing.assert_close(program.module()(IDS), expected)
-    torch.testing.assert_close(program.run_decompositions().module()(IDS), expected)
+    assert ours(program.graph) == {"edkm.linear.default": 2, "edkm.embedding.default": 1}
+    ordinary = program.run_decompositions(ORDINARY)
+    assert not ours(ordinary.graph)
+    for found in (program, saved_and_loaded(program), program.run_decompositions(), ordinary, ordinary.run_decompositions()):
+        torch.testing.assert_close(found.module()(IDS), expected)
+        torch.testing.assert_close(found.module()(IDS.flip(0)), layers(IDS.flip(0)))
     assert sum(p.numel() for p in layers.parameters()) == 40 * 24 + 2 * 20 * 24 + 20 + 24 * 24 * 3 + 24 + 2 * 24
 
 
 def test_an_exported_program_takes_other_shapes(layers, expected):
     free = torch.export.Dim.DYNAMIC
     program = saved_and_loaded(torch.export.export(layers, (IDS,), dynamic_shapes=({0: free, 1: free},)))
-    torch.testing.assert_close(program.module()(IDS[:2, :4]), layers(IDS[:2, :4]))
+    for found in (program, program.run_decompositions(ORDINARY)):
+        torch.testing.assert_close(found.module()(IDS[:2, :4].contiguous()), layers(IDS[:2, :4]))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_language_model_is_exported(tied, tmp_path):
-    torch.manual_seed(0)
-    model = pack(LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=tied)), tmp_path)
-    packed = AutoModelForCausalLM.from_pretrained(tmp_path)
+def test_onnx_is_given_ordinary_operations(layers, expected, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    program = torch.export.export(layers, (IDS,))
+    assert not ours(program.graph)
+    torch.testing.assert_close(program.module()(IDS), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {"tie_word_embeddings": True}), ("llama", {"tie_word_embeddings": False}), ("gemma3_text", {}), ("gpt2", {})],
+)
+def test_language_models_are_taken_whole(family, options, tmp_path):
+    expected = logits(pack(make(family, **options), tmp_path))
+    packed, seen = load(tmp_path), []
     program = torch.export.export(packed, (), {"input_ids": TOKENS, "use_cache": False}, strict=False)
-    torch.testing.assert_close(program.module()(input_ids=TOKENS, use_cache=False).logits, logits(model), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(packed, backend=lambda module, _: seen.append(ours(module.graph)) or module, fullgraph=True)
+    linear = sum(isinstance(module, PackedLinear) for module in packed.modules())
+    embeddings = sum(isinstance(module, PackedEmbedding) for module in packed.modules())
+    assert ours(program.graph) == {"edkm.linear.default": linear, "edkm.embedding.default": embeddings} and embeddings
+    with torch.no_grad():
+        for run in (program.module(), compiled):
+            torch.testing.assert_close(run(input_ids=TOKENS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+    assert [sum(counts.values()) for counts in seen] == [linear + embeddings]
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -151,9 +177,11 @@ def test_compiled_training_has_the_same_gradients(dtype, layers):
         torch.testing.assert_close(compiled, eager)
 
 
-def test_the_operator_of_the_compiler_is_a_whole_one(layers):
-    weight, x = layers.up.packed(), torch.randn(2, 3, 24, requires_grad=True)
-    torch.library.opcheck(torch.ops.edkm.linear.default, (x, weight.stream, weight.lut, *weight.matrix))
+def test_the_operators_are_whole_ones(layers):
+    x = torch.randn(2, 3, 24, requires_grad=True)
+    torch.library.opcheck(torch.ops.edkm.linear.default, (x, *layers.up.packed().arguments))
+    torch.library.opcheck(torch.ops.edkm.linear_input_gradient.default, (torch.randn(2, 3, 20), *layers.up.packed().arguments))
+    torch.library.opcheck(torch.ops.edkm.embedding.default, (IDS, *layers.tokens.packed().arguments, torch.bfloat16))
 
 
 def test_function_transforms(layers):

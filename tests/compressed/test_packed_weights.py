@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from edkm.compressed import modules
 from edkm.compressed.checkpoint import dequantize
 from edkm.compressed.dense_view import DenseView
 from edkm.compressed.entries import entry_of
@@ -168,7 +167,7 @@ def test_an_output_may_be_changed_in_place():
 def test_tokens_in_blocks_and_tokens_that_are_not_there(monkeypatch):
     module, dense = layer(nn.Embedding, (16, 13), 5, 4)
     tokens = torch.arange(16, dtype=torch.int32).repeat(3).view(4, 12)
-    monkeypatch.setattr(modules, "_EMBEDDED_WEIGHTS", 13 * 5)
+    monkeypatch.setattr("edkm.compressed.linear._EMBEDDED_WEIGHTS", 13 * 5)
     assert torch.equal(module(tokens), dense[tokens.long()])
     assert module(tokens[:0]).shape == (0, 12, 13)
     for wrong in (-1, 16):

@@ -5,14 +5,13 @@ Whole numbers among the parts stay packed too: they are unpacked with the rows t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from edkm.compressed.entries import Entry
-from edkm.compressed.linear import PackedWeight, input_gradient, is_recorded, multiply
+from edkm.compressed.linear import PackedWeight, is_recorded
 from edkm.compressed.packing import unpack_at, unpack_rows
 from edkm.core.formats import FORMATS
 
@@ -58,49 +57,7 @@ class BlockWeight(PackedWeight):
     def _values(self, indices: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return self.form.lookup(indices, self.form.storage.read(parts)).to(dtype)
 
-    def as_operator(self, x: Tensor) -> Tensor:
-        return _operator(x, self.stream, list(self.parts.values()), self.entry.format, self.rows, self.cols)
-
 
 def weight_of(stream: Tensor, parts: Mapping[str, Tensor], entry: Entry) -> PackedWeight:
     """Make a packed weight of the tensors that the file has for it."""
     return PackedWeight(stream, parts["lut"], entry) if entry.form is None else BlockWeight(stream, parts, entry)
-
-
-def _weight(stream: Tensor, parts: Sequence[Tensor], form: str, rows: int, cols: int) -> BlockWeight:
-    entry = Entry(FORMATS[form].bits, (rows, cols), 1, 1, 0.0, rows, form)
-    return BlockWeight(stream, dict(zip(entry.layout, parts, strict=True)), entry)
-
-
-@torch.library.custom_op("edkm::linear_blocks", mutates_args=())
-def _operator(x: Tensor, stream: Tensor, parts: Sequence[Tensor], form: str, rows: int, cols: int) -> Tensor:
-    """Multiply, as one operator of torch.compile."""
-    return multiply(x, _weight(stream, parts, form, rows, cols))
-
-
-@torch.library.custom_op("edkm::linear_blocks_input_gradient", mutates_args=())
-def _gradient_operator(grad: Tensor, stream: Tensor, parts: Sequence[Tensor], form: str, rows: int, cols: int) -> Tensor:
-    return input_gradient(grad, _weight(stream, parts, form, rows, cols))
-
-
-@_operator.register_fake
-def _(x: Tensor, stream: Tensor, parts: Sequence[Tensor], form: str, rows: int, cols: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-@_gradient_operator.register_fake
-def _(grad: Tensor, stream: Tensor, parts: Sequence[Tensor], form: str, rows: int, cols: int) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], cols)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, stream, parts, *ctx.matrix = inputs
-    ctx.save_for_backward(stream, *parts)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    stream, *parts = ctx.saved_tensors
-    return _gradient_operator(grad, stream, parts, *ctx.matrix), None, [None] * len(parts), None, None, None
-
-
-_operator.register_autograd(_backward, setup_context=_keep)

@@ -3,8 +3,7 @@
 Where a kernel can do that, the product never holds the dense weight; elsewhere the weight is decoded tile by tile. Weights are
 constants here; gradients reach the inputs, as adapters (LoRA) need them.
 
-The kernels read memory by its address, which nothing that records operations would see. So `torch.compile` is given the product as one
-operator, `edkm::linear`; a program that others run (torch.export, torch.jit.trace) is given the ordinary operations that decode the weight.
+Code that records operations is given an operator, or the ordinary operations that decode the weight: operators.py.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ from edkm.core.assign import lookup
 # Weights decoded at once where no kernel multiplies: on a CPU 4 MiB of float32, which stay in the cache until they are multiplied.
 _TILE_WEIGHTS = {"cpu": 1 << 20}
 _TILE_WEIGHTS_OF_A_DEVICE = 1 << 22
+# Weights of an embedding decoded at once; some 40 bytes live for each.
+_EMBEDDED_WEIGHTS = 1 << 18
 # Private to torch: without them packed layers run, but cannot be recorded.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)  # pyright: ignore[reportAttributeAccessIssue]
@@ -92,9 +93,10 @@ class PackedWeight:
         table = at.unsqueeze(1) // (self.rows // self.entry.luts)
         return self.lut[table, index.long(), 0]
 
-    def as_operator(self, x: Tensor) -> Tensor:
-        """Multiply, as one operator of torch.compile."""
-        return _operator(x, self.stream, self.lut, *self.matrix)
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Of the operators that stand for it in a recorded program (operators.py)."""
+        return self.stream, list(self.parts.values()), self.entry.format, *self.matrix
 
     def _looked_up(self, start: int, stop: int, dtype: torch.dtype, *, in_blocks: bool) -> Tensor:
         first, last = start // self.entry.dim, stop // self.entry.dim  # rows of indices
@@ -138,6 +140,12 @@ def is_recorded(*tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing() or _modes() > 0 or _transform() is not None
 
 
+def is_taken_whole() -> bool:
+    """Say whether what is recorded is to hold our operators: torch.compile and torch.export, but not for torch.onnx."""
+    compiler = torch.compiler
+    return compiler.is_compiling() and (compiler.is_dynamo_compiling() or not torch.onnx.is_in_onnx_export())
+
+
 def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """Multiply: `x @ W.T`, differentiable in `x`.
 
@@ -163,8 +171,8 @@ def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as autocast does
         x = x.to(torch.get_autocast_dtype(device))
     if recorded:
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            return weight.as_operator(x)
+        if is_taken_whole():
+            return torch.ops.edkm.linear(x, *weight.arguments)
         return F.linear(x, weight.dense(x.dtype))
     if torch.is_grad_enabled() and x.requires_grad:
         return _PackedProduct.apply(x, weight)  # pyright: ignore[reportReturnType]
@@ -191,6 +199,24 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     for start, stop, memory in weight.tiles(0, weight.rows, flat.dtype):
         torch.mm(flat, weight.decode_rows(start, stop, flat.dtype, memory).T, out=out.view(-1, weight.rows)[:, start:stop])
     return out.to(x.dtype)
+
+
+def embed(tokens: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Decode the rows of tokens: `[..., cols]` of a weight with `dim` 1.
+
+    Raises:
+        IndexError: a token without a row, on a CPU: a GPU would have to be waited for.
+    """
+    at = tokens.reshape(-1).long()  # rows * cols * bits may be beyond 32 bits
+    if is_recorded(at, weight.stream):  # neither may their values be looked at, nor their number
+        return weight.rows_at(at).to(dtype).reshape(*tokens.shape, weight.cols)
+    if at.is_cpu and len(at) and not 0 <= int(at.min()) <= int(at.max()) < weight.rows:
+        raise IndexError(f"token {int(at.min())} or {int(at.max())} is not in the {weight.rows} rows of the embedding")
+    out = torch.empty(len(at), weight.cols, dtype=dtype, device=at.device)
+    step = max(1, _EMBEDDED_WEIGHTS // weight.cols)
+    for start in range(0, len(at), step):
+        out[start : start + step] = weight.rows_at(at[start : start + step])
+    return out.view(*tokens.shape, weight.cols)
 
 
 @cache
@@ -222,40 +248,3 @@ def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
     for start, stop, memory in weight.tiles(0, weight.rows, grad.dtype):
         total += grad[..., start:stop] @ weight.decode_rows(start, stop, grad.dtype, memory)
     return total.to(grad.dtype)
-
-
-def _weight_of(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> PackedWeight:
-    return PackedWeight(stream, lut, Entry(bits, (rows, cols), lut.shape[2], lut.shape[0], 0.0, rows))
-
-
-@torch.library.custom_op("edkm::linear", mutates_args=())
-def _operator(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
-    """Multiply, as one operator of torch.compile."""
-    return multiply(x, _weight_of(stream, lut, bits, rows, cols))
-
-
-@torch.library.custom_op("edkm::linear_input_gradient", mutates_args=())
-def _gradient_operator(grad: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
-    return input_gradient(grad, _weight_of(stream, lut, bits, rows, cols))
-
-
-@_operator.register_fake
-def _(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-@_gradient_operator.register_fake
-def _(grad: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], cols)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, stream, lut, *ctx.matrix = inputs
-    ctx.save_for_backward(stream, lut)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradient_operator(grad, *ctx.saved_tensors, *ctx.matrix), None, None, None, None, None
-
-
-_operator.register_autograd(_backward, setup_context=_keep)

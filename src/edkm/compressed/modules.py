@@ -23,11 +23,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from edkm.compressed.blockweight import weight_of
 from edkm.compressed.dense_view import DenseView, Parameters
 from edkm.compressed.entries import Entry, stored_kind
-from edkm.compressed.linear import PackedWeight, is_recorded, packed_linear
+from edkm.compressed.linear import PackedWeight, embed, is_recorded, is_taken_whole, packed_linear
+from edkm.compressed.operators import embedding
 from edkm.core.assign import LUT_DTYPE
 
-# Weights of an embedding decoded at once; some 40 bytes live for each.
-_EMBEDDED_WEIGHTS = 1 << 18
 # The view of each stream of indices in use, by the id of the stream.
 _VIEWS: WeakValueDictionary[int, DenseView] = WeakValueDictionary()
 
@@ -176,17 +175,10 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     weight = property(lambda self: self.seen("weight"))  # pyright: ignore
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, tokens = self.packed(), input.reshape(-1).long()  # rows * cols * bits may be beyond 32 bits
-        if is_recorded(tokens, weight.stream):  # neither may their values be looked at, nor their number
-            return weight.rows_at(tokens).to(self.dense_dtype).view(*input.shape, weight.cols)
-        # A GPU would have to be waited for.
-        if tokens.is_cpu and len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < weight.rows:
-            raise IndexError(f"token {int(tokens.min())} or {int(tokens.max())} is not in the {weight.rows} rows of the embedding")
-        out = torch.empty(len(tokens), weight.cols, dtype=self.dense_dtype, device=tokens.device)
-        step = max(1, _EMBEDDED_WEIGHTS // weight.cols)
-        for start in range(0, len(tokens), step):
-            out[start : start + step] = weight.rows_at(tokens[start : start + step])
-        return out.view(*input.shape, weight.cols)
+        weight = self.packed()
+        if is_taken_whole():
+            return embedding(input, *weight.arguments, self.dense_dtype)
+        return embed(input, weight, self.dense_dtype)
 
 
 class _DecodedModule(PackedModule):

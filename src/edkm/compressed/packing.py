@@ -111,7 +111,7 @@ def unpack_at(packed: Tensor, bits: int, cols: int, rows: Tensor) -> Tensor:
     bit = (rows.unsqueeze(1) * cols + torch.arange(cols, device=rows.device)) * bits
     # An index lies in two bytes at most; the last one does not read beyond the stream.
     byte = bit // 8
-    low, high = (packed[b].int() for b in (byte, (byte + 1).clamp_(max=len(packed) - 1)))
+    low, high = (packed[b].int() for b in (byte, (byte + 1).clamp(max=len(packed) - 1)))
     return torch.bitwise_right_shift(low + 256 * high, (bit % 8).int()) & ((1 << bits) - 1)
 
 

@@ -104,8 +104,7 @@ def lookup(indices: Tensor, lut: Tensor, dtype: torch.dtype = torch.float32) -> 
     """
     groups, k, d = lut.shape
     rows, cols = indices.shape
-    keys = indices.to(torch.int32).view(groups, -1)
-    keys += k * torch.arange(groups, dtype=torch.int32, device=keys.device).unsqueeze(1)
+    keys = indices.view(groups, -1) + k * torch.arange(groups, dtype=torch.int32, device=indices.device).unsqueeze(1)
     if d == 1:
         return lut.to(dtype).reshape(-1).index_select(0, keys.view(-1)).view(rows, cols)
     vectors = lut.to(dtype).reshape(groups * k, d).index_select(0, keys.view(-1))  # [rows * cols, d]

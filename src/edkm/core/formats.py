@@ -133,7 +133,13 @@ class Format(NamedTuple):
     def lookup(self, indices: Tensor, theta: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight `[rows, cols]` that indices stand for, rounded from float32 to `dtype`."""
         theta = theta.to(torch.promote_types(dtype, torch.float32))
-        x = self.entries(theta.dtype, indices.device)[indices.int()].unflatten(1, (theta.shape[1], -1)) * theta[..., -1:]
+        if self.even:
+            x = indices.to(theta.dtype) + self.values[0]
+        else:
+            # Not `entries`: where operations are recorded, a tensor would stand in the program, or the program's in the cache.
+            values = torch.stack([torch.full((), value, dtype=torch.float32, device=indices.device) for value in self.values])
+            x = values.to(theta.dtype)[indices.int()]
+        x = x.unflatten(1, (theta.shape[1], -1)) * theta[..., -1:]
         if self.p == 2:
             x = x + theta[..., :1]
         return x.flatten(1).to(dtype)
