@@ -95,7 +95,7 @@ class PackedWeight:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Of the operators that stand for it in a recorded program (operators.py)."""
+        """Return the arguments of the operators that stand for it in a recorded program (operators.py)."""
         return self.stream, list(self.parts.values()), self.entry.format, *self.matrix
 
     def _looked_up(self, start: int, stop: int, dtype: torch.dtype, *, in_blocks: bool) -> Tensor:
