@@ -4,12 +4,14 @@
 2. Bits go to the weights on which the loss depends; overrides of the user stay, and count.
 3. Squared gradients are those of the loss at the outputs, by a batch's labels or the next tokens.
 4. Spending is as good as any that costs as much, but for one step.
-5. Targets that no choice meets and an importance of another model are refused.
+5. Formats are chosen among those of a family that divide the columns.
+6. Targets that no choice meets and an importance of another model are refused.
 """
 
 import contextlib
 import itertools
 
+import families
 import pytest
 import torch
 from hypothesis import given
@@ -68,6 +70,33 @@ def test_bits_go_where_the_loss_depends_on_them(tiny_model):
     found = allocated(tiny_model, edkm.ClusterConfig(), 3.2).overrides
     first, second = (sum(found[name]["bits"] for name in found if f"layers.{i}." in name) for i in (0, 1))
     assert first >= second + 7
+
+
+@pytest.mark.parametrize(
+    "name, target, expected",
+    [
+        ("q4_0", 4.0, {"q2_k", "q3_k", "q4_k", "q6_k", "q8_0"}),
+        ("int4_g64", 3.5, {"int2_g64", "int3_g64", "int4_g64", "int8_g64"}),
+        ("mlx2_g128", 4.5, {"mlx2_g128", "mlx3_g128", "mlx4_g128", "mlx8_g128"}),
+        ("nf4", 4.5, {"nf4"}),
+    ],
+)
+def test_formats_of_a_family_keep_the_budget_and_nearly_spend_it(name, target, expected):
+    model = families.build("llama", hidden_size=256, intermediate_size=256, vocab_size=300)
+    config = allocated(model, edkm.ClusterConfig(format=name, overrides={"*q_proj*": {"softness": 0.1}}), target)
+    clustered = [entry for entry in plan(model, config).clustered if "proj" in entry.name]
+    found = {entry.name: entry.format for entry in clustered}
+    weights = sum(torch.Size(entry.shape).numel() for entry in clustered)
+    assert target - 0.15 < 8 * sum(entry.stored_bytes for entry in clustered) / weights <= target
+    assert set(found.values()) <= expected | {name} and (len(set(found.values())) > 1) == (name != "nf4")
+    assert all(kind == name for key, kind in found.items() if "q_proj" in key)
+
+
+def test_formats_that_do_not_divide_are_no_choice(tiny_model):
+    config = allocated(tiny_model, edkm.ClusterConfig(format="q3_k"), 6.0)
+    assert {value["format"] for value in config.overrides.values()} == {"iq4_nl", "q8_0"}
+    with pytest.raises(ValueError, match=r"target: 4 bits a weight are too few, 4\.500 is the least"):
+        allocated(tiny_model, edkm.ClusterConfig(format="q3_k"), 4.0)
 
 
 def test_overrides_of_the_user_stay_and_count(tiny_model):
@@ -152,7 +181,7 @@ def test_a_target_too_low_and_an_importance_of_another_model_are_refused(tiny_mo
 
 @given(st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 50)), min_size=1, max_size=5), min_size=1, max_size=4), st.data())
 def test_spending_is_as_good_as_any_that_costs_as_much(points, data):
-    weights = {str(i): allocate._hull([Choice(c, e, 0, 0) for c, e in choices]) for i, choices in enumerate(points)}
+    weights = {str(i): allocate._hull([Choice(c, e, 0) for c, e in choices]) for i, choices in enumerate(points)}
     for choices in weights.values():
         worth = [allocate._worth(a, b) for a, b in itertools.pairwise(choices)]
         assert worth == sorted(worth, reverse=True)

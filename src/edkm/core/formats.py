@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -217,6 +218,14 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise ValueError(f"format: {name!r} is not one of {TABLE}, {', '.join(FORMATS)}.")
     return FORMATS[name]
+
+
+def family(name: str) -> tuple[str, ...]:
+    """List the formats that the runtimes of a format take beside it in one model, by bits a weight."""
+    form, found = format_named(name), re.fullmatch(r"(int|mlx)\d(_g.*)", name)
+    if form.embedding == "q8_0":
+        return "q2_k", "q3_k", "q4_k", "q6_k", "q8_0"
+    return tuple(f"{found[1]}{bits}{found[2]}" for bits in (2, 3, 4, 8)) if found else (name,)
 
 
 def format_for(name: str, cols: int) -> Format | None:

@@ -1,13 +1,13 @@
-"""Allocate bits: choose bits and rows per table of every linear weight, within a budget for all of them.
+"""Allocate bits: choose bits and rows per table, or the format, of every linear weight, within a budget for all of them.
 
 To second order a change of the outputs raises the loss by half its square, weighed by the squared gradient there (Fisher). Of a weight
 `w_ij` that goes to `q_ij`, with inputs and gradients taken to be independent, that is
 
     1/2 G_i X_j (w_ij - q_ij)^2       G: mean squared gradient at output i, X: mean squared input j (importance)
 
-The sum is found for every choice of bits and rows per table, on some of the tables. The least sum within the budget is nearly reached
-by raising, again and again, the weight where a bit takes off most. Choices above the convex hull of a weight's (cost, sum) are left out,
-so that gains only shrink.
+The sum is found for every choice of bits and rows per table, or of a format of the same family, on some of the tables. The least sum
+within the budget is nearly reached by raising, again and again, the weight where a bit takes off most. Choices above the convex hull of a
+weight's (cost, sum) are left out, so that gains only shrink.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from edkm.compressed.packing import stored_bytes
 from edkm.config import ClusterConfig
 from edkm.core.assign import quantize, round_lut
+from edkm.core.formats import FORMATS, TABLE, family, format_for
 from edkm.core.kmeans import initial_centroids
+from edkm.core.theta import initial_theta
 from edkm.progress import progress
 from edkm.train.calibrate import evaluating, first_input, is_product, run_batches, without_cache
 from edkm.train.distributed import broadcast_from_rank0
@@ -44,12 +46,14 @@ _IGNORED = -100
 
 
 class Choice(NamedTuple):
-    """A way to store a weight: `cost` in bits altogether, `loss` the rise of the loss to expect."""
+    """A way to store a weight: `cost` in bits altogether, `loss` the rise of the loss to expect, `number` among its `_options`."""
 
     cost: float
     loss: float
-    bits: int
-    rows_per_lut: int
+    number: int
+
+
+Option = Mapping[str, Any]
 
 
 def allocate(
@@ -61,7 +65,9 @@ def allocate(
     importance: Mapping[str, Tensor],
     loss: Callable[[Any], Tensor] | None = None,
 ) -> ClusterConfig:
-    """Choose bits and rows per table of every linear weight, within a budget for all of them.
+    """Choose bits and rows per table of every linear weight, within a budget for all of them; or its format, if the config has one.
+
+    Formats are chosen among those of one family: of llama.cpp Q2_K to Q8_0, integers and those of MLX with the same groups.
 
     Args:
         model: any module, not prepared yet; run in `eval()`, and left in the mode it was in. Its gradients are not touched.
@@ -94,19 +100,20 @@ def allocate(
     with progress("choice of bits", len(linears), "weights") as advance:
         for module, (name, settings) in linears.items():
             weight = module.weight.detach()
-            free = settings is config and name in importance and name in squares  # not the config itself: an override
-            options = _choices(weight, importance[name].to(weight.device), squares[name].to(weight.device)) if free else []
-            if options:
-                weights[name] = options
+            free = config.override_of(name) is None and name in importance and name in squares
+            choices = _choices(weight, settings, importance[name].to(weight.device), squares[name].to(weight.device)) if free else []
+            if choices:
+                weights[name] = choices
             else:
-                kept += _cost(weight, settings.bits, settings.rows_per_lut)
+                kept += _cost(weight, _option_of(settings))
             advance()
     size = sum(module.weight.numel() for module in linears)
     _check_least(kept + sum(choices[0].cost for choices in weights.values()), target, size)
     found = spend(weights, target * size - kept)
-    choices = torch.tensor([[choice.bits, choice.rows_per_lut] for choice in found.values()], device=next(model.parameters()).device)
-    broadcast_from_rank0([choices])
-    given = {name: {"bits": bits, "rows_per_lut": rows} for name, (bits, rows) in zip(found, choices.tolist(), strict=True)}
+    numbers = torch.tensor([choice.number for choice in found.values()], device=next(model.parameters()).device)
+    broadcast_from_rank0([numbers])
+    chosen = dict(zip(found, numbers.tolist(), strict=True))
+    given = {name: _options(module.weight, own)[chosen[name]] for module, (name, own) in linears.items() if name in chosen}
     return replace(config, overrides={**given, **config.overrides})
 
 
@@ -158,18 +165,18 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
 def bits_of(model: nn.Module, config: ClusterConfig) -> float:
     """Compute the average bits per linear weight of a config, tables included: the `target` that gives a model of the same size."""
     found = [(module.weight, settings) for module, (_, settings) in linears_of(model, config).items()]
-    cost = sum(_cost(weight, settings.bits, settings.rows_per_lut) for weight, settings in found)
+    cost = sum(_cost(weight, _option_of(settings)) for weight, settings in found)
     return cost / max(1, sum(weight.numel() for weight, _ in found))
 
 
 def check_target(model: nn.Module, config: ClusterConfig, target: float) -> None:
     """Refuse a target that no choice meets, and name the least that is possible."""
     least = size = 0
-    for module, (_, settings) in linears_of(model, config).items():
+    for module, (name, settings) in linears_of(model, config).items():
         weight = module.weight
         size += weight.numel()
-        costs = [_cost(weight, *option) for option in _options(weight)] if settings is config else []
-        least += min(costs, default=_cost(weight, settings.bits, settings.rows_per_lut))
+        costs = [_cost(weight, option) for option in _options(weight, settings)] if config.override_of(name) is None else []
+        least += min(costs, default=_cost(weight, _option_of(settings)))
     _check_least(least, target, size)
 
 
@@ -192,28 +199,43 @@ def spend(weights: Mapping[str, list[Choice]], budget: float) -> dict[str, Choic
     return chosen
 
 
-def _cost(weight: Tensor, bits: int, rows_per_lut: int) -> float:
-    return 8 * stored_bytes(weight.numel(), bits, len(weight) // (rows_per_lut or len(weight)))
+def _cost(weight: Tensor, option: Option) -> float:
+    if "format" in option:
+        return FORMATS[option["format"]].stored_bits(*weight.shape)
+    return 8 * stored_bytes(weight.numel(), option["bits"], len(weight) // (option["rows_per_lut"] or len(weight)))
 
 
-def _options(weight: Tensor) -> list[tuple[int, int]]:
-    """List `(bits, rows per table)` that a weight's shape allows and that take less than 16 bits a weight."""
-    found = [(bits, rows) for rows in ROWS_PER_LUT if len(weight) % rows == 0 for bits in BITS if 2**bits <= rows * weight.shape[1]]
-    return [option for option in found if _cost(weight, *option) < _DENSE_BITS * weight.numel()]
+def _option_of(settings: ClusterConfig) -> Option:
+    return {"bits": settings.bits, "rows_per_lut": settings.rows_per_lut} if settings.format == TABLE else {"format": settings.format}
 
 
-def _choices(weight: Tensor, importance: Tensor, gradient: Tensor) -> list[Choice]:
+def _options(weight: Tensor, settings: ClusterConfig) -> list[Option]:
+    """List bits and rows per table, or formats, that a weight's shape allows and that take less than 16 bits a weight."""
+    rows, cols = weight.shape
+    if settings.format == TABLE:
+        pairs = [(bits, per) for per in ROWS_PER_LUT if rows % per == 0 for bits in BITS if 2**bits <= per * cols]
+        options: list[Option] = [{"bits": bits, "rows_per_lut": per} for bits, per in pairs]
+    else:
+        forms = [format_for(name, cols) for name in family(settings.format)]
+        options = [{"format": name} for name in dict.fromkeys(form.name for form in forms if form is not None)]
+    return [option for option in options if _cost(weight, option) < _DENSE_BITS * weight.numel()]
+
+
+def _choices(weight: Tensor, settings: ClusterConfig, importance: Tensor, gradient: Tensor) -> list[Choice]:
     found = []
-    for rows, options in itertools.groupby(_options(weight), key=lambda option: option[1]):
+    for number, option in enumerate(_options(weight, settings)):
+        rows = option.get("rows_per_lut", 1)
         tables = len(weight) // rows
         picked = torch.linspace(0, tables - 1, min(tables, max(1, _SAMPLE // rows)), device=weight.device).long().unique()
         some, share = (x.view(tables, rows, -1)[picked].flatten(0, 1) for x in (weight, gradient))
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-        for bits, _ in options:
-            lut = round_lut(initial_centroids(some, bits, rows_per_lut=rows, importance=importance, exact=False))
-            error = quantize(some, lut).errors(some) * importance
-            loss = float(error.sum(1) @ share.flatten()) * float(gradient.sum())
-            found.append(Choice(_cost(weight, bits, rows), loss, bits, rows))
+        if form := FORMATS.get(option.get("format", TABLE)):
+            centroids = initial_theta(some, form, importance)
+        else:
+            centroids = round_lut(initial_centroids(some, option["bits"], rows_per_lut=rows, importance=importance, exact=False))
+        error = quantize(some, centroids, form=form).errors(some) * importance
+        loss = float(error.sum(1) @ share.flatten()) * float(gradient.sum())
+        found.append(Choice(_cost(weight, option), loss, number))
     return _hull(found)
 
 
