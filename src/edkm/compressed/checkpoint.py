@@ -36,7 +36,7 @@ from edkm.compressed.weightfiles import Pending, Stored, description, files_of, 
 from edkm.core.assign import Clustered, Frozen, LazyFrozen
 from edkm.core.formats import FrozenBlocks
 
-__all__ = ["FormatError", "Item", "Packed", "dequantize", "open_items", "read", "summary", "write"]
+__all__ = ["FormatError", "Item", "Packed", "dequantize", "is_embedding", "open_items", "read", "summary", "write"]
 
 
 class Packed(NamedTuple):
@@ -194,7 +194,7 @@ def summary(directory: str | Path) -> dict[str, Any]:
                 dense.append(count)
                 continue
             size = entry.stored_bytes(item.k)
-            row = {"name": name, "embedding": _is_embedding(name), "stored_bytes": size, "bits_per_weight": 8 * size / count}
+            row = {"name": name, "embedding": is_embedding(name), "stored_bytes": size, "bits_per_weight": 8 * size / count}
             rows.append(row | entry._asdict() | {"shape": list(entry.shape), "luts": entry.tables})
     linear = [row for row in rows if not row["embedding"]]
     in_linear = sum(math.prod(row["shape"]) for row in linear)
@@ -257,6 +257,7 @@ def _unpack(stream: Tensor, entry: Entry) -> Tensor:
     return unpack_indices(stream, entry.bits, math.prod(entry.grid)).view(entry.grid)
 
 
-def _is_embedding(name: str) -> bool:
+def is_embedding(name: str) -> bool:
+    """Tell by the name of a tensor whether its module is an embedding."""
     module = name.split(".")[-2:][0]
     return "embed" in module or module in ("wte", "wpe")

@@ -155,7 +155,11 @@ def check_entries(name: str, entry: Entry, parts: Mapping[str, torch.Tensor]) ->
 def quantization_config(directory: Path) -> dict[str, Any]:
     """Read `quantization_config` from `config.json`; refuse that of another method, and of a newer version."""
     path = directory / "config.json"
-    config = read_json(path).get("quantization_config")
+    return checked(read_json(path).get("quantization_config"), path)
+
+
+def checked(config: Any, path: Path) -> dict[str, Any]:
+    """Return a `quantization_config` that was read from `path`, checked but for its tensors."""
     if not isinstance(config, dict):
         raise FormatError(f"{path}: has no quantization_config. This is an ordinary model, not a packed one: `edkm compress` makes those.")
     method, version = config.get("quant_method"), config.get("format_version")
@@ -172,7 +176,12 @@ def quantization_config(directory: Path) -> dict[str, Any]:
 
 def read_entries(directory: Path) -> dict[str, Entry]:
     """Read and check the entries of `config.json`, by the names of their tensors."""
-    found, config = {}, quantization_config(directory)
+    return entries_in(quantization_config(directory))
+
+
+def entries_in(config: Mapping[str, Any]) -> dict[str, Entry]:
+    """Check the entries of a `quantization_config`, and return them by the names of their tensors."""
+    found = {}
     for name, fields in config["tensors"].items():
         where, version = f"config.json: {name}", config["format_version"]
         if not isinstance(fields, dict):
