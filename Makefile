@@ -11,14 +11,17 @@ BASELINES := .venv-baselines
 COREAI := .venv-coreai
 # All of it, nothing pinned but torch: what pip gives a user today.
 LATEST := .venv-latest
+# llama.cpp, compiled: a C++ compiler and cmake.
+LLAMA_CPP := .llama.cpp
 
-.PHONY: help setup demo test test-coreai test-latest check docs format baselines bench bench-gpu clean
+.PHONY: help setup demo test test-coreai test-latest test-llama-cpp check docs format baselines llama-cpp bench bench-gpu clean
 
 help:
 	@echo "make demo       compress SmolLM2-135M to 3.2 bits a weight while fine-tuning it, and print one table"
 	@echo "make test       run the tests"
 	@echo "make test-coreai  those of edkm.coreai, in an environment that has coreai-opt"
 	@echo "make test-latest  all of them, with the newest of every dependency but torch"
+	@echo "make test-llama-cpp  exported GGUF files in llama.cpp, which is compiled first (make llama-cpp, 8 minutes on two cores)"
 	@echo "make check      format, lint and types"
 	@echo "make docs       the documentation as a site, out/site; fails on a broken link"
 	@echo "make format     put format and imports right"
@@ -58,6 +61,23 @@ test-latest:
 	$(LATEST)/bin/python -m pip install --quiet --constraint $(LATEST)/constraints.txt \
 		--upgrade --upgrade-strategy eager --editable ".[dev,coreai]"
 	$(LATEST)/bin/python -m pytest -n 2
+
+$(LLAMA_CPP)/.ready: constraints-llama-cpp.txt | $(READY)
+	rm -rf $(LLAMA_CPP)
+	mkdir $(LLAMA_CPP)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --require-hashes --dest $(LLAMA_CPP) -r constraints-llama-cpp.txt
+	tar -xf $(LLAMA_CPP)/*.tar.gz -C $(LLAMA_CPP) --strip-components=3 --wildcards '*/vendor/llama.cpp'
+	cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP)/build -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF > $(LLAMA_CPP)/build.log
+	cmake --build $(LLAMA_CPP)/build --parallel 2 \
+		--target llama-quantize llama-imatrix llama-perplexity llama-bench llama-completion >> $(LLAMA_CPP)/build.log
+	@touch $@
+
+llama-cpp: $(LLAMA_CPP)/.ready
+
+test-llama-cpp: $(LLAMA_CPP)/.ready
+	$(BIN)/python -m pip install --quiet sentencepiece
+	$(BIN)/python -m pytest tests/export/llama_cpp.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -101,4 +121,4 @@ bench-gpu:
 	PYTHONPATH=src python3 -m benchmarks generation --device cuda --json benchmarks/results/generation-cuda.json
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(BASELINES) $(COREAI) $(LATEST) out
+	rm -rf $(VENV) $(PEERS) $(BASELINES) $(COREAI) $(LATEST) $(LLAMA_CPP) out
