@@ -138,7 +138,8 @@ def test_rotary_positions_of_llama3(tiny_tokenizer, tmp_path):
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 32
     model = pack(tmp_path / "packed", tiny_tokenizer, rope_parameters=rope)
-    export(tmp_path / "packed", tmp_path / "M.gguf")
+    export(tmp_path / "packed", tmp_path / "other.gguf")
+    export(tmp_path / "packed", tmp_path / "M.gguf", like=tmp_path / "other.gguf")
     (factors,) = (tensor.data for tensor in gguf.GGUFReader(tmp_path / "M.gguf").tensors if tensor.name == "rope_freqs.weight")
     frequencies = 1e4 ** (-torch.arange(0, 16, 2).double() / 16)
     torch.testing.assert_close(frequencies.float() / torch.tensor(factors), model.model.rotary_emb.inv_freq, rtol=1e-5, atol=0)
@@ -211,6 +212,9 @@ def test_metadata_of_another_file(exported, tmp_path, capsys):
     command = ["export", str(directory), "--to", "gguf", "--out", str(tmp_path / "M.gguf")]
     assert cli.main([*command, "--like", str(path)]) == 0
     assert fields(tmp_path / "M.gguf") == fields(path)
+    capsys.readouterr()
+    assert cli.main([*command, "--overwrite", "--like", str(path), "--tokenizer-pre", "gpt-2"]) == 1
+    assert "--tokenizer-pre: the file given with --like says it; leave out one of the two" in capsys.readouterr().err
     other = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen2")
     other.add_block_count(2)
     other.add_token_list(["a"])

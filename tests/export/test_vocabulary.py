@@ -146,3 +146,5 @@ def test_other_tokenizers_are_refused(tiny_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="splits text in a way that is not known"):
         written(tokenizer, tmp_path, 300)
     assert written(tokenizer, tmp_path, 300, pre="mine")["tokenizer_pre"] == "mine"
+    with pytest.raises(ValueError, match="tokenizer_pre: text is not split before merging"):
+        written(pieces(), tmp_path, 420, pre="mine")

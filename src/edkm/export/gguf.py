@@ -17,13 +17,14 @@ from edkm.core.assign import Frozen
 from edkm.core.formats import FORMATS, FrozenBlocks
 from edkm.export.exported import Exported, need, new_file
 from edkm.export.ggml import exact_type, ggml_blocks, ggml_type
-from edkm.export.llamacpp import Family, Names, add_hyperparameters, family_of, notes_on
+from edkm.export.llamacpp import Family, Names, add_hyperparameters, add_rope_tensors, family_of, notes_on
 from edkm.export.vocabulary import add_tokenizer
 from edkm.progress import progress
 
 # `general.file_type` where the names differ.
 _FILE_TYPES = {"Q2_K": "Q2_K", "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "MXFP4": "MXFP4_MOE"}
 _NORMS = "_norm.weight"
+_OF_TENSORS = ("general.architecture", "general.file_type", "general.alignment")
 
 
 def export(
@@ -51,6 +52,8 @@ def export(
     need("gguf", "hf")
     import gguf
 
+    if like is not None and tokenizer_pre is not None:
+        raise ValueError("tokenizer_pre: the file given with --like says it; leave out one of the two")
     directory, out = Path(directory), Path(out)
     config = model_config(directory).get_text_config()
     family = family_of(directory, config)
@@ -62,6 +65,7 @@ def export(
             _describe(writer, directory, config, family, tokenizer_pre, out.stem)
         else:
             _copy_metadata(writer, Path(like), family, config)
+        add_rope_tensors(writer, config)
         kinds: Counter[str] = Counter()
         with progress("export", 2 * len(items), "tensors") as advance:
             for name, item in items.items():
@@ -128,7 +132,7 @@ def _copy_metadata(writer: Any, like: Path, family: Family, config: Any) -> None
             f"{config.num_hidden_layers} and {config.vocab_size}. Give a file of the same model."
         )
     for field in fields.values():
-        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
+        if not field.name.startswith(("GGUF.", "split.", "quantize.")) and field.name not in _OF_TENSORS:
             kind = field.types[0]
             writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
 

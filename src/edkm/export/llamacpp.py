@@ -97,7 +97,7 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def add_hyperparameters(writer: Any, config: Any, family: Family) -> None:
-    """Give a `gguf.GGUFWriter` the numbers of a model, and the tensors of its rotary positions."""
+    """Give a `gguf.GGUFWriter` the numbers of a model."""
     heads, size = config.num_attention_heads, head_size(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -140,12 +140,18 @@ def _add_rope(writer: Any, config: Any, size: int) -> None:
         for name, add in (("attention_factor", "attn_factor"), ("beta_fast", "beta_fast"), ("beta_slow", "beta_slow")):
             if rope.get(name) is not None:
                 getattr(writer, f"add_rope_scaling_yarn_{add}")(rope[name])
-    elif kind == "llama3":
-        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, size).numpy())
     elif kind == "longrope":
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
         stretch = math.log(longest / original)
         writer.add_rope_scaling_attn_factors(math.sqrt(1 + stretch / math.log(original)) if stretch > 0 else 1.0)
+
+
+def add_rope_tensors(writer: Any, config: Any) -> None:
+    """Give a `gguf.GGUFWriter` the tensors by which rotary positions turn slower, where a model has such."""
+    rope = _rope(config)
+    if rope.get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head_size(config)).numpy())
+    elif rope.get("rope_type") == "longrope":
         for name in ("long", "short"):
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
 

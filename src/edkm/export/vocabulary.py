@@ -57,6 +57,10 @@ def add_tokenizer(writer: Any, directory: Path, tokenizer: Any, size: int, pre: 
         )
     tokens, kinds = _tokens(content, size, directory)
     pieces = bool(model.get("byte_fallback"))  # sentencepiece's BPE: llama.cpp merges by the score of the result
+    if pieces and pre is not None:
+        raise ValueError(
+            f"tokenizer_pre: text is not split before merging by the tokenizer in {directory}, of sentencepiece's kind; leave it out"
+        )
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre("default" if pieces else pre or splitting(content, directory))
     writer.add_token_list(tokens)
