@@ -7,17 +7,14 @@
 """
 
 import ctypes
-import ctypes.util
-import mmap
-import platform
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packedkernels import VARIANTS, Fenced, built, check
 from torch.nn.functional import linear
 
 from edkm.compressed import cpu
@@ -28,20 +25,6 @@ from edkm.compressed.packing import pack_indices
 from edkm.core import native
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# -O1 and few variants: building one takes seconds.
-VARIANTS = {"native": (), "portable": ("-DPORTABLE", "-O1")}
-if platform.machine() == "x86_64":
-    VARIANTS["avx2"] = ("-mno-avx512f", "-DBYTES=0", "-O1")
-    VARIANTS["bytes"] = ("-mno-avx512f", "-DBYTES=1", "-O1")
-    VARIANTS["sse"] = ("-mno-avx", "-O1")
-
-
-def built(variant):
-    """The kernels in one of their forms."""
-    library = native.library(cpu._SOURCE, *cpu._FLAGS, *VARIANTS[variant])
-    if library is None:
-        pytest.skip("no C compiler")
-    return cpu.declare(library)
 
 
 @pytest.fixture(params=[*VARIANTS, "torch"])
@@ -64,19 +47,6 @@ def packed_weight(rows, cols, bits, luts, dtype=torch.float16, k=None, seed=0):
 
 def weight_of(stream, lut, bits, rows, cols):
     return PackedWeight(stream, lut, Entry(bits, (rows, cols), lut.shape[2], lut.shape[0], 0.0, rows))
-
-
-def check(x, packed, weight):
-    """As exact as torch in float32, then rounded to the dtype of x."""
-    out = packed_linear(x, packed)
-    assert out.dtype == x.dtype and out.shape == (*x.shape[:-1], len(weight))
-    truth = x.double() @ weight.double().T
-    plain = linear(x.float(), weight.float()).to(x.dtype)
-    size = x.double().abs() @ weight.double().abs().T
-    epsilon = torch.finfo(torch.float32).eps
-    assert ((out - truth).abs() <= 1.01 * (plain - truth).abs() + 8 * epsilon * size + torch.finfo(x.dtype).eps * truth.abs()).all()
-    # and in all, without the leeway of rounding
-    assert (out - truth).norm() <= 1.5 * (plain - truth).norm() + epsilon * size.norm()
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -103,25 +73,6 @@ def test_any_shape_and_dtype(variant, data):
         patch.setattr(cpu, "_library", lambda: library)
         check(x, packed, weight)
         assert torch.equal(packed.dense(dtype), weight)
-
-
-class Fenced:
-    """Copies of tensors that end where a page without access begins."""
-
-    def __init__(self):
-        self.kept = []
-        self.protect = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True).mprotect
-
-    def __call__(self, tensor):
-        data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-        whole = -(-data.size // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
-        view = np.frombuffer(memory, np.uint8)
-        assert not self.protect(ctypes.c_void_p(view.ctypes.data + whole), ctypes.c_size_t(mmap.PAGESIZE), 0)
-        self.kept.append(memory)
-        view[whole - data.size : whole] = data
-        part = torch.from_numpy(view[whole - data.size : whole])
-        return part.view(tensor.dtype).view(tensor.shape)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mprotect"), reason="no mprotect")
@@ -203,7 +154,7 @@ def test_several_weights_in_one_call(kernels, bits, cols, threads):
     matrices = []
     for rows in (200, 1, 64, 640, 65):
         packed, _ = packed_weight(rows, cols, bits, rows, seed=rows)
-        matrices.append((packed.stream, packed.lut, *packed.matrix))
+        matrices.append(packed.in_memory)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

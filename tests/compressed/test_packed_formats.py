@@ -54,7 +54,7 @@ def layer(kind, frozen, *arguments, dtype=torch.float32, **options):
 def test_a_linear_layer_computes_as_the_dense_one(name, batch):
     frozen = blocks((27, 512), name)
     weight, dense = packed(frozen), dequantize(frozen)
-    assert torch.equal(weight.dense(torch.float32), dense)
+    assert torch.equal(weight.dense(torch.float32), dense) and torch.equal(weight.decode_rows(8, 24, torch.float32), dense[8:24])
     x = torch.randn(batch, 512, requires_grad=True)
     out = packed_linear(x, weight)
     torch.testing.assert_close(out, x @ dense.T, rtol=1e-5, atol=1e-5)

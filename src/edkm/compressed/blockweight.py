@@ -6,14 +6,17 @@ Whole numbers among the parts stay packed too: they are unpacked with the rows t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
+from edkm.compressed import cpu
 from edkm.compressed.entries import Entry
-from edkm.compressed.linear import PackedWeight, is_recorded
+from edkm.compressed.linear import PackedWeight
 from edkm.compressed.packing import unpack_at, unpack_rows
 from edkm.core.formats import FORMATS
+from edkm.core.storage import Floats, ZeroPoint
 
 
 class BlockWeight(PackedWeight):
@@ -24,23 +27,39 @@ class BlockWeight(PackedWeight):
         self.form, self.layout = FORMATS[entry.format], entry.layout
         self.rows, self.cols = entry.grid
         self.matrix = entry.bits, self.rows, self.cols
+        self.theta = self._theta()
+
+    def _theta(self) -> cpu.Theta | None:
+        """Describe theta to the kernels; None if they do not read it, or not these values."""
+        first, last, k = self.form.values[0], self.form.values[-1], len(self.form.values)
+        few = self.entry.bits <= 4 and self.cols * self.entry.bits % 32 == 0
+        storage, wide = self.form.storage, self.form.width(self.cols)
+        if isinstance(storage, Floats | ZeroPoint) and (few or (self.entry.bits == 8 and last - first == k - 1)):
+            zero_bits = storage.bits if isinstance(storage, ZeroPoint) else 0
+            return cpu.Theta(self.parts["scale"], self.parts.get("zero" if zero_bits else "offset"), wide, zero_bits)
+        return None
 
     @property
-    def compiled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
+    def lut(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The values, for the kernels."""
+        return _values(self.entry.format)
+
+    @cached_property
+    def compiled(self) -> bool:
+        return self.theta is not None and super().compiled
 
     def to(self, device: torch.device | str) -> BlockWeight:
         return BlockWeight(self.stream.to(device), {name: part.to(device) for name, part in self.parts.items()}, self.entry)
 
-    def decode_rows(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        in_blocks, parts = not is_recorded(self.stream), {}
+    def _looked_up(self, start: int, stop: int, dtype: torch.dtype, *, in_blocks: bool) -> Tensor:
+        parts = {}
         indices = unpack_rows(self.stream, self.entry.bits, self.entry.grid, start, stop, in_blocks=in_blocks)
         for name, about in self.layout.items():
             part = self.parts[name]
             if about.bits:
                 part = unpack_rows(part, about.bits, (about.shape[0], about.shape[1]), start, stop, in_blocks=in_blocks)
             parts[name] = part if about.bits or len(about.shape) == 1 else part[start:stop]
-        return self._values(indices, parts, dtype)
+        return self._entries(indices, parts, dtype)
 
     def rows_at(self, at: Tensor) -> Tensor:
         parts = {}
@@ -52,10 +71,15 @@ class BlockWeight(PackedWeight):
                 parts[name] = part.view(torch.uint8)[at].view(part.dtype)
             else:
                 parts[name] = part if len(about.shape) == 1 else part[at]
-        return self._values(unpack_at(self.stream, self.entry.bits, self.cols, at), parts, torch.float32)
+        return self._entries(unpack_at(self.stream, self.entry.bits, self.cols, at), parts, torch.float32)
 
-    def _values(self, indices: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def _entries(self, indices: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return self.form.lookup(indices, self.form.storage.read(parts)).to(dtype)
+
+
+@cache
+def _values(form: str) -> Tensor:
+    return torch.tensor(FORMATS[form].values, dtype=torch.float32).view(1, -1, 1)
 
 
 def weight_of(stream: Tensor, parts: Mapping[str, Tensor], entry: Entry) -> PackedWeight:

@@ -35,6 +35,7 @@
 #define ROWS 4  /* at once: enough sums to hide the latency of an addition, and one load of the activations for all */
 #define GROUP 4 /* rows of x at once */
 #define PART 64 /* rows that a thread takes at once */
+#define AHEAD 16 /* rows whose scales are read at once */
 #define INLINE static inline __attribute__((always_inline))
 #define APART static __attribute__((noinline))
 
@@ -52,8 +53,11 @@ typedef void Kernel(const Job *, int64_t first, int64_t stop, float *scratch);
 
 struct Job {
     const uint8_t *packed; /* the stream of rows * cols indices */
-    const void *lut;       /* [luts, k] */
+    const void *lut;       /* [luts, k]; of a format its values, float32 */
     int64_t rows, cols, bits, luts, k, lut_type;
+    const void *scale;     /* of a format, [rows, cols / wide] of type theta_type; else 0 */
+    const void *offset;    /* the same, or a stream of integers of zero_bits: offset = -scale integer; or 0 */
+    int64_t wide, theta_type, zero_bits;
     void *out;     /* [batch, rows], or what is unpacked of [rows, cols] */
     int64_t batch, x_type;
     Kernel *kernel;
@@ -133,6 +137,17 @@ INLINE floats look_up(const Table *t, words v, const int bits) {
 }
 #endif
 
+/* LANES bytes, less 128: so that the sum of products is not a small difference of large ones. */
+INLINE floats bytes_at(const uint8_t *at) {
+#if LANES == 16
+    return (floats)_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)at)), _mm512_set1_epi32(128)));
+#elif LANES == 8
+    return (floats)_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)at)), _mm256_set1_epi32(128)));
+#else
+    return (floats){at[0] - 128, at[1] - 128, at[2] - 128, at[3] - 128};
+#endif
+}
+
 INLINE float as_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);
@@ -162,7 +177,13 @@ INLINE void read_floats(const void *from, int64_t type, int64_t at, int64_t n, f
     if (type == FLOAT32) memcpy(out, (const float *)from + at, n * sizeof *out);
     const uint16_t *short_floats = (const uint16_t *)from + at;
     if (type == FLOAT16)
-        for (int64_t i = 0; i < n; i++) out[i] = of_half(short_floats[i]);
+        for (int64_t i = 0; i < n; i++) {
+#if LANES > 4 && defined(__F16C__)
+            for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(short_floats + i))));
+            if (i == n) break;
+#endif
+            out[i] = of_half(short_floats[i]);
+        }
     if (type == BFLOAT16)
         for (int64_t i = 0; i < n; i++) out[i] = of_bfloat(short_floats[i]);
 }
@@ -310,8 +331,42 @@ APART void end_of(const uint8_t **at, const uint8_t *end, uint8_t copy[][4 * LAN
     }
 }
 
+/* Formats: entry j is offset + scale v_j, with theta for every `wide` columns of a row. */
+
+INLINE int64_t wides_of(const Job *j) { return j->cols / j->wide; }
+
+/* Of the rows of a block: the scale of every dword, and `shift` of every block of columns. */
+typedef struct { const float *lanes, *shift; } Theta;
+
+/* Scales of the rows from `first` to `stop`, and what every x of a block counts for besides: offset + scale centre. */
+APART void read_theta(const Job *j, int64_t first, int64_t stop, float centre, float *scale, float *shift) {
+    const int64_t from = first * wides_of(j), count = (stop - first) * wides_of(j);
+    read_floats(j->scale, j->theta_type, from, count, scale);
+    if (!j->offset)
+        memset(shift, 0, count * sizeof *shift);
+    else if (!j->zero_bits)
+        read_floats(j->offset, j->theta_type, from, count, shift);
+    else
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t bit = (from + i) * j->zero_bits, low = bit % 8;
+            const uint8_t *at = (const uint8_t *)j->offset + bit / 8;
+            const int zero = (at[0] >> low | (low + j->zero_bits > 8 ? at[1] << (8 - low) : 0)) & ((1 << j->zero_bits) - 1);
+            shift[i] = -scale[i] * zero;
+        }
+    for (int64_t i = 0; i < count; i++) shift[i] += scale[i] * centre;
+}
+
+/* What the offsets of a row add: x has the sums of its blocks behind it. */
+INLINE float shifts_of(const Job *j, const float *shift, int64_t b) {
+    const int64_t wides = wides_of(j);
+    const float *x = j->xs + (b + 1) * j->stride - wides;
+    float sum = 0;
+    for (int64_t w = 0; w < wides; w++) sum += shift[w] * x[w];
+    return sum;
+}
+
 /* y of ROWS rows from `row` on (fewer at the end: the last is then computed again), for BATCH rows of x from `from` on. */
-INLINE void block(const Job *j, const float *entries, int64_t row, int64_t from, const int bits, const int batch) {
+INLINE void block(const Job *j, const float *entries, int64_t row, int64_t from, const int bits, const int batch, const Theta *theta) {
     const int64_t row_bytes = j->cols * bits / 8, vectors = vectors_of(j), steps = steps_of(j);
     const uint8_t *at[ROWS], *end = j->packed + j->rows * row_bytes;
     Table tables[ROWS][4];
@@ -338,36 +393,74 @@ INLINE void block(const Job *j, const float *entries, int64_t row, int64_t from,
             __builtin_prefetch(from[r] + ROWS * row_bytes); /* the next block: the hardware does not see four rows as one stream */
         }
         if (v >= within) end_of(from, end, copy);
+        floats part[GROUP][ROWS] = {0}, (*sum)[ROWS] = theta ? part : sums;
 #if LANES == 8
-        if (BY_BYTES(bits)) {
-            take_bytes(from, planes, x, j->stride, sums, batch);
-            continue;
-        }
-#endif
-        if (bits == 3)
-            take3(from, tables, x, j->stride, PHASES + v * LANES % 3, sums, batch);
+        if (BY_BYTES(bits))
+            take_bytes(from, planes, x, j->stride, sum, batch);
         else
-            take(from, tables, x, j->stride, sums, bits, batch);
+#endif
+            if (bits == 3)
+                take3(from, tables, x, j->stride, PHASES + v * LANES % 3, sum, batch);
+            else
+                take(from, tables, x, j->stride, sum, bits, batch);
+        if (theta)
+            UNROLLED for (int r = 0; r < ROWS; r++) {
+                const floats scale = *(const loose_floats *)(theta->lanes + r * vectors * LANES + v * LANES);
+                UNROLLED for (int b = 0; b < batch; b++) sums[b][r] += part[b][r] * scale;
+            }
     }
     float y[GROUP][ROWS];
     UNROLLED for (int b = 0; b < batch; b++)
-        UNROLLED for (int r = 0; r < ROWS; r++) y[b][r] = total(sums[b][r]);
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            y[b][r] = total(sums[b][r]);
+            if (theta) y[b][r] += shifts_of(j, theta->shift + r * wides_of(j), from + b);
+        }
     for (int b = 0; b < batch && from + b < j->batch; b++)
         for (int r = 0; r < ROWS && row + r < j->rows; r++) store(j, from + b, row + r, y[b][r]);
+}
+
+INLINE void groups(const Job *j, const float *entries, int64_t row, const int bits, const Theta *theta) {
+    for (int64_t b = 0; b < j->batch; b += GROUP)
+        if (j->batch - b > 2)
+            block(j, entries, row, b, bits, 4, theta);
+        else if (j->batch - b == 2)
+            block(j, entries, row, b, bits, 2, theta);
+        else
+            block(j, entries, row, b, bits, 1, theta);
 }
 
 INLINE void blocks(const Job *j, int64_t first, int64_t stop, const int bits) {
     float tables[(PART << bits) + 16];
     read_tables(j, first, stop, tables);
     const float *entries = tables - table_at(j, first) * (1 << bits);
-    for (int64_t row = first; row < stop; row += ROWS)
-        for (int64_t b = 0; b < j->batch; b += GROUP)
-            if (j->batch - b > 2)
-                block(j, entries, row, b, bits, 4);
-            else if (j->batch - b == 2)
-                block(j, entries, row, b, bits, 2);
-            else
-                block(j, entries, row, b, bits, 1);
+    for (int64_t row = first; row < stop; row += ROWS) groups(j, entries, row, bits, 0);
+}
+
+/* Every number `each` times. */
+APART void spread_out(const float *from, int64_t n, int64_t each, float *out) {
+#define TIMES(number) \
+    case number: \
+        for (int64_t i = 0; i < n; i++, out += number) UNROLLED for (int k = 0; k < number; k++) out[k] = from[i]; \
+        return;
+    switch (each) { TIMES(1) TIMES(2) TIMES(3) TIMES(4) TIMES(6) TIMES(8) TIMES(12) TIMES(16) }
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t k = 0; k < each; k++) *out++ = from[i];
+}
+
+/* Of a format: every dword of a row has the scale of its block. */
+INLINE void scaled(const Job *j, int64_t first, int64_t stop, float *scratch, const int bits) {
+    const int64_t wides = wides_of(j), lanes = vectors_of(j) * LANES, each = j->wide * bits / 32;
+    const float centre = j->offset ? 1 << (bits - 1) : 0;
+    float entries[32], *scales = scratch, *shifts = scales + AHEAD * wides, *spread = shifts + AHEAD * wides;
+    read_tables(j, first, stop, entries);
+    for (int i = 0; i < 1 << bits; i++) entries[i] -= centre;
+    memset(spread, 0, ROWS * lanes * sizeof *spread);
+    for (int64_t row = first; row < stop; row += ROWS) {
+        const int64_t ahead = (row - first) % AHEAD;
+        if (!ahead) read_theta(j, row, row + AHEAD < stop ? row + AHEAD : stop, centre, scales, shifts);
+        for (int r = 0; r < ROWS; r++) spread_out(scales + (ahead + r) * wides, wides, each, spread + r * lanes);
+        groups(j, entries, row, bits, &(Theta){spread, shifts + ahead * wides});
+    }
 }
 
 #if LANES == 16 && defined(__AVX512BW__)
@@ -427,7 +520,17 @@ INLINE void unpack_row(const uint8_t *packed, const uint8_t *end, int64_t bit, i
     }
 }
 
-INLINE void unpack_rows(const Job *j, int64_t first, int64_t stop, const int bits) {
+/* Scale and offset one after the other: each is rounded. */
+APART void apply_theta(const Job *j, int64_t row, float *out, float *scratch) {
+    const int64_t wides = wides_of(j);
+    read_theta(j, row, row + 1, 0, scratch, scratch + wides);
+    for (int64_t w = 0; w < wides; w++)
+        for (int64_t c = w * j->wide; c < (w + 1) * j->wide; c++) out[c] *= scratch[w];
+    for (int64_t w = 0; j->offset && w < wides; w++)
+        for (int64_t c = w * j->wide; c < (w + 1) * j->wide; c++) out[c] += scratch[wides + w];
+}
+
+INLINE void unpack_rows(const Job *j, int64_t first, int64_t stop, float *scratch, const int bits) {
     float tables[(PART << bits) + 16];
     read_tables(j, first, stop, tables);
     const uint8_t *end = j->packed + (j->rows * j->cols * bits + 7) / 8;
@@ -440,7 +543,7 @@ INLINE void unpack_rows(const Job *j, int64_t first, int64_t stop, const int bit
         float *out = (float *)j->out + (row - j->first) * j->cols;
         int64_t done = 0;
 #ifdef WIDE
-        if (bits == 8 && j->lut_type != FLOAT32) {
+        if (bits == 8 && !j->scale && j->lut_type != FLOAT32) {
             for (int i = 0; table != last && i < 8; i++)
                 wide.part[i] = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(entries + 32 * i, j->lut_type)),
                                                   narrow(entries + 32 * i + 16, j->lut_type), 1);
@@ -450,14 +553,17 @@ INLINE void unpack_rows(const Job *j, int64_t first, int64_t stop, const int bit
 #endif
         (void)last;
         unpack_row(j->packed, end, bit + done * bits, j->cols - done, entries, out + done, bits);
+        if (j->scale) apply_theta(j, row, out, scratch);
     }
 }
 
-#define UNPACK(bits) static void unpack##bits(const Job *j, int64_t first, int64_t stop, float *s) { (void)s, unpack_rows(j, first, stop, bits); }
+#define UNPACK(bits) static void unpack##bits(const Job *j, int64_t first, int64_t stop, float *s) { unpack_rows(j, first, stop, s, bits); }
 UNPACK(1) UNPACK(2) UNPACK(3) UNPACK(4) UNPACK(5) UNPACK(6) UNPACK(7) UNPACK(8)
 static Kernel *const UNPACK[] = {0, unpack1, unpack2, unpack3, unpack4, unpack5, unpack6, unpack7, unpack8};
 
-#define ROWS_OF(bits) static void rows##bits(const Job *j, int64_t first, int64_t stop, float *s) { (void)s, blocks(j, first, stop, bits); }
+#define ROWS_OF(bits) \
+    static void rows##bits(const Job *j, int64_t first, int64_t stop, float *s) { (void)s, blocks(j, first, stop, bits); } \
+    static void scaled##bits(const Job *j, int64_t first, int64_t stop, float *s) { scaled(j, first, stop, s, bits); }
 ROWS_OF(1) ROWS_OF(2) ROWS_OF(3) ROWS_OF(4)
 
 /* Any bits and shape: a few rows are unpacked into the first cache, and multiplied. */
@@ -482,6 +588,71 @@ static void rows_of_any(const Job *j, int64_t first, int64_t stop, float *scratc
             }
     }
 }
+
+INLINE void take8(const uint8_t *const *at, int64_t col, const float *x, int64_t stride, floats sums[][ROWS], const int batch) {
+    UNROLLED for (int r = 0; r < ROWS; r++) {
+        const floats q = bytes_at(at[r] + col);
+        UNROLLED for (int b = 0; b < batch; b++) sums[b][r] += q * *(const floats *)(x + b * stride + col);
+    }
+}
+
+/* 8 bits, whose values are integers one after another: y of ROWS rows, as in `block`. */
+INLINE void block8(const Job *j, int64_t row, int64_t from, const float *scale, const float *shift, const int batch) {
+    const int64_t wides = wides_of(j), whole = j->cols / LANES * LANES;
+    const uint8_t *at[ROWS];
+    const float *x = j->xs + from * j->stride;
+    floats sums[GROUP][ROWS] = {0};
+    UNROLLED for (int r = 0; r < ROWS; r++) at[r] = j->packed + (row + r < j->rows ? row + r : j->rows - 1) * j->cols;
+    for (int64_t w = 0, c = 0; w < wides; w++) {
+        const int64_t end = (w + 1) * j->wide < whole ? (w + 1) * j->wide : whole;
+        floats part[GROUP][ROWS] = {0};
+        for (; c + 64 <= end; c += 64) {
+            UNROLLED for (int r = 0; r < ROWS; r++) __builtin_prefetch(at[r] + c + ROWS * j->cols);
+            UNROLLED for (int i = 0; i < 64; i += LANES) take8(at, c + i, x, j->stride, part, batch);
+        }
+        for (; c < end; c += LANES) take8(at, c, x, j->stride, part, batch);
+        UNROLLED for (int b = 0; b < batch; b++)
+            UNROLLED for (int r = 0; r < ROWS; r++) sums[b][r] += part[b][r] * scale[r * wides + w];
+    }
+    float y[GROUP][ROWS];
+    UNROLLED for (int b = 0; b < batch; b++)
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            y[b][r] = total(sums[b][r]);
+            for (int64_t c = whole; c < j->cols; c++) y[b][r] += scale[r * wides] * (at[r][c] - 128) * x[b * j->stride + c];
+            y[b][r] += shifts_of(j, shift + r * wides, from + b);
+        }
+    for (int b = 0; b < batch && from + b < j->batch; b++)
+        for (int r = 0; r < ROWS && row + r < j->rows; r++) store(j, from + b, row + r, y[b][r]);
+}
+
+static void rows8(const Job *j, int64_t first, int64_t stop, float *scratch) {
+    const int64_t wides = wides_of(j);
+    float *shifts = scratch + AHEAD * wides;
+    for (int64_t row = first; row < stop; row += ROWS) {
+        const int64_t ahead = (row - first) % AHEAD;
+        if (!ahead) read_theta(j, row, row + AHEAD < stop ? row + AHEAD : stop, 128 + *(const float *)j->lut, scratch, shifts);
+        const float *scale = scratch + ahead * wides, *shift = shifts + ahead * wides;
+        for (int64_t b = 0; b < j->batch; b += GROUP)
+            if (j->batch - b > 2)
+                block8(j, row, b, scale, shift, 4);
+            else if (j->batch - b == 2)
+                block8(j, row, b, scale, shift, 2);
+            else
+                block8(j, row, b, scale, shift, 1);
+    }
+}
+
+/* Behind a row of x the sum of each block. */
+static void add_up(const Job *j, const float *row, float *out) {
+    const int64_t wides = wides_of(j);
+    for (int64_t w = 0; w < wides; w++) {
+        double sum = 0;
+        for (int64_t c = w * j->wide; c < (w + 1) * j->wide; c++) sum += row[c];
+        out[j->stride - wides + w] = sum;
+    }
+}
+
+static int64_t scratch_of(const Job *j) { return 2 * AHEAD * wides_of(j) + (j->bits < 8 ? ROWS * LANES * vectors_of(j) : 0); }
 
 static int64_t parts_of(const Job *j) { return (j->stop - j->first + PART - 1) / PART; }
 
@@ -520,27 +691,30 @@ typedef struct {
     const uint8_t *packed;
     const void *lut;
     int64_t rows, cols, bits, luts, k, lut_type;
+    const void *scale, *offset;
+    int64_t wide, theta_type, zero_bits;
     void *out;
 } Weight;
 
 static Job job_of(const Weight *w, Kernel *kernel, int64_t first, int64_t stop) {
-    return (Job){w->packed, w->lut, w->rows, w->cols, w->bits, w->luts, w->k, w->lut_type, w->out, 0, FLOAT32, kernel, first, stop, 0, 0};
+    return (Job){w->packed, w->lut, w->rows, w->cols, w->bits, w->luts, w->k, w->lut_type, w->scale, w->offset, w->wide, w->theta_type, w->zero_bits, w->out, 0, FLOAT32, kernel, first, stop, 0, 0};
 }
 
 /* y = x W^T, x [batch, cols], for each of up to MOST weights of the same columns and bits: y float32, or bfloat16 if x is.
    0, or 1 without memory. */
 enum { MOST = 8 };
 int edkm_linear(const Weight *weights, int64_t count, const void *x, int64_t batch, int64_t x_type, int64_t threads) {
-    static Kernel *const KERNELS[] = {0, rows1, rows2, rows3, rows4};
+    static Kernel *const KERNELS[] = {0, rows1, rows2, rows3, rows4}, *const SCALED[] = {0, scaled1, scaled2, scaled3, scaled4, 0, 0, 0, rows8};
     const int64_t cols = weights->cols, bits = weights->bits;
-    const int direct = fused(cols, bits);
+    const int direct = fused(cols, bits), shaped = weights->scale != 0;
     Job jobs[MOST];
     for (int64_t i = 0; i < count; i++) {
-        jobs[i] = job_of(weights + i, direct ? KERNELS[bits] : rows_of_any, 0, weights[i].rows);
+        jobs[i] = job_of(weights + i, shaped ? SCALED[bits] : direct ? KERNELS[bits] : rows_of_any, 0, weights[i].rows);
         jobs[i].batch = batch, jobs[i].x_type = x_type;
         jobs[i].stride = direct ? vectors_of(jobs) * steps_of(jobs) * LANES : cols;
+        if (shaped) jobs[i].stride = (jobs[i].stride + wides_of(jobs) + LANES - 1) / LANES * LANES;
     }
-    Run r = {jobs, count, 0, 0, direct ? 0 : 8 * cols, 0, 0};
+    Run r = {jobs, count, 0, 0, shaped ? scratch_of(jobs) : direct ? 0 : 8 * cols, 0, 0};
     const int64_t padded = batch + (batch % GROUP == 3), stride = jobs->stride; /* as `blocks` goes */
     char *memory = malloc((padded * stride + cols + threads * r.apart + 16) * sizeof(float));
     if (!memory) return 1;
@@ -551,8 +725,10 @@ int edkm_linear(const Weight *weights, int64_t count, const void *x, int64_t bat
         if (direct) {
             read_floats(x, x_type, b * cols, cols, row);
             arrange(jobs, row, xs + b * stride);
+            if (shaped) add_up(jobs, row, xs + b * stride);
         } else {
             read_floats(x, x_type, b * cols, cols, xs + b * stride);
+            if (shaped) add_up(jobs, xs + b * stride, xs + b * stride);
         }
     memset(xs + batch * stride, 0, (padded - batch) * stride * sizeof(float));
     run(&r, threads);
@@ -560,8 +736,14 @@ int edkm_linear(const Weight *weights, int64_t count, const void *x, int64_t bat
     return 0;
 }
 
-/* Rows `first` to `stop` of W as float32. */
-void edkm_unpack(const Weight *weight, int64_t first, int64_t stop, int64_t threads) {
+/* Rows `first` to `stop` of W as float32. 0, or 1 without memory. */
+int edkm_unpack(const Weight *weight, int64_t first, int64_t stop, int64_t threads) {
     const Job job = job_of(weight, UNPACK[weight->bits], first, stop);
-    run(&(Run){&job, 1, 0, 0, 0, 0, 0}, threads);
+    Run r = {&job, 1, 0, 0, weight->scale ? 2 * wides_of(&job) : 0, 0, 0};
+    float *scratch = malloc((threads * r.apart + 1) * sizeof(float));
+    if (!scratch) return 1;
+    r.scratch = scratch;
+    run(&r, threads);
+    free(scratch);
+    return 0;
 }

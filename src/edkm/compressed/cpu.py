@@ -15,6 +15,7 @@ import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +30,29 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in cpu.c
 _WORTH_THREADS = 1 << 17
 # Weights in one call, as in cpu.c.
 MOST = 8
-_WEIGHT = struct.Struct("9q").pack
-# A stream of indices, its tables, bits, rows and columns.
-Matrix = tuple[Tensor, Tensor, int, int, int]
+_WEIGHT = struct.Struct("14q").pack
 
 
-def reads(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
+class Theta(NamedTuple):
+    """Scale and offset of the blocks of a weight in a format.
+
+    Attributes:
+        scale: `[rows, blocks]`, float16, bfloat16 or float32.
+        offset: the same; or a stream of integers of `zero_bits`, the indices whose entries are zero; or None.
+        wide: columns of a block.
+    """
+
+    scale: Tensor
+    offset: Tensor | None
+    wide: int
+    zero_bits: int = 0
+
+
+# A stream of indices, its tables (values of a format), bits, rows, columns, and theta of a format.
+Matrix = tuple[Tensor, Tensor, int, int, int, Theta | None]
+
+
+def reads(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int, theta: Theta | None = None) -> bool:
     """Say whether the kernels can read a weight: its layout is theirs, and they can be built.
 
     Args:
@@ -43,7 +61,10 @@ def reads(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> bool:
             or above counts as a weight of zero.
         bits: width of an index, 1 to 8.
         rows, cols: shape of W.
+        theta: of a format with entries `offset + scale lut`, of at most 4 bits or of 8 bits and integer values one after another.
     """
+    if theta is not None and not (theta.scale.is_contiguous() and theta.scale.dtype in TYPES):
+        return False
     if not (stream.is_cpu and lut.is_cpu and stream.is_contiguous() and lut.is_contiguous() and lut.dim() == 3):
         return False
     luts, k, dim = lut.shape
@@ -59,12 +80,12 @@ def most_rows(cols: int, bits: int) -> int:
     return library.edkm_most(cols, bits)
 
 
-def multiply(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+def multiply(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int, theta: Theta | None = None) -> Tensor:
     """Multiply a few rows of x by W^T, W packed.
 
     Args:
         x: `[..., cols]`, float32, bfloat16 or float16, on a CPU.
-        stream, lut, bits, rows, cols: a weight that `reads` accepts.
+        stream, lut, bits, rows, cols, theta: a weight that `reads` accepts.
 
     Returns:
         `[..., rows]` in the dtype of `x`; sums in float32.
@@ -73,18 +94,18 @@ def multiply(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols:
         One pass over `stream`, from cache once more for every 4 rows of x; `4.2 * cols` bytes live for a row of x. Rows that are not whole
         bytes, or more than 4 bits: half as fast, and 8 rows of W live for every thread.
     """
-    return products(x, [(stream, lut, bits, rows, cols)])[0]
+    return products(x, [(stream, lut, bits, rows, cols, theta)])[0]
 
 
 def products(x: Tensor, weights: Sequence[Matrix]) -> list[Tensor]:
-    """Multiply as `multiply` does, by up to `MOST` weights of the same columns and bits: x is prepared once, threads are woken once."""
-    library, (_, _, bits, _, cols) = _library(), weights[0]
-    batch, total = x.numel() // cols, sum(rows for _, _, _, rows, _ in weights)
+    """Multiply as `multiply` does by up to `MOST` weights alike in columns, bits and blocks: x is prepared once, threads are woken once."""
+    library, (_, _, bits, _, cols, theta) = _library(), weights[0]
+    batch, total = x.numel() // cols, sum(weight[3] for weight in weights)
     half = x.dtype == torch.float16
     x = x.contiguous()
     outs, described = [], b""
     for weight in weights:
-        assert weight[2] == bits and weight[4] == cols and len(weights) <= MOST
+        assert weight[2] == bits and weight[4] == cols and _wide(weight[5]) == _wide(theta) and len(weights) <= MOST
         out = x.new_empty(*x.shape[:-1], weight[3], dtype=torch.float32 if half else None)
         outs.append(out)
         described += _described(weight, out)
@@ -94,18 +115,29 @@ def products(x: Tensor, weights: Sequence[Matrix]) -> list[Tensor]:
     return [out.half() for out in outs] if half else outs
 
 
-def unpack(stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int, start: int, stop: int, out: Tensor) -> None:
-    """Write rows `start` (a multiple of 8) to before `stop` of W to `out`, contiguous float32; a weight that `reads` accepts."""
+def unpack(weight: Matrix, start: int, stop: int, out: Tensor) -> None:
+    """Write rows `start` (a multiple of 8) to before `stop` of a weight that `reads` accepts to `out`, contiguous float32."""
+    rows = weight[3]
     assert start % 8 == 0 and 0 <= start <= stop <= rows and out.dtype == torch.float32 and out.is_contiguous()
     library = _library()
     assert library is not None
-    library.edkm_unpack(_described((stream, lut, bits, rows, cols), out), start, stop, _threads(out.numel()))
+    if library.edkm_unpack(_described(weight, out), start, stop, _threads(out.numel())):
+        raise MemoryError("the scales of a packed weight.")
 
 
 def _described(weight: Matrix, out: Tensor) -> bytes:
     """Write the struct `Weight` of `cpu.c`: converting one argument takes less time than nine."""
-    stream, lut, bits, rows, cols = weight
-    return _WEIGHT(stream.data_ptr(), lut.data_ptr(), rows, cols, bits, lut.shape[0], lut.shape[1], TYPES[lut.dtype], out.data_ptr())
+    stream, lut, bits, rows, cols, theta = weight
+    blocks = (0, 0, 1, 0, 0)
+    if theta is not None:
+        offset = 0 if theta.offset is None else theta.offset.data_ptr()
+        blocks = theta.scale.data_ptr(), offset, theta.wide, TYPES[theta.scale.dtype], theta.zero_bits
+    tables = *lut.shape[:2], TYPES[lut.dtype]
+    return _WEIGHT(stream.data_ptr(), lut.data_ptr(), rows, cols, bits, *tables, *blocks, out.data_ptr())
+
+
+def _wide(theta: Theta | None) -> int:
+    return 0 if theta is None else theta.wide
 
 
 def _threads(weights: int) -> int:
@@ -132,7 +164,6 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.edkm_linear.argtypes = [ctypes.c_char_p, integer, pointer, integer, integer, integer]
     library.edkm_unpack.argtypes = [ctypes.c_char_p, integer, integer, integer]
-    library.edkm_unpack.restype = None
     library.edkm_most.argtypes = [integer, integer]
     library.edkm_most.restype = integer
     library.edkm_use.argtypes = [pointer]

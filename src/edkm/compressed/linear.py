@@ -44,6 +44,7 @@ class PackedWeight:
         entry: its shape, bits and tables.
         rows, cols: of the weight as a matrix.
         matrix: its bits, rows and columns.
+        theta: scales and offsets for the kernels of `cpu`; None for tables.
         compiled: whether the kernels of `cpu` read it.
     """
 
@@ -52,10 +53,16 @@ class PackedWeight:
         self.parts = {"lut": lut}
         self.rows, self.cols = entry.grid[0] * entry.dim, entry.grid[1]
         self.matrix = entry.bits, self.rows, self.cols
+        self.theta: cpu.Theta | None = None
 
     @cached_property
     def compiled(self) -> bool:
-        return self.stream.is_cpu and cpu.reads(self.stream, self.lut, *self.matrix)
+        return self.stream.is_cpu and cpu.reads(*self.in_memory)
+
+    @property
+    def in_memory(self) -> cpu.Matrix:
+        """The weight as the kernels of `cpu` read it."""
+        return self.stream, self.lut, *self.matrix, self.theta
 
     def to(self, device: torch.device | str) -> PackedWeight:
         return PackedWeight(self.stream.to(device), self.lut.to(device), self.entry)
@@ -80,7 +87,7 @@ class PackedWeight:
             return self._looked_up(start, stop, dtype, in_blocks=not recorded)
         if dtype == torch.float32:
             out = torch.empty(stop - start, self.cols) if out is None else out
-            cpu.unpack(self.stream, self.lut, *self.matrix, start, stop, out)
+            cpu.unpack(self.in_memory, start, stop, out)
             return out
         found = torch.empty(stop - start, self.cols, dtype=dtype)
         for first, last, memory in self.tiles(start, stop, torch.float32):
@@ -190,7 +197,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     if weight.compiled and x.is_cpu and x.dtype in cpu.TYPES:
         batch = x.numel() // weight.cols
         if batch <= 4 or batch <= cpu.most_rows(weight.cols, weight.entry.bits):
-            return cpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
+            return cpu.multiply(x, *weight.in_memory)
     elif x.is_cuda and weight.entry.form is None and (gpu := _gpu()) is not None and gpu.takes(x, weight.lut, weight.cols):
         return gpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
     flat = x.reshape(-1, weight.cols).to(torch.float32 if half else x.dtype)
