@@ -4,7 +4,8 @@ As many copies of a layer as exceed the caches run in turn, as the layers of a m
 see the same disturbances of a shared machine. `least` is the mean over copies of a copy's least time in any round, which other work on the
 machine touches little, as long as a call is shorter than a slice of its scheduler; the median is that of all calls. Ratios are to dense
 bfloat16. First the kernels are compared with unpacked weights in float64: no figure is printed for one that computes something else.
-Tables are float16, one per row (one in all at 8 bits); activations bfloat16, float32 for the dense float32 layer.
+Tables are float16, one per row (one in all at 8 bits); formats are those of `--formats`; activations bfloat16, float32 for the dense
+float32 layer. `--flags=-mno-avx512f` builds the kernels without AVX-512.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.measure import machine, write
+from edkm.compressed import cpu
+from edkm.compressed.blockweight import weight_of
 from edkm.compressed.entries import Entry
 from edkm.compressed.linear import PackedWeight, multiply
-from edkm.compressed.packing import packed_bytes
+from edkm.compressed.packing import pack_indices, packed_bytes
+from edkm.core import native
+from edkm.core.formats import FORMATS
 
 LAYERS = {  # rows, cols
     "2048x2048": (2048, 2048),
@@ -41,37 +46,44 @@ Copies = list[Callable[[Tensor], object]]  # of one layer
 
 def main(argv: list[str]) -> int:
     """Run the benchmark and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks packed", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks packed", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--layers", nargs="*", choices=list(LAYERS), default=list(LAYERS))
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--bits", type=int, nargs="*", default=[1, 2, 3, 4, 8])
+    parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=["int8_row", "q4_0"])
+    parser.add_argument("--flags", default="", help="of the compiler, besides its own")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-nf4", action="store_true", help="leave bitsandbytes out: without AVX512-BF16 it unpacks at every call")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
+    if args.flags:
+        library = native.library(cpu._SOURCE, *cpu._FLAGS, *args.flags.split())
+        assert library is not None
+        built = cpu.declare(library)
+        cpu._library = lambda: built
     check()
     before = torch.get_num_threads()
     with torch.inference_mode():
         rows = [row for layer in args.layers for row in _layer(layer, args)]
     torch.set_num_threads(before)
-    write(args.json, {"benchmark": "packed", "rounds": args.rounds, "machine": machine("cpu"), "layers": rows})
+    write(args.json, {"benchmark": "packed", "rounds": args.rounds, "flags": args.flags, "machine": machine("cpu"), "layers": rows})
     return 0
 
 
 def check() -> None:
-    """Compare every width with the unpacked weight in float64: at most twice the error of torch's float32 product."""
+    """Compare every width and format with the unpacked weight in float64: at most twice the error of torch's float32 product."""
     torch.manual_seed(0)
-    for bits in range(1, 9):
-        for rows, cols, luts in ((64, 576, 64), (36, 1000, 1)):
-            packed = _random(rows, cols, bits, luts)
-            weight = packed.dense(torch.float32)
-            for batch in (1, 3, 16, 64):
-                x = torch.randn(batch, cols)
-                truth = x.double() @ weight.double().T
-                ours, plain = ((y - truth).abs().max() for y in (multiply(x, packed), linear(x, weight)))
-                if ours > 2 * plain + 1e-6:
-                    raise SystemExit(f"{bits} bits, {rows} x {cols}, batch {batch}: error {ours:.3g}, torch's {plain:.3g}.")
+    shapes = [(bits, shape) for bits in range(1, 9) for shape in ((64, 576, 64), (36, 1000, 1))]
+    weights = {f"{bits} bits": _random(rows, cols, bits, luts) for bits, (rows, cols, luts) in shapes}
+    for name, packed in (weights | {name: _random_blocks(64, 512, name) for name in FORMATS}).items():
+        weight = packed.dense(torch.float32)
+        for batch in (1, 3, 16, 64):
+            x = torch.randn(batch, packed.cols)
+            truth = x.double() @ weight.double().T
+            ours, plain = ((y - truth).abs().max() for y in (multiply(x, packed), linear(x, weight)))
+            if ours > 2 * plain + 1e-6:
+                raise SystemExit(f"{name}, {packed.rows} x {packed.cols}, batch {batch}: error {ours:.3g}, torch's {plain:.3g}.")
 
 
 def _random(rows: int, cols: int, bits: int, luts: int) -> PackedWeight:
@@ -80,6 +92,18 @@ def _random(rows: int, cols: int, bits: int, luts: int) -> PackedWeight:
     if used := rows * cols * bits % 8:
         packed[-1] &= (1 << used) - 1
     return PackedWeight(packed, (torch.randn(luts, 1 << bits, 1) * 0.02).half(), Entry(bits, (rows, cols), 1, luts, 0.0, rows))
+
+
+def _random_blocks(rows: int, cols: int, name: str) -> PackedWeight:
+    """Make a packed weight in a format of random indices, with the scales of weights of a size of 0.02."""
+    form = FORMATS[name]
+    indices = torch.randint(0, len(form.values), (rows, cols), dtype=torch.uint8)
+    scale = torch.full((rows, cols // form.width(cols)), 0.04 / (form.values[-1] - form.values[0]))
+    theta = torch.stack([-0.02 - scale * form.values[0], scale], -1)[..., -form.p :]
+    entry = Entry(form.bits, (rows, cols), 1, 1, 0.0, rows, name)
+    parts, layout = form.store(theta), entry.layout
+    stored = {part: pack_indices(tensor, layout[part].bits) if layout[part].bits else tensor for part, tensor in parts.items()}
+    return weight_of(pack_indices(indices, form.bits), {part: tensor.contiguous() for part, tensor in stored.items()}, entry)
 
 
 def _layer(name: str, args: argparse.Namespace) -> list[dict]:
@@ -126,12 +150,14 @@ def _contestants(rows: int, cols: int, copies: int, args: argparse.Namespace) ->
     if importlib.util.find_spec("bitsandbytes") and not args.no_nf4:
         found["NF4"] = _nf4(dense[0].bfloat16(), copies)
     for bits in args.bits:
-        found[f"{bits} bits"] = [_ours(rows, cols, bits) for _ in range(copies)]
+        found[f"{bits} bits"] = [_ours(_random(rows, cols, bits, 1 if bits == 8 else rows)) for _ in range(copies)]
+    for name in args.formats:
+        if cols % FORMATS[name].divisor == 0:
+            found[name] = [_ours(_random_blocks(rows, cols, name)) for _ in range(copies)]
     return found
 
 
-def _ours(rows: int, cols: int, bits: int) -> Callable[[Tensor], Tensor]:
-    packed = _random(rows, cols, bits, 1 if bits == 8 else rows)
+def _ours(packed: PackedWeight) -> Callable[[Tensor], Tensor]:
     return lambda x: multiply(x, packed)
 
 

@@ -145,9 +145,8 @@ class Format(NamedTuple):
             x = x + theta[..., :1]
         return x.flatten(1).to(dtype)
 
-    @functools.cache  # noqa: B019
     def entries(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the values `[k]`."""
+        """Return the values `[k]`; made anew, as a tensor made while a program is recorded is of no use later."""
         return torch.tensor(self.values, dtype=torch.float32, device=device).to(dtype)
 
     @functools.cache  # noqa: B019
