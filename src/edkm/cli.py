@@ -120,6 +120,8 @@ def _add_compress(subparsers: Any) -> None:
     size = clustering.add_mutually_exclusive_group()
     size.add_argument("--bits", type=int, metavar="N", help="bits of an index, 1 to 8, for all linear weights (3)")
     size.add_argument("--target-bpw", type=float, metavar="X", help="or average bits per linear weight, tables included, chosen by effect")
+    formats = "llama.cpp: q4_0, q4_k, q2_k, ...; vLLM: int4_g64, ...; MLX: mlx4_g64, ...; nf4; table: free tables (table)"
+    add("--format", metavar="NAME", help=formats)
     add("--rows-per-lut", type=int, metavar="N", help="rows that share a table; 0: one table per tensor (1; chosen for --target-bpw)")
     add("--embedding-bits", type=int, metavar="N", help="bits of embeddings; 0 leaves them alone (8)")
     add("--skip", action="append", metavar="PATTERN", help="leave weights of this name alone, or all in a module of this name (repeatable)")

@@ -33,7 +33,10 @@ def run_compress(args: argparse.Namespace) -> int:
     from edkm import recipe
     from edkm.config import ClusterConfig
 
-    chosen = {name: given[name] for name in ("bits", "rows_per_lut", "embedding_bits", "skip") if name in given}
+    for name in ("bits", "rows_per_lut"):
+        if "format" in given and name in given:
+            raise ValueError(f"--format: {given['format']} has its own bits and blocks. Leave out --{name.replace('_', '-')}.")
+    chosen = {name: given[name] for name in ("format", "bits", "rows_per_lut", "embedding_bits", "skip") if name in given}
     settings = {field.name: given[field.name] for field in fields(recipe.Recipe) if field.name in given}
     settings["config"] = ClusterConfig(**{"rows_per_lut": 1, **chosen})
     options = {"data": args.data, "eval_text": given.get("eval_text"), "resume": args.resume, "overwrite": args.overwrite}

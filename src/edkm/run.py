@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edkm.compressed.jsonfile import printable
+from edkm.core.formats import TABLE
 from edkm.evaluate import perplexity, perplexity_by_layer
 from edkm.memory import plan_by_layer, plan_memory
 from edkm.memorykinds import KINDS, choose_memory, first_fit, fits, free_memory, possible_kinds
@@ -300,8 +301,11 @@ def _show_memory(run: Run) -> None:
 def print_report(report: Report, seconds: float) -> None:
     """Print how many tensors were clustered, with what bits and error, and the matrices that were not."""
     if report.config.overrides:
-        counts = Counter(entry.bits for entry in report.clustered if entry.name in report.config.overrides)
-        print("bits: " + ", ".join(f"{bits} in {count} tensors" for bits, count in sorted(counts.items())))
+        chosen = [entry for entry in report.clustered if entry.name in report.config.overrides]
+        tables = Counter(entry.bits for entry in chosen if entry.format == TABLE)
+        formats = Counter(entry.format for entry in chosen if entry.format != TABLE)
+        counts = [f"{bits} in {count} tensors" for bits, count in sorted(tables.items())]
+        print("bits: " + ", ".join(counts + [f"{name} in {count} tensors" for name, count in sorted(formats.items())]))
     errors = [entry.error for entry in report.clustered if entry.error is not None]
     if errors:
         mean = sum(errors) / len(errors)
@@ -310,6 +314,9 @@ def print_report(report: Report, seconds: float) -> None:
     for entry in report.skipped:
         if len(entry.shape) > 1:
             print(f"  {entry.name}: left alone, {entry.note}")
+    for entry in report.clustered:
+        if "does not divide" in entry.note:
+            print(f"  {entry.name}: {entry.note}")
 
 
 def _print_counts(run: Run) -> None:

@@ -7,6 +7,7 @@
 5. `--dry-run` prints the plan, its size and memory, and writes nothing; `--steps 0` clusters without training.
 6. Options, files and models that do not fit are refused in one line, before anything expensive.
 7. `--report-to tensorboard` writes the losses of both phases to OUT/runs.
+8. `--format` trains into the formats of other programs; with a budget or `best` those of a family are chosen.
 """
 
 import json
@@ -33,7 +34,7 @@ def run(tiny_dir, data, tmp_path):
     """Run `edkm compress` with these options, into a directory of `tmp_path`; returns the exit code."""
 
     def compress(out, *more, model=tiny_dir, data=data):
-        tables = () if "--target-bpw" in more else ("--rows-per-lut", "16")
+        tables = () if {"--target-bpw", "--format"} & {*more} else ("--rows-per-lut", "16")
         return main(["compress", str(model), "--data", str(data), "--out", str(tmp_path / out), "--block-tokens", "64", *tables, *more])
 
     return compress
@@ -202,6 +203,27 @@ def test_steps_zero_clusters_without_training(run, tmp_path, capsys):
     assert read(tmp_path / "out").frozen["model.layers.1.self_attn.q_proj.weight"].bits == 4
 
 
+def test_a_format_is_trained_and_packed(run, tmp_path, capsys):
+    assert run("out", "--format", "q2_k", "--steps", "4", "--finetune-steps", "2") == 0
+    out = capsys.readouterr().out
+    assert "model.layers.0.self_attn.q_proj.weight: iq4_nl, as q2_k does not divide 64 columns" in out
+    frozen = read(tmp_path / "out").frozen
+    assert {name.split(".")[1]: tensor.format for name, tensor in frozen.items()} == {"embed_tokens": "q8_0", "layers": "iq4_nl"}
+    assert summary(tmp_path / "out")["clustered_bits_per_weight"] == 4.5
+    assert run("out2", "--format", "q2_k", "--steps", "4", "--finetune-steps", "2", "--dry-run") == 0
+    assert "iq4_nl" in capsys.readouterr().out and not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("how", [("--target-bpw", "5.5"), ("--preset", "best")])
+def test_formats_of_a_family_are_chosen(run, tmp_path, capsys, how):
+    assert run("out", "--format", "mlx4_g32", "--steps", "0", *how) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("bits: mlx"))
+    frozen = read(tmp_path / "out").frozen
+    layers = [tensor.format for name, tensor in frozen.items() if "layers" in name]
+    assert {f"{name} in {layers.count(name)} tensors" for name in {*layers}} == {*line.removeprefix("bits: ").split(", ")}
+    assert summary(tmp_path / "out")["clustered_bits_per_weight"] <= (5.5 if "5.5" in how else 5.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -209,6 +231,10 @@ def test_steps_zero_clusters_without_training(run, tmp_path, capsys):
         ("--seed -1", "--seed: at least 0"),
         ("--fsdp", "--fsdp: there is one process"),
         ("--target-bpw 3.2 --rows-per-lut 16", "--target-bpw: chooses rows per table too"),
+        ("--format q4_0 --bits 3", "--format: q4_0 has its own bits and blocks. Leave out --bits."),
+        ("--format q4_0 --rows-per-lut 1", "--format: q4_0 has its own bits and blocks. Leave out --rows-per-lut."),
+        ("--format q5_9", "--format: 'q5_9' is not one of table, q4_0, "),
+        ("--format q4_0 --embedding-bits 4", "--embedding-bits: q4_0 has this of its own: its embeddings have 8 bits, or 0; got 4."),
         ("--report-to paper", "--report-to: there is no 'paper'"),
         ("--out {}/file/out", "cannot be written: {}/file is no directory"),
     ],
@@ -227,6 +253,8 @@ def test_options_are_checked_before_the_model_is_loaded(run, tmp_path, capsys, o
         ("--steps 2 --finetune-steps 3", "--finetune-steps: at most the 2 steps there are, got 3"),
         ("--steps 2 --finetune-steps 2 --distill 0.5", "--distill: is for clustered steps, and there are none"),
         ("--skip *", "no weight is clustered"),
+        ("--format int4_g128 --skip embed*", "no weight is clustered (a vector; int4_g128 does not divide its 64 columns"),
+        ("--format q4_0 --target-bpw 4", "target: 4 bits a weight are too few, 4.500 is the least"),
         ("--target-bpw 1.5", "target: 1.5 bits a weight are too few"),
         ("--eval-text {}/short.txt", "{}/short.txt: has 1 token(s)"),
         ("--eval-text {}/text.txt --block-tokens 300", "the model's context is 256 tokens"),

@@ -67,7 +67,7 @@ def test_type_checkers_see_every_public_name():
 def test_the_fields_of_the_configuration_and_of_the_recipe_are_these():
     from edkm.recipe import PRESETS, Recipe
 
-    names = "bits dim rows_per_lut softness anneal anneal_steps max_iters embedding_bits skip overrides"
+    names = "format bits dim rows_per_lut softness anneal anneal_steps max_iters embedding_bits skip overrides"
     assert [f.name for f in dataclasses.fields(edkm.ClusterConfig)] == names.split()
     names = (
         "config preset target_bpw by_layer steps epochs finetune_steps tune_steps lr optimizer distill block_tokens batch grad_accumulation"
@@ -78,7 +78,7 @@ def test_the_fields_of_the_configuration_and_of_the_recipe_are_these():
 
 
 OPTIONS = {
-    "compress": "data out eval-text preset resume overwrite dry-run bits target-bpw rows-per-lut embedding-bits skip by-layer steps "
+    "compress": "data out eval-text preset resume overwrite dry-run bits target-bpw format rows-per-lut embedding-bits skip by-layer steps "
     "finetune-steps tune-steps lr distill block-tokens batch grad-accumulation gradient-checkpointing memory fsdp seed "
     "save-every report-to",
     "tune": "data out eval-text teacher distill steps lr block-tokens batch gradient-checkpointing seed save-every resume overwrite",
