@@ -253,7 +253,6 @@ def test_options_are_checked_before_the_model_is_loaded(run, tmp_path, capsys, o
         ("--steps 2 --finetune-steps 3", "--finetune-steps: at most the 2 steps there are, got 3"),
         ("--steps 2 --finetune-steps 2 --distill 0.5", "--distill: is for clustered steps, and there are none"),
         ("--skip *", "no weight is clustered"),
-        ("--format int4_g128 --skip embed*", "no weight is clustered (a vector; int4_g128 does not divide its 64 columns"),
         ("--format q4_0 --target-bpw 4", "target: 4 bits a weight are too few, 4.500 is the least"),
         ("--target-bpw 1.5", "target: 1.5 bits a weight are too few"),
         ("--eval-text {}/short.txt", "{}/short.txt: has 1 token(s)"),
