@@ -314,9 +314,12 @@ def print_report(report: Report, seconds: float) -> None:
     for entry in report.skipped:
         if len(entry.shape) > 1:
             print(f"  {entry.name}: left alone, {entry.note}")
+    others: dict[tuple[str, str], list[str]] = {}
     for entry in report.clustered:
-        if "does not divide" in entry.note:
-            print(f"  {entry.name}: {entry.note}")
+        if entry.instead_of:
+            others.setdefault((entry.instead_of, entry.format), []).append(entry.name)
+    for (asked, taken), names in others.items():
+        print(f"  {asked} does not divide the columns of {len(names)} tensors, first {names[0]}: they have {taken}")
 
 
 def _print_counts(run: Run) -> None:

@@ -206,7 +206,7 @@ def test_steps_zero_clusters_without_training(run, tmp_path, capsys):
 def test_a_format_is_trained_and_packed(run, tmp_path, capsys):
     assert run("out", "--format", "q2_k", "--steps", "4", "--finetune-steps", "2") == 0
     out = capsys.readouterr().out
-    assert "model.layers.0.self_attn.q_proj.weight: iq4_nl, as q2_k does not divide 64 columns" in out
+    assert "q2_k does not divide the columns of 14 tensors, first model.layers.0.self_attn.q_proj.weight: they have iq4_nl" in out
     frozen = read(tmp_path / "out").frozen
     assert {name.split(".")[1]: tensor.format for name, tensor in frozen.items()} == {"embed_tokens": "q8_0", "layers": "iq4_nl"}
     assert summary(tmp_path / "out")["clustered_bits_per_weight"] == 4.5

@@ -39,6 +39,7 @@ class ReportEntry:
         error: relative output error that the fit left; None without a fit.
         format: `table`, or the format's name.
         stored_bytes: in a packed file; those that are left alone in float32.
+        instead_of: the format that was asked for, if it does not divide the columns.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ReportEntry:
     error: float | None = None
     format: str = TABLE
     stored_bytes: int = 0
+    instead_of: str = ""
 
     @property
     def table_shape(self) -> tuple[int, int, int]:
@@ -214,7 +216,7 @@ def report_entry(target: Target, note: str = "", error: float | None = None) -> 
         return ReportEntry(target.name, shape, 0, 0, 1, target.reason, stored_bytes=4 * math.prod(shape))
     settings = target.settings
     counts = settings.bits, target.tables, settings.dim
-    return ReportEntry(target.name, shape, *counts, note, error, settings.format, target.stored_bytes)
+    return ReportEntry(target.name, shape, *counts, note, error, settings.format, target.stored_bytes, target.instead_of)
 
 
 def _clustering(target: Target, importance: Mapping[str, Tensor], centroids: Mapping[str, Tensor], backend: str) -> tuple[Clustering, str]:
