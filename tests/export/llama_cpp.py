@@ -36,9 +36,24 @@ def run(tool, *arguments):
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_converter_writes_the_same(family, tiny_tokenizer, tmp_path):
-    pack(tmp_path / "packed", tiny_tokenizer, family, vocab_size=len(tiny_tokenizer) + (family == "qwen2"))  # which adds a token
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 30.0,
+    "beta_slow": 2.0,
+    "attention_factor": 1.1,
+}
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7]}
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 32, **FACTORS}
+STRETCHED = [("llama", LLAMA3), ("llama", {"rope_type": "linear", "factor": 2.0}), ("qwen2", YARN), ("phi3", LONGROPE)]
+
+
+@pytest.mark.parametrize(("family", "rope"), [*((family, None) for family in FAMILIES), *STRETCHED])
+def test_the_converter_writes_the_same(family, rope, tiny_tokenizer, tmp_path):
+    changes = {} if rope is None else {"rope_parameters": {"rope_theta": 1e4, **rope}}
+    pack(tmp_path / "packed", tiny_tokenizer, family, vocab_size=len(tiny_tokenizer) + (family == "qwen2"), **changes)  # which adds a token
     export(tmp_path / "packed", tmp_path / "M.gguf")
     pretrained.unpack(tmp_path / "packed", tmp_path / "dense")
     # The tokenizer is too small to be recognised by its hash, and not sentencepiece's, which some families want.
@@ -70,7 +85,8 @@ def test_the_converter_writes_the_same(family, tiny_tokenizer, tmp_path):
         for file in ("M.gguf", "C.gguf")
     )
     assert found.keys() == expected.keys()
-    assert all(np.array_equal(weight, expected[name]) for name, weight in found.items())
+    for name, weight in found.items():
+        assert np.array_equal(weight, expected[name]) or (name == "rope_freqs.weight" and np.allclose(weight, expected[name], rtol=1e-6))
 
 
 @torch.no_grad()

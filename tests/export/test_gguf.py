@@ -33,6 +33,16 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_tex
 READ = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
 
 
+# Fields that the converter writes for these families.
+FIELDS = {
+    "qwen3": {"attention.key_length": 128},
+    "gemma2": {"attention.sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": {"attention.sliding_window": 4096, "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4},
+    "phi2": {"rope.dimension_count": 8, "attention.layer_norm_epsilon": pytest.approx(1e-5)},
+    "phi3": {"attention.sliding_window": 0, "rope.scaling.original_context_length": 4096},
+}
+
+
 def pack(directory, tokenizer, family="llama", name="q4_0", embedding="q8_0", **changes):
     """Write a random packed model; the dense model that it stands for comes back."""
     families.FAMILIES.setdefault("gemma", {})
@@ -84,6 +94,9 @@ def test_families_are_written_as_they_are(family, tiny_tokenizer, tmp_path):
         tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(tmp_path / "M.gguf").tensors
     }
     assert len(stored) == len(list(model.parameters()))
+    found = fields(tmp_path / "M.gguf")
+    arch = found["general.architecture"]
+    assert {key: found.get(f"{arch}.{key}") for key in FIELDS.get(arch, {})} == FIELDS.get(arch, {})
     values = dict(model.named_parameters())
     shift = 1 if family.startswith("gemma") else 0
     assert np.array_equal(stored["output_norm.weight"], (values[last_norm(values)] + shift).detach().numpy())
