@@ -5,7 +5,8 @@ iteration: a table of a few rows stays in the caches. Few tables of many rows wo
 the rows in one iteration, and torch adds the programs' sums up, in a fixed order. Nothing is read back in either way, and the same GPU
 gives the same bits.
 
-Under `TRITON_INTERPRET=1` the kernels run on a CPU, which is how the tests check them.
+Tables with a shape have kernels of their own, in gpuformats.py, for small groups. Under `TRITON_INTERPRET=1` the kernels run on a CPU,
+which is how the tests check them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from edkm.core import blocks
 from edkm.core.blocks import Points, update_adjoint
-from edkm.core.reference import Problem, spread_importance, update_centroids
+from edkm.core.reference import Problem, importance_rows, spread_importance, update_centroids
 
 MOST_CENTROIDS = 64
 # So many warps fill a GPU. All sizes here are the same on every GPU: sums are added in the same order.
@@ -32,10 +34,13 @@ _WEIGHTS_PER_WARP = 1 << 12
 # The three functions that every backend has; op.py documents them.
 
 
-def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, None]:
+def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int, *, hard: bool = False) -> tuple[Tensor, None]:
+    trajectory = centroids.repeat(iters + 1, 1, 1, 1)
     if problem.basis is not None:
-        return blocks.solve(weight, centroids, problem, iters)
-    call, trajectory = _Call(weight, centroids, problem), centroids.repeat(iters + 1, 1, 1, 1)
+        call = _Shaped(weight, centroids, problem, hard=hard)
+        call("solve", *call.points, trajectory, call.temperature, call.values, iters)
+        return trajectory, None
+    call = _Call(weight, centroids, problem)
     if call.whole_tables:
         call.on_tables("solve", *call.points, trajectory, call.temperature, iters)
     else:
@@ -51,22 +56,30 @@ def sums(weight: Tensor, centroids: Tensor, problem: Problem) -> Tensor:
     return _Call(weight, centroids, problem).sums(centroids)
 
 
-def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None, dtype: torch.dtype | None = None) -> Tensor:
-    if problem.basis is not None:
-        return blocks.decode(weight, trajectory, problem, kept, dtype or weight.dtype)
-    call = _Call(weight, trajectory[-1], problem._replace(importance=None))
+def decode(
+    weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None, dtype: torch.dtype | None = None, *, hard: bool = False
+) -> Tensor:
+    problem = problem._replace(importance=None)
     out = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    if problem.basis is not None:
+        call = _Shaped(weight, trajectory[-1], problem, hard=hard)
+        call("decode", call.points[0], trajectory[-2], trajectory[-1], call.temperature, call.values, out)
+        return out
+    call = _Call(weight, trajectory[-1], problem)
     call.on_parts("decode", call.points[0], trajectory[-2], trajectory[-1], call.temperature, out)
     return out
 
 
 def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, kept: None = None) -> Tensor:
-    if problem.basis is not None:
-        return blocks.adjoint(grad, weight, trajectory, problem)
-    call, grad, iters = _Call(weight, trajectory[-1], problem), grad.contiguous(), len(trajectory) - 1
+    grad, iters = grad.contiguous(), len(trajectory) - 1
     # Sums over iterations are made in the compute dtype.
     dtype = weight.dtype if iters == 1 else trajectory.dtype
     dw = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    if problem.basis is not None:
+        call = _Shaped(weight, trajectory[-1], problem)
+        call("adjoint", *call.points, grad, dw, trajectory, call.temperature, call.values, iters)
+        return dw.to(weight.dtype)
+    call = _Call(weight, trajectory[-1], problem)
     if call.whole_tables:
         call.on_tables("adjoint", *call.points, grad, dw, trajectory, call.temperature, iters, once=iters == 1)
     else:
@@ -76,9 +89,9 @@ def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, 
     return dw.to(weight.dtype)
 
 
-def takes(device: torch.device, k: int, d: int) -> bool:
-    """Whether this backend can cluster a weight on this device, or on such a device if there is none here."""
-    if k > MOST_CENTROIDS or d > 1 or not installed():
+def takes(device: torch.device, k: int, d: int, *, shaped: bool = False) -> bool:
+    """Whether this backend can cluster a weight on this device, or on such a device if there is none here; with a basis, any entries."""
+    if (k > MOST_CENTROIDS and not shaped) or d > 1 or not installed():
         return False
     if device.type == "cuda":
         return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)  # older ones lack bfloat16
@@ -101,10 +114,9 @@ class _Call:
         self.shape = rows // self.groups, cols
         stride = 0
         if importance is not None:
-            importance = spread_importance(importance, (rows, cols))
-            by_column = importance.stride(0) == 0  # one row for all: not written out
-            stride = 0 if by_column else cols
-            importance = (importance[:1] if by_column else importance).contiguous()
+            rows_of_it = importance_rows(importance, weight.shape)
+            stride = 0 if len(rows_of_it) == 1 else cols
+            importance = (rows_of_it if len(rows_of_it) in (1, rows) else spread_importance(rows_of_it, weight.shape)).contiguous()
         self.points = weight.contiguous(), importance, stride
         # The fewer tables, the more warps take each.
         self.warps = 1 if self.k > 16 else 8 if self.groups < 512 else 4 if self.groups < 2048 else 2
@@ -141,5 +153,29 @@ class _Call:
     def _launch(self, name: str, programs: int, warps: int, *arguments: Any, **constants: Any) -> None:
         from edkm.core import gpukernels  # Triton is not everywhere
 
-        with torch.cuda.device_of(self.temperature):  # Triton launches on the current one
-            getattr(gpukernels, name)[(programs,)](*arguments, **constants, **gpukernels.constants(self.round_to, self.k, warps))
+        constants |= gpukernels.constants(self.round_to, self.k, warps)
+        _launch(gpukernels, name, programs, self.temperature, *arguments, **constants)
+
+
+class _Shaped:
+    """A weight in groups with tables of a shape, as the kernels see it: contiguous."""
+
+    def __init__(self, weight: Tensor, theta: Tensor, problem: Problem, *, hard: bool = False) -> None:
+        assert problem.basis is not None
+        self.temperature, self.values = problem.temperature.contiguous(), problem.basis[:, -1].contiguous()
+        importance = None if problem.importance is None else importance_rows(problem.importance, weight.shape).contiguous()
+        self.points = weight.contiguous(), importance, 1 if importance is None else importance.numel()  # repeated after so many
+        self.sizes = len(theta), weight.numel() // len(theta)
+        self.options = {"round_to": problem.round_to, "p": theta.shape[1], "hard": hard}
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        from edkm.core import gpuformats  # Triton is not everywhere
+
+        options = gpuformats.constants(self.options["round_to"], self.values, self.sizes[1], self.options["p"], hard=self.options["hard"])
+        _launch(gpuformats, name, -(-self.sizes[0] // options["several"]), self.values, *arguments, *self.sizes, **options)
+
+
+def _launch(kernels: ModuleType, name: str, programs: int, beside: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Start programs of a kernel on the device of a tensor."""
+    with torch.cuda.device_of(beside):  # Triton launches on the current one
+        getattr(kernels, name)[(programs,)](*arguments, **constants)

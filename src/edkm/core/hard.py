@@ -2,15 +2,18 @@
 
 The limit of the equations for temperature 0, which is softness 0. It costs a visit of the weight per iteration, whatever the number of
 centroids, where a small temperature would have `blocks` compute `n k` entries of A that are 0 or 1: 256 a weight with 8 bits.
-Tables with a shape are done by the kernels of native.py, whose moments are 0 here; all else is done below, in blocks, on any device.
+Tables with a shape are done by the kernels of native.py and cuda.py, whose moments are 0 here; all else is done below, in blocks, on any
+device.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from edkm.core import native
+from edkm.core import cuda, native
 from edkm.core.blocks import Block, Points, cut
 from edkm.core.reference import Problem, entries, group_vectors, table_shape, update_centroids
 
@@ -22,8 +25,9 @@ _BLOCK_ENTRIES = 1 << 18
 
 
 def solve(weight: Tensor, centroids: Tensor, problem: Problem, iters: int) -> tuple[Tensor, None]:
-    if _by_kernels(weight, centroids, problem):
-        return native.solve(weight, centroids, problem, iters, hard=True)
+    kernels = _kernels(weight, centroids, problem)
+    if kernels is not None:
+        return kernels.solve(weight, centroids, problem, iters, hard=True)
     trajectory = centroids.repeat(iters + 1, 1, 1, 1)
     points = Points.of(weight, problem, *centroids.shape)
     for blocks in _plan(points):
@@ -41,8 +45,9 @@ def sums(weight: Tensor, centroids: Tensor, problem: Problem) -> Tensor:
 
 
 def decode(weight: Tensor, trajectory: Tensor, problem: Problem, kept: None, dtype: torch.dtype) -> Tensor:
-    if _by_kernels(weight, trajectory[-1], problem):
-        return native.decode(weight, trajectory, problem, kept, dtype, hard=True)
+    kernels = _kernels(weight, trajectory[-1], problem)
+    if kernels is not None:
+        return kernels.decode(weight, trajectory, problem, kept, dtype, hard=True)
     points = Points.of(weight, problem._replace(importance=None), *trajectory.shape[1:])
     out = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     values = group_vectors(out, len(points.values), trajectory.shape[3])
@@ -59,9 +64,11 @@ def adjoint(grad: Tensor, weight: Tensor, trajectory: Tensor, problem: Problem, 
     return grad.to(weight.dtype)
 
 
-def _by_kernels(weight: Tensor, centroids: Tensor, problem: Problem) -> bool:
+def _kernels(weight: Tensor, centroids: Tensor, problem: Problem) -> ModuleType | None:
+    """Choose the module that takes tables with a shape on the weight's device, if one does."""
     _, k, d = table_shape(centroids, problem.basis)
-    return problem.basis is not None and native.takes(weight.device, k, d, shaped=True)
+    found = {"cpu": native, "cuda": cuda}.get(weight.device.type)
+    return found if problem.basis is not None and found is not None and found.takes(weight.device, k, d, shaped=True) else None
 
 
 def _sums(points: Points, blocks: list[Block], centroids: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ def choose_backend(
     device, n = device or weight.device, weight.numel()
     if native.takes(device, k, d, shaped=shaped):
         costs = {n * k * _NS_PER_NATIVE_ENTRY: ("native", f"{k} centroids, on a CPU with a compiler")}
-    elif device.type == "cuda" and cuda.takes(device, k, d):
+    elif device.type == "cuda" and cuda.takes(device, k, d, shaped=shaped):
         costs = {n * k * _NS_PER_ENTRY: ("triton", f"{k} centroids, on a GPU with Triton")}
     else:
         one = "weights wider than 16 bits" if _no_histogram(weight, groups, d, round_to) else f"{k} centroids for {n:,} weights"
@@ -271,7 +271,7 @@ def pick_backend(
             f"backend: native needs a CPU, a C compiler, single values and at most {native.MOST_CENTROIDS} centroids, got "
             f"{device.type}, {'a compiler' if native.available() else 'no compiler'}, d={d}, {k} centroids. Use auto."
         )
-    if name == "triton" and not cuda.takes(device, k, d):
+    if name == "triton" and not cuda.takes(device, k, d, shaped=shaped):
         raise ValueError(
             f"backend: triton needs a GPU of compute capability 8.0, Triton, single values and at most {cuda.MOST_CENTROIDS} centroids, "
             f"got {device.type}, {'Triton' if cuda.installed() else 'no Triton'}, d={d}, {k} centroids. Use auto."
