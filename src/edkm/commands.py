@@ -183,7 +183,7 @@ EXPORTS = {
     "compressed-tensors": ("edkm.export.compressed_tensors", ()),
     "mlx": ("edkm.export.mlx", ()),
     "bitsandbytes": ("edkm.export.bnb", ()),
-    "onnx": ("edkm.export.onnx", ()),
+    "onnx": ("edkm.export.onnx", ("int8_activations",)),
 }
 
 

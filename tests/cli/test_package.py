@@ -86,7 +86,7 @@ OPTIONS = {
     "eval": "text tasks window stride max-windows limit batch json",
     "inspect": "json",
     "report": "against eval out",
-    "export": "to out overwrite precision kv-cache context fixed tokenizer-pre like",
+    "export": "to out overwrite precision kv-cache context fixed tokenizer-pre like int8-activations",
     "unpack": "out overwrite",
 }
 

@@ -25,12 +25,12 @@ class Reference(NamedTuple):
     tokens: Tensor
     logits: Tensor
 
-    def compare(self, found: Tensor, where: str) -> str:
+    def compare(self, found: Tensor, where: str, least: float = LEAST_COSINE) -> str:
         """Compare logits `[n, vocabulary]` and say how far they are from the packed model's; a ValueError if they are another model's."""
         cosine = torch.nn.functional.cosine_similarity(found.double(), self.logits.double(), dim=1).min().item()
-        if not cosine >= LEAST_COSINE:
+        if not cosine >= least:
             raise ValueError(
-                f"{where} differs from the packed model: cosine of the logits {cosine:.6f}, at least {LEAST_COSINE} is needed. "
+                f"{where} differs from the packed model: cosine of the logits {cosine:.6f}, at least {least} is needed. "
                 "It computes this model in another way: use edkm unpack."
             )
         largest = (found.float() - self.logits).abs().max().item()
