@@ -1,6 +1,7 @@
 """Core ML export. Core ML itself runs on macOS only; here the program of the written package is run by `interpreter`.
 
-1. Indices and tables are in the package as they are packed, byte for byte, those of 5 and 7 bits with 6 and 8; tied weights once.
+1. Indices and tables are in the package as they are packed, byte for byte, those of 5 and 7 bits with 6 and 8; integers and scales of
+   formats too; tied weights once.
 2. The program gives the packed model's logits for other tokens than it was traced and checked with: with and without a cache, of fixed
    length, in float16 and float32, for several architectures, for values whose square is beyond float16.
 3. Inputs, outputs and states have the documented names and ranges.
@@ -173,6 +174,36 @@ def test_large_activations_fit_float16_and_a_tied_weight_may_have_the_name_of_th
     assert export.export(tmp_path / "large", tmp_path / "M.mlpackage").program.cosine > 0.9999
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_integers_and_scales_are_the_packed_ones(tmp_path, tied, precision):
+    """Embeddings as rows of 8 bits; blocks of 4 and 8 bits, with zero points and without."""
+    kinds = ("int4_g32", "int4_g64_sym", "q8_0", "q4_0", "int8_g64", (3, 1, 1, 8))
+
+    def plan(name, shape, number):
+        return "int8_row" if "embed" in name or "lm_head" in name else kinds[number % len(kinds)]
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 70, "tie_word_embeddings": tied}
+    config = transformers.LlamaConfig(**{**TINY, **sizes})
+    packed_models.pack(transformers.LlamaForCausalLM(config), tmp_path / "packed", plan=plan)
+    done = export.export(tmp_path / "packed", tmp_path / "M.mlpackage", precision=precision, kv_cache=tied)
+    assert done.clustered == 15 + (not tied) and done.program.cosine > 0.99995 and not done.widened
+    function, frozen = check.read_program(tmp_path / "M.mlpackage"), checkpoint.read(tmp_path / "packed").frozen
+    found = {op.outputs[0].name: op for op in function.operations if op.op_type == "constexpr_blockwise_shift_scale"}
+    assert {name for name, tensor in frozen.items() if tensor.format != "table"} == {
+        name for name in frozen if program.tensor_name(name) in found
+    }
+    for name, tensor in frozen.items():
+        if (op := found.get(program.tensor_name(name))) is not None:
+            made = torch.from_numpy(op.materialized_val_inference()).float()
+            torch.testing.assert_close(made, checkpoint.dequantize(tensor), rtol=1e-3 if precision == "float16" else 1e-6, atol=1e-8)
+            assert op.data.dtype.get_bitwidth() == tensor.bits
+    name = "model.embed_tokens.weight"
+    frozen[name].parts["zero"][-1] ^= 1
+    with pytest.raises(ValueError, match=f"{name}: differs in the package"):
+        check.check_tensors(function, {name: frozen[name]}, {}, precision)
+
+
 def test_the_interpreter_replaces_a_part():
     x = torch.linspace(-2, 3, 24).reshape(2, 3, 4)
     masks = {"begin_mask": [False, False, True], "end_mask": [False, True, False], "squeeze_mask": [True, False, False]}
@@ -183,10 +214,10 @@ def test_the_interpreter_replaces_a_part():
     assert torch.equal(part, expected)
 
 
-def nudged(main, dense, name, frozen, dtype, real=program._insert_table):
+def nudged(name, frozen, dtype, dense, real=program._table):
     lut = frozen.lut.clone()
     lut[-1, 0, 0] = torch.nextafter(lut[-1, 0, 0], torch.tensor(1.0).half())
-    real(main, dense, name, frozen._replace(lut=lut), dtype)
+    return real(name, frozen._replace(lut=lut), dtype, dense)
 
 
 def forgetful(self, key, value, layer, *_, **__):
@@ -200,7 +231,7 @@ def forgetful(self, key, value, layer, *_, **__):
 @pytest.mark.parametrize(
     ("owner", "name", "value", "message"),
     [
-        (program, "_insert_table", nudged, "model.embed_tokens.weight: differs in the package"),
+        (program, "_table", nudged, "model.embed_tokens.weight: differs in the package"),
         (program, "_NEVER", 0.0, "the exported program differs from the packed model: cosine"),
         (program._States, "update", forgetful, "the exported program differs"),
     ],

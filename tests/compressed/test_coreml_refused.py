@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed import blocks
 from test_coreml import pack
 
+from edkm.compressed import checkpoint, pretrained
 from edkm.compressed.coreml import export
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -49,6 +51,26 @@ def test_options_are_refused(packed, tmp_path, monkeypatch, options, out, messag
     with pytest.raises(ValueError, match=message):
         export.export(packed, tmp_path / out, **options)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_formats_that_core_ml_lacks_and_scales_that_float16_lacks_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_reference", None)  # before any work
+    name = "model.layers.0.mlp.up_proj.weight"
+    for form, change, message in (
+        ("q4_1", lambda tensor: None, f"{name}: Core ML has no q4_1. Compress the model with free tables .* or with q4_0, q8_0, int8_row"),
+        (
+            "int8_row",
+            lambda tensor: tensor.parts["scale"][0].fill_(1.1e-7),
+            f"{name}: float16 does not hold a scale .* --precision float32",
+        ),
+    ):
+        directory = pack(tmp_path / form)
+        frozen, dense, _ = checkpoint.read(directory)
+        frozen[name] = blocks(frozen[name].shape, form)
+        change(frozen[name])
+        pretrained.save_pretrained(directory, frozen, dense, {}, pretrained.load(directory))
+        with pytest.raises(ValueError, match=message):
+            export.export(directory, tmp_path / "M.mlpackage")
 
 
 def test_a_package_is_replaced_or_stays(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """Compare a package on the disk with the packed model. Everything here looks at the file as coremltools reads it back.
 
-1. Indices and tables of every clustered tensor are those of the packed file; so is every other constant that kept its name (the
-   embedding, the tables of positions) in the program's precision. Vectors that conversion merged into others are used by every token.
+1. Indices and tables, or integers and scales, of every clustered tensor are those of the packed file; so is every other constant that kept
+   its name (the embedding, the tables of positions) in the program's precision. Vectors that conversion merged into others are used by
+   every token.
 2. The program, run by `interpreter.py`, gives the packed model's logits for other tokens, and more of them, than it was traced with.
 3. On macOS also Core ML's own prediction.
 """
@@ -18,9 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edkm.compressed.coreml.affine import affine_of
 from edkm.compressed.coreml.interpreter import run_program
-from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, PRECISIONS, TOKENS, VALUES, quiet, stored_bits, tensor_name
-from edkm.core.assign import Frozen
+from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, PACKED, PRECISIONS, TOKENS, VALUES, quiet, stored_bits, tensor_name
+from edkm.core.assign import Clustered, Frozen
+from edkm.core.formats import FrozenBlocks
 
 LEAST_COSINE = 0.9999
 # A device rounds in its own way: rounding stays above this, and errors fall far below.
@@ -48,7 +51,7 @@ def read_program(package: Path) -> Any:
         return load(spec, spec.specificationVersion, file_weights_dir=str(model.weights_dir)).functions["main"]
 
 
-def check_tensors(function: Any, frozen: Mapping[str, Frozen], dense: Mapping[str, Tensor], precision: str) -> None:
+def check_tensors(function: Any, frozen: Mapping[str, Clustered], dense: Mapping[str, Tensor], precision: str) -> None:
     """Compare a program's constants with all clustered tensors, and with those others (by their name in the traced module) that it has.
 
     Raises:
@@ -57,12 +60,13 @@ def check_tensors(function: Any, frozen: Mapping[str, Frozen], dense: Mapping[st
     Cost:
         The bytes of the package in memory.
     """
-    found = {op.outputs[0].name: op for op in function.operations if op.op_type in ("const", "constexpr_lut_to_dense")}
+    found = {op.outputs[0].name: op for op in function.operations if op.op_type in ("const", *PACKED)}
     for name, tensor in frozen.items():
         op = found.get(tensor_name(name))
         if op is None or op.op_type == "const":
             raise ValueError(f"{name}: is not in the package: conversion changed its weight. Leave it out (skip), or use edkm unpack.")
-        if not _is_table(op, tensor, precision):
+        same = _is_affine(name, op, tensor, precision) if isinstance(tensor, FrozenBlocks) else _is_table(op, tensor, precision)
+        if not same:
             _refuse(name)
     for name, tensor in dense.items():
         op = found.get(tensor_name(name)) or found.get(f"{tensor_name(name)}_to_fp16")
@@ -74,8 +78,20 @@ def _refuse(name: str) -> None:
     raise ValueError(f"{name}: differs in the package. This is a fault of edkm or of coremltools; edkm was tested with 9.0.")
 
 
+def _is_affine(name: str, op: Any, tensor: FrozenBlocks, precision: str) -> bool:
+    """Say whether data, scales and zeros are those of `tensor`."""
+    if op.op_type != "constexpr_blockwise_shift_scale":
+        return False
+    data, scale, zero, bits = affine_of(name, tensor, PRECISIONS[precision])
+    found = [np.asarray(part.val) for part in (op.data, op.scale, op.offset)]
+    same = all(np.array_equal(a, b) for a, b in zip(found, (data, scale, zero), strict=True))
+    return same and found[1].dtype == PRECISIONS[precision] and op.data.dtype.get_bitwidth() == bits
+
+
 def _is_table(op: Any, tensor: Frozen, precision: str) -> bool:
     """Say whether indices and tables are those of `tensor`. Padding of a table does not matter."""
+    if op.op_type != "constexpr_lut_to_dense":
+        return False
     lut, k = np.asarray(op.lut.val), tensor.lut.shape[1]
     same_kind = lut.dtype == PRECISIONS[precision] and op.indices.dtype.get_bitwidth() == stored_bits(tensor.bits)
     same_axis = (op.vector_axis is None) if tensor.lut.shape[2] == 1 else (op.vector_axis is not None and op.vector_axis.val == 0)

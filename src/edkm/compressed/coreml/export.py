@@ -11,9 +11,10 @@ from torch import Tensor
 
 from edkm.compressed import checkpoint, pretrained
 from edkm.compressed.coreml import check, program
+from edkm.compressed.coreml.affine import affine_of, fits
 from edkm.compressed.entries import read_entries
 from edkm.compressed.modelconfig import model_config
-from edkm.core.assign import Frozen
+from edkm.core.formats import FORMATS, FrozenBlocks
 from edkm.progress import progress
 
 _SUFFIX = ".mlpackage"
@@ -29,7 +30,7 @@ class ExportedPackage(NamedTuple):
 
     Attributes:
         size_bytes: on disk.
-        clustered: tensors stored as tables and indices, all read back equal.
+        clustered: tensors stored as they are packed (tables and indices, or integers and scales), all read back equal.
         widened: tensors with indices of 5 or 7 bits, which Core ML lacks, and how many bits they are stored with.
         program: logits of the program in the package against the packed model's.
         device: those of Core ML's own prediction; None where Core ML is not.
@@ -90,12 +91,11 @@ def export(
         config = model_config(directory)
         most = _longest(directory, config, context)
         entries = read_entries(directory)
-        if odd := {name: entry for name, entry in entries.items() if entry.form is not None}:
-            name, entry = min(odd.items())
-            raise ValueError(f"{name}: Core ML has no {entry.format}. Compress the model with free tables (format table) for it.")
         widened = _widened(entries)
-        clustered, dense, _ = checkpoint.read(directory)
-        frozen = {name: tensor for name, tensor in clustered.items() if isinstance(tensor, Frozen)}
+        frozen, dense, _ = checkpoint.read(directory)
+        for name, tensor in frozen.items():
+            if isinstance(tensor, FrozenBlocks):
+                affine_of(name, tensor, program.PRECISIONS[precision])  # refused before the work, not after it
         for name, tensor in dense.items():
             check_dense(name, tensor, precision)
         model: Any = pretrained.load(directory)
@@ -188,13 +188,17 @@ def _longest(directory: Path, config: Any, context: int | None) -> int:
 
 
 def _widened(entries: dict[str, Any]) -> dict[str, int]:
-    """Find the tensors that Core ML stores with more bits, and how many; refuse those that are no matrices."""
+    """Find the tensors that Core ML stores with more bits, and how many; refuse those that are no matrices, or in formats it lacks."""
     for name, entry in entries.items():
         if len(entry.shape) != 2:
             raise ValueError(
                 f"{name}: a clustered tensor of shape {list(entry.shape)}; Core ML export takes matrices. Leave it out (skip)."
             )
-    return {name: program.stored_bits(e.bits) for name, e in entries.items() if e.bits not in program.WIDTHS}
+        if entry.form is not None and not fits(entry.form):
+            known = ", ".join(name for name, form in FORMATS.items() if fits(form))
+            raise ValueError(f"{name}: Core ML has no {entry.format}. Compress the model with free tables (format table), or with {known}.")
+    tables = {name: entry for name, entry in entries.items() if entry.form is None}
+    return {name: program.stored_bits(entry.bits) for name, entry in tables.items() if entry.bits not in program.WIDTHS}
 
 
 def check_dense(name: str, tensor: Tensor, precision: str) -> None:

@@ -42,6 +42,8 @@ def run_program(function: Any, inputs: dict[str, np.ndarray], states: dict[str, 
             return [value(v) for v in var]
         if var in values:
             return values[var]
+        if var.op.op_type == "constexpr_blockwise_shift_scale":
+            return _held(var.op.materialized_val_inference())
         if var.op.op_type != "constexpr_lut_to_dense":
             return _held(var.val)
         # coremltools' own decompression holds a table for every weight.
@@ -53,7 +55,7 @@ def run_program(function: Any, inputs: dict[str, np.ndarray], states: dict[str, 
         elif op.op_type == "coreml_update_state":
             values[op.outputs[0]] = value(op.value)
             state_of[op.state][...] = values[op.outputs[0]]
-        elif op.op_type not in ("const", "constexpr_lut_to_dense"):
+        elif op.op_type != "const" and not op.op_type.startswith("constexpr_"):
             found = _compute(op, {name: value(var) for name, var in op.inputs.items() if var is not None})
             values |= {var: _round(result, var) for var, result in zip(op.outputs, found, strict=True)}
         for given in op.inputs.values():

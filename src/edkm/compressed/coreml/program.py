@@ -36,8 +36,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edkm.core.assign import Frozen
+from edkm.compressed.coreml.affine import affine_of
+from edkm.core.assign import Clustered, Frozen
+from edkm.core.formats import FrozenBlocks
 
+# Operations that hold a clustered tensor.
+PACKED = ("constexpr_lut_to_dense", "constexpr_blockwise_shift_scale")
 TOKENS, MASK, LOGITS, KEYS, VALUES = "inputIds", "fullAttentionMask", "logits", "keyCache", "valueCache"
 # Widths of indices that Core ML has.
 WIDTHS = (1, 2, 3, 4, 6, 8)
@@ -159,14 +163,14 @@ def state_shape(config: Any, context: int) -> tuple[int, int, int, int, int]:
 
 
 def write_package(
-    package: Path, model: Any, frozen: Mapping[str, Frozen], *, context: int, precision: str, kv_cache: bool, fixed: bool
+    package: Path, model: Any, frozen: Mapping[str, Clustered], *, context: int, precision: str, kv_cache: bool, fixed: bool
 ) -> dict[str, Tensor]:
     """Trace and convert a model, and write the package; the options are those of `export`.
 
     Args:
         package: the directory to write.
         model: dense, float32, its clustered weights decoded; changed in place.
-        frozen: clustered tensors by parameter name; each becomes a `constexpr_lut_to_dense`.
+        frozen: clustered tensors by parameter name; each becomes a `constexpr_lut_to_dense`, or `constexpr_blockwise_shift_scale`.
 
     Returns:
         Dense parameters, buffers and tables of positions of the traced module, by name.
@@ -214,14 +218,14 @@ def write_package(
     return {name: tensor for name, tensor in program.state_dict().items() if name.removeprefix("model.") not in frozen}
 
 
-def _constants_of(model: nn.Module, frozen: Mapping[str, Frozen]) -> dict[str, tuple[str, Frozen]]:
+def _constants_of(model: nn.Module, frozen: Mapping[str, Clustered]) -> dict[str, tuple[str, Clustered]]:
     """Map constants of the converted program to clustered tensors, with their names in the checkpoint."""
     names = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}  # the first of tied ones
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {names[id(parameters[name])]: (name, tensor) for name, tensor in frozen.items()}
 
 
-def _pipeline(frozen: Mapping[str, tuple[str, Frozen]], dtype: type) -> Any:
+def _pipeline(frozen: Mapping[str, tuple[str, Clustered]], dtype: type) -> Any:
     """List coremltools' passes, after one that puts tables and indices in the place of the dense weights."""
     import coremltools as ct
     from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
@@ -232,7 +236,7 @@ def _pipeline(frozen: Mapping[str, tuple[str, Frozen]], dtype: type) -> Any:
         def apply(self, prog: Any) -> None:
             main = prog.functions["main"]
             for op in [op for op in main.operations if op.op_type == "const" and op.name in frozen]:
-                _insert_table(main, op, *frozen[op.name], dtype)
+                _insert(main, op, *frozen[op.name], dtype)
 
     pipeline: Any = ct.PassPipeline.DEFAULT
     pipeline.insert_pass(0, "edkm::insert_tables")
@@ -241,8 +245,32 @@ def _pipeline(frozen: Mapping[str, tuple[str, Frozen]], dtype: type) -> Any:
     return pipeline
 
 
-def _insert_table(main: Any, dense: Any, name: str, frozen: Frozen, dtype: type) -> None:
-    """Replace a constant by a table, padded to a width that Core ML has, and indices."""
+def _insert(main: Any, dense: Any, name: str, frozen: Clustered, dtype: type) -> None:
+    """Replace a constant by what is packed."""
+    from coremltools.converters.mil.mil import Builder
+
+    mb: Any = Builder
+    with main:
+        make = _affine if isinstance(frozen, FrozenBlocks) else _table
+        packed = make(name, frozen, dtype, dense)  # pyright: ignore[reportArgumentType]
+        # The program is in float32 here; the pass that makes it float16 takes this away.
+        weight = packed if dtype is np.float32 else mb.cast(x=packed, dtype="fp32", before_op=dense)
+    main.replace_uses_of_var_after_op(anchor_op=dense, old_var=dense.outputs[0], new_var=weight, no_check_var_types=True)
+    main.remove_ops([dense])
+
+
+def _affine(name: str, frozen: FrozenBlocks, dtype: type, dense: Any) -> Any:
+    from coremltools.converters.mil.mil import Builder, types
+
+    mb: Any = Builder
+    data, scale, zero, bits = affine_of(name, frozen, dtype)
+    kind = types.string_to_nptype(f"uint{bits}")
+    integers = {"data": data.astype(kind), "offset": zero.astype(kind)}
+    return mb.constexpr_blockwise_shift_scale(**integers, scale=scale, name=tensor_name(name), before_op=dense)
+
+
+def _table(name: str, frozen: Frozen, dtype: type, dense: Any) -> Any:
+    """Make a table, padded to a width that Core ML has, and indices."""
     from coremltools.converters.mil.mil import Builder, types
 
     mb: Any = Builder
@@ -251,12 +279,7 @@ def _insert_table(main: Any, dense: Any, name: str, frozen: Frozen, dtype: type)
     lut = np.pad(lut, ((0, 0), (0, 2**bits - lut.shape[1]), (0, 0)), mode="edge")[:, None]  # [luts, 1, 2**bits, dim]
     indices = frozen.indices.numpy().astype(types.string_to_nptype(f"uint{bits}"))
     axis = {"vector_axis": np.int32(0)} if frozen.lut.shape[2] > 1 else {}
-    with main:
-        table = mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=tensor_name(name), before_op=dense, **axis)
-        # The program is in float32 here; the pass that makes it float16 takes this away.
-        weight = table if dtype is np.float32 else mb.cast(x=table, dtype="fp32", before_op=dense)
-    main.replace_uses_of_var_after_op(anchor_op=dense, old_var=dense.outputs[0], new_var=weight, no_check_var_types=True)
-    main.remove_ops([dense])
+    return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=tensor_name(name), before_op=dense, **axis)
 
 
 def stored_bits(bits: int) -> int:
