@@ -194,11 +194,9 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
         on a CPU.
     """
     half = x.is_cpu and x.dtype in (torch.float16, torch.bfloat16)
-    if weight.compiled and x.is_cpu and x.dtype in cpu.TYPES:
-        batch = x.numel() // weight.cols
-        if batch <= 4 or batch <= cpu.most_rows(weight.cols, weight.entry.bits):
-            return cpu.multiply(x, *weight.in_memory)
-    elif x.is_cuda and weight.entry.form is None and (gpu := _gpu()) is not None and gpu.takes(x, weight.lut, weight.cols):
+    if has_kernel(x, weight):
+        return cpu.multiply(x, *weight.in_memory)
+    if x.is_cuda and weight.entry.form is None and (gpu := _gpu()) is not None and gpu.takes(x, weight.lut, weight.cols):
         return gpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
     flat = x.reshape(-1, weight.cols).to(torch.float32 if half else x.dtype)
     # In its own shape from the start: the output of an autograd.Function must not be a view.
@@ -206,6 +204,14 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     for start, stop, memory in weight.tiles(0, weight.rows, flat.dtype):
         torch.mm(flat, weight.decode_rows(start, stop, flat.dtype, memory).T, out=out.view(-1, weight.rows)[:, start:stop])
     return out.to(x.dtype)
+
+
+def has_kernel(x: Tensor, weight: PackedWeight) -> bool:
+    """Say whether the kernels of `cpu` multiply: they read the weight, and x has few rows."""
+    if not (weight.compiled and x.is_cpu and x.dtype in cpu.TYPES):
+        return False
+    batch = x.numel() // weight.cols
+    return batch <= 4 or batch <= cpu.most_rows(weight.cols, weight.entry.bits)
 
 
 def embed(tokens: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:

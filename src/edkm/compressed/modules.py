@@ -25,6 +25,7 @@ from edkm.compressed.dense_view import DenseView, Parameters
 from edkm.compressed.entries import Entry, stored_kind
 from edkm.compressed.linear import PackedWeight, embed, is_recorded, is_taken_whole, packed_linear
 from edkm.compressed.operators import embedding
+from edkm.compressed.siblings import Siblings
 from edkm.core.assign import LUT_DTYPE
 
 # The view of each stream of indices in use, by the id of the stream.
@@ -97,7 +98,7 @@ class PackedModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes that are made here have no name to be found by.
         dims = [(name, entry.dim) for name, entry in self.packed_entries.items()]
-        return _blank, (self.ordinary, dims), {**self.__dict__, "decoded": {}, "_parameters": dict(self._parameters)}
+        return _blank, (self.ordinary, dims), {**self.__dict__, "decoded": {}, "siblings": None, "_parameters": dict(self._parameters)}
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
@@ -164,8 +165,13 @@ class PackedLinear(PackedModule, nn.Linear):
 
     weight = property(lambda self: self.seen("weight"))  # pyright: ignore
 
+    # Layers that are multiplied in one call with it.
+    siblings: Siblings | None = None
+
     def forward(self, input: Tensor) -> Tensor:
-        out = packed_linear(input, self.packed())
+        out = None if self.siblings is None else self.siblings.product(self, input)
+        if out is None:
+            out = packed_linear(input, self.packed())
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
@@ -292,5 +298,5 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             for key in module._keys(name):
                 module._buffers.pop(key, None)
         module.__class__ = module.ordinary  # pyright: ignore
-        for attribute in ("packed_entries", "dense_dtype", "ordinary", "tables_of", "decoded"):
-            del module.__dict__[attribute]
+        for attribute in ("packed_entries", "dense_dtype", "ordinary", "tables_of", "decoded", "siblings"):
+            module.__dict__.pop(attribute, None)

@@ -25,6 +25,7 @@ from edkm.compressed.jsonfile import FormatError, show
 from edkm.compressed.modelconfig import check_config
 from edkm.compressed.modules import PackedModule, pack_module, tie_module, unpack_modules
 from edkm.compressed.names import match_names, names_in
+from edkm.compressed.siblings import link
 from edkm.compressed.weightfiles import checksum, description, files_of, metadata
 
 
@@ -138,3 +139,4 @@ def _pack_modules(model: Any, directory: Path, dtype: torch.dtype, quantization:
                 pack_module(module, parameter, item.entry, item.k, dtype)
                 if alias != name:
                     tie_module(module, parameter, model.get_submodule(name.rpartition(".")[0]))
+    link(model)
