@@ -38,7 +38,7 @@ class Siblings:
         self.version = 0
 
     def product(self, module: Any, x: Tensor) -> Tensor | None:
-        """Return the product of x and a member, multiplied now with those of its siblings, or by one of them; None: to be multiplied alone."""
+        """Return the product of x and a member, made now with those of its siblings, or before by one of them; None: make it alone."""
         if is_recorded(x) or x.is_inference() or torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and x.requires_grad):
             return None
         kept = self.results.pop(module, None)
