@@ -60,8 +60,8 @@ def main(argv: list[str]) -> int:
 
 def _measure(shape: tuple[int, int], args: argparse.Namespace) -> dict[str, Any]:
     weight, moment = _problem(shape, args.device)
-    peer, *peer_seconds = _timed(lambda: _gptq(weight, moment, args.bits))
-    found, *seconds = _timed(lambda: gptq.fit(weight, moment, args.bits, rows_per_lut=1))
+    peer, *peer_seconds = timed(lambda: _gptq(weight, moment, args.bits))
+    found, *seconds = timed(lambda: gptq.fit(weight, moment, args.bits, rows_per_lut=1))
     h = gptq._shrunk(moment, 0.2)
     lost, scale = (float(((h @ x.T) * x.T).sum()) for x in (peer - weight, weight))
     names = ("gptq_seconds", "gptq_processor", "seconds", "processor")
@@ -84,7 +84,7 @@ def _problem(shape: tuple[int, int], device: str) -> tuple[Tensor, Tensor]:
     return (0.02 * torch.randn(rows, cols, generator=generator)).to(device), x.T @ x / _TOKENS
 
 
-def _timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
     """Return the result, seconds, and seconds of processor time over threads."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()

@@ -110,7 +110,7 @@ def test_the_fit_is_the_same_to_the_bit_without_a_compiler_and_with_threads(name
 
 @pytest.mark.parametrize("name", ["iq4_nl", "q3_k", "nvfp4"])
 def test_rows_are_fitted_some_at_a_time_each_as_if_alone(name, monkeypatch):
-    monkeypatch.setattr(gptq, "WEIGHTS_AT_ONCE", 8 * 256)
+    monkeypatch.setattr(gptq, "WEIGHTS_AT_ONCE", 3 * 8 * 256)
     form, (weight, moment) = FORMATS[name], problem()
     found, parts = (
         gptq.fit(weight, moment, 4, form=form, turns=1),

@@ -112,8 +112,8 @@ def fit(
         start = initial_centroids(rows[:, order], bits, rows_per_lut=per_lut, importance=variance.unsqueeze(0), exact=False)
         return Tables(start, len(rows))
 
-    # Groups of rows that share a table know nothing of each other: the memory is that of some of them.
-    at_once = max(1, WEIGHTS_AT_ONCE // (per_lut * len(h))) * per_lut
+    # Groups of rows that share a table know nothing of each other: the memory is that of some of them. Blocks take three times as much.
+    at_once = max(1, WEIGHTS_AT_ONCE // (3 if form is not None else 1) // (per_lut * len(h))) * per_lut
     found = []
     for rows in given.split(at_once):
         tables = tables_of(rows)

@@ -138,7 +138,7 @@ def fit_linears(
         advance: called after every weight.
     """
     starts: dict[str, Start] = {}
-    for module, moment in _moments([m for m in modules if isinstance(m, nn.Linear) and m in linears], run).items():
+    for module, moment in input_moments([m for m in modules if isinstance(m, nn.Linear) and m in linears], run).items():
         name, settings = linears[module]
         options = {"turns": turns, "importance": (importance or {}).get(name), "form": settings.form}
         with naming(name):
@@ -159,7 +159,7 @@ def _compress(modules: Iterable[nn.Module], linears: Linears, starts: Mapping[st
             module.weight.copy_(quantize(*starts[name], module.weight.dtype, settings.form).values)
 
 
-def _moments(modules: list[nn.Linear], run: Callable[[], Any]) -> dict[nn.Linear, Tensor]:
+def input_moments(modules: list[nn.Linear], run: Callable[[], Any]) -> dict[nn.Linear, Tensor]:
     """Average `x x^T` over the inputs of each linear module while `run` runs, float32; modules with the same input share a tensor."""
     totals: dict[nn.Linear, Tensor] = {}
     counts: dict[nn.Linear, int] = {}
