@@ -119,6 +119,15 @@ def test_models_in_every_format_are_read_back(name, tiny_tokenizer, tmp_path):
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_was_compressed_into_a_format_is_exported(tiny_dir, data, tmp_path, capsys):
+    out, path = str(tmp_path / "packed"), str(tmp_path / "M.gguf")
+    command = ["compress", str(tiny_dir), "--data", str(data), "--out", out, "--format", "iq4_nl", "--steps", "4"]
+    assert cli.main([*command, "--finetune-steps", "2", "--block-tokens", "32"]) == 0
+    assert cli.main(["export", out, "--to", "gguf", "--out", path]) == 0
+    assert capsys.readouterr().out.endswith("15 clustered tensors, read back equal\ntypes: 14 IQ4_NL, 1 Q8_0\n")
+    torch.testing.assert_close(logits(load_model(path)[0]), logits(pretrained.load(out)), rtol=1e-4, atol=1e-4)
+
+
 def test_metadata_and_tokenizer(exported):
     _, path, _ = exported
     found = fields(path)
