@@ -27,7 +27,8 @@ class ClusterConfig:
         anneal: factor on the temperature at the end of training, reached geometrically; 1 keeps it.
         anneal_steps: optimizer steps until then; 0 for never (`edkm compress` sets it to its clustered steps).
         max_iters: k-means iterations per optimizer step; they start from the centroids of the last step, so that one is enough.
-        embedding_bits: bits per index of embeddings (one table each, `dim` 1) and of linear layers tied to them; 0 leaves them alone.
+        embedding_bits: bits per index of embeddings and of linear layers tied to them: 8 are affine rows (`int8_row`), fewer one
+            table each, 0 leaves them alone. Beside a format they have the one that goes with it.
         skip: name patterns (`*`, `?`) of weights left alone, or of modules with all weights in them. One without effect is refused.
         overrides: name pattern, as in `skip` -> other values of `bits`, `dim`, `rows_per_lut`, `softness`, `format`; the first match
             applies.

@@ -158,7 +158,8 @@ def _settings(config: ClusterConfig, target: Target) -> tuple[ClusterConfig, str
             return config, "an embedding, and embedding_bits is 0"
         if embedding.max_norm is not None or embedding.sparse:
             return config, "an embedding with max_norm or sparse gradients"
-        form = embedding_format(config)
+        given = config.overrides.get(config.override_of(*target.names) or "", {})
+        form = embedding_format(config, given.get("bits", config.embedding_bits))
         if not form:
             return config, f"an embedding, and {config.format} has none"
         base = replace(config, overrides={}, format=form, bits=config.embedding_bits, rows_per_lut=0, dim=1)
@@ -166,9 +167,14 @@ def _settings(config: ClusterConfig, target: Target) -> tuple[ClusterConfig, str
     return (config, "matches skip") if settings is None else (settings, "")
 
 
-def embedding_format(config: ClusterConfig) -> str:
-    """Name the format of embeddings, and of output layers tied to them; "" if they are left alone."""
-    return TABLE if config.format == TABLE else FORMATS[config.format].embedding
+def embedding_format(config: ClusterConfig, bits: int) -> str:
+    """Name the format of embeddings of so many bits, and of output layers tied to them; "" if they are left alone.
+
+    Beside free tables 8 bits are affine rows: a conversion and a multiply-add where a table takes a lookup in 256 entries.
+    """
+    if config.format == TABLE:
+        return "int8_row" if bits == 8 else TABLE
+    return FORMATS[config.format].embedding
 
 
 def _resolve_format(target: Target) -> None:
