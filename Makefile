@@ -13,6 +13,7 @@ COREAI := .venv-coreai
 LATEST := .venv-latest
 # llama.cpp, compiled: a C++ compiler and cmake.
 LLAMA_CPP := .llama.cpp
+LLAMA_CPP_SDIST := llama_cpp_python-0.3.36
 
 .PHONY: help setup demo test test-coreai test-latest test-llama-cpp check docs format baselines llama-cpp bench bench-gpu clean
 
@@ -66,7 +67,7 @@ $(LLAMA_CPP)/.ready: constraints-llama-cpp.txt | $(READY)
 	rm -rf $(LLAMA_CPP)
 	mkdir $(LLAMA_CPP)
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --require-hashes --dest $(LLAMA_CPP) -r constraints-llama-cpp.txt
-	tar -xf $(LLAMA_CPP)/*.tar.gz -C $(LLAMA_CPP) --strip-components=3 --wildcards '*/vendor/llama.cpp'
+	tar -xf $(LLAMA_CPP)/$(LLAMA_CPP_SDIST).tar.gz -C $(LLAMA_CPP) --strip-components=3 $(LLAMA_CPP_SDIST)/vendor/llama.cpp
 	cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP)/build -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
 		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF > $(LLAMA_CPP)/build.log
 	cmake --build $(LLAMA_CPP)/build --parallel 2 \
