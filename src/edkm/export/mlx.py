@@ -27,9 +27,9 @@ from edkm.compressed.modelconfig import model_config
 from edkm.compressed.packing import pack_indices, unpack_indices
 from edkm.core.assign import Clustered, Frozen
 from edkm.core.formats import FORMATS
-from edkm.export.affine import Affine, affine
 from edkm.export.exact import one_dtype
 from edkm.export.exported import Exported, new_directory
+from edkm.export.integers import Integers, integers
 from edkm.export.logits import reference
 from edkm.progress import progress
 
@@ -117,7 +117,7 @@ def stored(name: str, tensor: Clustered) -> tuple[dict[str, Tensor], Kind]:
     if tensor.format == "mxfp4":
         codes = torch.tensor([_E2M1.index(value) for value in FORMATS["mxfp4"].values], dtype=torch.uint8)[tensor.indices.int()]
         return {"weight": _words(codes, 4), "scales": tensor.parts["exponent"]}, Kind(32, 4, "mxfp4")
-    found = affine(tensor)
+    found = integers(tensor)
     group = next((size for size in _GROUPS if found is not None and found.group % size == 0), None)
     if found is None or group is None or found.bits not in _BITS:
         raise ValueError(
@@ -192,7 +192,7 @@ def dequantize(parts: list[Tensor], kind: Kind) -> Tensor:
     rows, cols = len(words), scales.shape[1] * kind.group_size
     codes = unpack_indices(words.view(torch.uint8).flatten(), kind.bits, rows * cols).view(rows, cols)
     if kind.mode == "affine":
-        return Affine(codes, scales.float(), parts[2].float(), None, kind.bits).values()
+        return Integers(codes, scales.float(), parts[2].float(), None, kind.bits).values()
     scale = torch.ldexp(torch.ones(()), scales.float() - 127).repeat_interleave(kind.group_size, 1)
     return torch.tensor(_E2M1)[codes.int()] * scale
 

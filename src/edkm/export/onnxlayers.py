@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edkm.compressed import checkpoint
 from edkm.compressed.packing import pack_indices, unpack_indices
 from edkm.core.assign import Frozen
-from edkm.export.affine import Affine, affine
+from edkm.export.integers import Integers, integers
 
 # Widths of indices -> those of the operators that hold them.
 _BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
@@ -20,7 +20,7 @@ MODULE = "edkm.module"  # metadata of a node: the module that it computes
 _LEAST, _MOST = 16, 256  # weights of a block, a power of two
 
 
-class BlockWeight(NamedTuple):
+class IntegerBlocks(NamedTuple):
     """A weight `[rows, cols]` of integers with a scale and a zero point per block of a row: `scale * (code - zero)`.
 
     Attributes:
@@ -54,7 +54,7 @@ class BlockLayer(nn.Module):
     scales: Tensor
     zeros: Tensor
 
-    def __init__(self, module: str, name: str, weight: BlockWeight, old: nn.Module) -> None:
+    def __init__(self, module: str, name: str, weight: IntegerBlocks, old: nn.Module) -> None:
         super().__init__()
         self.module, self.name, self.bits, self.block = module, name, weight.bits, weight.block
         for part in ("codes", "scales", "zeros"):
@@ -130,7 +130,7 @@ def replace_layers(model: Any, directory: Path) -> tuple[dict[str, BlockLayer], 
             if item.dtype is not None:
                 continue
             tensor: Any = item.load()
-            found = None if isinstance(tensor, Frozen) or len(tensor.shape) != 2 else packed(affine(tensor))
+            found = None if isinstance(tensor, Frozen) or len(tensor.shape) != 2 else packed(integers(tensor))
             for module, old in users.get(id(weights[name]), [(name, nn.Module())]):
                 kind = {nn.Linear: BlockLinear, nn.Embedding: BlockEmbedding}.get(type(old))
                 if kind is BlockLinear and found is None:
@@ -149,7 +149,7 @@ def replace_layers(model: Any, directory: Path) -> tuple[dict[str, BlockLayer], 
     return layers, notes
 
 
-def packed(found: Affine | None) -> BlockWeight | None:
+def packed(found: Integers | None) -> IntegerBlocks | None:
     """Cut groups into the operators' blocks, and widen codes to their bits; None if that cannot be."""
     if found is None or found.zero is None:
         return None
@@ -160,7 +160,7 @@ def packed(found: Affine | None) -> BlockWeight | None:
     rows, blocks = found.scale.shape
     assert found.zero is not None
     zeros = pack_indices(nn.functional.pad(found.zero, (0, -blocks % (8 // bits))), bits).view(rows, -1)
-    return BlockWeight(pack_indices(found.codes, bits).view(rows, blocks, -1), found.scale, zeros, bits, block)
+    return IntegerBlocks(pack_indices(found.codes, bits).view(rows, blocks, -1), found.scale, zeros, bits, block)
 
 
 class Step(nn.Module):

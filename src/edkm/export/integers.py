@@ -10,7 +10,7 @@ from torch import Tensor
 from edkm.core.formats import FORMATS, FrozenBlocks
 
 
-class Affine(NamedTuple):
+class Integers(NamedTuple):
     """A matrix of codes from 0 on, in groups of consecutive columns.
 
     Attributes:
@@ -32,7 +32,7 @@ class Affine(NamedTuple):
         """Columns of a group."""
         return self.codes.shape[1] // self.scale.shape[1]
 
-    def split(self, group: int) -> Affine:
+    def split(self, group: int) -> Integers:
         """Cut groups into smaller ones with the same numbers."""
         times = self.group // group
         scale, offset, zero = (x if x is None else x.repeat_interleave(times, 1) for x in (self.scale, self.offset, self.zero))
@@ -44,7 +44,7 @@ class Affine(NamedTuple):
         return (parts * self.scale.unsqueeze(-1) + self.offset.unsqueeze(-1)).flatten(1)
 
 
-def affine(frozen: FrozenBlocks) -> Affine | None:
+def integers(frozen: FrozenBlocks) -> Integers | None:
     """Find the integers of a tensor; None if its format has others than consecutive ones.
 
     A format without an offset has codes around `2**(bits - 1)`: its offset is then a power of two times the scale, which every type holds
@@ -58,6 +58,7 @@ def affine(frozen: FrozenBlocks) -> Affine | None:
     scale = theta[..., -1]
     if form.p == 2:
         assert first == 0
-        return Affine(frozen.indices, scale, theta[..., 0], frozen.parts.get("zero"), form.bits)
+        return Integers(frozen.indices, scale, theta[..., 0], frozen.parts.get("zero"), form.bits)
     middle = 1 << (form.bits - 1)
-    return Affine(frozen.indices + (first + middle), scale, -middle * scale, torch.full(scale.shape, middle, dtype=torch.uint8), form.bits)
+    zero = torch.full(scale.shape, middle, dtype=torch.uint8)
+    return Integers(frozen.indices + (first + middle), scale, -middle * scale, zero, form.bits)
