@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--llama-cpp", type=Path, default=Path(folder), metavar="FOLDER", help="built ($LLAMA_CPP, or .llama.cpp)")
     python = Path(".venv-baselines/bin/python")
     parser.add_argument("--baselines", type=Path, default=python, metavar="PYTHON", help=f"that has llmcompressor ({python})")
+    parser.add_argument("--kept", action="store_true", help="only the rows whose results are there; none is made")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -64,15 +65,19 @@ def main(argv: list[str]) -> int:
 
 def _results(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Make the rows of a model; each is printed when it is there."""
-    make_starts(args.out, model)
+    if not args.kept:
+        make_starts(args.out, model)
     rows = [("bf16", start) for start in (STARTS if model == "smollm2" else STARTS[1:])]
     rows += [(name, method) for name in args.formats or FORMATS[model] for method in methods_of(name) if method in args.methods]
+    if args.kept:
+        return [_result(args, model, *row) for row in rows if (args.out / model / "rows" / f"{row[0]}-{row[1]}.json").is_file()]
     found = []
     if model == "wide":
         _result(args, "smollm2", "bf16", "control")
     for row in rows:
         found.append(_result(args, model, *row))
-        print(table([found[min(1, len(found) - 1)], found[-1]]).splitlines()[-1], flush=True)
+        control = [row for row in found if row["method"] == "control"]
+        print(table([*control, found[-1]]).splitlines()[-1], flush=True)
     return found
 
 
@@ -107,6 +112,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             left = row[text] - control[text]
             others = best.get((row["model"], row["format"], text), best.get((row["model"], "q4_0", text)))
             share = f"{left / others:.2f}" if others and row["method"] in (*OTHERS, *EDKM) else ""
-            line += f"{row[text]:>12.3f}{left:>8.3f}{share:>9}"
+            cells = (f"{value:.3f}" if value < 1000 else f"{value:.2g}" for value in (row[text], left))  # ruined, by how much is no matter
+            line += "".join(f"{cell:>{width}}" for cell, width in zip((*cells, share), (12, 8, 9)))
         lines.append(f"{line}{row['seconds']:>9.0f}{row['peak_mib'] / 1024:>6.2f}")
     return "\n".join(lines)

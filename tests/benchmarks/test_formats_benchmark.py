@@ -1,7 +1,8 @@
 """`python -m benchmarks formats`.
 
 1. The wide model has the same function, training steps keep its zeros, and its columns are a multiple of 256.
-2. Rows run on a tiny model from one control; a result that is there is read, not made again, and refused if it is of other settings.
+2. Rows run on a tiny model from one control; a result that is there is read, not made again, and refused if it is of other settings;
+   `--kept` writes those that there are.
 3. Every format has its own peers.
 4. The table gives the share of the distance that the best of the others leaves.
 5. A GGUF file whose matrices are not all in the format is refused; so is a llama.cpp that is not built.
@@ -59,6 +60,10 @@ def test_rows_start_from_one_control(args, monkeypatch):
     assert found["fit"]["bits"] == found["trained"]["bits"] > 4
     monkeypatch.setattr(formats.subprocess, "run", None)  # nothing runs
     assert formats._result(args, "smollm2", "nf4", "rounded") == found["nf4"]
+    kept = ["--kept", "--out", str(args.out), "--steps", "4", "--max-windows", "2", "--json", str(args.out / "all.json")]
+    assert not formats.main(kept)
+    written = [(row["format"], row["method"]) for row in json.loads((args.out / "all.json").read_text())["rows"]]
+    assert sorted(written) == sorted((row["format"], row["method"]) for row in found.values())
     args.steps = 5
     with pytest.raises(SystemExit, match="was made with 4 steps, not 5"):
         formats._result(args, "smollm2", "nf4", "rounded")
