@@ -58,7 +58,7 @@ def test_rows_start_from_one_control(args, monkeypatch):
     assert len({row["reference"] for row in found.values()}) == len(found)
     assert [row["bits"] for row in found.values()][:4] == [16, 16, 4.3125, 4.5]
     assert found["fit"]["bits"] == found["trained"]["bits"] > 4
-    monkeypatch.setattr(formats.subprocess, "run", None)  # nothing runs
+    monkeypatch.setattr(formats, "subprocess", None)  # nothing runs
     assert formats._result(args, "smollm2", "nf4", "rounded") == found["nf4"]
     kept = ["--kept", "--out", str(args.out), "--steps", "4", "--max-windows", "2", "--json", str(args.out / "all.json")]
     assert not formats.main(kept)
