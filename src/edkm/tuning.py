@@ -189,9 +189,9 @@ def _print_counts(blocks: Blocks, settings: loop.TrainSettings, model: Any, fixe
     print(f"data: {blocks.examples:,} examples, {blocks.tokens:,} tokens ({blocks.trained_tokens:,} trained on), {len(blocks):,} blocks")
     for note in blocks.notes:
         print(f"data: {printable(note)}")
-    tensors = tuned_tensors(model)
-    tables, numbers = sum(tensor.ndim == 3 for tensor in tensors.values()), sum(tensor.numel() for tensor in tensors.values())
-    print(f"tuning: {numbers:,} numbers, in the tables of {tables:,} weights and {len(tensors) - tables:,} vectors")
+    weights, vectors = tuned_tensors(model)
+    numbers = sum(tensor.numel() for tensors in (*weights.values(), vectors) for tensor in tensors.values())
+    print(f"tuning: {numbers:,} numbers, in the tables of {len(weights):,} weights and {len(vectors):,} vectors")
     for name, reason in fixed.items():
         print(f"  {name}: its tables stay, {reason}")
     precision = loop.named_precision(settings.precision)

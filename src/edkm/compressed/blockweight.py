@@ -52,14 +52,22 @@ class BlockWeight(PackedWeight):
         return BlockWeight(self.stream.to(device), {name: part.to(device) for name, part in self.parts.items()}, self.entry)
 
     def _looked_up(self, start: int, stop: int, dtype: torch.dtype, *, in_blocks: bool) -> Tensor:
-        parts = {}
         indices = unpack_rows(self.stream, self.entry.bits, self.entry.grid, start, stop, in_blocks=in_blocks)
+        return self._entries(indices, self._parts(start, stop, in_blocks=in_blocks), dtype)
+
+    def _parts(self, start: int, stop: int, *, in_blocks: bool) -> dict[str, Tensor]:
+        """Unpack the parts of some rows."""
+        parts = {}
         for name, about in self.layout.items():
             part = self.parts[name]
             if about.bits:
                 part = unpack_rows(part, about.bits, (about.shape[0], about.shape[1]), start, stop, in_blocks=in_blocks)
             parts[name] = part if about.bits or len(about.shape) == 1 else part[start:stop]
-        return self._entries(indices, parts, dtype)
+        return parts
+
+    def read_theta(self) -> Tensor:
+        """Return theta `[rows, blocks, p]` of the whole weight, float32."""
+        return self.form.storage.read(self._parts(0, self.rows, in_blocks=True))
 
     def rows_at(self, at: Tensor) -> Tensor:
         parts = {}

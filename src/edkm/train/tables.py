@@ -1,8 +1,9 @@
 """Train the tables of a packed model with its indices fixed: to packed models what adapters are to dense ones.
 
-A weight of 3 bits with a table for each row has 8 numbers to train a row, and the indices stay as they were packed. The loss is that of the
-model as it will be stored: in forward every table holds the float16 values that the file will have, and gradients pass the rounding
-straight through. Vectors (norms, biases) are trained with them, in the dtype that they are stored in.
+A weight of 3 bits with a table for each row has 8 numbers to train a row, and the indices stay as they were packed; a weight in a format
+has the scale and the offset of each block. The loss is that of the model as it will be stored: in forward tables hold the numbers that the
+file will have, and gradients pass the rounding straight through. Vectors (norms, biases) are trained with them, in the dtype that they are
+stored in.
 
 Each trained tensor is held as multiples of its typical size (`Multiples`), so that one learning rate fits tables of every scale: with Adam
 it is the share of its size by which an entry moves in a step.
@@ -26,13 +27,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from edkm.compressed import checkpoint
+from edkm.compressed.blockweight import BlockWeight
 from edkm.compressed.companions import copy_companions
-from edkm.compressed.entries import LUT_SUFFIX, RECORD, Entry, quantization_config
+from edkm.compressed.entries import RECORD, Entry, quantization_config
 from edkm.compressed.jsonfile import read_json, write_json
 from edkm.compressed.linear import PackedWeight
 from edkm.compressed.modules import PackedLinear, PackedModule
 from edkm.compressed.packing import unpack_rows
 from edkm.core.assign import LUT_DTYPE, Clustered, LazyFrozen
+from edkm.core.formats import Format
+from edkm.core.storage import Floats, SuperBlock
 from edkm.metrics import PAGE
 from edkm.train.clustering import reshaped
 from edkm.train.loop import TrainResult, TrainSettings, train
@@ -46,22 +50,32 @@ class Multiples(nn.Module):
 
     Args:
         tensor: as it is stored; its first axis is that of tables. A vector has one size, a table each its own.
+        form: of theta `[rows, blocks, p]`: scales have a size for each row, and offsets half the range of their entries.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, form: Format | None = None) -> None:
         super().__init__()
         axes = tuple(range(1, tensor.ndim)) or (0,)
-        size = tensor.detach().double().square().mean(axes, keepdim=True).sqrt()
+        numbers = tensor.detach().double()
+        size = (numbers if form is None else numbers[..., -1:]).square().mean(axes, keepdim=True).sqrt()
+        if form is not None and form.p == 2:
+            size = torch.cat([size * (form.values[-1] - form.values[0]) / 2, size], -1)
         # A power of two: dividing and multiplying by it loses nothing.
         size = torch.where(size > 0, size, 1.0).log2().round().exp2().float()
-        self.dtype = tensor.dtype
+        self.dtype, self.form = tensor.dtype, form
         self.size: Tensor
         self.register_buffer("size", size, persistent=False)
 
     def forward(self, multiples: Tensor) -> Tensor:
         value = multiples * self.size
         kept = value.detach()
-        return value + (kept.to(self.dtype).to(kept.dtype) - kept)  # exact: the two are neighbours
+        if self.form is None:
+            return value - kept + kept.to(self.dtype).to(kept.dtype)
+        if self.form.p == 2 or not isinstance(self.form.storage, Floats | SuperBlock):
+            # These have no sign: a table that falls would be stored as one that rises, with other indices.
+            kept = kept.clone()
+            kept[..., -1].clamp_(min=torch.finfo(kept.dtype).tiny)
+        return value - value.detach() + self.form.round(kept)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value.float() / self.size  # pyright: ignore[reportOperatorIssue]
@@ -74,10 +88,10 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, tables: Tensor, stream: Tensor, entry: Entry) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        lut = tables.to(LUT_DTYPE)
+        lut = tables.to(LUT_DTYPE) if entry.form is None else tables
         ctx.entry = entry
         ctx.save_for_backward(x, stream, lut)
-        out = F.linear(x, PackedWeight(stream, lut, entry).dense(x.dtype))
+        out = F.linear(x, _dense(stream, lut, entry, x.dtype))
         return reshaped(out, out.shape)
 
     @staticmethod
@@ -87,11 +101,34 @@ class _Product(torch.autograd.Function):
         dx = tables = None
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = dy @ PackedWeight(stream, lut, ctx.entry).dense(dy.dtype)
+                dx = dy @ _dense(stream, lut, ctx.entry, dy.dtype)
             if ctx.needs_input_grad[1]:
                 dense = dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])  # [rows, cols]
-                tables = table_gradient(dense, stream, ctx.entry, lut.shape[1])
+                gradient = table_gradient if ctx.entry.form is None else theta_gradient
+                tables = gradient(dense, stream, ctx.entry, lut.shape[1])
         return dx, tables, None, None
+
+
+def _dense(stream: Tensor, tables: Tensor, entry: Entry, dtype: torch.dtype) -> Tensor:
+    if entry.form is None:
+        return PackedWeight(stream, tables, entry).dense(dtype)
+    indices = unpack_rows(stream, entry.bits, entry.grid, 0, entry.rows)
+    return entry.form.lookup(indices, tables, dtype)
+
+
+def theta_gradient(dense: Tensor, stream: Tensor, entry: Entry, blocks: int) -> Tensor:
+    """Sum the gradient of a weight over the blocks of a format: `[rows, blocks, p]`; arguments and cost as `table_gradient`."""
+    (rows, cols), form = entry.grid, entry.form
+    assert form is not None
+    kind = torch.promote_types(dense.dtype, torch.float32)
+    values, found = form.entries(kind, dense.device), []
+    step = max(1, _WEIGHTS_AT_ONCE // (8 * cols)) * 8
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        part = dense[start:stop].to(kind)
+        scale = part * values[unpack_rows(stream, entry.bits, entry.grid, start, stop).int()]
+        found.append(torch.stack([x.unflatten(1, (blocks, -1)).sum(-1) for x in (part, scale)[-form.p :]], -1))
+    return torch.cat(found)
 
 
 def table_gradient(dense: Tensor, stream: Tensor, entry: Entry, k: int) -> Tensor:
@@ -129,7 +166,7 @@ class TunedLinear(nn.Module):
         packed: the layer that it replaces; its indices and bias are shared, not copied.
 
     Attributes:
-        tables: parameter `[g, k, d]` float32.
+        tables: parameter `[g, k, d]` float32, or theta `[rows, blocks, p]` of a format.
 
     Cost:
         Keeps for backward its input, and the indices and tables that it has anyway. The dense weight lives while the layer is multiplied,
@@ -144,17 +181,25 @@ class TunedLinear(nn.Module):
         weight = packed.packed()
         self.entry = weight.entry
         self.register_buffer("stream", weight.stream.detach(), persistent=False)
-        self.tables = nn.Parameter(weight.lut.float())
+        tables = weight.read_theta() if isinstance(weight, BlockWeight) else weight.lut
+        self.tables = nn.Parameter(tables.float())
         self.bias = packed.bias
         self.in_features, self.out_features = packed.in_features, packed.out_features
-        _parametrize(self, "tables", weight.lut)
+        _parametrize(self, "tables", tables, weight.entry.form)
 
     def forward(self, input: Tensor) -> Tensor:
         out: Any = _Product.apply(input, self.tables, self.stream, self.entry)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.entry.bits} bits, {self.entry.luts} tables"
+        kind = f"{self.entry.bits} bits, {self.entry.luts} tables" if self.entry.form is None else self.entry.format
+        return f"{self.in_features}, {self.out_features}, {kind}"
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return tables, or the parts of theta, as they are stored, on the CPU."""
+        tables, form = self.tables.detach(), self.entry.form
+        parts = {"lut": tables.to(LUT_DTYPE)} if form is None else form.store(tables)
+        return {part: tensor.cpu().contiguous() for part, tensor in parts.items()}
 
 
 def train_tables(model: nn.Module, stored: Mapping[str, torch.dtype | None]) -> dict[str, str]:
@@ -202,21 +247,23 @@ def _train_vectors(model: nn.Module, stored: Mapping[str, torch.dtype | None]) -
             _parametrize(module, key, getattr(module, key).detach().to(dtype))
 
 
-def _parametrize(module: nn.Module, key: str, stored: Tensor) -> None:
-    parametrize.register_parametrization(module, key, Multiples(stored))
+def _parametrize(module: nn.Module, key: str, stored: Tensor, form: Format | None = None) -> None:
+    parametrize.register_parametrization(module, key, Multiples(stored, form))
     module.parametrizations[key].original.requires_grad_(True)  # pyright: ignore
 
 
-def tuned_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Collect what `train_tables` made trainable, as it is stored: by the names of the packed file, on the CPU."""
-    found = {}
+def tuned_tensors(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Collect what `train_tables` made trainable, as it is stored, on the CPU: the parts of weights, and vectors, by their names."""
+    weights, vectors = {}, {}
     for path, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
         for key, made in module.parametrizations.items():  # pyright: ignore
-            name = f"weight{LUT_SUFFIX}" if isinstance(module, TunedLinear) and key == "tables" else key
-            found[f"{path}.{name}".lstrip(".")] = getattr(module, key).detach().to("cpu", made[0].dtype)
-    return found
+            if isinstance(module, TunedLinear) and key == "tables":
+                weights[f"{path}.weight".lstrip(".")] = module.stored()
+            else:
+                vectors[f"{path}.{key}".lstrip(".")] = getattr(module, key).detach().to("cpu", made[0].dtype)
+    return weights, vectors
 
 
 def tune_tables(
@@ -240,7 +287,7 @@ def write_tuned(model: nn.Module, packed: Path, out: Path) -> None:
     Cost:
         Two passes over the packed files; memory of the tensors that are not clustered, and of the indices of one that is.
     """
-    tuned, before = tuned_tensors(model), quantization_config(packed)
+    (tuned, vectors), before = tuned_tensors(model), quantization_config(packed)
     frozen: dict[str, Clustered | LazyFrozen] = {}
     dense: dict[str, Tensor] = {}
     copy_companions(packed, out)
@@ -248,13 +295,12 @@ def write_tuned(model: nn.Module, packed: Path, out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     with checkpoint.open_items(packed) as items:
         for name, item in items.items():
-            lut = tuned.get(name + LUT_SUFFIX)
-            if item.entry is None:
-                dense[name] = tuned[name] if name in tuned else cast(Tensor, item.load())
-            elif lut is None:
+            if (entry := item.entry) is None:
+                dense[name] = vectors[name] if name in vectors else cast(Tensor, item.load())
+            elif (parts := tuned.get(name)) is None:
                 frozen[name] = cast(Clustered, item.load())
             else:
-                frozen[name] = LazyFrozen({"lut": lut}, item.shape, item.entry.rows, item.entry.error, partial(_indices, item))
+                frozen[name] = LazyFrozen(parts, item.shape, entry.rows, entry.error, partial(_indices, item), entry.format)
         quantization = checkpoint.write(out, frozen, dense, before["settings"])
     write_json(out / "config.json", read_json(packed / "config.json") | {"quantization_config": quantization})
 
