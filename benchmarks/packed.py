@@ -24,8 +24,8 @@ from torch.nn.functional import linear
 
 from benchmarks.measure import machine, write
 from edkm.compressed import cpu
-from edkm.compressed.blockweight import weight_of
 from edkm.compressed.entries import Entry
+from edkm.compressed.formatweight import weight_of
 from edkm.compressed.linear import PackedWeight, multiply
 from edkm.compressed.packing import pack_indices, packed_bytes
 from edkm.core import native

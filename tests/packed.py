@@ -8,9 +8,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from edkm.compressed import pretrained
-from edkm.compressed.blockweight import weight_of
 from edkm.compressed.checkpoint import _pending, dequantize
 from edkm.compressed.entries import entry_of
+from edkm.compressed.formatweight import weight_of
 from edkm.core.assign import Frozen
 from edkm.core.formats import FORMATS, freeze_blocks
 

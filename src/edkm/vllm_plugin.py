@@ -19,9 +19,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from edkm.compressed.blockweight import weight_of
 from edkm.compressed.checkpoint import is_embedding, open_items
 from edkm.compressed.entries import LUT_SUFFIX, QUANT_METHOD, Entry, checked, entries_in
+from edkm.compressed.formatweight import weight_of
 from edkm.compressed.linear import PackedWeight, packed_linear
 from edkm.compressed.packing import pack_indices, unpack_indices
 

@@ -15,8 +15,8 @@ from packed import blocks, packed
 from packedkernels import VARIANTS, Fenced, built, check
 
 from edkm.compressed import cpu
-from edkm.compressed.blockweight import BlockWeight
 from edkm.compressed.checkpoint import dequantize
+from edkm.compressed.formatweight import FormatWeight
 from edkm.core.formats import FORMATS
 from edkm.core.storage import Floats, ZeroPoint
 
@@ -64,8 +64,8 @@ def test_reads_nothing_beyond_the_end(kernels, name):
     for rows, cols in ((1, divisor), (3, 3 * divisor), (6, 5 * divisor), (17, 33 * (divisor == 1) or divisor)):
         frozen = blocks((rows, cols), name)
         weight = packed(frozen)
-        assert isinstance(weight, BlockWeight)
-        there = BlockWeight(fenced(weight.stream), {key: fenced(part) for key, part in weight.parts.items()}, weight.entry)
+        assert isinstance(weight, FormatWeight)
+        there = FormatWeight(fenced(weight.stream), {key: fenced(part) for key, part in weight.parts.items()}, weight.entry)
         check(fenced(torch.randn(3, cols)), there, dequantize(frozen))
         assert torch.equal(there.dense(torch.float32), dequantize(frozen))
 

@@ -16,9 +16,9 @@ import torch
 from checkpointing import store
 from packed import blocks, freeze, make, pack, packed
 
-from edkm.compressed.blockweight import weight_of
 from edkm.compressed.checkpoint import dequantize
 from edkm.compressed.entries import FormatError, entry_of
+from edkm.compressed.formatweight import weight_of
 from edkm.compressed.jsonfile import read_json
 from edkm.compressed.packing import pack_indices
 from edkm.core.formats import FORMATS

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from edkm.compressed.blockweight import weight_of
 from edkm.compressed.dense_view import DenseView, Parameters
 from edkm.compressed.entries import Entry, stored_kind
+from edkm.compressed.formatweight import weight_of
 from edkm.compressed.linear import PackedWeight, embed, is_recorded, is_taken_whole, packed_linear
 from edkm.compressed.operators import embedding
 from edkm.compressed.siblings import Siblings

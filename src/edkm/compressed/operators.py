@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edkm.compressed.blockweight import weight_of
 from edkm.compressed.entries import Entry
+from edkm.compressed.formatweight import weight_of
 from edkm.compressed.linear import PackedWeight, embed, input_gradient, multiply
 from edkm.core.formats import FORMATS
 

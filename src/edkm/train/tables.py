@@ -27,9 +27,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from edkm.compressed import checkpoint
-from edkm.compressed.blockweight import BlockWeight
 from edkm.compressed.companions import copy_companions
 from edkm.compressed.entries import RECORD, Entry, quantization_config
+from edkm.compressed.formatweight import FormatWeight
 from edkm.compressed.jsonfile import read_json, write_json
 from edkm.compressed.linear import PackedWeight
 from edkm.compressed.modules import PackedLinear, PackedModule
@@ -181,7 +181,7 @@ class TunedLinear(nn.Module):
         weight = packed.packed()
         self.entry = weight.entry
         self.register_buffer("stream", weight.stream.detach(), persistent=False)
-        tables = weight.read_theta() if isinstance(weight, BlockWeight) else weight.lut
+        tables = weight.read_theta() if isinstance(weight, FormatWeight) else weight.lut
         self.tables = nn.Parameter(tables.float())
         self.bias = packed.bias
         self.in_features, self.out_features = packed.in_features, packed.out_features

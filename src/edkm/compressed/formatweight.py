@@ -19,7 +19,7 @@ from edkm.core.formats import FORMATS
 from edkm.core.storage import Floats, ZeroPoint
 
 
-class BlockWeight(PackedWeight):
+class FormatWeight(PackedWeight):
     """One packed tensor in a format, in memory; as `PackedWeight`, with `parts` in the place of tables."""
 
     def __init__(self, stream: Tensor, parts: Mapping[str, Tensor], entry: Entry) -> None:
@@ -48,8 +48,8 @@ class BlockWeight(PackedWeight):
     def compiled(self) -> bool:
         return self.theta is not None and super().compiled
 
-    def to(self, device: torch.device | str) -> BlockWeight:
-        return BlockWeight(self.stream.to(device), {name: part.to(device) for name, part in self.parts.items()}, self.entry)
+    def to(self, device: torch.device | str) -> FormatWeight:
+        return FormatWeight(self.stream.to(device), {name: part.to(device) for name, part in self.parts.items()}, self.entry)
 
     def _looked_up(self, start: int, stop: int, dtype: torch.dtype, *, in_blocks: bool) -> Tensor:
         indices = unpack_rows(self.stream, self.entry.bits, self.entry.grid, start, stop, in_blocks=in_blocks)
@@ -92,4 +92,4 @@ def _values(form: str) -> Tensor:
 
 def weight_of(stream: Tensor, parts: Mapping[str, Tensor], entry: Entry) -> PackedWeight:
     """Make a packed weight of the tensors that the file has for it."""
-    return PackedWeight(stream, parts["lut"], entry) if entry.form is None else BlockWeight(stream, parts, entry)
+    return PackedWeight(stream, parts["lut"], entry) if entry.form is None else FormatWeight(stream, parts, entry)
