@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edkm.compressed.coreml.integers import affine_of
 from edkm.compressed.coreml.interpreter import run_program
 from edkm.compressed.coreml.program import KEYS, LOGITS, MASK, PACKED, PRECISIONS, TOKENS, VALUES, quiet, stored_bits, tensor_name
+from edkm.compressed.coreml.shiftscale import affine_of
 from edkm.core.assign import Clustered, Frozen
 from edkm.core.formats import FrozenBlocks
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edkm.compressed import checkpoint, pretrained
 from edkm.compressed.coreml import check, program
-from edkm.compressed.coreml.integers import affine_of, fits
+from edkm.compressed.coreml.shiftscale import affine_of, fits
 from edkm.compressed.entries import read_entries
 from edkm.compressed.modelconfig import model_config
 from edkm.core.formats import FORMATS, FrozenBlocks

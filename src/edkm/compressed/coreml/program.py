@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edkm.compressed.coreml.integers import affine_of
+from edkm.compressed.coreml.shiftscale import affine_of
 from edkm.core.assign import Clustered, Frozen
 from edkm.core.formats import FrozenBlocks
 

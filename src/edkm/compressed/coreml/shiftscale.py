@@ -14,7 +14,7 @@ from edkm.core.formats import FORMATS, Format, FrozenBlocks
 from edkm.core.storage import Floats, ZeroPoint
 
 
-class Integers(NamedTuple):
+class ShiftScale(NamedTuple):
     """Data `[rows, cols]` and `scale`, `zero` `[rows, blocks]`; integers in numpy's uint8."""
 
     data: np.ndarray
@@ -30,7 +30,7 @@ def fits(form: Format) -> bool:
     return whole and (isinstance(form.storage, ZeroPoint) or (isinstance(form.storage, Floats) and form.p == 1))
 
 
-def affine_of(name: str, tensor: FrozenBlocks, dtype: Any) -> Integers:
+def affine_of(name: str, tensor: FrozenBlocks, dtype: Any) -> ShiftScale:
     """Describe a tensor whose format `fits`, with scales in float16 or float32.
 
     Raises:
@@ -40,4 +40,4 @@ def affine_of(name: str, tensor: FrozenBlocks, dtype: Any) -> Integers:
     if not np.array_equal(scale.astype(dtype).astype(np.float32), scale):
         raise ValueError(f"{name}: float16 does not hold a scale of its {form.name}. Export with --precision float32.")
     zero = tensor.parts["zero"].numpy() if "zero" in tensor.parts else np.full(scale.shape, -form.values[0], np.uint8)
-    return Integers(tensor.indices.numpy(), scale.astype(dtype), zero, form.bits)
+    return ShiftScale(tensor.indices.numpy(), scale.astype(dtype), zero, form.bits)
