@@ -1,9 +1,11 @@
 """`python -m benchmarks op`: forward and backward of clustering one weight, by backend and beside peers.
 
 Shapes are those of real layers. Weights are random normal with a standard deviation of 0.02, gradients random; softness 0.5, three
-iterations, importance per column. First the backends are compared with the reference in float64 on a small weight: no figure is
-printed for a backend that computes something else. coremltools runs in its own environment (`--peers PYTHON`), in the same run on
-the same machine, on the same shapes.
+iterations, importance per column. Beside free tables stand formats, in what a layer does in a step: q4_0, a scale for 32 weights, to be
+compared with a table for each row at `--bits 4`; int8_row, offset and scale of a row, also assigned hard (softness 0).
+
+First the backends are compared with the reference in float64 on a small weight: no figure is printed for a backend that computes
+something else. coremltools runs in its own environment (`--peers PYTHON`), in the same run on the same machine, on the same shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ import torch
 import edkm
 from benchmarks.measure import kept_bytes, machine, peak_bytes, seconds, write
 from edkm.core import cuda, native
+from edkm.core.formats import FORMATS
 from edkm.core.kmeans import temperature_for
+from edkm.core.op import pick_backend, solve
+from edkm.core.reference import Problem, importance_in_blocks, in_blocks, table_shape
+from edkm.core.theta import initial_theta
 
 LAYERS = {
     "SmolLM2-135M q_proj": (576, 576),
@@ -27,6 +33,8 @@ LAYERS = {
     "LLaMA-7B q_proj": (4096, 4096),
     "LLaMA-7B up_proj": (11008, 4096),
 }
+# Format and softness of what is measured beside the free tables.
+FORMATS_MEASURED = (("q4_0", 0.5), ("int8_row", 0.5), ("int8_row", 0.0))
 # Dense maps of the largest layers do not fit small machines: reference and coremltools stop at this many weights, and take one table.
 DENSE_LIMIT = 1 << 22
 
@@ -46,12 +54,15 @@ def main(argv: list[str]) -> int:
     print(f"{'layer':<22} {'dtype':<9} {'rows/LUT':<9} {'who':<12} {'seconds':>9} {'spread':>8} {'kept':>12} {'peak':>10}")
     for layer in args.layers:
         for dtype in (torch.float32, torch.bfloat16):
-            for rows_per_lut in (None, 16):
+            for rows_per_lut in (None, 16, 1):
                 for backend in (*_backends(args.device, rows_per_lut is None), "reference"):
                     if backend == "reference" and (rows_per_lut or torch.Size(LAYERS[layer]).numel() > DENSE_LIMIT):
                         continue
                     rows.append(_ours(layer, dtype, rows_per_lut, backend, args))
                     _print(rows[-1])
+            for name, softness in FORMATS_MEASURED:
+                rows.append(_in_format(layer, dtype, name, softness, args))
+                _print(rows[-1])
             if args.peers and torch.Size(LAYERS[layer]).numel() <= DENSE_LIMIT:
                 rows.append(_peer(layer, dtype, args))
                 _print(rows[-1])
@@ -126,6 +137,37 @@ def _ours(layer: str, dtype: torch.dtype, rows_per_lut: int | None, backend: str
         "seconds": median,
         "spread": spread,
         "kept_bytes": kept_bytes(forward, free),
+        "peak_bytes": peak_bytes(run, args.device),
+    }
+
+
+def _in_format(layer: str, dtype: torch.dtype, name: str, softness: float, args: argparse.Namespace) -> dict:
+    """Measure what a layer in a format does in a step."""
+    torch.manual_seed(0)
+    rows, cols = LAYERS[layer]
+    form = FORMATS[name]
+    weight = (torch.randn(rows, cols) * 0.02).to(args.device, dtype)
+    importance, grad = torch.rand(1, cols, device=args.device), torch.randn(rows, cols, device=args.device).to(dtype)
+    theta = initial_theta(weight, form, importance).reshape(-1, form.p, 1)
+    tau, basis = temperature_for(weight, theta, importance, softness, form), form.basis(device=args.device)
+    problem = Problem(tau, importance_in_blocks(importance, weight.shape, len(theta)), torch.bfloat16, basis)
+    matrix = in_blocks(weight, len(theta))
+    backend = pick_backend("auto", matrix, table_shape(theta, basis), torch.bfloat16, shaped=True)[0] if softness else "hard"
+
+    def run() -> None:
+        solution = solve(matrix, theta, problem, 3, backend)
+        solution.decode(matrix), solution.adjoint(grad.view_as(matrix), matrix)
+
+    median, spread = seconds(run, args.device, args.repeats)
+    return {
+        "layer": layer,
+        "shape": [rows, cols],
+        "dtype": str(dtype).removeprefix("torch."),
+        "rows_per_lut": None,
+        "who": name if softness else f"{name} hard",
+        "seconds": median,
+        "spread": spread,
+        "kept_bytes": 4 * theta.nbytes,  # the trajectory
         "peak_bytes": peak_bytes(run, args.device),
     }
 

@@ -29,30 +29,34 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--rows-per-lut", type=int, nargs="*", default=[0, 16])
+    parser.add_argument("--formats", nargs="*", default=["table", "q4_0"], help="of the weights; table: free tables")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     loaded, _ = load_model(fetch_smollm2())
     torch.manual_seed(0)
     tokens = torch.randint(0, 49152, (args.tokens // 512, 512))
     rows = []
-    for precision, rows_per_lut, iters in itertools.product(args.precision, args.rows_per_lut, args.iters):
+    tables = [(name, rows_per_lut) for name in args.formats for rows_per_lut in (args.rows_per_lut if name == "table" else [0])]
+    for precision, (name, rows_per_lut), iters in itertools.product(args.precision, tables, args.iters):
         plain, clustered = copy.deepcopy(loaded), copy.deepcopy(loaded)
         importance = edkm.calibrate(clustered, [tokens[:1]])
-        edkm.prepare(clustered, edkm.ClusterConfig(rows_per_lut=rows_per_lut, max_iters=iters), importance=importance)
+        edkm.prepare(clustered, edkm.ClusterConfig(format=name, rows_per_lut=rows_per_lut, max_iters=iters), importance=importance)
         steps = {"plain": _stepper(plain, tokens, precision), "clustered": _stepper(clustered, tokens, precision)}
         times = {name: [] for name in steps}
         for repeat in range(args.repeats + 1):
-            for name, step in steps.items():
+            for who, step in steps.items():
                 began = time.process_time()
                 step()
                 if repeat:
-                    times[name].append(time.process_time() - began)
+                    times[who].append(time.process_time() - began)
         least = {name: min(values) for name, values in times.items()}
         ratio = least["clustered"] / least["plain"]
-        rows.append({"precision": precision, "rows_per_lut": rows_per_lut, "max_iters": iters, "seconds": times, "ratio": ratio})
-        tables = f"{rows_per_lut} rows per table" if rows_per_lut else "one table per tensor"
+        rows.append(
+            {"precision": precision, "format": name, "rows_per_lut": rows_per_lut, "max_iters": iters, "seconds": times, "ratio": ratio}
+        )
+        kind = name if name != "table" else f"{rows_per_lut} rows per table" if rows_per_lut else "one table per tensor"
         found = f"plain {least['plain']:.2f} s, clustered {least['clustered']:.2f} s, ratio {ratio:.2f}"
-        print(f"{precision}, {tables}, {iters} iterations: {found}", flush=True)
+        print(f"{precision}, {kind}, {iters} iterations: {found}", flush=True)
         del plain, clustered, steps
     write(args.json, {"benchmark": "step", "tokens": tokens.numel(), "machine": machine("cpu"), "rows": rows})
     return 0
