@@ -49,7 +49,7 @@ class RefuseFloat64(TorchDispatchMode):
 def not_the_cpu(monkeypatch):
     """Tables as on any other device, and no kernels of a CPU."""
     monkeypatch.setattr(histogram, "drops_empty_bins", lambda device: False)
-    monkeypatch.setattr(native, "takes", lambda device, k, d: False)
+    monkeypatch.setattr(native, "takes", lambda device, k, d, **options: False)
 
 
 IDS = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
