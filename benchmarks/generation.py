@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks.measure import machine, write
 from edkm.compressed.entries import Entry
 from edkm.compressed.modules import PackedModule, pack_module, tie_module
+from edkm.compressed.siblings import link
 
 MODELS = {
     "SmolLM2-135M": {
@@ -40,13 +41,13 @@ MODELS = {
         "vocab_size": 128256,
     },
 }
-PROMPT = 16
 
 
 def main(argv: list[str]) -> int:
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks generation", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--prompt", type=int, default=16, help="tokens before those that are decoded (16)")
     parser.add_argument("--tokens", type=int, default=16, help="decoded in a round (16)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bits", type=int, default=3)
@@ -54,7 +55,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     rows = [row for name in args.models for row in _model(name, args)]
-    write(args.json, {"benchmark": "generation", "tokens": args.tokens, "machine": machine(args.device), "rows": rows})
+    write(
+        args.json, {"benchmark": "generation", "prompt": args.prompt, "tokens": args.tokens, "machine": machine(args.device), "rows": rows}
+    )
     return 0
 
 
@@ -68,7 +71,7 @@ def _model(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     rates: dict[str, list[float]] = {who: [] for who in contestants}
     for _ in range(args.rounds + 1):
         for who, model in contestants.items():
-            rates[who].append(_rate(model, args.tokens))
+            rates[who].append(_rate(model, args.prompt, args.tokens))
     rows = []
     for who, model in contestants.items():
         size = sum(t.numel() * t.itemsize for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
@@ -79,11 +82,11 @@ def _model(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.inference_mode()
-def _rate(model: Any, tokens: int) -> float:
+@torch.no_grad()
+def _rate(model: Any, prompt: int, tokens: int) -> float:
     """Measure tokens a second after the prompt."""
     device = model.model.norm.weight.device
-    out = model(torch.arange(PROMPT, device=device).view(1, -1), use_cache=True)
+    out = model(torch.arange(prompt, device=device).view(1, -1), use_cache=True)
     began = 0.0
     for step in range(tokens + 1):
         if step == 1:  # the first is a warm-up
@@ -147,5 +150,6 @@ def _packed(name: str, bits: int, dtype: torch.dtype, device: str) -> Any:
         module._parameters["weight"].random_(0, 256)  # pyright: ignore
         module.weight_lut.normal_(std=0.02)
     tie_module(head, "weight", embedding)
+    link(model)
     head._parameters["weight"] = embedding._parameters["weight"]
     return _materialise(model, dtype, device)
