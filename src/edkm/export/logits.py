@@ -8,11 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edkm.compressed import checkpoint
-from edkm.compressed.modelconfig import model_config, refusing
-from edkm.compressed.names import match_names
-from edkm.core.assign import Clustered
-from edkm.progress import without_bars
+from edkm.compressed import pretrained
+from edkm.compressed.modelconfig import model_config
 
 # Both sides compute in float32.
 LEAST_COSINE = 0.99999
@@ -52,28 +49,15 @@ def reference_of(model: Any) -> Reference:
 
 
 def dense_model(directory: Path) -> Any:
-    """Build the causal language model of a packed checkpoint with dense weights in float32, without edkm's layers.
+    """Load the causal language model of a packed checkpoint with dense weights in float32.
 
     Raises:
         ValueError: it is another kind of model.
-        FormatError: its tensors are not those of the model that its config describes, and all that `checkpoint.open_items` refuses.
+        FormatError: all that `pretrained.load` refuses.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config: Any = model_config(directory)
-    del config.quantization_config
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is None:
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is None:
         raise ValueError(f"{directory}: {config.model_type} is no causal language model, which this export takes. Use edkm unpack.")
-    with checkpoint.open_items(directory) as items:
-        state = {name: _float32(item.load()) for name, item in items.items()}
-    with refusing(directory / "config.json"), without_bars():
-        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-    match_names(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, str(directory))
-    return model.eval()
-
-
-def _float32(tensor: Clustered | Tensor) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        return checkpoint.dequantize(tensor)
-    return tensor.float() if tensor.is_floating_point() else tensor
+    return pretrained.load(directory)
