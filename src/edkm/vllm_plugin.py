@@ -22,11 +22,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from edkm.compressed.checkpoint import is_embedding, open_items
 from edkm.compressed.entries import LUT_SUFFIX, QUANT_METHOD, Entry, checked, entries_in
 from edkm.compressed.formatweight import weight_of
-from edkm.compressed.linear import PackedWeight, packed_linear
+from edkm.compressed.linear import PackedWeight, embed, is_taken_whole, packed_linear
+from edkm.compressed.operators import embedding
 from edkm.compressed.packing import pack_indices, unpack_indices
 
-# Weights of an embedding decoded at once; some 40 bytes live for each.
-_EMBEDDED_WEIGHTS = 1 << 20
 _SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}
 
 
@@ -153,12 +152,12 @@ class PackedMethod(LinearMethodBase):
         return out if bias is None else out + bias
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
-        weight, flat = layer.packed_weights[0], ids.reshape(-1).long()
+        weight = layer.packed_weights[0]
         if not isinstance(weight, PackedWeight):
             return F.embedding(ids, weight)
-        step = flat.shape[0] if torch.compiler.is_compiling() else max(1, _EMBEDDED_WEIGHTS // weight.cols)
-        rows = [weight.rows_at(part).to(layer.packed_dtype) for part in flat.split(step)] if step else []
-        return torch.cat(rows).view(*ids.shape, weight.cols)
+        if is_taken_whole():
+            return embedding(ids, *weight.arguments, layer.packed_dtype)
+        return embed(ids, weight, layer.packed_dtype)
 
 
 def _take(layer: Any, suffix: str, parameter: nn.Parameter, loaded: Tensor, shard: str | int | None = None) -> None:
