@@ -111,19 +111,18 @@ def test_the_plugin_serves_packed_models(plan, options, model, tmp_path):
 
 
 # vLLM's kernel multiplies in 16 bits.
-@pytest.mark.parametrize("form", ["int4_g32", "int4_g64", "int4_g128", "int4_g32_sym", "int4_g64_sym", "int4_g128_sym", "q4_0"])
+@pytest.mark.parametrize("form", ["int4_g32", "int4_g64_sym", "int4_g128", "q4_0"])
 def test_exported_models_run(form, tmp_path):
     packed = small(tmp_path / "packed", lambda name: form if "proj" in name else "int8_row", tie_word_embeddings=True)
     export(packed, tmp_path / "out")
     compare(packed, TOKENS, serve(tmp_path / "out", tmp_path, TOKENS, dtype="float16"), 0.02)
 
 
-@pytest.mark.parametrize("form", ["int8_g64_sym", "int8_row", "int3_g64_sym", "int2_g64", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("form", ["int8_g64_sym", "int3_g64", "mxfp4"])
 def test_a_cpu_has_no_kernel_for_other_formats(form, tmp_path):
     export(small(tmp_path / "packed", lambda name: form if "proj" in name else None), tmp_path / "out")
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError, match="Failed to find a kernel"):
         serve(tmp_path / "out", tmp_path, TOKENS)
-    print([line for line in str(caught.value).splitlines() if "Error" in line][-1:])
 
 
 @pytest.fixture(scope="module")
