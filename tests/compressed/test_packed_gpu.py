@@ -1,6 +1,7 @@
 """The Triton kernels, through Triton's interpreter on a CPU or on a GPU where there is one (conftest.py).
 
-1. Every width gives the product with the decoded weight; an index beyond its table reads no other memory.
+1. Every width, and every format of blocks of 32 and more, gives the product with the decoded weight; an index beyond its table reads no
+   other memory.
 2. Only shapes, dtypes and devices that the kernels know are given to them.
 """
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not made for this platform")
-from packed import freeze
+from packed import blocks, freeze, packed
 
 from edkm.compressed import gpu
+from edkm.compressed.checkpoint import dequantize
 from edkm.compressed.packing import pack_indices
 from edkm.core.assign import lookup
 
@@ -44,6 +46,21 @@ def test_it_is_the_product_with_the_decoded_weight(batch, rows, cols, bits, luts
     truth = x.double() @ weight.T
     plain = (x @ weight.float().T - truth).abs().max()
     assert (out - truth).abs().max() <= 4 * plain + 1e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "nf4", "q4_k", "int3_g64", "int8_row", "mlx2_g128", "mxfp4"])
+def test_formats(batch, name):
+    """Theta of blocks of 32 and more, and of rows; an index of a format with fewer values than its bits hold."""
+    frozen = blocks((9, 256), name)
+    weight = packed(frozen).to(DEVICE)
+    x = torch.randn(batch, 256, generator=torch.Generator().manual_seed(batch)).to(DEVICE)
+    assert weight.for_gpu and gpu.takes(x, weight.lut, 256)
+    out = gpu.multiply(x, weight.stream, weight.lut, *weight.matrix, weight.read_theta())
+    truth = x.double() @ dequantize(frozen).to(DEVICE).double().T
+    plain = (x @ dequantize(frozen).to(DEVICE).T - truth).abs().max()
+    assert (out - truth).abs().max() <= 4 * plain + 2e-6 * truth.abs().max()
+    assert not packed(blocks((9, 256), "q3_k")).for_gpu
 
 
 # The interpreter multiplies the bits of bfloat16 matrices as if they were numbers.
@@ -96,11 +113,13 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from edkm.compressed import gpu
+from edkm.compressed.checkpoint import dequantize
 
 def ptx(kernel, dtype, bits, k, **constants):
     names = kernel.arg_names
     constants |= {"k": k, "bits": bits}
-    kinds = {"x": f"*{dtype}", "words": "*i32", "lut": "*fp16", "out": f"*{dtype}"}
+    theta = "*fp32" if constants.setdefault("p", 0) else "*fp16"
+    kinds = {"x": f"*{dtype}", "words": "*i32", "lut": theta, "theta": theta, "out": f"*{dtype}"}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
     fixed = {(names.index(name),): value for name, value in constants.items()}
     return compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
@@ -108,6 +127,8 @@ def ptx(kernel, dtype, bits, k, **constants):
 for bits, k in (3, 8), (5, 19):
     assert "fma" in ptx(gpu._rows, "bf16", bits, k, height=4, width=128)
 assert "mma" in ptx(gpu._tile, "bf16", 3, 8, block=16, height=32, width=64)
+assert "fma" in ptx(gpu._rows, "bf16", 8, 256, p=2, height=4, width=128)
+assert "mma" in ptx(gpu._tile, "bf16", 4, 16, p=1, block=16, height=32, width=64)
 print("compiled")
 """
 

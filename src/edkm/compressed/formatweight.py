@@ -42,7 +42,7 @@ class FormatWeight(PackedWeight):
     @property
     def lut(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The values, for the kernels."""
-        return _values(self.entry.format)
+        return _values(self.entry.format, self.stream.device)
 
     @cached_property
     def compiled(self) -> bool:
@@ -65,8 +65,18 @@ class FormatWeight(PackedWeight):
             parts[name] = part if about.bits or len(about.shape) == 1 else part[start:stop]
         return parts
 
+    @property
+    def for_gpu(self) -> bool:
+        return self.form.width(self.cols) % 32 == 0
+
     def read_theta(self) -> Tensor:
-        """Return theta `[rows, blocks, p]` of the whole weight, float32."""
+        if self.form.block:
+            return self.form.storage.read(self._parts(0, self.rows, in_blocks=True))
+        return self._theta_of_rows
+
+    @cached_property
+    def _theta_of_rows(self) -> Tensor:
+        """Keep that of whole rows, which is small."""
         return self.form.storage.read(self._parts(0, self.rows, in_blocks=True))
 
     def rows_at(self, at: Tensor) -> Tensor:
@@ -86,8 +96,8 @@ class FormatWeight(PackedWeight):
 
 
 @cache
-def _values(form: str) -> Tensor:
-    return torch.tensor(FORMATS[form].values, dtype=torch.float32).view(1, -1, 1)
+def _values(form: str, device: torch.device) -> Tensor:
+    return torch.tensor(FORMATS[form].values, dtype=torch.float32, device=device).view(1, -1, 1)
 
 
 def weight_of(stream: Tensor, parts: Mapping[str, Tensor], entry: Entry) -> PackedWeight:

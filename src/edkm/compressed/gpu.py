@@ -10,6 +10,8 @@ Under `TRITON_INTERPRET=1` the kernels run on a CPU, which is how the tests chec
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,7 @@ def takes(x: Tensor, lut: Tensor, cols: int) -> bool:
     return lut.shape[2] == 1 and cols % _GROUP == 0 and 0 < x.numel() <= MOST_ROWS * cols and x.dtype != torch.float64
 
 
-def multiply(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+def multiply(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols: int, theta: Tensor | None = None) -> Tensor:
     """Multiply: `x @ W.T`.
 
     Args:
@@ -38,6 +40,7 @@ def multiply(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols:
         lut: `[luts, k, 1]`; `luts` divides `rows`.
         bits: of an index, 1 to 8.
         rows, cols: of W; `cols` is a multiple of 32.
+        theta: float32 `[rows, blocks, p]`, scales and offsets of a format whose blocks are multiples of 32; `lut` then has its values.
 
     Returns:
         `[..., rows]` in the dtype of `x`; up to 4 rows of `x` are multiplied and summed in float32, more as a product of matrices in the
@@ -49,18 +52,19 @@ def multiply(x: Tensor, stream: Tensor, lut: Tensor, bits: int, rows: int, cols:
     flat = x.reshape(-1, cols)
     batch, words = flat.shape[0], stream.view(torch.int32)
     luts, k = lut.shape[:2]
+    of_blocks: Any = (lut, 1, 1, 0) if theta is None else (theta.contiguous(), theta.shape[1], cols // theta.shape[1], theta.shape[2])
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)  # no view: it leaves an autograd.Function
     with torch.cuda.device_of(x):  # Triton launches on the current one
         if batch <= _SINGLE_ROWS:
             flat = flat.view(batch, cols // _GROUP, _GROUP).transpose(1, 2).contiguous()  # [batch, 32, groups]
             height = 4
             grid = (triton.cdiv(rows, height), batch)
-            _rows[grid](flat, words, lut, out, rows, cols // _GROUP, rows // luts, k, bits, height, 128, num_warps=4)
+            _rows[grid](flat, words, lut, out, rows, cols // _GROUP, rows // luts, *of_blocks, k, bits, height, 128, num_warps=4)
         else:
             flat = flat.contiguous()
             height, block = 32, max(16, triton.next_power_of_2(batch))
             grid = (triton.cdiv(rows, height),)
-            _tile[grid](flat, words, lut, out, batch, rows, cols, rows // luts, k, bits, block, height, 64)
+            _tile[grid](flat, words, lut, out, batch, rows, cols, rows // luts, *of_blocks, k, bits, block, height, 64)
     return out
 
 
@@ -74,7 +78,10 @@ def _entry(lut, table, index, k: tl.constexpr, bits: tl.constexpr, mask):
 
 
 @triton.jit
-def _rows(x, words, lut, out, rows, groups, rows_per_lut, k: tl.constexpr, bits: tl.constexpr, height: tl.constexpr, width: tl.constexpr):
+def _rows(
+    x, words, lut, out, rows, groups, rows_per_lut, theta, blocks, wide,
+    p: tl.constexpr, k: tl.constexpr, bits: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
     """Multiply a few rows of W by one row of x, [32, groups]."""
     n = tl.program_id(0) * height + tl.arange(0, height)
     row = tl.program_id(1)
@@ -84,6 +91,8 @@ def _rows(x, words, lut, out, rows, groups, rows_per_lut, k: tl.constexpr, bits:
         g = start + tl.arange(0, width)
         mask = (n < rows)[:, None] & (g < groups)[None, :]
         at = words + (n.to(tl.int64) * groups * bits)[:, None] + (g * bits)[None, :]
+        part = tl.zeros([height, width], tl.float32)
+        sums = tl.zeros([width], tl.float32)
         for w in tl.static_range(bits):
             word = tl.load(at + w, mask=mask, other=0).to(tl.uint32, bitcast=True)
             for j in tl.static_range(32):
@@ -93,13 +102,20 @@ def _rows(x, words, lut, out, rows, groups, rows_per_lut, k: tl.constexpr, bits:
                         after = tl.load(at + w + 1, mask=mask, other=0).to(tl.uint32, bitcast=True)
                         index = index | (after << (32 * w + 32 - j * bits))
                     value = tl.load(x + (row * 32 + j) * groups + g, mask=g < groups, other=0.0).to(tl.float32)
-                    total += _entry(lut, table, index, k, bits, mask).to(tl.float32) * value[None, :]
+                    part += _entry(lut, table, index, k, bits, mask).to(tl.float32) * value[None, :]
+                    sums += value
+        if p > 0:
+            of = theta + (n.to(tl.int64) * blocks)[:, None] * p + (g * 32 // wide)[None, :] * p
+            part = part * tl.load(of + (p - 1), mask=mask, other=0.0)
+            if p == 2:
+                part += tl.load(of, mask=mask, other=0.0) * sums[None, :]
+        total += part
     tl.store(out + row * rows + n, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=n < rows)
 
 
 @triton.jit
 def _tile(
-    x, words, lut, out, batch, rows, cols, rows_per_lut,
+    x, words, lut, out, batch, rows, cols, rows_per_lut, theta, blocks, wide, p: tl.constexpr,
     k: tl.constexpr, bits: tl.constexpr, block: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """Multiply `height` rows of W by all rows of x."""
@@ -118,7 +134,13 @@ def _tile(
             crosses = shift + bits > 32
             after = tl.load(at + (c * bits // 32 + 1)[None, :], mask=mask & crosses, other=0).to(tl.uint32, bitcast=True)
             index = tl.where(crosses, index | (after << ((32 - shift) % 32)), index)
-        weight = _entry(lut, table, index, k, bits, mask).to(x.dtype.element_ty)  # [height, width]
+        weight = _entry(lut, table, index, k, bits, mask)  # [height, width]
+        if p > 0:
+            of = theta + (n.to(tl.int64) * blocks)[:, None] * p + (c // wide)[None, :] * p
+            weight = weight * tl.load(of + (p - 1), mask=mask, other=0.0)
+            if p == 2:
+                weight += tl.load(of, mask=mask, other=0.0)
+        weight = weight.to(x.dtype.element_ty)
         part = tl.load(x + b[:, None] * cols + c[None, :], mask=(b < batch)[:, None] & (c < cols)[None, :], other=0.0)
         total = tl.dot(part, tl.trans(weight), total, input_precision="ieee")
     mask = (b < batch)[:, None] & (n < rows)[None, :]

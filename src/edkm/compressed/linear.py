@@ -94,6 +94,15 @@ class PackedWeight:
             found[first - start : last - start] = self.decode_rows(first, last, torch.float32, memory)
         return found
 
+    @property
+    def for_gpu(self) -> bool:
+        """Whether the kernels of `gpu` know its kind."""
+        return True
+
+    def read_theta(self) -> Tensor | None:
+        """Return theta `[rows, blocks, p]` of a format, float32."""
+        return None
+
     def rows_at(self, at: Tensor) -> Tensor:
         """Decode the rows `at` `[n]` of a weight with `dim` 1: `[n, cols]` in the dtype of the tables."""
         index = unpack_at(self.stream, self.entry.bits, self.cols, at)
@@ -196,8 +205,8 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     half = x.is_cpu and x.dtype in (torch.float16, torch.bfloat16)
     if has_kernel(x, weight):
         return cpu.multiply(x, *weight.in_memory)
-    if x.is_cuda and weight.entry.form is None and (gpu := _gpu()) is not None and gpu.takes(x, weight.lut, weight.cols):
-        return gpu.multiply(x, weight.stream, weight.lut, *weight.matrix)
+    if x.is_cuda and weight.for_gpu and (gpu := _gpu()) is not None and gpu.takes(x, weight.lut, weight.cols):
+        return gpu.multiply(x, weight.stream, weight.lut, *weight.matrix, weight.read_theta())
     flat = x.reshape(-1, weight.cols).to(torch.float32 if half else x.dtype)
     # In its own shape from the start: the output of an autograd.Function must not be a view.
     out = torch.empty(*x.shape[:-1], weight.rows, dtype=flat.dtype, device=x.device)
