@@ -4,7 +4,8 @@
 2. training lowers the loss, moves theta, and the gradient is that of `edkm.cluster`;
 3. columns that a format does not divide take the next format, or leave the weight alone; the report says so;
 4. embeddings take the format that goes with the others; layers of another format are overridden by name;
-5. formats of 8 bits round: the gradient passes straight through.
+5. formats of 8 bits round: the gradient passes straight through;
+6. names that the parts of a format would take are refused.
 """
 
 import pytest
@@ -125,3 +126,13 @@ def test_formats_of_8_bits_pass_the_gradient_through(name):
     x = torch.randn(3, 256)
     model.up(x).sum().backward()
     assert torch.allclose(model.up.weight.grad, x.sum(0).expand(256, 256), rtol=1e-5, atol=1e-5)
+
+
+def test_a_name_that_a_part_would_take_is_refused_before_any_work():
+    model = Model()
+    model.up.register_buffer("weight_scale", torch.ones(1))
+    before = model.up.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"up\.weight_scale: the name is taken"):
+        edkm.prepare(model, ClusterConfig(format="q4_0"))
+    assert torch.equal(model.up.weight, before)
+    edkm.prepare(model, ClusterConfig(bits=3, rows_per_lut=1))

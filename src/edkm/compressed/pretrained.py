@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,8 +80,11 @@ def save_pretrained(
     drop_absent_code(directory)
 
 
-def check_savable(model: nn.Module) -> None:
+def check_savable(model: nn.Module, parts: Iterable[str] = ()) -> None:
     """Refuse a model that `edkm.save` would refuse, or that could not be loaded from the directory that it writes.
+
+    Args:
+        parts: names under which the parts of tensors in a format will be stored.
 
     Raises:
         ValueError: a tensor whose name or dtype cannot be stored; a transformers model whose tensors are not those of its class and config.
@@ -90,7 +93,7 @@ def check_savable(model: nn.Module) -> None:
         A model without memory for its weights.
     """
     state = model.state_dict(keep_vars=True)
-    checkpoint.check_names([*state, *(name + LUT_SUFFIX for name in state)])
+    checkpoint.check_names([*state, *(name + LUT_SUFFIX for name in state), *parts])
     description(state, {})
     if not is_transformers(model):
         return

@@ -196,7 +196,7 @@ def _check(model: nn.Module, config: ClusterConfig, backend: str) -> list[Target
             check_finite(target.name, target.weight)
         else:
             check_values(target.name, target.matrix, target.tables)
-    check_savable(model)
+    check_savable(model, [name for target in targets for name in target.part_names])
     return targets
 
 

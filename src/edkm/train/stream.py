@@ -62,7 +62,7 @@ def check_by_layer(skeleton: Skeleton, config: ClusterConfig, batch: Mapping[str
         ValueError: as `prepare`.
     """
     targets = decide(skeleton.model, config)
-    check_savable(skeleton.model)
+    check_savable(skeleton.model, [name for target in targets for name in target.part_names])
     parts = [set(skeleton.outer), *(set(layer.modules()) for layer in skeleton.layers)]
     for target in targets:
         if not any(part.issuperset(target.modules) for part in parts):

@@ -64,6 +64,11 @@ class Target:
         return FORMATS.get(self.settings.format)
 
     @property
+    def part_names(self) -> list[str]:
+        """Names under which a packed file stores the parts of a weight in a format."""
+        return [] if self.form is None or self.reason else [f"{self.name}_{part}" for part in self.form.layout(*self.matrix.shape)]
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the clustered weight in a packed file."""
         matrix, settings = self.matrix, self.settings
