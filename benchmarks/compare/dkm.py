@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.compare.dense import untied_head
 from edkm.config import ClusterConfig
@@ -19,8 +20,10 @@ ITERATIONS = 3
 
 
 def config(model: Any, bits: int) -> ClusterConfig:
-    """Return DKM's settings: one table per tensor, no annealing; an untied last linear layer is skipped."""
-    return ClusterConfig(bits=bits, rows_per_lut=0, anneal=1.0, max_iters=ITERATIONS, skip=untied_head(model))
+    """Return DKM's settings: one table per tensor, embeddings too, no annealing; an untied last linear layer is skipped."""
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    tables = {name: {"format": "table", "bits": 8} for name in embeddings}
+    return ClusterConfig(bits=bits, rows_per_lut=0, anneal=1.0, max_iters=ITERATIONS, skip=untied_head(model), overrides=tables)
 
 
 def prepare_dkm(model: Any, settings: ClusterConfig) -> None:
