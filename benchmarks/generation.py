@@ -144,11 +144,16 @@ def _packed(name: str, bits: int, dtype: torch.dtype, device: str) -> Any:
     embedding, head = model.model.embed_tokens, model.lm_head
     for module in [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]:
         rows, cols = module.weight.shape
-        own, tables = (8, 1) if module in (embedding, head) else (bits, rows)
-        pack_module(module, "weight", Entry(own, (rows, cols), 1, tables, 0.0, rows), 1 << own, dtype, device)
+        embeds = module in (embedding, head)
+        entry = Entry(8, (rows, cols), 1, rows, 0.0, rows, "int8_row") if embeds else Entry(bits, (rows, cols), 1, rows, 0.0, rows)
+        pack_module(module, "weight", entry, 1 << bits, dtype, device)
         assert isinstance(module, PackedModule)
         module._parameters["weight"].random_(0, 256)  # pyright: ignore
-        module.weight_lut.normal_(std=0.02)
+        if embeds:
+            module.weight_scale.fill_(0.02 / 64)
+            module.weight_zero.fill_(128)
+        else:
+            module.weight_lut.normal_(std=0.02)
     tie_module(head, "weight", embedding)
     link(model)
     head._parameters["weight"] = embedding._parameters["weight"]

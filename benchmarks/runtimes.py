@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     rates: dict[str, list[float]] = {who: [] for who in contestants}
     for _ in range(args.rounds + 1):  # in turn, and the first is a warm-up
         for who, model in contestants.items():
-            rates[who].append(generation._rate(model, args.tokens))
+            rates[who].append(generation._rate(model, 16, args.tokens))
     rates = {who: found[1:] for who, found in rates.items()}
     contestants.clear()
     for name, file in files.items():
