@@ -19,6 +19,23 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def replace_directory(made: Path, out: Path) -> None:
+    """Give a whole directory its name. An old one is only moved until then: whenever this ends, one of the two is whole on the disk.
+
+    Args:
+        made: beside `out`, in a temporary directory that the caller removes, with the old one in it.
+    """
+    old = made.with_name("old")
+    if out.exists():
+        out.rename(old)
+    try:
+        made.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+
+
 def check_output(directory: Path, *, overwrite: bool = False, over_packed: bool = False) -> None:
     """Refuse a directory that cannot be written, or one whose files would be lost.
 

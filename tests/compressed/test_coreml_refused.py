@@ -16,6 +16,7 @@ from test_coreml import pack
 
 from edkm.compressed import checkpoint, pretrained
 from edkm.compressed.coreml import export
+from edkm.output import replace_directory
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 OTHER_HEADS = ("Model", "ForQuestionAnswering", "ForSequenceClassification")
@@ -89,9 +90,9 @@ def test_a_package_is_replaced_or_stays(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
         with pytest.raises(OSError, match="the disk is gone"):
-            export._put(new, out)
+            replace_directory(new, out)
     assert (out / "Manifest.json").read_text() == "old"
-    export._put(new, out)
+    replace_directory(new, out)
     assert (out / "Manifest.json").read_text() == "new" and not new.exists()
 
 

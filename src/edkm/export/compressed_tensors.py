@@ -140,7 +140,7 @@ def _forms(model: Any, entries: dict[str, Entry]) -> dict[str, Format]:
     found = {}
     for name, entry in entries.items():
         path, _, parameter = name.rpartition(".")
-        module, form = modules[path], FORMATS.get(entry.format)
+        module, form = modules[path], entry.form
         if module in ends or isinstance(module, nn.Embedding):
             continue
         if type(module) is not nn.Linear or parameter != "weight":

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from edkm.output import replace_directory
+
 
 class Exported(NamedTuple):
     """The size of an export, and the checks that it passed.
@@ -65,16 +67,7 @@ def new_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
     with _beside(out, overwrite or empty) as made:
         made.mkdir()
         yield made
-        # Until the new one has the name, the old one is only moved: whenever this ends, one of the two is whole on the disk.
-        old = made.with_name("old")
-        if out.exists():
-            out.rename(old)
-        try:
-            made.rename(out)
-        except BaseException:
-            if old.exists():
-                old.rename(out)
-            raise
+        replace_directory(made, out)
 
 
 @contextmanager

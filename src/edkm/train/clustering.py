@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from edkm.config import ClusterConfig
 from edkm.core import sharded
 from edkm.core.assign import Frozen, as_matrix, count_tables, freeze, quantize, stored_tables
-from edkm.core.formats import FORMATS, Format, FrozenBlocks
+from edkm.core.formats import Format, FrozenBlocks
 from edkm.core.kmeans import initial_centroids, temperature_for
 from edkm.core.op import Solution, check_importance, pick_backend, solve, table_shape
 from edkm.core.reference import NOT_FINITE, Problem, compute_dtype, importance_in_blocks, in_blocks
@@ -73,7 +73,7 @@ class Clustering(nn.Module):
     ) -> None:
         super().__init__()
         steps.watch()
-        matrix, form = as_matrix(weight.detach(), row_axes), FORMATS.get(config.format)
+        matrix, form = as_matrix(weight.detach(), row_axes), config.form
         shape = table_shape_of(weight.shape, row_axes, config)
         if importance is not None:
             importance = importance.to(matrix.device, compute_dtype(matrix.dtype))
@@ -117,7 +117,7 @@ class Clustering(nn.Module):
     @property
     def form(self) -> Format | None:
         """The format; None for free tables."""
-        return FORMATS.get(self.config.format)
+        return self.config.form
 
     @property
     def choice(self) -> tuple[str, str]:
@@ -262,7 +262,7 @@ class Clustering(nn.Module):
 
 def table_shape_of(shape: Sequence[int], row_axes: int, config: ClusterConfig) -> tuple[int, int, int]:
     """Return the shape of the centroids of a weight, `(g, k, d)`, or in a format of its theta, `(g, p, 1)`."""
-    form = FORMATS.get(config.format)
+    form = config.form
     if form is None:
         return count_tables(shape, row_axes, config.rows_per_lut), 2**config.bits, config.dim
     rows, cols = math.prod(shape[:row_axes]), math.prod(shape[row_axes:])

@@ -61,7 +61,7 @@ class Target:
     @property
     def form(self) -> Format | None:
         """The format; None for free tables."""
-        return FORMATS.get(self.settings.format)
+        return self.settings.form
 
     @property
     def part_names(self) -> list[str]:

@@ -15,6 +15,7 @@ from edkm.compressed.coreml.shiftscale import affine_of, fits
 from edkm.compressed.entries import read_entries
 from edkm.compressed.modelconfig import model_config
 from edkm.core.formats import FORMATS, FrozenBlocks
+from edkm.output import replace_directory
 from edkm.progress import progress
 
 _SUFFIX = ".mlpackage"
@@ -113,7 +114,7 @@ def export(
             predicted = check.device_logits(package, tokens, kv_cache=kv_cache)
             on_device = None if predicted is None else check.compare(predicted, expected, device=True)
             size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
-            _put(package, out)
+            replace_directory(package, out)
             advance(note="all checked")
     return ExportedPackage(size, len(frozen), widened, on_program, on_device)
 
@@ -138,19 +139,6 @@ def _check_options(out: Path, precision: str, kv_cache: bool, fixed: bool, overw
             import coremltools  # noqa: F401
     except ImportError as error:
         raise ValueError("Core ML export needs coremltools 9.0 or newer. Run: pip install 'edkm[coreml]'") from error
-
-
-def _put(package: Path, out: Path) -> None:
-    """Give the package its name. The old one is only moved until then: whenever this ends, one of the two is whole on the disk."""
-    old = package.with_name("old")
-    if out.exists():
-        out.rename(old)
-    try:
-        package.rename(out)
-    except BaseException:
-        if old.exists():
-            old.rename(out)
-        raise
 
 
 def _reference(model: Any, count: int) -> tuple[Tensor, Tensor]:
