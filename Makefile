@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Peers for the benchmark have dependencies of their own.
 PEERS := .venv-peers
-# So do the methods that `python -m benchmarks compare` takes from llmcompressor and torchao.
+# So do the methods that `python -m benchmarks compare` takes from llmcompressor, auto-round and torchao.
 BASELINES := .venv-baselines
 # coreai-opt brings torchao, which transformers would import, too.
 COREAI := .venv-coreai
@@ -30,7 +30,7 @@ help:
 	@echo "make docs       the documentation as a site, out/site; fails on a broken link"
 	@echo "make format     put format and imports right"
 	@echo "make setup      only the virtual environment of all these, .venv"
-	@echo "make baselines  the environment of benchmarks compare's gptq, awq and smoothquant"
+	@echo "make baselines  the environment of benchmarks compare's smoothquant, awq, gptq and autoround"
 	@echo "make bench      time and memory of the clustering, and of packed layers, beside others"
 	@echo "make bench-gpu  the same on CUDA, with the python3 that has torch"
 	@echo "make clean      remove all environments and what the demonstration made"
@@ -115,7 +115,7 @@ $(PEERS)/.ready: constraints.txt
 $(BASELINES)/.ready: constraints-baselines.txt
 	$(PYTHON) -m venv $(BASELINES)
 	$(BASELINES)/bin/python -m pip install --quiet --constraint constraints-baselines.txt torch
-	$(BASELINES)/bin/python -m pip install --quiet --constraint constraints-baselines.txt llmcompressor torchao
+	$(BASELINES)/bin/python -m pip install --quiet --constraint constraints-baselines.txt llmcompressor auto-round torchao
 	@touch $@
 
 baselines: $(BASELINES)/.ready

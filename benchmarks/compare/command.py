@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.compare import readme, table
 from benchmarks.compare.making import last_line
-from benchmarks.compare.methods import METHODS, chosen
+from benchmarks.compare.methods import ALWAYS, METHODS, chosen
 from benchmarks.compare.plot import plot
-from benchmarks.compare.stage import SETTINGS, path_of, write_whole
+from benchmarks.compare.stage import SETTINGS, TASKS, path_of, write_whole
 from edkm.compressed.jsonfile import printable
 from edkm.output import check_output
 from edkm.progress import progress, shown
@@ -29,15 +29,21 @@ TEXT = """Compare edkm with other methods on one model: bits, size, perplexity, 
 
 Every method starts from the same 16-bit model; the model itself and plain fine-tuning with the same data and
 steps are always included. Each stage runs in its own process and is not repeated: the same command continues
-where it stopped, and more methods, texts or tasks may be named. gptq, awq and smoothquant need `make baselines`.
+where it stopped, and more methods, texts or tasks may be named. The table has every row that DIR has.
+smoothquant, awq, gptq and autoround need `make baselines`.
 
 DIR gets table.md, table.json and plot.svg, and METHOD/checkpoint for each method.
 
 Without MODEL the comparison of docs/results is made: SmolLM2-135M-Instruct, trained on instructions from Python's
 language reference, measured on held-out topics of it and on novels (LAMBADA); its table goes to benchmarks/results."""
 
-_DEFAULT = "rtn,smoothquant,gptq,control+gptq,awq,llm-qat,dkm,edkm"
 _BASELINES = Path(".venv-baselines/bin/python")
+# Settings on which some results alone depend: they may change while there is none.
+_RESULTS_OF = {
+    "limit": "*/task-*.json",
+    "autoround_iters": "*autoround/make.json",
+    "autoround_blocks": "*autoround/make.json",
+}
 
 
 class StageError(Exception):
@@ -54,9 +60,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE", help="held-out UTF-8 text (repeatable)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where everything goes")
     parser.add_argument("--bits", type=int, default=3, metavar="N", help="bits of an index, 2 to 8 (3)")
-    parser.add_argument("--methods", default=_DEFAULT, metavar="A,B", help=f"of {', '.join(list(METHODS)[2:])} (all)")
-    parser.add_argument("--tasks", default="", metavar="A,B", help="zero-shot tasks, as for `edkm eval --tasks` (none)")
+    others = [name for name in METHODS if name not in ALWAYS]
+    parser.add_argument("--methods", default=",".join(others), metavar="A,B", help=f"of {', '.join(others)} (all)")
+    tasks = "those of `python -m benchmarks tasks` by name, which need no hub, or others as for `edkm eval --tasks` (none)"
+    parser.add_argument("--tasks", default="", metavar="A,B", help=tasks)
     parser.add_argument("--limit", type=int, metavar="N", help="items of each task (all)")
+    parser.add_argument("--score", metavar="A,B", help="methods whose tasks are scored now, original and control too (all that are run)")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window of the text (512)")
     parser.add_argument("--max-windows", type=int, metavar="N", help="use the first N windows (all)")
     how = parser.add_argument_group("training and calibration")
@@ -66,9 +75,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--batch", type=int, default=2, metavar="N", help="blocks of a step (2)")
     how.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="autocast (auto: bf16 where it is fast)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, and LLM-QAT's text (0)")
-    how.add_argument(
-        "--calibration-blocks", type=int, default=32, metavar="N", help="for gptq and smoothquant; awq takes every fourth (32)"
-    )
+    how.add_argument("--calibration-blocks", type=int, default=32, metavar="N", help="of the baselines; awq takes every fourth (32)")
+    how.add_argument("--autoround-iters", type=int, default=200, metavar="N", help="iterations of a layer (200, its default)")
+    how.add_argument("--autoround-blocks", type=int, metavar="N", help="calibration blocks for it, 8 an iteration (all)")
     how.add_argument("--baselines", type=Path, default=_BASELINES, metavar="PYTHON", help=f"their environment's ({_BASELINES})")
     parser.add_argument("--fresh", action="store_true", help="start over: delete what an earlier comparison left in DIR")
     return parser
@@ -99,14 +108,16 @@ def main(argv: list[str]) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Make the comparison; returns 1 if a method failed, which the table then shows."""
-    methods = chosen(name.strip() for name in args.methods.split(",") if name.strip())
-    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    methods, tasks = chosen(_words(args.methods)), _words(args.tasks)
+    scored = methods if args.score is None else chosen(_words(args.score), "--score", always=())
+    if missing := set(scored) - set(methods):
+        raise ValueError(f"--score: {min(missing)} is not among --methods. Name it there too.")
     settings = settings_of(args)
     _check(args, methods, tasks)
     _open(args.out, settings, fresh=args.fresh)
     for note in fields(read_records(args.data)):
         print(f"data: {printable(note)}")
-    stages = ["make", *(f"perplexity:{text}" for text in settings["texts"]), *(f"task:{task}" for task in tasks)]
+    stages = ["make", *(f"perplexity:{text}" for text in settings["texts"])]
     failures = {}
     for number, name in enumerate(methods, 1):
         print(f"{number}/{len(methods)}  {METHODS[name].title}", flush=True)
@@ -114,13 +125,14 @@ def run(args: argparse.Namespace) -> int:
         try:
             if start in failures:
                 raise StageError(f"it starts from {start}, which failed")
-            _run_stages(args.out, name, stages)
+            _run_stages(args.out, name, [*stages, *(f"task:{task}" for task in tasks if name in scored)])
         except StageError as error:
             if name == "original":
                 raise ValueError(str(error)) from None
             failures[name] = str(error)
             print(f"     failed: {error}", file=sys.stderr)
-    rows = [table.row(args.out, name, list(settings["texts"]), tasks, failures.get(name)) for name in methods]
+    present = [name for name in METHODS if name in methods or path_of(args.out, name, "make").is_file()]
+    rows = [table.row(args.out, name, list(settings["texts"]), failures.get(name)) for name in present]
     notes = table.notes(settings, rows)
     write_whole(args.out / "table.json", table.as_json(rows, notes, settings))
     write_whole(args.out / "table.md", table.as_markdown(rows, notes))
@@ -132,6 +144,7 @@ def run(args: argparse.Namespace) -> int:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that must be the same when a comparison continues, and the baselines' python."""
     same = ("bits", "limit", "window", "max_windows", "steps", "block_tokens", "batch", "precision", "seed", "calibration_blocks")
+    same += ("autoround_iters", "autoround_blocks")
     model = Path(args.model)
     return {
         "model": str(model.resolve()) if model.exists() else args.model,
@@ -143,6 +156,10 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "baselines": str(args.baselines.absolute()),
         **{name: getattr(args, name) for name in same},
     }
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _texts(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
@@ -175,6 +192,7 @@ def _learning_rate(word: str) -> tuple[str, float]:
 def _check(args: argparse.Namespace, methods: Sequence[str], tasks: Sequence[str]) -> None:
     """Refuse now what would fail after hours."""
     at_least = {"steps": 0, "window": 2, "block_tokens": 2, "batch": 1, "calibration_blocks": 1, "max_windows": 1, "limit": 1}
+    at_least |= {"autoround_iters": 1, "autoround_blocks": 1}
     for name, low in at_least.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -188,9 +206,12 @@ def _check(args: argparse.Namespace, methods: Sequence[str], tasks: Sequence[str
             "Set it up with `make baselines`, name its python with --baselines, or leave them out of --methods."
         )
     if tasks:
-        from edkm.tasks import check_tasks
+        from benchmarks.tasks import NAMES
+        from edkm.tasks import check_installed, check_tasks
 
-        check_tasks(tasks, limit=args.limit)
+        check_installed()
+        if others := [task for task in tasks if task not in NAMES]:
+            check_tasks(others, limit=args.limit)
 
 
 def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
@@ -206,7 +227,7 @@ def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
                 if key == "texts":  # more may be named
                     settings["texts"] = before["texts"] | settings["texts"]
                     changed = any(settings["texts"][name] != text for name, text in before["texts"].items())
-                elif key == "limit" and not any(out.glob("*/task-*.json")):  # no task has been run with the other
+                elif key in _RESULTS_OF and not any(out.glob(_RESULTS_OF[key])):
                     changed = False
                 else:
                     changed = before.get(key) != settings.get(key)
@@ -223,7 +244,7 @@ def _open(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
 
 def _delete(out: Path) -> None:
     """Delete the files of a comparison, and no other."""
-    for name in METHODS:
+    for name in (*METHODS, TASKS):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("table.json", "table.md", "plot.svg", "calibration.safetensors"):
         (out / name).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from benchmarks.compare.methods import METHODS, Method, account, budget, group_s
 
 CHECKPOINT = "checkpoint"
 _CALIBRATION = "calibration.safetensors"
-_RUNNER = Path(__file__).parent / "baselines" / "run_llmcompressor.py"
+_RUNNERS = Path(__file__).parent / "baselines"
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,11 @@ def _make_library(job: Job) -> dict[str, Any]:
 
     original = job.original()
     algorithm = job.name.rpartition("+")[2]
-    command = [job.settings["baselines"], _RUNNER, algorithm, "--model", job.start.resolve(), "--calibration"]
+    runner = _RUNNERS / f"{job.method.library}.py"
+    command = [job.settings["baselines"], runner, algorithm, "--model", job.start.resolve(), "--calibration"]
     command += [(job.root / _CALIBRATION).resolve(), "--bits", job.bits, "--group", original["group"], "--out", job.directory.resolve()]
     command += ["--skip", *(name.removesuffix(".weight") for name in original["untied_head"]), "lm_head"]
+    command += _autoround(job) if algorithm == "autoround" else []
     # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     log = job.directory / "library.log"
@@ -147,7 +149,16 @@ def _make_library(job: Job) -> dict[str, Any]:
     weights = job.directory / "weights.safetensors"
     model.load_state_dict(load_file(weights), strict=False)
     weights.unlink()
-    return {**{key: figures[key] for key in ("seconds", "blocks", "peak_mib", "peak_gpu_mib")}, **_finish(job, model, tokenizer)}
+    return {**{key: found for key, found in figures.items() if key != "quantized"}, **_finish(job, model, tokenizer)}
+
+
+def _autoround(job: Job) -> list[Any]:
+    """Return what AutoRound, which trains, is told besides; it computes in the precision of the other methods that train."""
+    from edkm.train.loop import resolve_precision
+
+    blocks = job.settings["autoround_blocks"]
+    options = ["--iters", job.settings["autoround_iters"], "--precision", resolve_precision(job.settings["precision"])]
+    return [*options, "--blocks", blocks] if blocks else options
 
 
 def _make_llm_qat(job: Job) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Method:
             a model in 16 bits.
         zero_point: blocks have a zero point of `bits` bits beside their scale.
         lr: peak learning rate if `--lr` does not name the method; 0 if it does not train; None for the default of `edkm compress`.
-        library: it needs the environment of the baselines.
+        library: the script in `baselines` that makes it, in the environment of the baselines; empty if it needs neither.
     """
 
     title: str
@@ -41,26 +41,28 @@ class Method:
     block: str | None = None
     zero_point: bool = False
     lr: float | None = 0.0
-    library: bool = False
+    library: str = ""
 
     def block_of(self, group: int) -> tuple[int, int]:
         """Return the `(rows, columns)` that share a scale; 0 for all."""
         return (1, group if self.block == "group" else 0)
 
 
-def _posttraining(title: str, maker: str, *, start: str = "original", library: bool = True) -> Method:
-    return Method(title, maker, start, "group", True, library=library)
+def _posttraining(title: str, library: str = "run_llmcompressor", *, start: str = "original") -> Method:
+    return Method(title, "library", start, "group", True, library=library)
 
 
 # In the order of the table. The first two are always there.
 METHODS: dict[str, Method] = {
     "original": Method("original, 16 bits", "original"),
     "control": Method("plain fine-tuning (control), 16 bits", "control", lr=2e-4),
-    "rtn": _posttraining("round to nearest", "rtn", library=False),
-    "smoothquant": _posttraining("SmoothQuant, weights only", "library"),
-    "awq": _posttraining("AWQ", "library"),
-    "gptq": _posttraining("GPTQ", "library"),
-    "control+gptq": _posttraining("plain fine-tuning, then GPTQ", "library", start="control"),
+    "rtn": Method("round to nearest", "rtn", block="group", zero_point=True),
+    "smoothquant": _posttraining("SmoothQuant, weights only"),
+    "awq": _posttraining("AWQ"),
+    "gptq": _posttraining("GPTQ"),
+    "autoround": _posttraining("AutoRound", "run_autoround"),
+    "control+gptq": _posttraining("plain fine-tuning, then GPTQ", start="control"),
+    "control+autoround": _posttraining("plain fine-tuning, then AutoRound", "run_autoround", start="control"),
     "llm-qat": Method("LLM-QAT-style, on its own text", "llm_qat", block="row", lr=3e-4),
     "dkm": Method("DKM, absolute temperature 1e-4", "dkm", block="file", lr=3e-4),
     "edkm": Method("edkm", "edkm", block="file", lr=None),
@@ -68,8 +70,8 @@ METHODS: dict[str, Method] = {
 ALWAYS = ("original", "control")
 
 
-def chosen(names: Iterable[str]) -> list[str]:
-    """Select the methods to run, each once, in the order of the table, with those that others start from.
+def chosen(names: Iterable[str], option: str = "--methods", always: Iterable[str] = ALWAYS) -> list[str]:
+    """Select methods, each once, in the order of the table, with those that are always there.
 
     Raises:
         ValueError: an unknown name, or none.
@@ -77,10 +79,10 @@ def chosen(names: Iterable[str]) -> list[str]:
     names = set(names)
     unknown = sorted(names - set(METHODS))
     if unknown:
-        raise ValueError(f"--methods: unknown method {unknown[0]!r}. Known are {', '.join(METHODS)}.")
+        raise ValueError(f"{option}: unknown method {unknown[0]!r}. Known are {', '.join(METHODS)}.")
     if not names:
-        raise ValueError(f"--methods: name at least one of {', '.join(METHODS)}.")
-    return [name for name in METHODS if name in ALWAYS or name in names]
+        raise ValueError(f"{option}: name at least one of {', '.join(METHODS)}.")
+    return [name for name in METHODS if name in names or name in always]
 
 
 def group_size(columns: Iterable[int]) -> int:

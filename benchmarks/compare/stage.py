@@ -17,6 +17,7 @@ from edkm.progress import shown
 from edkm.textfile import read_text
 
 SETTINGS = "compare.json"
+TASKS = "tasks"
 
 
 def path_of(root: Path, method: str, stage: str) -> Path:
@@ -88,10 +89,18 @@ def check_quantized(job: Job, model: Any) -> int | None:
 
 
 def _task(job: Job, task: str) -> dict[str, Any]:
+    """Score a task: by the file that `benchmarks tasks` writes if it knows the name, else as `edkm eval` does."""
+    from benchmarks import tasks
     from edkm.tasks import evaluate_tasks
 
+    source = task
+    if task in tasks.NAMES:
+        folder = job.root / TASKS
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{task}.yaml"
+        source = str(file if file.is_file() else tasks.write(folder, task))
     model, tokenizer = _load(job)
-    scores = evaluate_tasks(model, tokenizer, [task], limit=job.settings["limit"])
+    scores = evaluate_tasks(model, tokenizer, [source], limit=job.settings["limit"])
     return {"scores": {name: asdict(score) for name, score in scores.items()}}
 
 

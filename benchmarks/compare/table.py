@@ -12,19 +12,20 @@ from benchmarks.compare.stage import path_of
 from edkm.compressed.jsonfile import dumps
 
 
-def row(out: Path, name: str, texts: list[str], tasks: list[str], error: str | None) -> dict[str, Any]:
+def row(out: Path, name: str, texts: list[str], error: str | None) -> dict[str, Any]:
     """Collect the figures of a method; those of stages that are not done are missing or None.
 
-    `linear_bits` and `total_bits` are bits a weight; `texts` maps a text to its `Perplexity`, `tasks` a task to its `TaskScore`;
-    `perplexity` is that of the first text.
+    `linear_bits` and `total_bits` are bits a weight; `texts` maps a text to its `Perplexity`, `tasks` each task that was scored to its
+    `TaskScore`; `perplexity` is that of the first text.
     """
     made = _read(out, name, "make")
     found = {text: stage for text in texts if (stage := _read(out, name, f"perplexity:{text}"))}
     first = found.get(texts[0], {})
     scores: dict[str, Any] = {}
-    for task in tasks:
-        scores |= _read(out, name, f"task:{task}").get("scores", {})
+    for path in sorted((out / name).glob("task-*.json")):
+        scores |= json.loads(path.read_text())["scores"]
     keys = ("linear_bits", "total_bits", "bytes", "seconds", "peak_mib", "peak_gpu_mib", "block", "blocks", "target_bpw")
+    keys += ("iterations", "batch", "precision", "version")
     return {
         "method": name,
         "title": METHODS[name].title,
@@ -68,8 +69,16 @@ def notes(settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         found.insert(-2, f"Calibration, in blocks of {settings['block_tokens']} tokens of the training data: {', '.join(calibrated)}.")
     if groups:
         found.insert(
-            -2, f"rtn, smoothquant, awq and gptq: asymmetric groups of {groups} columns, scale in 16 bits, zero point as the index."
+            -2, f"rtn, smoothquant, awq, gptq, autoround: asymmetric groups of {groups} columns, scale in 16 bits, zero point as the index."
         )
+    found[-2:-2] = [
+        f"{r['method']}: version {r['version']}, {r['iterations']} iterations of each layer on {r['batch']} blocks, in {r['precision']}."
+        for r in rows
+        if r["iterations"]
+    ]
+    if any(r["tasks"] for r in rows):
+        items = "all items" if settings["limit"] is None else f"the first {settings['limit']} items"
+        found.append(f"Tasks: accuracy in percent and its standard error, on {items} of each as `python -m benchmarks tasks` writes them.")
     return found
 
 

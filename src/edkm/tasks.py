@@ -96,11 +96,20 @@ def check_tasks(names: Sequence[str], *, limit: int | None = None, batch_size: i
         raise EvaluationError(f"limit={limit}: must be at least 1 item, or left out to use all.")
     if batch_size < 1:
         raise EvaluationError(f"batch_size={batch_size}: must be at least 1.")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise EvaluationError("lm-eval is needed to score tasks. Install it: pip install 'edkm[tasks]'.")
+    check_installed()
     for name in names:
         if not (Path(name).is_file() if Path(name).suffix == ".yaml" else name in _manager(name).all_tasks):
             raise EvaluationError(f"tasks: {name!r} is neither a task of lm-eval (`lm-eval ls tasks` lists them) nor a .yaml file here.")
+
+
+def check_installed() -> None:
+    """Refuse to go on without lm-eval.
+
+    Raises:
+        EvaluationError: it is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvaluationError("lm-eval is needed to score tasks. Install it: pip install 'edkm[tasks]'.")
 
 
 def mean_scores(scores: dict[str, TaskScore]) -> tuple[float, float]:

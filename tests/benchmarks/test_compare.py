@@ -2,12 +2,14 @@
 
 1. Every method has a row with bits, size, perplexity, time and peak; each checkpoint is quantized as its row says, or refused.
 2. Stages run in their own processes and are not repeated; other settings are refused; a method that fails is reported in the table.
+   The table has every row that was ever made; tasks are scored later, of all methods or of some.
 3. Mistakes are named before anything is made.
 """
 
 import contextlib
 import json
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from edkm.models import load_model
 
 RECORDS = [{"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(4, 40)]
 MADE_HERE = ("rtn", "llm-qat", "dkm", "edkm")
+FROM_CONTROL = ("control+gptq", "control+autoround")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,15 @@ def test_each_row_is_quantized(compared, name, block, most):
     assert not torch.equal(dict(original.named_parameters())["model.embed_tokens.weight"], embedding)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_there_are_as_many_values_as_the_bits_allow(tiny_dir, files, tmp_path, here, bits):
+    assert main(arguments(tiny_dir, files, tmp_path, "--bits", str(bits), "--steps", "1", "--methods", ",".join(MADE_HERE))) == 0
+    rows = rows_of(tmp_path)
+    most = {"rtn": 2**bits, "llm-qat": 2**bits - 1, "dkm": 2**bits}
+    assert {name: rows[name]["most_distinct"] for name in most} == most
+    assert all(bits < rows[name]["linear_bits"] <= bits + (16 + bits) / 64 for name in MADE_HERE)
+
+
 def test_the_packed_row_is_quantized_as_its_file_says(compared):
     tables = json.loads((compared / "edkm" / "make.json").read_text())["tables"]
     model, _ = load_model(compared / "edkm" / "checkpoint")
@@ -165,6 +177,8 @@ def test_it_goes_on_where_it_stopped(tiny_dir, files, tmp_path, here, capsys, mo
     assert make("--methods", "rtn", "--text", str(other)) == 0
     assert here == [(name, "perplexity:other") for name in ("original", "control", "rtn")]
     assert make("--methods", "rtn") == 0 and here == []
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == ["original", "control", "rtn", "llm-qat"] and list(rows["llm-qat"]["texts"]) == ["heldout"]
     header, original = (tmp_path / "out" / "table.md").read_text().splitlines()[0:3:2]
     assert header.split(" | ")[4:6] == ["perplexity, heldout", "perplexity, other"] and original.count(" | ") == header.count(" | ")
     other.write_text("four")
@@ -202,6 +216,8 @@ def test_stages_are_processes_of_their_own(tiny_dir, files, tmp_path):
         (["--methods", "rtn", "--lr", "dkm=fast"], "positive number"),
         (["--methods", "rtn", "--bits", "1"], "--bits: 2 to 8, got 1."),
         (["--methods", "rtn", "--steps", "-1"], "--steps: at least 0, got -1."),
+        (["--methods", "rtn", "--autoround-iters", "0"], "--autoround-iters: at least 1, got 0."),
+        (["--methods", "rtn", "--score", "gptq"], "--score: gptq is not among --methods."),
     ],
 )
 def test_mistakes_are_named_before_anything_is_made(tiny_dir, files, tmp_path, capsys, here, more, message):
@@ -217,18 +233,31 @@ def test_a_directory_of_something_else_is_refused(tiny_dir, files, tmp_path, cap
 
 
 @needs_baselines
-def test_fine_tuning_then_gptq(tiny_dir, files, tmp_path, here):
+def test_fine_tuning_then_a_library(tiny_dir, files, tmp_path, here):
     out = tmp_path / "out"
-    more = ["--methods", "control+gptq", "--baselines", str(BASELINES), "--lr", "control=0.01"]
+    more = ["--methods", ",".join(FROM_CONTROL), "--baselines", str(BASELINES), "--lr", "control=0.01", "--autoround-iters", "2"]
     assert main(arguments(tiny_dir, files, out, *more)) == 0
-    row = rows_of(out)["control+gptq"]
-    assert row["linear_bits"] == 3 + 19 / 64 and 2 < row["most_distinct"] <= 8 and row["seconds"] > 0
-    (ours, _), (control, _) = (load_model(out / name / "checkpoint") for name in ("control+gptq", "control"))
-    original, _ = load_model(out / "original" / "checkpoint")
-    names = [name for name, _ in ours.named_parameters() if "norm" in name]
-    for name in names:
-        assert torch.equal(ours.get_parameter(name), control.get_parameter(name))
-    assert any(not torch.equal(ours.get_parameter(name), original.get_parameter(name)) for name in names)
+    rows = rows_of(out)
+    models = {name: load_model(out / name / "checkpoint")[0] for name in ("original", "control", *FROM_CONTROL)}
+    norms = [name for name, _ in models["control"].named_parameters() if "norm" in name]
+    assert any(not torch.equal(models["control"].get_parameter(name), models["original"].get_parameter(name)) for name in norms)
+    for made in FROM_CONTROL:
+        assert rows[made]["linear_bits"] == 3 + 19 / 64 and 2 < rows[made]["most_distinct"] <= 8 and rows[made]["seconds"] > 0
+        assert all(torch.equal(models[made].get_parameter(name), models["control"].get_parameter(name)) for name in norms)
+    assert rows["control+autoround"]["iterations"] == 2 and rows["control+autoround"]["precision"] == "fp32"
+    assert "2 iterations of each layer" in (out / "table.md").read_text()
+    assert main(arguments(tiny_dir, files, out, *more[:-1], "3")) == 1  # some rows depend on it
+
+
+def test_autoround_gets_its_options(compared, tmp_path):
+    (tmp_path / "original").symlink_to(compared / "original")
+    (tmp_path / "autoround").mkdir()
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho $@\nexit 3\n")
+    python.chmod(0o755)
+    settings = {"bits": 2, "baselines": str(python), "precision": "bf16", "autoround_iters": 50, "autoround_blocks": 4}
+    with pytest.raises(ValueError, match=r"run_autoround.py autoround .* --bits 2 .* --iters 50 --precision bf16 --blocks 4 "):
+        making.make(making.Job(tmp_path, "autoround", settings))
 
 
 def test_a_library_that_fails_says_why(compared, tmp_path):
@@ -243,14 +272,24 @@ def test_a_library_that_fails_says_why(compared, tmp_path):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Every task has the same score, without being run."""
+    """Every task has the same score, without being run; the list of the files that were written."""
     from edkm import tasks
 
+    written = []
+
     def evaluate(model, tokenizer, names, *, limit):
-        return {name: tasks.TaskScore(0.5, 0.1, 0.25, float("nan"), limit) for name in names}
+        assert all(Path(name).is_file() for name in names)
+        return {Path(name).stem: tasks.TaskScore(0.5, 0.1, 0.25, float("nan"), limit) for name in names}
+
+    def write(folder, name):
+        (folder / f"{name}.yaml").write_text("{}")
+        written.append(name)
+        return folder / f"{name}.yaml"
 
     monkeypatch.setattr(tasks, "evaluate_tasks", evaluate)
-    monkeypatch.setattr(tasks, "check_tasks", lambda names, *, limit: None)
+    monkeypatch.setattr(tasks, "check_installed", lambda: None)
+    monkeypatch.setattr("benchmarks.tasks.write", write)
+    return written
 
 
 def test_tasks_are_scored_once_each_and_the_limit_may_change_until_then(tiny_dir, files, tmp_path, here, scored, capsys):
@@ -260,8 +299,14 @@ def test_tasks_are_scored_once_each_and_the_limit_may_change_until_then(tiny_dir
 
     assert compare() == compare("--limit", "7", "--tasks", "piqa") == compare("--limit", "7", "--tasks", "piqa,boolq") == 0
     assert here == [(name, "task:boolq") for name in ("original", "control", "rtn")]
+    assert scored == ["piqa", "boolq"]
     tasks = rows_of(tmp_path / "out")["rtn"]["tasks"]
     assert tasks["piqa"]["items"] == 7 and tasks["boolq"]["normalised_accuracy_stderr"] == "nan"
     assert "50.0 ± 10.0" in (tmp_path / "out" / "table.md").read_text()
     assert compare("--limit", "8", "--tasks", "piqa") == 1
     assert "limit: the comparison in" in capsys.readouterr().err
+    assert compare("--limit", "7", "--tasks", "winogrande,boolq", "--score", "rtn") == 0 and here == [("rtn", "task:winogrande")]
+    rows = rows_of(tmp_path / "out")
+    assert [set(rows[name]["tasks"]) for name in ("control", "rtn")] == [{"piqa", "boolq"}, {"piqa", "boolq", "winogrande"}]
+    assert compare("--limit", "7") == 0 and here == [] and rows_of(tmp_path / "out") == rows
+    assert compare("--limit", "7", "--tasks", "none.yaml") == 1 and "'none.yaml' is neither" in capsys.readouterr().err

@@ -118,18 +118,23 @@ def test_round_to_nearest_is_torchaos(tmp_path):
 
 
 @needs_baselines
-@pytest.mark.parametrize("method", ["smoothquant", "awq"])
-def test_baselines_are_quantized(tiny_dir, tmp_path, method):
-    runner = making._RUNNER
+@pytest.mark.parametrize(("method", "bits"), [("smoothquant", 2), ("awq", 2), ("gptq", 4), ("autoround", 4)])
+def test_baselines_are_quantized(tiny_dir, tmp_path, method, bits):
+    runner = making._RUNNERS / f"{METHODS[method].library}.py"
     save_file({"input_ids": torch.randint(0, 280, (4, 32))}, tmp_path / "ids.safetensors")
-    words = ["--model", tiny_dir, "--calibration", tmp_path / "ids.safetensors", "--bits", 3, "--group", 32, "--skip", "lm_head"]
+    words = ["--model", tiny_dir, "--calibration", tmp_path / "ids.safetensors", "--bits", bits, "--group", 32, "--skip", "lm_head"]
+    words += ["--iters", 2, "--blocks", 3] if method == "autoround" else []
     command_line = [str(word) for word in (BASELINES, runner, method, *words, "--out", tmp_path)]
     done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found, before = load_file(tmp_path / "weights.safetensors"), load_file(tiny_dir / "model.safetensors")
-    quantized = json.loads((tmp_path / "figures.json").read_text())["quantized"]
-    assert set(found) == set(before) and len(quantized) == 14
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    quantized = figures["quantized"]
+    assert len(quantized) == 14 and set(found) == set(quantized if method == "autoround" else before)
     for name in quantized:
-        assert 2 < most_distinct(found[name], 1, 32) <= 8
-        assert most_distinct(before[name], 1, 32) == 32
-    assert torch.equal(found["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+        assert 2 < most_distinct(found[name], 1, 32) <= 2**bits
+        assert most_distinct(before[name], 1, 32) > 2**bits
+    if method == "autoround":
+        assert figures["blocks"] == figures["batch"] == 3 and figures["iterations"] == 2
+    else:
+        assert torch.equal(found["model.embed_tokens.weight"], before["model.embed_tokens.weight"])

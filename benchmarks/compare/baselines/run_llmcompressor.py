@@ -6,24 +6,19 @@ the model under its own name, quantized weights at their quantized values with t
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
-from pathlib import Path
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 from compressed_tensors.quantization.utils import calculate_range
+from dense_weights import arguments, load, on_grid, write
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
 
 METHODS = ("gptq", "awq", "smoothquant")
 # AWQ looks for one exponent a layer and runs it 20 times over for that: it takes every so many of the blocks, or it would take an hour.
@@ -31,21 +26,13 @@ AWQ_STRIDE = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--model", type=Path, required=True, help="an ordinary checkpoint")
-    parser.add_argument("--calibration", type=Path, required=True, help="safetensors with input_ids [blocks, tokens]")
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group", type=int, required=True, help="columns that share a scale")
-    parser.add_argument("--skip", nargs="*", default=[], help="linear layers left alone")
-    parser.add_argument("--out", type=Path, required=True, help="weights.safetensors and figures.json go there")
-    args = parser.parse_args()
+    args = arguments(__doc__, METHODS).parse_args()
     if not torch.cuda.is_available():
         # Pinning needs an accelerator; without one AWQ fails there.
         IntermediatesCache.pin_memory = lambda self, *rest, **named: None
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model, ids = load(args)
     names = [name for name, _ in model.named_parameters()]
-    ids = load_file(args.calibration)["input_ids"][:: AWQ_STRIDE if args.method == "awq" else 1]
+    ids = ids[:: AWQ_STRIDE if args.method == "awq" else 1]
     batches = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     began = time.perf_counter()
     oneshot(
@@ -55,17 +42,8 @@ def main() -> None:
         recipe=recipe(args.method, args.bits, args.group, args.skip),
     )
     quantized = store(model)
-    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-    figures = {
-        "seconds": time.perf_counter() - began,
-        "blocks": len(ids),
-        "quantized": quantized,
-        "peak_mib": peak_mib(),
-        "peak_gpu_mib": gpu,
-    }
     weights = dict(model.named_parameters())
-    save_file({name: weights[name].detach().contiguous().cpu() for name in names}, args.out / "weights.safetensors")
-    (args.out / "figures.json").write_text(json.dumps(figures))
+    write(args.out, {name: weights[name] for name in names}, quantized, began, blocks=len(ids))
 
 
 def recipe(method: str, bits: int, group: int, skip: list[str]) -> list:
@@ -87,23 +65,11 @@ def store(model: torch.nn.Module) -> list[str]:
             continue
         arguments = scheme.weights
         assert arguments.strategy == QuantizationStrategy.GROUP, arguments.strategy
-        low, high = calculate_range(arguments, torch.device("cpu"))
-        groups = module.weight.unflatten(1, (-1, arguments.group_size))  # [rows, groups, group]
-        scale, zero = module.weight_scale.unsqueeze(-1), module.weight_zero_point.unsqueeze(-1).float()
-        codes = (groups / scale + zero).round().clamp(low, high)
-        module.weight.copy_(((codes - zero) * scale.half().float()).flatten(1))
+        low, _ = calculate_range(arguments, torch.device("cpu"))
+        zero = module.weight_zero_point.float() - low  # its codes are signed
+        module.weight.copy_(on_grid(module.weight, module.weight_scale, zero, arguments.num_bits))
         found.append(f"{name}.weight")
     return found
-
-
-def peak_mib() -> float:
-    """Read the largest resident set of this process. Not `ru_maxrss`, which a process inherits from the one that started it."""
-    for line in Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else ():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 main()
