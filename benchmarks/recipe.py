@@ -150,14 +150,14 @@ def _cluster(run: Any, row: Row) -> None:
     import edkm
     from benchmarks.compare.dkm import config as dkm_config
     from benchmarks.compare.dkm import prepare_dkm
-    from edkm.run import calibration_batches
+    from edkm.calibrationtext import calibration_batches
 
     began = time.perf_counter()
     if row.absolute:
         prepare_dkm(run.model, dkm_config(run.model, BITS))
     elif row.importance:
         backend = "auto" if row.backend == "reference" else row.backend  # which takes its place afterwards
-        edkm.prepare(run.model, run.recipe.config, calibration_batches(run.blocks, run.model), centroids={}, backend=backend)
+        edkm.prepare(run.model, run.recipe.config, calibration_batches(run), centroids={}, backend=backend)
     else:
         edkm.prepare(run.model, run.recipe.config)
     run.recorder.phase("calibration and fit", time.perf_counter() - began)

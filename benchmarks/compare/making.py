@@ -163,12 +163,14 @@ def _autoround(job: Job) -> list[Any]:
 
 def _make_llm_qat(job: Job) -> dict[str, Any]:
     from benchmarks.compare import llm_qat
+    from edkm.calibrationtext import write_texts
 
     model, tokenizer = _load(job)
     teacher, _ = _load(job)
     count = max(1, job.settings["steps"] * job.settings["batch"])
     began = time.perf_counter()
-    texts = llm_qat.write_texts(teacher, count, job.settings["block_tokens"], job.settings["seed"]) if job.settings["steps"] else None
+    chosen = count, job.settings["block_tokens"], job.settings["seed"]
+    texts = write_texts(teacher, tokenizer, *chosen) if job.settings["steps"] else None
     writing = time.perf_counter() - began
     llm_qat.quantize(model, job.bits)
     training = _train(job, model, texts, teacher)

@@ -127,6 +127,8 @@ def _add_compress(subparsers: Any) -> None:
     add("--skip", action="append", metavar="PATTERN", help="leave weights of this name alone, or all in a module of this name (repeatable)")
     by_layer = "train each decoder layer against the original layer when it is fitted; also with --steps 0"
     add("--by-layer", action="store_true", help=by_layer)
+    calibration = "text that weights are fitted on: the data, text that the model writes itself before, or half of each (data)"
+    add("--calibration", choices=("data", "own", "both"), help=calibration)
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, metavar="N", help="optimizer steps; 0 clusters without training (one pass over the data)")
     add("--finetune-steps", type=int, metavar="N", help="the first N of these train the model as it is (three quarters; all for fast)")

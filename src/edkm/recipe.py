@@ -6,7 +6,8 @@ directory (`OUT/training`), so a run that is interrupted or killed goes on to th
     check_out, read, choose_kind, load, begin
                              files, numbers and the model are checked before anything expensive is done
     fine_tune                the model as it is; its weights stay in `finetuned.pt`
-    cluster                  `edkm.prepare`: calibrate, choose bits, fit, cluster; the config that it used stays in `config.json`.
+    cluster                  `edkm.prepare`: calibrate, choose bits, fit, cluster; the config that it used stays in `config.json`,
+                             and text that the model wrote for it in `written.pt`.
                              Without steps a layer at a time, each read from the checkpoint, with a result of its own in `layers`
     train_clustered          the rest of the optimizer steps
     write, tune_tables       the packed directory; where asked, its tables are trained with their indices fixed
@@ -29,17 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm.calibrationtext import LAYER_BATCH, LAYER_BLOCKS, SOURCES, calibration_batches, write_text
 from edkm.compressed.companions import copy_companions
 from edkm.compressed.jsonfile import write_json
 from edkm.config import ClusterConfig
 from edkm.modelfiles import model_files
 from edkm.models import load_model
 from edkm.run import (
-    LAYER_BATCH,
-    LAYER_BLOCKS,
     Run,
     begin,
-    calibration_batches,
     check_out,
     choose_kind,
     load,
@@ -82,6 +81,7 @@ class Recipe:
         preset: a name in `PRESETS`, for `finetune_steps` and `target_bpw` where they are None.
         target_bpw: average bits per linear weight, tables included; None keeps the bits of the config.
         by_layer: train each decoder layer against what the original gives, when it is fitted; True for the settings of `LayerTraining`.
+        calibration: text that weights are fitted on: `data`, `own` for text that the model writes before, or `both`, half of each.
         steps: optimizer steps; None for as many as `epochs` passes over the data take.
         tune_steps: steps after all these, which train the tables of the packed model with its indices fixed.
         finetune_steps: the first of these steps, which train the model as it is.
@@ -99,6 +99,7 @@ class Recipe:
     preset: str = "balanced"
     target_bpw: float | None = None
     by_layer: LayerTraining | bool = False
+    calibration: str = "data"
     steps: int | None = None
     epochs: float = 1.0
     finetune_steps: int | None = None
@@ -140,6 +141,8 @@ class Recipe:
             raise ValueError(f"distill: from 0 to 1, got {self.distill}.")
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {', '.join(PRESETS)}, got {self.preset!r}.")
+        if self.calibration not in SOURCES:
+            raise ValueError(f"calibration: {', '.join(SOURCES)}, got {self.calibration!r}.")
         if self.memory not in ("auto", *MEMORY):
             raise ValueError(f"memory: auto, {', '.join(MEMORY)}, got {self.memory!r}.")
         check_memory(self.training(1))
@@ -202,12 +205,13 @@ def fine_tune(run: Run) -> None:
 
 def cluster(run: Run) -> None:
     """Calibrate, choose bits, fit and cluster, unless clustered training has begun: then its checkpoint has weights and tables."""
+    write_text(run)
     recipe, began, chosen = run.recipe, time.perf_counter(), run.work / "config.json"
     if run.skeleton is not None:
         _cluster_by_layer(run, run.skeleton)
         return
     run.teacher = copy.deepcopy(run.model) if recipe.distill else None
-    batches = calibration_batches(run.blocks, run.model)
+    batches = calibration_batches(run)
     if runstate.last_checkpoint(run.work / "clustered") is not None:
         config = ClusterConfig.from_json(json.loads(chosen.read_text()))
         report = prepare(run.model, config, batches, centroids=_placeholders(run.model, config), backend=recipe.backend)
@@ -216,7 +220,7 @@ def cluster(run: Run) -> None:
         if by_layer is not None:
             if target is not None:
                 config, target = allocate(run.model, config, batches, target, importance=calibrate(run.model, batches)), None
-            batches = calibration_batches(run.blocks, run.model, LAYER_BLOCKS, LAYER_BATCH)
+            batches = calibration_batches(run, LAYER_BLOCKS, LAYER_BATCH)
         report = prepare(run.model, config, batches, target_bpw=target, by_layer=by_layer, backend=recipe.backend)
         run.recorder.weights(run.model, "fitted")
         run.recorder.phase("calibration and fit", time.perf_counter() - began)
@@ -229,7 +233,7 @@ def _cluster_by_layer(run: Run, skeleton: Skeleton) -> None:
     """Fit and cluster a layer at a time; each leaves its result in `layers`."""
     began = last = time.perf_counter()
     training, drawn = run.recipe.layer_training, partial(run.recorder.panel, when="fitted")
-    batches = calibration_batches(run.blocks, run.model, *((LAYER_BLOCKS, LAYER_BATCH) if training else ()))
+    batches = calibration_batches(run, *((LAYER_BLOCKS, LAYER_BATCH) if training else ()))
     bf16 = loop.resolve_precision(run.recipe.precision) == "bf16"
     run.stream = Stream(skeleton, run.recipe.config, batches, run.work / "layers", bf16, training, drawn)
     for _ in run.stream.run():

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edkm.calibrationtext import LAYER_BATCH, calibration_batches, check_room, written_blocks
 from edkm.compressed.jsonfile import printable
 from edkm.core.formats import TABLE
 from edkm.evaluate import perplexity, perplexity_by_layer
-from edkm.memory import plan_by_layer, plan_memory
+from edkm.memory import GIB, plan_by_layer, plan_memory
 from edkm.memorykinds import KINDS, choose_memory, first_fit, fits, free_memory, possible_kinds
 from edkm.metrics import Recorder
 from edkm.modelfiles import first_line
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 # Settings that may change when a run is resumed: how a step is shared out, and what is shown or saved meanwhile.
 _FREE = ("preset", "epochs", "batch", "grad_accumulation", "fsdp", "timeout_s", "save_every", "report_to")
-# Training blocks that each decoder layer is trained on, and blocks of a step: docs/log.md, 2026-11-28.
-LAYER_BLOCKS, LAYER_BATCH = 128, 4
 
 
 @dataclass
@@ -63,6 +62,7 @@ class Run:
     records: Any = None
     why: str = ""
     blocks: Any = None
+    written: Blocks | None = None  # by the model, to calibrate on
     recorder: Any = None
     teacher: Any = None
     skeleton: Skeleton | None = None  # in the place of the model where the run goes layer by layer
@@ -197,6 +197,7 @@ def load(run: Run) -> None:
             _hold(run, str(reason))
     if run.skeleton is None:
         check(run.model, recipe.config, recipe.backend)
+    check_room(run)
     if recipe.chooses_bits:
         target = bits_of(run.model, recipe.config) if recipe.target_bpw is None else recipe.target_bpw
         check_target(run.model, recipe.config, target)
@@ -234,27 +235,15 @@ def begin(run: Run) -> None:
         check_same_run(run.work, identity)
     else:
         distributed.run_on_rank0(lambda: shutil.rmtree(run.work) if run.work.exists() else None)
-        if run.recipe.steps or run.recipe.tune_steps or run.skeleton is not None:
-            distributed.run_on_rank0(lambda: begin_run(run.work, identity, run.blocks))
+        distributed.run_on_rank0(lambda: begin_run(run.work, identity, run.blocks))
     print(f"device: {run.to_device()}", flush=True)
     if run.recipe.finetune_steps and not run.resume:
         # Values that are not finite before any training are no matter of the learning rate.
         with shown(False):
-            calibrate(run.model, calibration_batches(run.blocks, run.model, 1))
+            calibrate(run.model, calibration_batches(run, 1))
     run.recorder = Recorder(run.work / "metrics.json", run.settings())
     run.recorder.keep(run.model, run.recipe.config, *(() if run.skeleton is None else (run.skeleton.read,)))
     run.measure("original")
-
-
-def calibration_batches(blocks: Any, model: Any, count: int = 32, size: int = 1) -> list[dict[str, Any]]:
-    """Return `count` blocks, or all there are, spread over the training data, in batches of `size` on the device of the model."""
-    device = next(model.parameters()).device
-    if device.type == "meta":
-        device = loop.pick_device()
-    chosen = range(0, len(blocks), max(1, len(blocks) // count))[:count]
-    size = min(size, len(chosen))
-    batches = [[blocks[i]["input_ids"] for i in chosen[at : at + size]] for at in range(0, len(chosen) - size + 1, size)]
-    return [{"input_ids": torch.stack(batch).to(device)} for batch in batches]
 
 
 def show_plan(run: Run) -> None:
@@ -269,6 +258,8 @@ def show_plan(run: Run) -> None:
         print("compressed a layer at a time, read from the checkpoint:")
         tokens = run.blocks.block_tokens * (LAYER_BATCH if recipe.by_layer else 1)
         print(plan_by_layer(run.skeleton, recipe.config, tokens, trained=bool(recipe.by_layer)))
+        if needed := check_room(run):
+            print(f"before that it is in memory as a whole, to write text: {needed / GIB:.2f} GiB")
         return
     _show_memory(run)
 
@@ -278,7 +269,7 @@ def _show_memory(run: Run) -> None:
     recipe, ranks, device = run.recipe, distributed.world_size(), loop.pick_device()
     settings, free = recipe.training(1, distill=recipe.distill), distributed.of_rank0(free_memory(device, ranks))
     shared = "" if ranks == 1 else f", {ranks} ranks, {'FSDP' if recipe.fsdp else 'DDP'}"
-    print(f"training on {device}{shared}, {free / 2**30:.1f} GiB free; peaks in GiB:")
+    print(f"training on {device}{shared}, {free / GIB:.1f} GiB free; peaks in GiB:")
     budgets, possible = {}, possible_kinds(settings)
     for kind, text in KINDS.items():
         if kind not in possible:
@@ -292,7 +283,7 @@ def _show_memory(run: Run) -> None:
             ranks=ranks,
             device_type=_type(device),
         )
-        print(f"  {kind:<6} {budget.peak / 2**30:>8.2f}  {'fits' if fits(budget.peak, free) else 'does not fit':<12}  {text}")
+        print(f"  {kind:<6} {budget.peak / GIB:>8.2f}  {'fits' if fits(budget.peak, free) else 'does not fit':<12}  {text}")
     chosen = recipe.memory if recipe.memory != "auto" else first_fit({kind: budget.peak for kind, budget in budgets.items()}, free)
     print(f"{recipe.memory} takes {chosen}:" if recipe.memory == "auto" else f"{chosen}:")
     print(budgets[chosen])
@@ -329,6 +320,10 @@ def _print_counts(run: Run) -> None:
     print(f"data: {counts}, {len(blocks):,} blocks of {blocks.block_tokens}")
     for note in blocks.notes:
         print(f"data: {printable(note)}")
+    if count := written_blocks(recipe):
+        print(
+            f"calibration: {count} blocks that the model writes" + (", up to as many of the data" if recipe.calibration == "both" else "")
+        )
     if recipe.steps:
         steps = f"{recipe.steps:,} steps of {recipe.training(1).blocks_per_step} blocks, {recipe.finetune_steps:,} of them fine-tuning"
         precision = loop.named_precision(recipe.precision) if recipe.memory in ("auto", "high") else "bfloat16 weights"

@@ -69,17 +69,15 @@ def test_the_fields_of_the_configuration_and_of_the_recipe_are_these():
 
     names = "format bits dim rows_per_lut softness anneal anneal_steps max_iters embedding_bits skip overrides"
     assert [f.name for f in dataclasses.fields(edkm.ClusterConfig)] == names.split()
-    names = (
-        "config preset target_bpw by_layer steps epochs finetune_steps tune_steps lr optimizer distill block_tokens batch grad_accumulation"
-    )
-    names += " gradient_checkpointing precision memory fsdp timeout_s seed save_every report_to backend"
+    names = "config preset target_bpw by_layer calibration steps epochs finetune_steps tune_steps lr optimizer distill block_tokens batch"
+    names += " grad_accumulation gradient_checkpointing precision memory fsdp timeout_s seed save_every report_to backend"
     assert [f.name for f in dataclasses.fields(Recipe)] == names.split()
     assert list(PRESETS) == ["fast", "balanced", "best"]
 
 
 OPTIONS = {
-    "compress": "data out eval-text preset resume overwrite dry-run bits target-bpw format rows-per-lut embedding-bits skip by-layer steps "
-    "finetune-steps tune-steps lr distill block-tokens batch grad-accumulation gradient-checkpointing memory fsdp seed "
+    "compress": "data out eval-text preset resume overwrite dry-run bits target-bpw format rows-per-lut embedding-bits skip by-layer "
+    "calibration steps finetune-steps tune-steps lr distill block-tokens batch grad-accumulation gradient-checkpointing memory fsdp seed "
     "save-every report-to",
     "tune": "data out eval-text teacher distill steps lr block-tokens batch gradient-checkpointing seed save-every resume overwrite",
     "generate": "max-new-tokens temperature raw",

@@ -225,9 +225,10 @@ def torchrun(*argv):
 
 
 def test_torchrun_starts_the_command_on_every_rank(tiny_dir, tmp_path):
-    run = torchrun(*arguments(tiny_dir, tmp_path, tmp_path / "out", 2))
+    run = torchrun(*arguments(tiny_dir, tmp_path, tmp_path / "out", 2, "--calibration", "both"))
     printed, errors = run.communicate(timeout=240)
     assert run.returncode == 0, errors[-3000:]
+    assert errors.count("writing text: 1,008 tokens in ") == 1
     assert errors.count("clustered training: 6 steps in ") == printed.count("wrote ") == 1  # one rank speaks for all
     assert metrics.read(tmp_path / "out")[0]["settings"]["processes"] == 2 and len(losses_in(tmp_path / "out")) == 6
 
