@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     scored = methods if args.score is None else chosen(_words(args.score), "--score", always=())
     if missing := set(scored) - set(methods):
         raise ValueError(f"--score: {min(missing)} is not among --methods. Name it there too.")
+    if args.score is not None and not tasks:
+        raise ValueError("--score: there is nothing to score. Name --tasks too.")
     settings = settings_of(args)
     _check(args, methods, tasks)
     _open(args.out, settings, fresh=args.fresh)

@@ -218,6 +218,7 @@ def test_stages_are_processes_of_their_own(tiny_dir, files, tmp_path):
         (["--methods", "rtn", "--steps", "-1"], "--steps: at least 0, got -1."),
         (["--methods", "rtn", "--autoround-iters", "0"], "--autoround-iters: at least 1, got 0."),
         (["--methods", "rtn", "--score", "gptq"], "--score: gptq is not among --methods."),
+        (["--methods", "rtn", "--score", "rtn"], "--score: there is nothing to score."),
     ],
 )
 def test_mistakes_are_named_before_anything_is_made(tiny_dir, files, tmp_path, capsys, here, more, message):
