@@ -4,6 +4,7 @@ import sys
 
 from benchmarks import (
     ablation,
+    budget,
     coreai,
     fit,
     fit_formats,
@@ -21,6 +22,7 @@ from benchmarks import (
     recipe,
     runtimes,
     shapes,
+    small_model,
     step,
     step_gpu,
     tasks,
@@ -29,6 +31,7 @@ from benchmarks.compare import command as compare_command
 
 COMMANDS = {
     "ablation": ablation.main,
+    "budget": budget.main,
     "compare": compare_command.main,
     "coreai": coreai.main,
     "fit": fit.main,
@@ -47,6 +50,7 @@ COMMANDS = {
     "recipe": recipe.main,
     "runtimes": runtimes.main,
     "shapes": shapes.main,
+    "small-model": small_model.main,
     "step": step.main,
     "step-gpu": step_gpu.main,
     "tasks": tasks.main,

@@ -46,6 +46,7 @@ class TrainSettings:
         fsdp: shard weights, gradients and optimizer over the ranks instead of repeating them.
         distill: share of the loss, 0 to 1, that is the divergence from the teacher's predictions, on every token; the rest is the
             cross entropy of the labels.
+        divergence: `kl`, Kullback and Leibler's, or `jsd`, Jensen and Shannon's.
         first_step: steps of an earlier training on the same data, whose blocks are passed over.
         optimizer: name of a class of `torch.optim`, or of torchao's 8- and 4-bit Adam and AdamW, in any case.
         memory: `high`, `low` or `lower` (`edkm.train.optimizers`); for the latter two the model is in bfloat16.
@@ -62,6 +63,7 @@ class TrainSettings:
     save_every: int = 0
     fsdp: bool = False
     distill: float = 0.0
+    divergence: str = "kl"
     first_step: int = 0
     optimizer: str = "adamw"
     memory: str = "high"
@@ -283,16 +285,23 @@ def micro_loss(
         out = model(**batch, **options)
     loss = out.loss * scale
     if teacher is not None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=bf16):
             expected = teacher(input_ids=batch["input_ids"], use_cache=False).logits
-        loss = (1 - settings.distill) * loss + settings.distill / settings.accumulate * divergence(out.logits, expected)
+        share = settings.distill / settings.accumulate
+        loss = (1 - settings.distill) * loss + share * divergence(out.logits, expected, settings.divergence)
     return loss
 
 
-def divergence(logits: Tensor, expected: Tensor) -> Tensor:
-    """Return the mean over all tokens of `KL(softmax(expected) || softmax(logits))`, both `[..., vocabulary]`."""
+def divergence(logits: Tensor, expected: Tensor, kind: str = "kl") -> Tensor:
+    """Return the mean over all tokens of a divergence of `q = softmax(logits)` from `p = softmax(expected)`, both `[..., vocabulary]`.
+
+    `kl` is `KL(p || q)`; `jsd` is `KL(p || m) / 2 + KL(q || m) / 2` for their mean `m`, which no token can dominate.
+    """
     ours, theirs = (x.flatten(0, -2).float().log_softmax(-1) for x in (logits, expected))
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    if kind == "kl":
+        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    mean = torch.logaddexp(ours, theirs) - math.log(2)
+    return sum(F.kl_div(mean, x, reduction="batchmean", log_target=True) for x in (ours, theirs)) / 2
 
 
 def enable_checkpointing(model: Any) -> None:
