@@ -17,7 +17,10 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -47,8 +50,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (2e-3)")
     parser.add_argument("--batch", type=int, default=16, help="blocks of 256 tokens a step (16)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that share each step (one a core)")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.batch % args.processes:
+        parser.error(f"--batch: a multiple of the {args.processes} processes, got {args.batch}.")
+    if args.train:
+        from edkm.train import distributed
+
+        with distributed.session(1800.0):
+            train(args)
+        return 0
     make_data(args.out / "data")
     model, losses = make_model(args)
     found = {name: score(model, args.out, name) for name in HELDOUT}
@@ -115,47 +128,68 @@ def make_tokenizer(data: Path) -> Any:
 
 
 def make_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Train the model and save it, unless it is there; return it with its losses and seconds."""
+    """Train the model and save it, unless it is there; return it with its losses and seconds.
+
+    Every core is a process of its own, each with a part of every step: at this size two threads are hardly faster than one.
+    """
+    from edkm.models import load_model
+    from edkm.train import data
+
+    folder, kept = args.out / "model", args.out / "pretraining.pt"
+    if not (folder / "config.json").is_file():
+        if not kept.is_file():
+            tokenizer = make_tokenizer(args.out / "data")
+            tokenizer.save_pretrained(args.out / "tokenizer")
+            data.load_blocks(args.out / "data" / "pretraining.jsonl", tokenizer, block_tokens=WINDOW).save(kept)
+        words = ["--nproc-per-node", args.processes, "-m", "benchmarks", "small-model", "--train", "--out", args.out]
+        words += ["--tokens", args.tokens, "--lr", args.lr, "--batch", args.batch, "--seed", args.seed]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *map(str, words)], env=environment, check=True)
+        kept.unlink()
+    return load_model(folder)[0], json.loads((folder / "losses.json").read_text())
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train the model from nothing, on every rank; go on from the last checkpoint if there is one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from edkm.models import load_model
-    from edkm.train import data, loop, runstate
+    from edkm.models import load_tokenizer
+    from edkm.train import data, distributed, loop, runstate
 
-    folder, work = args.out / "model", args.out / "pretraining"
-    if not (folder / "config.json").is_file():
-        tokenizer = make_tokenizer(args.out / "data")
-        blocks = data.load_blocks(args.out / "data" / "pretraining.jsonl", tokenizer, block_tokens=WINDOW)
-        steps = round(args.tokens / args.batch / WINDOW)
-        if steps * args.batch > len(blocks):
-            raise SystemExit(f"--tokens: the text has {len(blocks) * WINDOW:,}. Give at most as many.")
-        torch.manual_seed(args.seed)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-            max_position_embeddings=2 * WINDOW,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        model = LlamaForCausalLM(config)
-        settings = loop.TrainSettings(steps, args.lr, args.batch, seed=args.seed, save_every=500)
-        began = time.perf_counter()
-        result = loop.train(model, blocks, settings, work, resume=runstate.last_checkpoint(work) is not None, name="pretraining")
-        result.check("pretraining")
-        # The configuration last: with it the rest is whole.
-        losses = {"seconds": time.perf_counter() - began, "text_tokens": blocks.tokens, "losses": result.losses}
-        part = args.out / "model.part"
-        tokenizer.save_pretrained(part)
-        model.save_pretrained(part)
-        (part / "losses.json").write_text(json.dumps(losses))
-        part.replace(folder)
-        shutil.rmtree(work, ignore_errors=True)
-    return load_model(folder)[0], json.loads((folder / "losses.json").read_text())
+    tokenizer, blocks = load_tokenizer(args.out / "tokenizer", args.out / "tokenizer"), data.Blocks.read(args.out / "pretraining.pt")
+    work, steps = args.out / "pretraining", round(args.tokens / args.batch / WINDOW)
+    if steps * args.batch > len(blocks):
+        raise ValueError(f"--tokens: the text has {len(blocks) * WINDOW:,}. Give at most as many.")
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=2 * WINDOW,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    settings = loop.TrainSettings(steps, args.lr, args.batch // distributed.world_size(), seed=args.seed, save_every=500)
+    began = time.perf_counter()
+    result = loop.train(model, blocks, settings, work, resume=runstate.last_checkpoint(work) is not None, name="pretraining")
+    result.check("pretraining")
+    losses = {"seconds": time.perf_counter() - began, "text_tokens": blocks.tokens, "losses": result.losses}
+    distributed.run_on_rank0(lambda: _save(model, tokenizer, losses, args.out))
+
+
+def _save(model: Any, tokenizer: Any, losses: dict[str, Any], out: Path) -> None:
+    part = out / "model.part"  # which has its name only when it is complete
+    tokenizer.save_pretrained(part)
+    model.save_pretrained(part)
+    (part / "losses.json").write_text(json.dumps(losses))
+    part.replace(out / "model")
+    shutil.rmtree(out / "pretraining", ignore_errors=True)
 
 
 def score(model: Any, out: Path, text: str, windows: int = 128) -> float:

@@ -58,8 +58,8 @@ def main(argv: list[str]) -> int:
     specs = [
         Spec(row, form, int(tokens), seed, lr)
         for tokens in args.tokens
-        for form in args.forms
         for row in args.rows
+        for form in (["16"] if row == "control" else args.forms)
         for seed in args.seeds
         for lr in args.lr
     ]
@@ -101,11 +101,13 @@ def make(args: argparse.Namespace, specs: list[Spec]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Write the rows as text: perplexities, and the distance of their loss from the control's of the same budget."""
-    controls = {(row["tokens"], row["seed"], row["lr"]): row["same"] for row in rows if row["row"] == "control"}
+    controls: dict[int, float] = {}  # of all rates and seeds the best
+    for row in rows:
+        if row["row"] == "control":
+            controls[row["tokens"]] = min(row["same"], controls.get(row["tokens"], math.inf))
     lines = [f"{'':<18}{'form':>6}{'tokens':>12}{'seed':>6}{'lr':>9}{'same':>10}{'other':>10}{'nats':>8}{'seconds':>9}{'GiB':>6}"]
     for row in sorted(rows, key=lambda row: (row["form"], row["tokens"], row["same"])):
-        control = controls.get((row["tokens"], row["seed"], row["lr"])) or controls.get((0, 0, 0.0))
-        nats = math.log(row["same"] / control) if control else math.nan
+        nats = math.log(row["same"] / controls[row["tokens"]]) if row["tokens"] in controls else math.nan
         numbers = f"{row['tokens']:>12,}{row['seed']:>6}{row['lr']:>9.0e}{row['same']:>10.3f}{row['other']:>10.3f}{nats:>8.3f}"
         lines.append(f"{row['row']:<18}{row['form']:>6}{numbers}{row['seconds']:>9.0f}{row['peak_mib'] / 1024:>6.1f}")
     return "\n".join(lines)

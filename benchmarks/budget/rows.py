@@ -78,14 +78,14 @@ class Spec(NamedTuple):
         return self.tokens // STEP_TOKENS
 
     def starts(self) -> list[Spec]:
-        """List the controls that it starts from: the first is that of no budget, which all share."""
+        """List the controls that it starts from: that of no budget, and for rows that end with a fit that of their budget."""
         first = Spec("control", "16", 0, 0, 0.0)
-        return [first, Spec("control", "16", self.tokens, self.seed, self.lr)] if self.tokens else [first]
+        return [first, self._replace(row="control", form="16")] if self.tokens and ROWS[self.row].plain == 1 else [first]
 
     def exists(self) -> bool:
         """Whether there is such a row: a budget of nothing leaves nothing to do but to fit, and a control has no form."""
         if self.row == "control":
-            return self.form == "16"
+            return self.form == "16" and (self.tokens > 0) == (self.lr > 0)
         if (self.row == "gptq" and self.form == "q2_k") or (self.row == "stages" and self.form == "4"):
             return False
         return self.tokens > 0 or self.row in ("fit", "gptq")

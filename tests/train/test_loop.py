@@ -249,6 +249,17 @@ def test_divergence_is_the_kl_of_the_predictions():
     torch.testing.assert_close(grad, (logits.softmax(-1) - expected.softmax(-1)).detach() / 6)
 
 
+def test_jsd_is_symmetric_and_bounded():
+    ours, theirs = torch.randn(2, 3, 7).mul(4), torch.randn(2, 3, 7).mul(4)
+    p, q = ours.double().softmax(-1), theirs.double().softmax(-1)
+    mean = (p + q) / 2
+    expected = ((p * (p / mean).log()).sum(-1) + (q * (q / mean).log()).sum(-1)).mean() / 2
+    found = float(loop.divergence(ours, theirs, "jsd"))
+    assert found == pytest.approx(float(expected), rel=1e-5) and 0 < found < math.log(2)
+    assert found == pytest.approx(float(loop.divergence(theirs, ours, "jsd")), rel=1e-5)
+    assert float(loop.divergence(ours, ours, "jsd")) == pytest.approx(0, abs=1e-6)
+
+
 def test_distillation_keeps_to_the_teacher_however_a_step_is_cut(tiny_model, tmp_path):
     # In float64: rounding moves weights to other centroids, of which there are four.
     original, data = tiny_model.double(), blocks()
