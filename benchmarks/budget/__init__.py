@@ -11,11 +11,13 @@ soft              the fit, then soft clustered steps, annealed
 straight          the fit, then clustered steps straight through the hard assignment
 soft-kl, straight-kl, straight-jsd
                   the same, with the divergence from the predictions of the start in the place of the loss of the data
-stages            the fit at 4 bits, half of the steps, the fit at fewer bits, the other half
-half, most        half, and three quarters, of the budget plain, then as `straight`
+stages            the fit at 4 bits, half of the steps as `soft-kl`, the fit at fewer bits, the other half
+half, most        half, and three quarters, of the budget plain, then as `soft-kl`
 layers            by layer, with the budget as its passes over the calibration blocks
-layers+tables     by layer with half of the budget, then its tables with the other
-layers+straight   by layer with at most a tenth of the budget, then as `straight`
+layers+tables, layers+tables-kl
+                  by layer with half of the budget, then its tables with the other
+layers+soft-kl, layers+straight-kl
+                  by layer with half of the budget, and at most 262,144 tokens, then as `soft-kl`
 """
 
 from __future__ import annotations

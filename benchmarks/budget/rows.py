@@ -18,8 +18,9 @@ STEP_TOKENS = BATCH * WINDOW
 START_TOKENS = 1_000_000  # of plain fine-tuning before every budget
 START_LR = 1e-3
 CALIBRATION_BLOCKS = 64
+LAYER_TOKENS = 262_144  # at most by layer, where clustered steps of the whole model follow
 GROUP = 64
-FORMS = ("2", "3", "4", "q2_k")
+FORMS = ("1", "2", "3", "4", "q2_k")
 _RUNNER = Path(__file__).parents[1] / "compare" / "baselines" / "run_llmcompressor.py"
 
 
@@ -46,12 +47,14 @@ ROWS = {
     "soft-kl": Row(softness=0.5, divergence="kl"),
     "straight-kl": Row(divergence="kl"),
     "straight-jsd": Row(divergence="jsd"),
-    "stages": Row(stages=True),
-    "half": Row(plain=0.5),
-    "most": Row(plain=0.75),
+    "stages": Row(softness=0.5, divergence="kl", stages=True),
+    "half": Row(plain=0.5, softness=0.5, divergence="kl"),
+    "most": Row(plain=0.75, softness=0.5, divergence="kl"),
     "layers": Row(layers=1),
     "layers+tables": Row(layers=0.5, tables=0.5),
-    "layers+straight": Row(layers=0.1),
+    "layers+tables-kl": Row(layers=0.5, tables=0.5, divergence="kl"),
+    "layers+straight-kl": Row(layers=0.5, divergence="kl"),
+    "layers+soft-kl": Row(layers=0.5, softness=0.5, divergence="kl"),
 }
 
 
@@ -86,7 +89,7 @@ class Spec(NamedTuple):
         """Whether there is such a row: a budget of nothing leaves nothing to do but to fit, and a control has no form."""
         if self.row == "control":
             return self.form == "16" and (self.tokens > 0) == (self.lr > 0)
-        if (self.row == "gptq" and self.form == "q2_k") or (self.row == "stages" and self.form == "4"):
+        if (self.row == "gptq" and self.form in ("1", "q2_k")) or (self.row == "stages" and self.form == "4"):
             return False
         return self.tokens > 0 or self.row in ("fit", "gptq")
 
@@ -170,8 +173,8 @@ def _compressed(out: Path, work: Path, spec: Spec, baselines: Path) -> tuple[Any
     blocks, plain = _blocks(out), round(spec.steps * row.plain) if row.plain < 1 else 0
     if plain:
         _train(model, blocks, spec, plain, work / "plain", 0)
-    tables, left = round(spec.steps * row.tables), spec.steps if row.plain < 1 else 0
-    clustered = 0 if row.layers == 1 or row.tables else left - plain
+    tables = round(spec.steps * row.tables)
+    clustered = 0 if row.layers == 1 or row.tables or row.plain == 1 else spec.steps - plain
     if row.stages:
         _cluster(model, blocks, row, spec._replace(form="4"), clustered // 2)
         _train(model, blocks, spec, clustered // 2, work / "first", plain)
@@ -179,33 +182,42 @@ def _compressed(out: Path, work: Path, spec: Spec, baselines: Path) -> tuple[Any
         model.load_state_dict({name: prepared[name] for name, _ in model.named_parameters()}, strict=False)
         plain, clustered = plain + clustered // 2, clustered - clustered // 2
     teacher = load_model(start)[0] if row.divergence else None
-    passes = min(spec.tokens * row.layers, 131_072) if row.layers < 0.5 else spec.tokens * row.layers
-    bits = _cluster(model, blocks, row, spec, clustered, int(passes))
-    more = {"distill": 1.0, "divergence": row.divergence, "teacher": teacher} if teacher is not None else {}
+    passes = int(spec.tokens * row.layers)
+    if clustered and passes:
+        passes = min(passes, LAYER_TOKENS)
+        clustered -= passes // STEP_TOKENS
+    bits = _cluster(model, blocks, row, spec, clustered, passes)
+    more: dict[str, Any] = {"distill": 1.0, "divergence": row.divergence, "teacher": teacher} if teacher is not None else {}
     _train(model, blocks, spec, clustered, work / "clustered", plain, **more)
     if tables:
-        model = _tune(model, load_tokenizer(start, start), blocks, spec, tables, work)
+        model = _tune(model, load_tokenizer(start, start), blocks, spec, tables, work, **more)
     return model, bits
 
 
 def _cluster(model: Any, blocks: Any, row: Row, spec: Spec, steps: int, passes: int = 0) -> float:
     """Cluster a model for a number of steps to come, by layer if so many tokens are to be spent on that; return the bits a weight."""
     import edkm
-    from edkm.run import LAYER_BATCH, calibration_batches
+    from edkm.calibrationtext import LAYER_BATCH
     from edkm.train.allocate import bits_of
 
     form = {"bits": int(spec.form), "rows_per_lut": 1} if spec.form.isdigit() else {"format": spec.form}
     config = edkm.ClusterConfig(softness=row.softness, anneal_steps=steps if row.softness else 0, **form)
-    by_layer, batches = None, calibration_batches(blocks, model, CALIBRATION_BLOCKS)
+    by_layer, batches = None, _batches(blocks, CALIBRATION_BLOCKS)
     if passes:
         by_layer = edkm.LayerTraining(epochs=2, precision="bf16", seed=spec.seed)
-        batches = calibration_batches(blocks, model, max(CALIBRATION_BLOCKS, passes // by_layer.epochs // WINDOW), LAYER_BATCH)
+        batches = _batches(blocks, max(CALIBRATION_BLOCKS, passes // by_layer.epochs // WINDOW), LAYER_BATCH)
     bits = bits_of(model, config)
     edkm.prepare(model, config, batches, by_layer=by_layer)
     return bits
 
 
-def _tune(model: Any, tokenizer: Any, blocks: Any, spec: Spec, steps: int, work: Path) -> Any:
+def _batches(blocks: Any, count: int, size: int = 1) -> list[dict[str, Any]]:
+    """Choose blocks spread over the text, in batches."""
+    ids = blocks.input_ids[:: max(1, len(blocks) // count)][:count]
+    return [{"input_ids": batch} for batch in ids.split(size) if len(batch) == size]
+
+
+def _tune(model: Any, tokenizer: Any, blocks: Any, spec: Spec, steps: int, work: Path, teacher: Any = None, **more: Any) -> Any:
     """Pack the model, and train its tables with its indices fixed."""
     import edkm
     from edkm.train import loop, runstate
@@ -215,9 +227,9 @@ def _tune(model: Any, tokenizer: Any, blocks: Any, spec: Spec, steps: int, work:
     edkm.save(model, packed, tokenizer)
     tunable = load_tunable(packed)[0]
     settings = Tuning(steps=steps, batch=BATCH, seed=spec.seed).training(len(blocks), False)
-    settings = replace(settings, first_step=START_TOKENS // STEP_TOKENS + spec.steps - steps)
+    settings = replace(settings, first_step=START_TOKENS // STEP_TOKENS + spec.steps - steps, **more)
     resume = runstate.last_checkpoint(work / "tables") is not None
-    loop.train(tunable, blocks, settings, work / "tables", resume=resume, name=f"{spec.name}: tables").check(spec.name)
+    loop.train(tunable, blocks, settings, work / "tables", resume=resume, teacher=teacher, name=f"{spec.name}: tables").check(spec.name)
     return tunable
 
 
@@ -226,13 +238,10 @@ def _gptq(out: Path, work: Path, start: Path, model: Any, spec: Spec, baselines:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from edkm.run import calibration_batches
-
     if not baselines.is_file():
         raise SystemExit(f"{baselines}: is not there. Make it (make baselines), or leave gptq out of --rows.")
     calibration = work / "calibration.safetensors"
-    batches = calibration_batches(_blocks(out), model, CALIBRATION_BLOCKS)
-    save_file({"input_ids": torch.cat([batch["input_ids"] for batch in batches])}, calibration)
+    save_file({"input_ids": torch.cat([batch["input_ids"] for batch in _batches(_blocks(out), CALIBRATION_BLOCKS)])}, calibration)
     words = [baselines.absolute(), _RUNNER, "gptq", "--model", start.resolve(), "--calibration", calibration.resolve()]
     words += ["--bits", spec.form, "--group", GROUP, "--out", work.resolve(), "--skip", "lm_head"]
     # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
