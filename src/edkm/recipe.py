@@ -41,6 +41,7 @@ from edkm.run import (
     begin,
     check_out,
     choose_kind,
+    go_by_layer,
     load,
     print_report,
     read,
@@ -159,6 +160,11 @@ class Recipe:
         return self.steps == 0 and not self.chooses_bits
 
     @property
+    def fits_last(self) -> bool:
+        """Whether no step follows the fit, so that it can go a layer at a time."""
+        return self.finetune_steps == self.steps and not self.chooses_bits
+
+    @property
     def layer_training(self) -> LayerTraining | None:
         """Settings of the training of each layer, if they are trained one by one."""
         if not self.by_layer:
@@ -180,8 +186,8 @@ class Recipe:
         first = int(steps * PRESETS[self.preset].finetune_share) if self.finetune_steps is None else self.finetune_steps
         if first > steps:
             raise ValueError(f"finetune_steps: at most the {steps} steps there are, got {first}.")
-        if self.distill and first == steps:
-            raise ValueError("distill: is for clustered steps, and there are none. Leave it out, or fine-tune for fewer steps.")
+        if self.distill and first == steps and not self.tune_steps:
+            raise ValueError("distill: is for clustered steps and --tune-steps, and there are none. Leave it out, or fine-tune for fewer.")
         return replace(self, config=replace(self.config, anneal_steps=steps - first), steps=steps, finetune_steps=first)
 
 
@@ -207,10 +213,12 @@ def cluster(run: Run) -> None:
     """Calibrate, choose bits, fit and cluster, unless clustered training has begun: then its checkpoint has weights and tables."""
     write_text(run)
     recipe, began, chosen = run.recipe, time.perf_counter(), run.work / "config.json"
+    if recipe.fits_last and run.skeleton is None:
+        go_by_layer(run)
     if run.skeleton is not None:
         _cluster_by_layer(run, run.skeleton)
         return
-    run.teacher = copy.deepcopy(run.model) if recipe.distill else None
+    run.teacher = copy.deepcopy(run.model) if recipe.distill and not recipe.fits_last else None
     batches = calibration_batches(run)
     if runstate.last_checkpoint(run.work / "clustered") is not None:
         config = ClusterConfig.from_json(json.loads(chosen.read_text()))
@@ -270,11 +278,24 @@ def tune_tables(run: Run) -> None:
     if not recipe.tune_steps:
         return
     run.model = run.teacher = None
+    run.teacher = _finetuned(run) if recipe.distill else None
     run.model, *_ = load_tunable(run.packed)
     run.model.to(loop.pick_device())
-    tuning = Tuning(steps=recipe.tune_steps, batch=recipe.batch, seed=recipe.seed, save_every=recipe.save_every, precision=recipe.precision)
-    _train(run, tuning.training(len(run.blocks), False), "tuning tables", run.work / "tables")
+    same = {name: getattr(recipe, name) for name in ("batch", "seed", "save_every", "precision")}
+    settings = Tuning(steps=recipe.tune_steps, **same).training(len(run.blocks), False)
+    # On the data that comes after that of the steps before.
+    settings = replace(settings, distill=recipe.distill, first_step=(recipe.steps or 0) * recipe.grad_accumulation)
+    _train(run, settings, "tuning tables", run.work / "tables")
     write_tuned(run.model, run.packed, run.out)
+
+
+def _finetuned(run: Run) -> Any:
+    """Load the model as it was before it was clustered, in 16 bits where training computes in them."""
+    dtype = torch.bfloat16 if loop.resolve_precision(run.recipe.precision) == "bf16" else torch.float32
+    model, kept = load_model(run.source, dtype)[0], run.work / "finetuned.pt"
+    if kept.is_file():
+        checkpoints.load_weights(kept, model)
+    return model
 
 
 def report(run: Run) -> None:

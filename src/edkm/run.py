@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,7 +193,7 @@ def load(run: Run) -> None:
     recipe = run.recipe.settled(len(run.blocks))
     if run.skeleton is not None:
         try:
-            check_by_layer(run.skeleton, recipe.config, {"input_ids": run.blocks[0]["input_ids"][None, :16].to(run.skeleton.device)})
+            _check_by_layer(run, run.skeleton)
         except NotStreamable as reason:
             _hold(run, str(reason))
     if run.skeleton is None:
@@ -226,6 +227,23 @@ def _hold(run: Run, reason: str = "") -> None:
         run.model, run.tokenizer = load_model(run.source, weights_dtype(run.recipe))
     if reason:
         print(f"memory: the whole model is held, not a layer at a time: {printable(reason)}", flush=True)
+
+
+def go_by_layer(run: Run) -> None:
+    """Go on with the fine-tuned model a layer at a time, each read from `finetuned.pt`, where its layers can be read one by one."""
+    kept = run.work / "finetuned.pt"
+    if distributed.world_size() > 1 or not kept.is_file():
+        return
+    try:
+        skeleton = open_skeleton(run.source, loop.pick_device())[0].over(partial(checkpoints.kept_weights, kept))
+        _check_by_layer(run, skeleton)
+    except NotStreamable:
+        return
+    run.skeleton, run.model = skeleton, skeleton.model
+
+
+def _check_by_layer(run: Run, skeleton: Skeleton) -> None:
+    check_by_layer(skeleton, run.recipe.config, {"input_ids": run.blocks[0]["input_ids"][None, :16].to(skeleton.device)})
 
 
 def begin(run: Run) -> None:

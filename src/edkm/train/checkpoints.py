@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,13 @@ def save_weights(path: Path, model: nn.Module) -> None:
 def load_weights(path: Path, model: nn.Module) -> None:
     """Read the state that `save_weights` wrote into the same model, loaded afresh."""
     model.load_state_dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+
+
+@contextmanager
+def kept_weights(path: Path) -> Iterator[Callable[[Sequence[str]], Tensor]]:
+    """Open the file that `save_weights` wrote in the place of a skeleton's checkpoint."""
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    yield lambda names: state[next(name for name in names if name in state)]
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
