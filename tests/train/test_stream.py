@@ -1,6 +1,6 @@
-"""Compressing a model a layer at a time (`edkm.train.skeleton`, `relay`, `stream`), as `--steps 0` does.
+"""Compressing a model a layer at a time (`edkm.train.skeleton`, `relay`, `stream`), as is done where no step follows the fit.
 
-1. The packed model is the one that is made in memory, also if layers are trained: the same bytes with hidden states in float32, nearly
+1. The packed model is the one that is made in memory, also if layers are trained, or the model was fine-tuned before: the same bytes with hidden states in float32, nearly
    the same in bfloat16.
 2. Perplexity before and after is that of the whole model, to the rounding of hidden states.
 3. At no time is more than one decoder layer in memory, which is what `--dry-run` plans for.
@@ -110,12 +110,23 @@ def test_layers_are_trained_as_they_are_in_memory(checkpoint, data, tmp_path, mo
     assert not torch.equal(*norms)
 
 
+@pytest.mark.parametrize("steps", [{}, {"by_layer": True, "tune_steps": 1, "distill": 1.0}])
+def test_layers_after_fine_tuning_are_compressed_as_they_are_in_memory(steps, checkpoint, data, tmp_path, monkeypatch):
+    source, settings = checkpoint("llama"), replace(SETTINGS, steps=2, finetune_steps=2, **steps)
+    monkeypatch.setattr(relay, "DTYPE", torch.float32)
+    compress(source, settings, tmp_path / "streamed", data=data)
+    made = []
+    monkeypatch.setattr(recipe, "go_by_layer", lambda run: made.append(run.skeleton))
+    compress(source, settings, tmp_path / "whole", data=data)
+    assert weights(tmp_path / "streamed") == weights(tmp_path / "whole") and made == [None]
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_tables_are_tuned_in_the_same_run_and_a_tuning_that_ends_is_resumed(streams, tiny_dir, data, tmp_path, monkeypatch):
-    settings = replace(SETTINGS, tune_steps=4, save_every=1, block_tokens=32)
+    settings = replace(SETTINGS, tune_steps=4, save_every=1, block_tokens=32, distill=0.5)
     if not streams:
         in_memory(monkeypatch)
-    compress(tiny_dir, replace(settings, tune_steps=0), tmp_path / "untuned", data=data)
+    compress(tiny_dir, replace(settings, tune_steps=0, distill=0), tmp_path / "untuned", data=data)
     compress(tiny_dir, settings, tmp_path / "whole", data=data)
     before, after = (read(tmp_path / out).frozen for out in ("untuned", "whole"))
     name = "model.layers.1.mlp.down_proj.weight"
@@ -146,13 +157,25 @@ def test_one_layer_is_in_memory_at_a_time(checkpoint, data, tmp_path, monkeypatc
     assert {tuple(layers) for layers in seen} == {(), (0,), (1,), (2,)}
 
 
-MOMENTS = ["states 3", "states 70", "states 110", "result 1", "result 2", "after 1", "after 2", "trained states 12", "trained after 1"]
+MOMENTS = [
+    "states 3",
+    "states 70",
+    "states 110",
+    "result 1",
+    "result 2",
+    "after 1",
+    "after 2",
+    "trained states 12",
+    "trained after 1",
+    "finetuned after 1",
+]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_that_ends_at_any_moment_is_resumed_to_the_same_bytes(moment, checkpoint, data, tmp_path, monkeypatch):
     source, (*trained, kind, number) = checkpoint("mistral"), moment.split()
-    settings = replace(SETTINGS, by_layer=bool(trained))
+    steps = 2 if trained == ["finetuned"] else 0
+    settings = replace(SETTINGS, by_layer=trained == ["trained"], steps=steps, finetune_steps=steps)
     compress(source, settings, tmp_path / "whole", data=data)
     write, save, left = relay.HiddenStates.__setitem__, stream.Stream._save, [int(number)]
 
