@@ -5,7 +5,7 @@ there every row spends a further budget of tokens of the same text (0: only what
 and is not made again if `--out` holds its result; one that was stopped goes on from its last checkpoint.
 
 control           plain fine-tuning with the budget, in 16 bits
-gptq              the control, then GPTQ in groups of 64 (needs `make baselines`)
+gptq, autoround   the control, then GPTQ or AutoRound in groups of 64 (needs `make baselines`)
 fit               the control, then `edkm.prepare`
 soft              the fit, then soft clustered steps, annealed
 straight          the fit, then clustered steps straight through the hard assignment

@@ -21,7 +21,8 @@ CALIBRATION_BLOCKS = 64
 LAYER_TOKENS = 262_144  # at most by layer, where clustered steps of the whole model follow
 GROUP = 64
 FORMS = ("1", "2", "3", "4", "q2_k")
-_RUNNER = Path(__file__).parents[1] / "compare" / "baselines" / "run_llmcompressor.py"
+LIBRARIES = {"gptq": "run_llmcompressor.py", "autoround": "run_autoround.py"}
+_RUNNERS = Path(__file__).parents[1] / "compare" / "baselines"
 
 
 class Row(NamedTuple):
@@ -41,6 +42,7 @@ class Row(NamedTuple):
 ROWS = {
     "control": Row(plain=1),
     "gptq": Row(plain=1),
+    "autoround": Row(plain=1),
     "fit": Row(plain=1),
     "soft": Row(softness=0.5),
     "straight": Row(),
@@ -89,9 +91,9 @@ class Spec(NamedTuple):
         """Whether there is such a row: a budget of nothing leaves nothing to do but to fit, and a control has no form."""
         if self.row == "control":
             return self.form == "16" and (self.tokens > 0) == (self.lr > 0)
-        if (self.row == "gptq" and self.form in ("1", "q2_k")) or (self.row == "stages" and self.form == "4"):
+        if (self.row in LIBRARIES and self.form in ("1", "q2_k")) or (self.row == "stages" and self.form == "4"):
             return False
-        return self.tokens > 0 or self.row in ("fit", "gptq")
+        return self.tokens > 0 or self.row in ("fit", *LIBRARIES)
 
 
 def run(out: Path, spec: Spec, baselines: Path) -> None:
@@ -168,8 +170,8 @@ def _compressed(out: Path, work: Path, spec: Spec, baselines: Path) -> tuple[Any
 
     row, start = ROWS[spec.row], _checkpoint(out, spec.starts()[-1 if ROWS[spec.row].plain == 1 else 0])
     model = load_model(start)[0]
-    if spec.row == "gptq":
-        return _gptq(out, work, start, model, spec, baselines)
+    if spec.row in LIBRARIES:
+        return _quantized(out, work, start, model, spec, baselines)
     blocks, plain = _blocks(out), round(spec.steps * row.plain) if row.plain < 1 else 0
     if plain:
         _train(model, blocks, spec, plain, work / "plain", 0)
@@ -233,16 +235,24 @@ def _tune(model: Any, tokenizer: Any, blocks: Any, spec: Spec, steps: int, work:
     return tunable
 
 
-def _gptq(out: Path, work: Path, start: Path, model: Any, spec: Spec, baselines: Path) -> tuple[Any, float]:
-    """Quantize the control in the environment of the baselines, calibrated on the same blocks as the fit."""
+def _quantized(out: Path, work: Path, start: Path, model: Any, spec: Spec, baselines: Path) -> tuple[Any, float]:
+    """Quantize the control by a library, in the environment of the baselines, calibrated on the same blocks as the fit."""
     import torch
     from safetensors.torch import load_file, save_file
 
     if not baselines.is_file():
-        raise SystemExit(f"{baselines}: is not there. Make it (make baselines), or leave gptq out of --rows.")
+        raise SystemExit(f"{baselines}: is not there. Make it (make baselines), or leave {spec.row} out of --rows.")
     calibration = work / "calibration.safetensors"
     save_file({"input_ids": torch.cat([batch["input_ids"] for batch in _batches(_blocks(out), CALIBRATION_BLOCKS)])}, calibration)
-    words = [baselines.absolute(), _RUNNER, "gptq", "--model", start.resolve(), "--calibration", calibration.resolve()]
+    words = [
+        baselines.absolute(),
+        _RUNNERS / LIBRARIES[spec.row],
+        spec.row,
+        "--model",
+        start.resolve(),
+        "--calibration",
+        calibration.resolve(),
+    ]
     words += ["--bits", spec.form, "--group", GROUP, "--out", work.resolve(), "--skip", "lm_head"]
     # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}

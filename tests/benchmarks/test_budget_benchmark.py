@@ -98,7 +98,7 @@ def test_rows_wait_for_what_they_start_from():
     assert Spec("fit", "3", 4096, 1, 1e-3).starts() == [first, control]
     assert Spec("fit", "3", 0, 1, 1e-3).starts() == Spec("soft", "3", 4096, 1, 1e-3).starts() == [first]
     kept = [row for row in ROWS if Spec(row, "2", 0, 0, 1e-3).exists()]
-    assert kept == ["gptq", "fit"]
+    assert kept == ["gptq", "autoround", "fit"]
     assert not Spec("gptq", "q2_k", 4096, 0, 1e-3).exists() and not Spec("stages", "4", 4096, 0, 1e-3).exists()
     assert Spec.parse(control.name) == control
 
