@@ -1,7 +1,7 @@
 """Compressing a model a layer at a time (`edkm.train.skeleton`, `relay`, `stream`), as is done where no step follows the fit.
 
-1. The packed model is the one that is made in memory, also if layers are trained, or the model was fine-tuned before: the same bytes with hidden states in float32, nearly
-   the same in bfloat16.
+1. The packed model is the one that is made in memory, also if layers are trained, or the model was fine-tuned before: the same bytes
+   with hidden states in float32, nearly the same in bfloat16.
 2. Perplexity before and after is that of the whole model, to the rounding of hidden states.
 3. At no time is more than one decoder layer in memory, which is what `--dry-run` plans for.
 4. Tables are tuned in the same run, in memory or not.
