@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -52,6 +53,7 @@ ROWS = {
     "stages": Row(softness=0.5, divergence="kl", stages=True),
     "half": Row(plain=0.5, softness=0.5, divergence="kl"),
     "most": Row(plain=0.75, softness=0.5, divergence="kl"),
+    "half+layers+tables": Row(plain=0.5, layers=0.25, tables=0.25, divergence="kl"),
     "layers": Row(layers=1),
     "layers+tables": Row(layers=0.5, tables=0.5),
     "layers+tables-kl": Row(layers=0.5, tables=0.5, divergence="kl"),
@@ -175,6 +177,7 @@ def _compressed(out: Path, work: Path, spec: Spec, baselines: Path) -> tuple[Any
     blocks, plain = _blocks(out), round(spec.steps * row.plain) if row.plain < 1 else 0
     if plain:
         _train(model, blocks, spec, plain, work / "plain", 0)
+    teacher = copy.deepcopy(model) if row.divergence else None
     tables = round(spec.steps * row.tables)
     clustered = 0 if row.layers == 1 or row.tables or row.plain == 1 else spec.steps - plain
     if row.stages:
@@ -183,7 +186,6 @@ def _compressed(out: Path, work: Path, spec: Spec, baselines: Path) -> tuple[Any
         model, prepared = load_model(start)[0], dict(model.named_parameters())
         model.load_state_dict({name: prepared[name] for name, _ in model.named_parameters()}, strict=False)
         plain, clustered = plain + clustered // 2, clustered - clustered // 2
-    teacher = load_model(start)[0] if row.divergence else None
     passes = int(spec.tokens * row.layers)
     if clustered and passes:
         passes = min(passes, LAYER_TOKENS)
