@@ -36,6 +36,7 @@ from edkm.compressed.jsonfile import write_json
 from edkm.config import ClusterConfig
 from edkm.modelfiles import model_files
 from edkm.models import load_model
+from edkm.presets import PRESETS
 from edkm.run import (
     Run,
     begin,
@@ -60,17 +61,6 @@ from edkm.train.skeleton import Skeleton
 from edkm.train.stream import Stream, packed_weights
 from edkm.train.tables import write_tuned
 from edkm.tuning import Tuning, load_tunable
-
-
-@dataclass(frozen=True)
-class Preset:
-    """`finetune_share` of the optimizer steps come before clustering; `choose_bits` spends the bits of the config where they matter."""
-
-    finetune_share: float
-    choose_bits: bool = False
-
-
-PRESETS = {"fast": Preset(1.0), "balanced": Preset(0.75), "best": Preset(0.75, choose_bits=True)}
 
 
 @dataclass(frozen=True)
@@ -187,7 +177,7 @@ class Recipe:
         if first > steps:
             raise ValueError(f"finetune_steps: at most the {steps} steps there are, got {first}.")
         if self.distill and first == steps and not self.tune_steps:
-            raise ValueError("distill: is for clustered steps and --tune-steps, and there are none. Leave it out, or fine-tune for fewer.")
+            raise ValueError("distill: is for clustered steps, and there are none. Leave it out, or fine-tune for fewer steps.")
         return replace(self, config=replace(self.config, anneal_steps=steps - first), steps=steps, finetune_steps=first)
 
 

@@ -193,7 +193,7 @@ def load(run: Run) -> None:
     recipe = run.recipe.settled(len(run.blocks))
     if run.skeleton is not None:
         try:
-            _check_by_layer(run, run.skeleton)
+            check_by_layer(run.skeleton, recipe.config, run.blocks.input_ids[:1, :16])
         except NotStreamable as reason:
             _hold(run, str(reason))
     if run.skeleton is None:
@@ -236,14 +236,10 @@ def go_by_layer(run: Run) -> None:
         return
     try:
         skeleton = open_skeleton(run.source, loop.pick_device())[0].over(partial(checkpoints.kept_weights, kept))
-        _check_by_layer(run, skeleton)
+        check_by_layer(skeleton, run.recipe.config, run.blocks.input_ids[:1, :16])
     except NotStreamable:
         return
     run.skeleton, run.model = skeleton, skeleton.model
-
-
-def _check_by_layer(run: Run, skeleton: Skeleton) -> None:
-    check_by_layer(skeleton, run.recipe.config, {"input_ids": run.blocks[0]["input_ids"][None, :16].to(skeleton.device)})
 
 
 def begin(run: Run) -> None:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from edkm.progress import progress, say
 from edkm.train import distributed
+from edkm.train.divergence import divergence
 from edkm.train.optimizers import BackwardSteps, check_memory, check_optimizer, make_optimizer, rate_share, set_rate
 from edkm.train.runstate import RunState, clear_checkpoints, last_checkpoint, load_checkpoint, save_checkpoint
 from edkm.train.tracking import check_report_to, tracking
@@ -290,18 +290,6 @@ def micro_loss(
         share = settings.distill / settings.accumulate
         loss = (1 - settings.distill) * loss + share * divergence(out.logits, expected, settings.divergence)
     return loss
-
-
-def divergence(logits: Tensor, expected: Tensor, kind: str = "kl") -> Tensor:
-    """Return the mean over all tokens of a divergence of `q = softmax(logits)` from `p = softmax(expected)`, both `[..., vocabulary]`.
-
-    `kl` is `KL(p || q)`; `jsd` is `KL(p || m) / 2 + KL(q || m) / 2` for their mean `m`, which no token can dominate.
-    """
-    ours, theirs = (x.flatten(0, -2).float().log_softmax(-1) for x in (logits, expected))
-    if kind == "kl":
-        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-    mean = torch.logaddexp(ours, theirs) - math.log(2)
-    return sum(F.kl_div(mean, x, reduction="batchmean", log_target=True) for x in (ours, theirs)) / 2
 
 
 def enable_checkpointing(model: Any) -> None:

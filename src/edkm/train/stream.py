@@ -51,11 +51,11 @@ _MOVED = "moved."  # before the names of parameters that are not clustered, and 
 _ABOUT = ("shape", "rows", "error", "format")  # of a clustered tensor, kept with its parts
 
 
-def check_by_layer(skeleton: Skeleton, config: ClusterConfig, batch: Mapping[str, Tensor]) -> None:
+def check_by_layer(skeleton: Skeleton, config: ClusterConfig, ids: Tensor) -> None:
     """Refuse a model that cannot be compressed layer by layer, or whose weights `prepare` would refuse, in one pass over its files.
 
     Args:
-        batch: a short one, to run.
+        ids: a few tokens to run, [1, tokens].
 
     Raises:
         NotStreamable: the model has to be in memory as a whole.
@@ -78,7 +78,7 @@ def check_by_layer(skeleton: Skeleton, config: ClusterConfig, batch: Mapping[str
             advance()
 
     with progress("checking", len(targets), "weights") as advance:
-        skeleton.probe(batch, look)
+        skeleton.probe({"input_ids": ids.to(skeleton.device)}, look)
 
 
 @dataclass
