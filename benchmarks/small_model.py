@@ -118,12 +118,12 @@ def _folder(package: str) -> Path:
 
 def make_tokenizer(data: Path) -> Any:
     """Learn a vocabulary of bytes and their pairs from every eighth file of the pretraining."""
-    from tokenizers.implementations import ByteLevelBPETokenizer
+    from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    lines = (data / "pretraining.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in (data / "pretraining.jsonl").read_text(encoding="utf-8").splitlines()[::8]]
     learned = ByteLevelBPETokenizer()
-    learned.train_from_iterator([json.loads(line)["text"] for line in lines[::8]], VOCABULARY, special_tokens=[_END], show_progress=False)
+    learned.train_from_iterator(iter(texts), VOCABULARY, special_tokens=[_END], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, eos_token=_END, pad_token=_END)
 
 
@@ -179,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     result = loop.train(model, blocks, settings, work, resume=runstate.last_checkpoint(work) is not None, name="pretraining")
     result.check("pretraining")
-    losses = {"seconds": time.perf_counter() - began, "text_tokens": blocks.tokens, "losses": result.losses}
+    losses = {"seconds_since_resumed": time.perf_counter() - began, "text_tokens": blocks.tokens, "losses": result.losses}
     distributed.run_on_rank0(lambda: _save(model, tokenizer, losses, args.out))
 
 

@@ -204,7 +204,7 @@ def _cluster(model: Any, blocks: Any, row: Row, spec: Spec, steps: int, passes: 
     from edkm.calibrationtext import LAYER_BATCH
     from edkm.train.allocate import bits_of
 
-    form = {"bits": int(spec.form), "rows_per_lut": 1} if spec.form.isdigit() else {"format": spec.form}
+    form: dict[str, Any] = {"bits": int(spec.form), "rows_per_lut": 1} if spec.form.isdigit() else {"format": spec.form}
     config = edkm.ClusterConfig(softness=row.softness, anneal_steps=steps if row.softness else 0, **form)
     by_layer, batches = None, _batches(blocks, CALIBRATION_BLOCKS)
     if passes:

@@ -18,4 +18,5 @@ def divergence(logits: Tensor, expected: Tensor, kind: str = "kl") -> Tensor:
     if kind == "kl":
         return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     mean = torch.logaddexp(ours, theirs) - math.log(2)
-    return sum(F.kl_div(mean, x, reduction="batchmean", log_target=True) for x in (ours, theirs)) / 2
+    both = [F.kl_div(mean, x, reduction="batchmean", log_target=True) for x in (ours, theirs)]
+    return (both[0] + both[1]) / 2
