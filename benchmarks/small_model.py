@@ -78,10 +78,10 @@ def make_data(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()  # some packages carry copies of others: what is held out must not be trained on
     for name, packages in HELDOUT.items():
-        text = "\n\n".join(_files(packages, seen))[:HELDOUT_CHARACTERS]
+        text = "\n\n".join(files(packages, seen))[:HELDOUT_CHARACTERS]
         _write(folder / f"{name}.txt", text)
     for name, packages in (("pretraining", PRETRAINING), ("finetuning", FINETUNING)):
-        lines = [json.dumps({"text": text}) for text in _files(packages, seen)]
+        lines = [json.dumps({"text": text}) for text in files(packages, seen)]
         _write(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
@@ -92,8 +92,9 @@ def _write(path: Path, text: str) -> None:
         part.replace(path)
 
 
-def _files(packages: tuple[str, ...], seen: set[bytes]) -> Iterator[str]:
-    """Yield the sources of packages, none twice, in the order of their hashes."""
+def files(packages: tuple[str, ...], seen: set[bytes] | None = None) -> Iterator[str]:
+    """Yield the sources of packages, none twice, in the order of their hashes; without those seen before, to which they are added."""
+    seen = set() if seen is None else seen
     found = {}
     for package in packages:
         for path in _folder(package).rglob("*.py"):

