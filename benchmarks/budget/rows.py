@@ -54,6 +54,8 @@ ROWS = {
     "half": Row(plain=0.5, softness=0.5, divergence="kl"),
     "most": Row(plain=0.75, softness=0.5, divergence="kl"),
     "half+layers+tables": Row(plain=0.5, layers=0.25, tables=0.25, divergence="kl"),
+    "most+layers": Row(plain=0.75, softness=0.5, divergence="kl", layers=0.05),
+    "most+layers+tables": Row(plain=0.75, divergence="kl", layers=0.05, tables=0.2),
     "layers": Row(layers=1),
     "layers+tables": Row(layers=0.5, tables=0.5),
     "layers+tables-kl": Row(layers=0.5, tables=0.5, divergence="kl"),
