@@ -13,8 +13,9 @@ soft-kl, straight-kl, straight-jsd
                   the same, with the divergence from the predictions before clustering in the place of the loss of the data
 stages            the fit at 4 bits, half of the steps as `soft-kl`, the fit at fewer bits, the other half
 half, most        half, and three quarters, of the budget plain, then as `soft-kl`, towards the model as it is by then
+most-data         as `most`, with the loss of the data
 half+layers+tables, most+layers+tables
-                  half (three quarters) of it plain, a quarter (a twentieth) by layer, the rest for tables, towards the model as it is by then
+                  half (three quarters) of it plain, a quarter (a twentieth) by layer, the rest for tables, towards the model by then
 most+layers       as `most`, with a twentieth of the budget by layer before the clustered steps
 layers            by layer, with the budget as its passes over the calibration blocks
 layers+tables, layers+tables-kl

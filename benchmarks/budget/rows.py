@@ -53,6 +53,7 @@ ROWS = {
     "stages": Row(softness=0.5, divergence="kl", stages=True),
     "half": Row(plain=0.5, softness=0.5, divergence="kl"),
     "most": Row(plain=0.75, softness=0.5, divergence="kl"),
+    "most-data": Row(plain=0.75, softness=0.5),
     "half+layers+tables": Row(plain=0.5, layers=0.25, tables=0.25, divergence="kl"),
     "most+layers": Row(plain=0.75, softness=0.5, divergence="kl", layers=0.05),
     "most+layers+tables": Row(plain=0.75, divergence="kl", layers=0.05, tables=0.2),
