@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,6 @@ LAYER_TOKENS = 262_144  # at most by layer, where clustered steps of the whole m
 GROUP = 64
 FORMS = ("1", "2", "3", "4", "q2_k")
 LIBRARIES = {"gptq": "run_llmcompressor.py", "autoround": "run_autoround.py"}
-_RUNNERS = Path(__file__).parents[1] / "compare" / "baselines"
 
 
 class Row(NamedTuple):
@@ -173,13 +170,12 @@ def _control(out: Path, work: Path, spec: Spec, baselines: Path) -> tuple[Any, f
 def _compressed(out: Path, work: Path, spec: Spec, baselines: Path) -> tuple[Any, float]:
     from edkm.models import load_model, load_tokenizer
 
-    row, start = ROWS[spec.row], _checkpoint(out, spec.starts()[-1 if ROWS[spec.row].plain == 1 else 0])
+    row, start = ROWS[spec.row], _checkpoint(out, spec.starts()[-1])
     model = load_model(start)[0]
     if spec.row in LIBRARIES:
         return _quantized(out, work, start, model, spec, baselines)
     blocks, plain = _blocks(out), round(spec.steps * row.plain) if row.plain < 1 else 0
-    if plain:
-        _train(model, blocks, spec, plain, work / "plain", 0)
+    _train(model, blocks, spec, plain, work / "plain", 0)
     teacher = copy.deepcopy(model) if row.divergence else None
     tables = round(spec.steps * row.tables)
     clustered = 0 if row.layers == 1 or row.tables or row.plain == 1 else spec.steps - plain
@@ -220,8 +216,7 @@ def _cluster(model: Any, blocks: Any, row: Row, spec: Spec, steps: int, passes: 
 
 def _batches(blocks: Any, count: int, size: int = 1) -> list[dict[str, Any]]:
     """Choose blocks spread over the text, in batches."""
-    ids = blocks.input_ids[:: max(1, len(blocks) // count)][:count]
-    return [{"input_ids": batch} for batch in ids.split(size) if len(batch) == size]
+    return [{"input_ids": batch} for batch in blocks.spread(count).split(size) if len(batch) == size]
 
 
 def _tune(model: Any, tokenizer: Any, blocks: Any, spec: Spec, steps: int, work: Path, teacher: Any = None, **more: Any) -> Any:
@@ -242,25 +237,16 @@ def _tune(model: Any, tokenizer: Any, blocks: Any, spec: Spec, steps: int, work:
 
 def _quantized(out: Path, work: Path, start: Path, model: Any, spec: Spec, baselines: Path) -> tuple[Any, float]:
     """Quantize the control by a library, in the environment of the baselines, calibrated on the same blocks as the fit."""
-    import torch
     from safetensors.torch import load_file, save_file
+
+    from benchmarks.compare.making import run_library
 
     if not baselines.is_file():
         raise SystemExit(f"{baselines}: is not there. Make it (make baselines), or leave {spec.row} out of --rows.")
     calibration = work / "calibration.safetensors"
-    save_file({"input_ids": torch.cat([batch["input_ids"] for batch in _batches(_blocks(out), CALIBRATION_BLOCKS)])}, calibration)
-    words = [
-        baselines.absolute(),
-        _RUNNERS / LIBRARIES[spec.row],
-        spec.row,
-        "--model",
-        start.resolve(),
-        "--calibration",
-        calibration.resolve(),
-    ]
-    words += ["--bits", spec.form, "--group", GROUP, "--out", work.resolve(), "--skip", "lm_head"]
-    # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    subprocess.run(list(map(str, words)), cwd=work, env=environment, check=True)
+    save_file({"input_ids": _blocks(out).spread(CALIBRATION_BLOCKS).contiguous()}, calibration)
+    words = ["--bits", spec.form, "--group", GROUP, "--skip", "lm_head"]
+    files = {"model": start, "calibration": calibration}
+    run_library(baselines.absolute(), LIBRARIES[spec.row], spec.row, files, words, work, spec.name)
     model.load_state_dict(load_file(work / "weights.safetensors"), strict=False)
     return model, int(spec.form) + (16 + int(spec.form)) / GROUP

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,7 @@ def _make_original(job: Job) -> dict[str, Any]:
 
     model, tokenizer = load_model(job.settings["model"])
     blocks = _blocks(job, model, tokenizer)
-    stride = max(1, len(blocks) // job.settings["calibration_blocks"])
-    ids = blocks.input_ids[::stride][: job.settings["calibration_blocks"]]
-    save_file({"input_ids": ids.contiguous()}, job.root / _CALIBRATION)
+    save_file({"input_ids": blocks.spread(job.settings["calibration_blocks"]).contiguous()}, job.root / _CALIBRATION)
     found = inventory(model)
     group = group_size(columns for _, columns in found["linear"])
     dtype = save_16_bit(model, tokenizer, job.directory / CHECKPOINT)
@@ -120,6 +118,33 @@ def _make_rtn(job: Job) -> dict[str, Any]:
     return {"seconds": seconds, **_finish(job, model, tokenizer)}
 
 
+def run_library(
+    python: str | Path, runner: str, method: str, files: Mapping[str, Path], words: Sequence[Any], folder: Path, name: str
+) -> dict[str, Any]:
+    """Run a method of the environment of the baselines; it leaves `weights.safetensors`, its figures are returned.
+
+    Args:
+        runner: file name in `baselines`.
+        files: those of its options that name files.
+        words: its other options.
+        folder: of all that it writes.
+        name: for the error.
+
+    Raises:
+        ValueError: it failed, with the last line that it printed.
+    """
+    command = [python, _RUNNERS / runner, method, *(word for key, path in files.items() for word in (f"--{key}", path.resolve()))]
+    command += ["--out", folder.resolve(), *words]
+    # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    log = folder / "library.log"
+    with log.open("w") as file:
+        done = subprocess.run([str(p) for p in command], cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise ValueError(f"{name}: {last_line(log, done.returncode)}")
+    return json.loads((folder / "figures.json").read_text())
+
+
 def _make_library(job: Job) -> dict[str, Any]:
     from safetensors.torch import load_file
 
@@ -127,21 +152,12 @@ def _make_library(job: Job) -> dict[str, Any]:
 
     original = job.original()
     algorithm = job.name.rpartition("+")[2]
-    runner = _RUNNERS / f"{job.method.library}.py"
-    command = [job.settings["baselines"], runner, algorithm, "--model", job.start.resolve(), "--calibration"]
-    command += [(job.root / _CALIBRATION).resolve(), "--bits", job.bits, "--group", original["group"], "--out", job.directory.resolve()]
-    command += ["--skip", *(name.removesuffix(".weight") for name in original["untied_head"]), "lm_head"]
-    command += _autoround(job) if algorithm == "autoround" else []
-    # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    log = job.directory / "library.log"
-    with log.open("w") as file:
-        done = subprocess.run(
-            [str(p) for p in command], cwd=job.directory, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
-        )
-    if done.returncode:
-        raise ValueError(f"{job.name}: {last_line(log, done.returncode)}")
-    figures = json.loads((job.directory / "figures.json").read_text())
+    runner = f"{job.method.library}.py"
+    words = ["--bits", job.bits, "--group", original["group"]]
+    words += ["--skip", *(name.removesuffix(".weight") for name in original["untied_head"]), "lm_head"]
+    words += _autoround(job) if algorithm == "autoround" else []
+    files = {"model": job.start, "calibration": job.root / _CALIBRATION}
+    figures = run_library(job.settings["baselines"], runner, algorithm, files, words, job.directory, job.name)
     model, tokenizer = _load(job)
     missed = set(linear_weights(model)) - set(figures["quantized"])
     if missed:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.compare.dense import linear_weights
+from benchmarks.compare.making import run_library
 from benchmarks.compare.readme import WINDOW
 from benchmarks.compare.rtn import round_to_nearest
 from benchmarks.formats.llama import LlamaCpp
@@ -24,7 +23,6 @@ OTHERS = ("rounded", "imatrix", "gptq", "awq")
 EDKM = ("fit", "layers", "trained")
 GGUF = ("q4_0", "iq4_nl", "q3_k", "q2_k", "tq2_0")
 INTEGERS = {"int4_g64": (4, 64)}
-_RUNNER = Path(__file__).parents[1] / "compare" / "baselines" / "run_llmcompressor.py"
 
 
 def methods_of(name: str) -> tuple[str, ...]:
@@ -135,12 +133,9 @@ def _llmcompressor(args: argparse.Namespace, folder: Path, method: str, bits: in
     work = (folder / method).resolve()
     work.mkdir(exist_ok=True)
     if not (work / "weights.safetensors").is_file():
-        words = [args.baselines.absolute(), _RUNNER, method, "--model", (folder / "control").resolve(), "--calibration"]
-        words += [(folder / CALIBRATION).resolve(), "--bits", bits, "--group", group, "--out", work, "--skip", "lm_head"]
-        # In its own folder: the library keeps logs where it runs. It has its own packages: ours must not be found first.
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        with (work / "library.log").open("w") as log:
-            subprocess.run(list(map(str, words)), cwd=work, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
+        files = {"model": folder / "control", "calibration": folder / CALIBRATION}
+        words = ["--bits", bits, "--group", group, "--skip", "lm_head"]
+        run_library(args.baselines.absolute(), "run_llmcompressor.py", method, files, words, work, method)
     return load_file(work / "weights.safetensors")
 
 

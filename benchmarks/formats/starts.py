@@ -42,8 +42,7 @@ def save_calibration(folder: Path, blocks: Any, count: int = 32) -> None:
 
     from edkm.models import load_tokenizer
 
-    chosen = range(0, len(blocks), max(1, len(blocks) // count))[:count]
-    ids = torch.stack([blocks[i]["input_ids"] for i in chosen])  # [count, WINDOW]
+    ids = blocks.spread(count).contiguous()  # [count, WINDOW]
     tokenizer = load_tokenizer(folder / "original", folder / "original")
     (folder / "calibration.txt").write_text(tokenizer.decode(ids.flatten().tolist()), encoding="utf-8")
     save_file({"input_ids": ids}, folder / CALIBRATION)

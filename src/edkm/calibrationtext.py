@@ -43,7 +43,7 @@ def calibration_batches(run: Run, count: int = BLOCKS, size: int = 1) -> list[di
         device = loop.pick_device()
     texts = [run.blocks] if run.written is None else [run.written] if run.recipe.calibration == "own" else [run.blocks, run.written]
     share = count // len(texts)
-    chosen = [text.input_ids[:: max(1, len(text) // share)][:share] for text in texts]
+    chosen = [text.spread(share) for text in texts]
     mixed = [block for blocks in zip_longest(*chosen) for block in blocks if block is not None]
     size = min(size, len(mixed))
     return [{"input_ids": torch.stack(mixed[at : at + size]).to(device)} for at in range(0, len(mixed) - size + 1, size)]
@@ -53,11 +53,6 @@ def written_blocks(recipe: Recipe) -> int:
     """Return the number of blocks to calibrate on that the model writes."""
     blocks = LAYER_BLOCKS if recipe.by_layer else BLOCKS
     return {"data": 0, "own": blocks, "both": blocks // 2}[recipe.calibration]
-
-
-def _dtype(recipe: Recipe) -> torch.dtype:
-    """Return the dtype of a model that is loaded to write."""
-    return torch.bfloat16 if loop.resolve_precision(recipe.precision) == "bf16" else torch.float32
 
 
 def check_room(run: Run) -> int:
@@ -74,7 +69,7 @@ def check_room(run: Run) -> int:
     width = text.hidden_size * (getattr(text, "num_key_value_heads", None) or heads) // heads  # of the keys of a token, or the values
     numbers = sum(p.numel() for p in run.model.parameters())
     numbers += 2 * text.num_hidden_layers * width * min(count, _TEXTS_AT_ONCE) * run.blocks.block_tokens
-    needed = numbers * _dtype(run.recipe).itemsize
+    needed = numbers * loop.dtype_of(run.recipe.precision).itemsize
     if not fits(needed, free):
         raise ValueError(
             f"calibration: to write text the model has to be in memory as a whole, {needed / GIB:.2f} GiB, and {free / GIB:.2f} are free. "
@@ -93,7 +88,7 @@ def write_text(run: Run) -> None:
         if kept.is_file():  # on the first rank alone: others may look when it has written
             return
         # A skeleton cannot write: the model that it stands for is in memory for the moment.
-        model = run.model if run.skeleton is None else load_model(run.source, _dtype(recipe))[0].to(run.skeleton.device)
+        model = run.model if run.skeleton is None else load_model(run.source, loop.dtype_of(recipe.precision))[0].to(run.skeleton.device)
         write_texts(model, run.tokenizer, written_blocks(recipe), run.blocks.block_tokens, recipe.seed).save(kept)
 
     distributed.run_on_rank0(write)

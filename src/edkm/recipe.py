@@ -281,8 +281,7 @@ def tune_tables(run: Run) -> None:
 
 def _finetuned(run: Run) -> Any:
     """Load the model as it was before it was clustered, in 16 bits where training computes in them."""
-    dtype = torch.bfloat16 if loop.resolve_precision(run.recipe.precision) == "bf16" else torch.float32
-    model, kept = load_model(run.source, dtype)[0], run.work / "finetuned.pt"
+    model, kept = load_model(run.source, loop.dtype_of(run.recipe.precision))[0], run.work / "finetuned.pt"
     if kept.is_file():
         checkpoints.load_weights(kept, model)
     return model

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edkm.compressed import checkpoint
 from edkm.compressed.jsonfile import printable
 from edkm.compressed.pretrained import load_packed
@@ -157,9 +155,8 @@ def load_tunable(packed: Path) -> tuple[Any, Any, dict[str, str]]:
 
 def _teacher(source: str | Path, model: Any, tokenizer: Any, blocks: Blocks, precision: str) -> Any:
     """Load the teacher, in 16 bits where training computes in them; refuse one to which the tokens of the data are others."""
-    dtype = torch.bfloat16 if loop.resolve_precision(precision) == "bf16" else torch.float32
     with progress(f"loading {source}"):
-        teacher, its_tokenizer = load_model(source, dtype)
+        teacher, its_tokenizer = load_model(source, loop.dtype_of(precision))
     ours, theirs = (each.config.get_text_config().vocab_size for each in (model, teacher))
     used = blocks.input_ids.unique().tolist()
     if ours != theirs or tokenizer.convert_ids_to_tokens(used) != its_tokenizer.convert_ids_to_tokens(used):

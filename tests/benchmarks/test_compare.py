@@ -250,23 +250,25 @@ def test_fine_tuning_then_a_library(tiny_dir, files, tmp_path, here):
     assert main(arguments(tiny_dir, files, out, *more[:-1], "3")) == 1  # some rows depend on it
 
 
-def test_autoround_gets_its_options(compared, tmp_path):
-    (tmp_path / "original").symlink_to(compared / "original")
-    (tmp_path / "autoround").mkdir()
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho $@\nexit 3\n")
+def failing_library(compared, folder, method, script):
+    """Make what a method needs in a folder, and a Python that runs the script and fails."""
+    (folder / "original").symlink_to(compared / "original")
+    (folder / method).mkdir()
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n{script}\nexit 3\n")
     python.chmod(0o755)
+    return python
+
+
+def test_autoround_gets_its_options(compared, tmp_path):
+    python = failing_library(compared, tmp_path, "autoround", "echo $@")
     settings = {"bits": 2, "baselines": str(python), "precision": "bf16", "autoround_iters": 50, "autoround_blocks": 4}
     with pytest.raises(ValueError, match=r"run_autoround.py autoround .* --bits 2 .* --iters 50 --precision bf16 --blocks 4 "):
         making.make(making.Job(tmp_path, "autoround", settings))
 
 
 def test_a_library_that_fails_says_why(compared, tmp_path):
-    (tmp_path / "original").symlink_to(compared / "original")
-    (tmp_path / "gptq").mkdir()
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho starting\necho no module named llmcompressor\nexit 3\n")
-    python.chmod(0o755)
+    python = failing_library(compared, tmp_path, "gptq", "echo starting\necho no module named llmcompressor")
     with pytest.raises(ValueError, match=r"gptq: no module named llmcompressor \(all of it: .*library\.log\)"):
         making.make(making.Job(tmp_path, "gptq", {"bits": 3, "baselines": str(python)}))
 

@@ -72,6 +72,10 @@ class Blocks(Dataset):
         """Read the file that `save` wrote."""
         return cls(**torch.load(path, weights_only=True))
 
+    def spread(self, count: int) -> Tensor:
+        """Return so many blocks spread over the text, or all there are, int64 [count, block_tokens]."""
+        return self.input_ids[:: max(1, len(self) // count)][:count]
+
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 

@@ -115,6 +115,11 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if device == "cpu" and any(supported) else "fp32"
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the dtype that products are computed in: that of a model which is only run, not trained."""
+    return torch.bfloat16 if resolve_precision(precision) == "bf16" else torch.float32
+
+
 def named_precision(precision: str) -> str:
     """Name the precision that training computes in."""
     return {"bf16": "bf16 autocast", "fp32": "float32"}[resolve_precision(precision)]
